@@ -1,0 +1,174 @@
+"""Cache: the attention function that reads from slots and builds its mask from what the slots hold."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomem.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from evomem.cache.layer import SlotLayer
+
+IMPLEMENTATION = "evomem_slots"
+"""Name under which the managed attention is registered with transformers."""
+
+
+class _Handover(threading.local):
+    """The layer that the last `SlotLayer.update` of this thread belongs to, and the keys that it returned.
+
+    A model calls ``cache.update(k, v, layer)`` and then, in the same module, the attention function with what update
+    returned. That identity is how the function finds its slots: no hooks, no state on other people's modules.
+    """
+
+    key: Tensor | None = None
+    layer: SlotLayer | None = None
+
+
+handover = _Handover()
+
+
+def managed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' AttentionInterface.
+
+    Parameters
+    ----------
+    query : (batch, query_heads, queries, head_dim).
+    key, value : (batch, kv_heads, keys, head_dim); the new tokens when a slot cache is in use.
+    attention_mask : (batch, tokens) padding mask, or None when nothing is padded.
+
+    Returns
+    -------
+    output : (batch, queries, query_heads, head_dim), and None for the weights.
+    """
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} uses attention sinks or a position bias in its softmax, which evomem does not manage"
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    padding = None if attention_mask is None else attention_mask.bool()
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    if handover.key is key and handover.layer is not None:
+        layer, handover.key, handover.layer = handover.layer, None, None
+        output = layer.attend(query, padding, scale, window, softcap, kwargs.get("position_ids"))
+    else:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        output = _unmanaged(query, key, value, padding, scale, window, softcap, causal)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _unmanaged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    causal: bool,
+) -> Tensor:
+    """Stock attention for calls without a slot cache while the model is attached (vision towers, `use_cache=False`)."""
+    queries, keys = query.shape[2], key.shape[2]
+    rows = torch.arange(keys - queries, keys, device=query.device)[:, None]
+    columns = torch.arange(keys, device=query.device)[None, :]
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    if causal:
+        allowed = columns <= rows
+    if window is not None:
+        allowed = allowed & (columns > rows - window)
+    mask = allowed[None, None]
+    if padding is not None:
+        mask = mask & padding[:, None, None, -keys:]
+        mask = mask | ~mask.any(-1, keepdim=True)
+    return grouped_attention(query, key, value, scale, mask=mask, softcap=softcap)
+
+
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention with grouped query heads and one mask per KV head, without copying keys for the group.
+
+    Parameters
+    ----------
+    query : (batch, query_heads, queries, head_dim); query head h belongs to KV head h // group.
+    key, value : (batch, kv_heads, slots, head_dim).
+    mask : bool or additive float, broadcastable to (batch, kv_heads, queries, slots).
+    causal : lower-triangular mask for as many queries as slots; excludes ``mask``.
+
+    Returns
+    -------
+    (batch, query_heads, queries, head_dim).
+    """
+    batch, heads, queries, size = query.shape
+    kv_heads, slots = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    if softcap is not None:
+        probabilities = attention_probabilities(query, key, scale, _triangle(queries, slots, key) if causal else mask, softcap)
+        return torch.matmul(probabilities.to(value.dtype).flatten(2, 3), value).view(batch, heads, queries, -1)
+    if group == 1:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=_like(mask, query), is_causal=causal, scale=scale)
+    if mask is None and causal:
+        # The fused kernel wants as many key heads as query heads; expanded views cost nothing.
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    if queries == 1:
+        packed = query.reshape(batch, kv_heads, group, size)
+        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=_like(mask, query), scale=scale)
+        return out.reshape(batch, heads, 1, value.shape[-1])
+    folded = query.reshape(batch * kv_heads, group, queries, size)
+    wide_key = key.reshape(batch * kv_heads, 1, slots, size).expand(-1, group, -1, -1)
+    wide_value = value.reshape(batch * kv_heads, 1, slots, value.shape[-1]).expand(-1, group, -1, -1)
+    if mask is not None and mask.shape[:2] != (1, 1):
+        mask = mask.expand(batch, kv_heads, -1, -1).reshape(batch * kv_heads, 1, *mask.shape[2:])
+    out = F.scaled_dot_product_attention(folded, wide_key, wide_value, attn_mask=_like(mask, query), scale=scale)
+    return out.view(batch, heads, queries, value.shape[-1])
+
+
+def attention_probabilities(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, softcap: float | None = None
+) -> Tensor:
+    """Post-softmax attention in fp32: (batch, kv_heads, group, queries, slots). For blocks of queries only.
+
+    ``mask`` as in `grouped_attention`. The group axis keeps the query heads of a KV head apart.
+    """
+    batch, heads, queries, size = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * queries, size)
+    logits = torch.matmul(grouped, key.transpose(-1, -2)).float().mul_(scale)
+    logits = logits.view(batch, kv_heads, heads // kv_heads, queries, key.shape[2])
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        wide = mask[:, :, None]
+        logits = logits.masked_fill_(~wide, -torch.inf) if wide.dtype == torch.bool else logits + wide
+    return torch.softmax(logits, dim=-1)
+
+
+def _triangle(queries: int, slots: int, like: Tensor) -> Tensor:
+    """Lower-right causal mask (1, 1, queries, slots)."""
+    return torch.ones(queries, slots, dtype=torch.bool, device=like.device).tril(slots - queries)[None, None]
+
+
+def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Bool masks as they are, additive masks in the query's dtype, as SDPA wants them."""
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)

@@ -1,0 +1,160 @@
+"""Cache: all layers' slots, what the model sees as its `past_key_values`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+from weakref import ref
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from evomem.cache.attention import IMPLEMENTATION
+from evomem.cache.layer import SlotLayer
+from evomem.cache.observe import Wanted
+from evomem.cache.rotary import Rotary, find_rotary
+from evomem.cache.view import Decision, LayerView
+from evomem.errors import CacheError
+
+
+class SchedulePolicy(Protocol):
+    """When to decide: every so many tokens, or once (None)."""
+
+    @property
+    def every(self) -> int | None:
+        """Tokens between decisions; None: once after the context."""
+        ...
+
+
+class CachePolicy(Protocol):
+    """What the cache needs of a manager."""
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """Names of the observations to record."""
+        ...
+
+    @property
+    def schedule(self) -> SchedulePolicy:
+        """When to call `decide`."""
+        ...
+
+    def decide(self, view: LayerView) -> Decision:
+        """Decide about one layer."""
+        ...
+
+
+class SlotCache(Cache):
+    """A cache whose slots can be evicted per layer and head; made by ``manager.attach(model)`` or ``new_cache``.
+
+    A manager with the schedule *once* decides at the end of the first forward pass. To read a context in several
+    passes before the decision, do it inside ``with cache.reading():``.
+
+    Attributes
+    ----------
+    policy : the manager that decides.
+    depth : number of layers.
+    """
+
+    layers: list[SlotLayer]
+
+    def __init__(
+        self, layers: int, policy: CachePolicy, *, rotary: Rotary | None = None, model: PreTrainedModel | None = None
+    ) -> None:
+        self.policy = policy
+        self.wanted = Wanted.parse(policy.observes)
+        self.rotary = rotary
+        self.depth = layers
+        self.decides_after_forward = True
+        self._model = None if model is None else ref(model)
+        self._held = [0] * layers
+        self.bytes_peak = 0
+        super().__init__(layers=[SlotLayer(index, self) for index in range(layers)])
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, policy: CachePolicy) -> SlotCache:
+        """Return an empty cache for ``model``; raises `UnsupportedModelError`."""
+        from evomem.cache.attach import check_supported
+
+        rotary = find_rotary(model) if "query_statistics" in policy.observes else None
+        return cls(check_supported(model), policy, rotary=rotary, model=model)
+
+    def require_attached(self) -> None:
+        """Raise `CacheError` when the model would run stock attention over this cache."""
+        model = None if self._model is None else self._model()
+        if model is not None and model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+            raise CacheError(
+                "this cache belongs to a model that is not attached; use it inside `with manager.attach(model):`"
+            )
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read a context in any number of forward passes; a manager with schedule *once* decides when the block ends."""
+        before, self.decides_after_forward = self.decides_after_forward, False
+        try:
+            yield
+        finally:
+            self.decides_after_forward = before
+        if self.policy.schedule.every is None:
+            self.decide()
+
+    def decide(self) -> None:
+        """Let the manager decide about every layer now."""
+        for layer in self.layers:
+            layer.decide()
+            layer._account(0)
+
+    def keep(self, masks: list[Tensor]) -> None:
+        """Evict by one mask a layer (batch, kv_heads, slots)."""
+        for layer, mask in zip(self.layers, masks, strict=True):
+            layer.keep(mask)
+            layer._account(0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, evicted ones and padding included."""
+        return self.layers[layer_idx].seen
+
+    def reset(self) -> None:
+        """Forget everything, measurements too; the cache is as new."""
+        for layer in self.layers:
+            layer.reset()
+        self._held = [0] * self.depth
+        self.bytes_peak = 0
+
+    # ---- measurements ---------------------------------------------------------------------------------------------
+
+    def account(self, layer: int, held: int) -> None:
+        """Note the bytes that a layer holds now."""
+        self._held[layer] = held
+        self.bytes_peak = max(self.bytes_peak, sum(self._held))
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors held now, over all layers and rows."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+    @property
+    def bytes_mean(self) -> float:
+        """Mean bytes held over the tokens read."""
+        return sum(layer.bytes_mean for layer in self.layers)
+
+    def slots_held(self) -> list[Tensor]:
+        """Slots that hold a token, per layer: (batch, kv_heads)."""
+        return [(layer.slots >= 0).sum(-1) for layer in self.layers]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlotCache:
+        return self.clone()
+
+    def clone(self) -> SlotCache:
+        """Return an independent continuation of this cache; tensors are shared until one of the two changes them."""
+        other = SlotCache(self.depth, self.policy, rotary=self.rotary)
+        other._model, other._held, other.bytes_peak = self._model, list(self._held), self.bytes_peak
+        other.decides_after_forward = self.decides_after_forward
+        for mine, copy in zip(self.layers, other.layers, strict=True):
+            state = {k: v for k, v in vars(mine).items() if k not in ("cache", "recorder")}
+            vars(copy).update(state)
+            # Recorded sums are added to in place, so they are the one thing that must be copied.
+            copy.recorder.slotwise = {k: v.clone() for k, v in mine.recorder.slotwise.items()}
+            copy.recorder.rowwise = {k: v.clone() for k, v in mine.recorder.rowwise.items()}
+        return other

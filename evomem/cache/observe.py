@@ -1,0 +1,194 @@
+"""Cache: the observations that a layer records for its manager, in step with its slots.
+
+========================  ==================================================================================
+name                      what ``LayerView.recorded`` holds
+========================  ==================================================================================
+``attention_sum``         (batch, kv_heads, slots): attention paid to the slot by all queries so far
+``attention_spectrum``    (batch, kv_heads, slots, 17): moving average of the attention's spectrogram (NAMM)
+``window_attention:W``    (batch, kv_heads, slots): mean attention of the row's last W queries, over the slots held
+                          now (fewer queries while fewer were read)
+``query_statistics``      ``query_mean`` (batch, query_heads, head_dim), ``query_covariance`` (…, head_dim, head_dim) of
+                          the queries before rotation, without a row's first 4; ``future_rotation`` (batch, head_dim,
+                          head_dim), the mean rotation of the next 512 positions
+========================  ==================================================================================
+
+Attention is post-softmax, fp32, and a mean over the query heads of the KV head's group. It is computed in blocks of
+queries; a (heads, tokens, tokens) tensor never exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from evomem.cache.rotary import Rotary, future_rotation, unrotate
+from evomem.cache.spectrum import BINS, HOP, advance
+from evomem.errors import ConfigError
+
+OBSERVATIONS = ("attention_sum", "attention_spectrum", "window_attention:W", "query_statistics")
+SINKS, FUTURE = 4, 512
+"""Queries left out of the statistics, and positions ahead, of Expected Attention (arXiv 2510.00636)."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which observations a manager asked for, parsed from their names."""
+
+    attention_sum: bool = False
+    attention_spectrum: bool = False
+    query_statistics: bool = False
+    windows: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, names: frozenset[str]) -> Wanted:
+        """Parse names; raise `ConfigError` for one that does not exist."""
+        windows = []
+        for name in names:
+            head, _, width = name.partition(":")
+            if head == "window_attention" and width.isdigit() and int(width) > 0:
+                windows.append(int(width))
+            elif name not in OBSERVATIONS or head == "window_attention":
+                raise ConfigError(f"unknown observation {name!r}; the cache records {', '.join(OBSERVATIONS)} (W >= 1)")
+        return cls(
+            "attention_sum" in names, "attention_spectrum" in names, "query_statistics" in names, tuple(sorted(windows))
+        )
+
+    @property
+    def every_query(self) -> bool:
+        """Whether the attention of all queries is needed, not only of the last few."""
+        return self.attention_sum or self.attention_spectrum
+
+
+@dataclass
+class Recorder:
+    """The recorded state of one layer. Slot-aligned tensors have the slots on axis 2.
+
+    ``slotwise`` and ``rowwise`` tensors have the batch on axis 0 and follow the cache's row operations;
+    ``slotwise`` tensors also follow its compaction.
+    """
+
+    wanted: Wanted
+    slotwise: dict[str, Tensor] = field(default_factory=dict)
+    rowwise: dict[str, Tensor] = field(default_factory=dict)
+
+    def append(self, batch: int, kv_heads: int, count: int, like: Tensor) -> None:
+        """Make room for ``count`` new slots: nobody has looked at them yet."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.wanted.attention_sum:
+            shapes["attention_sum"] = ()
+        if self.wanted.attention_spectrum:
+            shapes["attention_spectrum"] = (BINS,)
+            columns = self.slotwise.get("columns")
+            shapes["columns"] = (columns.shape[3] if columns is not None else HOP,)
+        for name, tail in shapes.items():
+            new = torch.zeros(batch, kv_heads, count, *tail, device=like.device, dtype=torch.float32)
+            old = self.slotwise.get(name)
+            self.slotwise[name] = new if old is None else torch.cat((old, new), dim=2)
+
+    def attended(self, attention: Tensor, first: int, starts: tuple[int, ...]) -> None:
+        """Learn from the attention of a block of queries.
+
+        attention : (batch, kv_heads, queries, slots held so far), zero for padded queries.
+        first : token index of the block's first query. starts : first real token of every row.
+        """
+        held = attention.shape[3]
+        if self.wanted.attention_sum:
+            self.slotwise["attention_sum"][:, :, :held] += attention.sum(2)
+        if self.wanted.attention_spectrum:
+            self._spectrum(attention, first, starts)
+
+    def _spectrum(self, attention: Tensor, first: int, starts: tuple[int, ...]) -> None:
+        """Advance the spectrogram row by row group: frames count a row's own tokens, so padding shifts them."""
+        columns, held = self.slotwise["columns"], attention.shape[3]
+        queries = attention.shape[2]
+        last = first + queries
+        waiting = max((max(last - start, 0)) % HOP for start in starts)
+        grown = columns.new_zeros(*columns.shape[:3], HOP + waiting)
+        for start in sorted(set(starts)):
+            rows = torch.tensor([s == start for s in starts], device=columns.device)
+            whole = bool(rows.all())
+            old = columns if whole else columns[rows]
+            pending = max(first - start, 0) % HOP
+            arrived = attention if whole else attention[rows]
+            arrived = arrived[:, :, max(start - first, 0) :]
+            tail = old[:, :, :held, :HOP].transpose(2, 3)
+            stream = arrived
+            if pending:
+                stream = torch.cat((old[:, :, :held, HOP : HOP + pending].transpose(2, 3), arrived), dim=2)
+            full = stream.shape[2] // HOP * HOP
+            if full:
+                state = self.slotwise["attention_spectrum"]
+                before = state if whole else state[rows]
+                after, tail = advance(before[:, :, :held], tail, stream[:, :, :full])
+                if whole:
+                    state[:, :, :held] = after
+                else:
+                    before[:, :, :held] = after
+                    state[rows] = before
+            rest = stream[:, :, full:].transpose(2, 3)
+            block = grown if whole else grown[rows]
+            block[:, :, :held, :HOP] = tail.transpose(2, 3)
+            block[:, :, :held, HOP : HOP + rest.shape[3]] = rest
+            if not whole:
+                grown[rows] = block
+        self.slotwise["columns"] = grown
+
+    def queried(self, query: Tensor, positions: Tensor | None, real: Tensor | None, rotary: Rotary | None) -> None:
+        """Learn from the queries themselves.
+
+        query : (batch, query_heads, queries, head_dim). positions : (batch, queries) as rotated.
+        real : (batch, queries) bool, None when nothing is padded.
+        """
+        if self.wanted.windows:
+            width = self.wanted.windows[-1]
+            old = self.rowwise.get("queries")
+            joined = query if old is None else torch.cat((old, query), dim=2)
+            self.rowwise["queries"] = joined[:, :, -width:].clone() if joined.shape[2] > width else joined
+        if self.wanted.query_statistics:
+            self._statistics(query, positions, real, rotary)
+
+    def _statistics(self, query: Tensor, positions: Tensor | None, real: Tensor | None, rotary: Rotary | None) -> None:
+        batch, heads, queries, size = query.shape
+        read = self.rowwise.get("read")
+        if read is None:
+            read = torch.zeros(batch, dtype=torch.int64, device=query.device)
+            self.rowwise["query_sum"] = torch.zeros(batch, heads, size, device=query.device)
+            self.rowwise["query_square"] = torch.zeros(batch, heads, size, size, device=query.device)
+        if real is None:
+            real = torch.ones(batch, queries, dtype=torch.bool, device=query.device)
+        own = read[:, None] + real.cumsum(1) - 1
+        if positions is None:
+            positions = own.clamp(min=0)
+        weight = (real & (own >= SINKS)).float()
+        plain = unrotate(query, rotary, positions.expand(batch, queries)).float() * weight[:, None, :, None]
+        self.rowwise["query_sum"] += plain.sum(2)
+        self.rowwise["query_square"] += torch.einsum("bhqd,bhqe->bhde", plain, plain)
+        self.rowwise["read"] = read + real.sum(1)
+        self.rowwise["newest"] = positions.expand(batch, queries)[:, -1]
+
+    def query_statistics(self, rotary: Rotary | None) -> dict[str, Tensor]:
+        """Return mean, covariance and future rotation as the module docstring says."""
+        total, square = self.rowwise["query_sum"], self.rowwise["query_square"]
+        count = (self.rowwise["read"] - SINKS).clamp(min=1).float()[:, None, None]
+        mean = total / count
+        covariance = square / count[..., None] - mean[..., :, None] * mean[..., None, :]
+        rotation = future_rotation(rotary, self.rowwise["newest"], total.shape[-1], FUTURE, total)
+        return {"query_mean": mean, "query_covariance": covariance, "future_rotation": rotation}
+
+    def gather(self, index: Tensor) -> None:
+        """Follow a compaction: index (batch, kv_heads, kept) into the slots."""
+        for name, state in self.slotwise.items():
+            wide = index.view(*index.shape, *([1] * (state.dim() - 3)))
+            self.slotwise[name] = state.gather(2, wide.expand(*index.shape, *state.shape[3:]))
+
+    def rows(self, index: Tensor) -> None:
+        """Follow a selection, repetition or reordering of the rows."""
+        for states in (self.slotwise, self.rowwise):
+            for name, state in states.items():
+                states[name] = state.index_select(0, index.to(state.device))
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        return [*self.slotwise.values(), *self.rowwise.values()]

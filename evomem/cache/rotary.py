@@ -1,0 +1,71 @@
+"""Cache: what is known of a model's rotary embedding, to take queries out of and into rotated frames."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evomem.errors import UnsupportedModelError
+
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """The half-split rotation of Llama, Qwen, Mistral, Gemma, GPT-NeoX and Phi: (a, b) -> (-b, a)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def find_rotary(model: PreTrainedModel) -> Rotary | None:
+    """Return the model's rotary module as ``(x, position_ids) -> (cos, sin)``; None for a model without one.
+
+    Raises `UnsupportedModelError` for rotary variants whose pairs are interleaved.
+    """
+    modules = [m for m in model.modules() if hasattr(m, "inv_freq")]
+    if not modules:
+        return None
+    source = sys.modules[type(modules[0]).__module__]
+    theirs: Any = getattr(source, "rotate_half", None)
+    probe = torch.arange(4.0)
+    if theirs is None or not torch.equal(theirs(probe), rotate_half(probe)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} rotates queries in another pattern than Llama's; managers that need the "
+            "queries before rotation (expected_attention) cannot be used with it"
+        )
+    rotary: Rotary = modules[0]  # type: ignore[assignment]
+    return rotary
+
+
+def unrotate(query: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
+    """Queries before rotation: query (batch, heads, queries, head_dim), positions (batch, queries)."""
+    if rotary is None:
+        return query
+    cos, sin = (t.float()[:, None] for t in rotary(query, positions))
+    width = cos.shape[-1]
+    rotated, rest = query[..., :width].float(), query[..., width:].float()
+    # cos² + sin² is 1, or the square of the attention scaling that some rotary types fold in.
+    plain = (rotated * cos - rotate_half(rotated) * sin) / (cos.square() + sin.square())
+    return torch.cat((plain, rest), dim=-1)
+
+
+def future_rotation(rotary: Rotary | None, newest: Tensor, size: int, steps: int, like: Tensor) -> Tensor:
+    """Mean rotation matrix of the ``steps`` positions after ``newest`` (batch,): (batch, size, size) fp32.
+
+    ``R @ q`` takes an unrotated query to the mean of its rotations at those (absolute) positions, the frame in which
+    keys are cached. Identity for a model without rotary embedding. (Expected Attention, arXiv 2510.00636.)
+    """
+    eye = torch.eye(size, device=like.device)
+    if rotary is None:
+        return eye.expand(len(newest), size, size)
+    positions = newest[:, None] + 1 + torch.arange(steps, device=like.device)
+    cos, sin = (t.float().mean(1) for t in rotary(like, positions))
+    width = cos.shape[-1]
+    half = rotate_half(torch.eye(width, device=like.device)).transpose(0, 1)  # column vectors: half @ v = rotate_half(v)
+    matrix = eye.repeat(len(newest), 1, 1)
+    matrix[:, :width, :width] = torch.diag_embed(cos) + sin[:, :, None] * half
+    return matrix

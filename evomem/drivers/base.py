@@ -1,0 +1,68 @@
+"""Driver: proposes candidates and learns from their fitness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomem.registry import Registry
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Population:
+    """The candidates of one generation.
+
+    Attributes
+    ----------
+    generation : counted from 0.
+    vectors : (candidates, dim) float64.
+    seeds : (candidates,) int64, the sampling seed of each candidate (only stochastic managers use it).
+    """
+
+    generation: int
+    vectors: Array
+    seeds: NDArray[np.int64]
+
+
+class Driver(Protocol):
+    """Ask for candidates, tell their fitness (larger is better).
+
+    ``state_dict`` is taken between ``ask`` and ``tell`` or after ``tell``; a driver that loaded it continues
+    bit-exactly. NaN fitness means "no result" and must be survived.
+    """
+
+    dim: int
+
+    def ask(self) -> Population:
+        """Return the next generation; asking again before ``tell`` returns the same one."""
+        ...
+
+    def tell(self, population: Population, fitness: Array) -> None:
+        """Learn from fitness (candidates,), larger is better, NaN = failed."""
+        ...
+
+    @property
+    def mean(self) -> Array:
+        """The distribution's centre (dim,): what the search believes in, as against its luckiest sample."""
+        ...
+
+    def stopped(self) -> str | None:
+        """Why the driver has nothing more to propose, or None."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state made by ``state_dict``."""
+        ...
+
+
+drivers: Registry[type] = Registry("driver", "evomem.drivers")
+"""Registry of drivers; classes take ``(dim, start, seed, **options)``."""

@@ -1,0 +1,50 @@
+"""Errors that are meant for users: what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class EvomemError(Exception):
+    """Base of every error that evomem raises on purpose."""
+
+
+class ConfigError(EvomemError, ValueError):
+    """A configuration (YAML file, command-line setting, manager option) is not valid."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that no registry knows; the message lists the names that exist."""
+
+    def __init__(self, kind: str, name: str, known: list[str]) -> None:
+        import difflib
+
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+class ModelError(EvomemError):
+    """A model cannot be found, loaded, or managed."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model whose attention cannot be managed by the slot cache."""
+
+
+class CacheError(EvomemError, RuntimeError):
+    """The slot cache was used in a way that would give wrong results."""
+
+
+class TaskError(EvomemError, ValueError):
+    """A task cannot be built or would measure nothing (for example: at chance with the full cache)."""
+
+
+class PluginError(EvomemError, ValueError):
+    """A plug-in folder is damaged, incomplete, or of an unknown version; the message names file and field."""
+
+
+class RunError(EvomemError, RuntimeError):
+    """A run folder is in use, damaged, or belongs to another configuration."""
+
+
+class FitnessError(EvomemError, RuntimeError):
+    """The search cannot go on with the fitness values that it got."""

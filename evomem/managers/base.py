@@ -1,0 +1,172 @@
+"""Manager: looks at a layer's slots and decides which stay, which new ones are stored, and which fade."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from evomem.cache import Decision, LayerView, SlotCache, attached
+from evomem.errors import ConfigError
+from evomem.managers.selection import Selection, TopN
+from evomem.registry import Registry
+
+managers: Registry[type[MemoryManager]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a manager decides.
+
+    Attributes
+    ----------
+    every : decide whenever a sequence has read another ``every`` tokens (of its own, padding not counted);
+        None: once, after the context (the first forward pass, or what is read inside ``cache.reading()``).
+    """
+
+    every: int | None = None
+
+
+class ManagerOptions(BaseModel):
+    """Options that every manager has; subclasses add theirs. Saved whole in a plug-in's ``config.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: int | float | None = Field(
+        default=None,
+        description="slots per KV head that a decision keeps: a whole number, or a share of the tokens read in (0, 1]",
+    )
+    every: int | None = Field(
+        default=None, ge=1, description="decide every that many tokens; none: once, after the context"
+    )
+
+
+class MemoryManager(nn.Module, ABC):
+    """Base of all managers.
+
+    A manager is pure in its parameters: `score`, `admit` and `decay` are functions of (parameters, view), so that
+    `torch.func.vmap` evaluates a whole population at once. It holds no state of a sequence; that is in the cache.
+
+    Class attributes
+    ----------------
+    name : registry name, set by ``@register("name")``.
+    Options : pydantic model of its options; ``manager.options`` holds the validated values.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[ManagerOptions]] = ManagerOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        try:
+            self.options = self.Options(**options)
+        except ValidationError as error:
+            lines = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+            )
+            raise ConfigError(f"manager {getattr(self, 'name', type(self).__name__)!r}: {lines}") from None
+        check_budget(self.options.budget)
+        self.schedule = Schedule(self.options.every)
+        self.selection: Selection = self.make_selection()
+
+    # ---- what a subclass says -------------------------------------------------------------------------------------
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """Observations that the cache must record (`evomem.cache.observe`); none by default."""
+        return frozenset()
+
+    def make_selection(self) -> Selection:
+        """Return how scores become a keep-mask; by default the ``budget`` best slots of every head."""
+        return TopN(self.options.budget)
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Tensor:
+        """Return (batch, kv_heads, slots) fp32 scores; larger is kept. Values at empty slots do not matter."""
+
+    def admit(self, view: LayerView) -> Tensor | None:
+        """Store: log-odds (batch, kv_heads, slots) of the ``view.fresh`` newest tokens; None stores everything."""
+        return None
+
+    def decay(self, view: LayerView) -> Tensor | None:
+        """Forget: log-decay (batch, kv_heads, slots) <= 0 added to the slots' attention logits; None leaves them."""
+        return None
+
+    # ---- composed once, here --------------------------------------------------------------------------------------
+
+    def decide(self, view: LayerView) -> Decision:
+        """Compose `score`, `admit`, `decay` and the selection into one decision.
+
+        A fresh token that `admit` gives log-odds below zero is not stored, whatever its score.
+        """
+        keep = self.selection.keep(self.score(view).float(), view) & view.valid
+        log_odds = self.admit(view)
+        if log_odds is not None:
+            keep = keep & ((log_odds >= 0) | (view.age >= view.fresh))
+        return Decision(keep, self.decay(view))
+
+    # ---- use ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attach(self, model: PreTrainedModel) -> Iterator[SlotCache]:
+        """Manage the memory of ``model`` inside the ``with`` block; yields the cache to pass to the model.
+
+        >>> with manager.attach(model) as cache:            # doctest: +SKIP
+        ...     model.generate(**inputs, past_key_values=cache)
+
+        Leaving the block restores the model exactly. Raises `UnsupportedModelError` for a family without a managed
+        attention.
+        """
+        with attached(model):
+            yield self.new_cache(model)
+
+    def new_cache(self, model: PreTrainedModel) -> SlotCache:
+        """Return an empty cache for further sequences; ``model`` must be attached while it is used."""
+        return SlotCache.for_model(model, policy=self)
+
+    def with_options(self, **changes: Any) -> Self:
+        """Return a manager with the same parameters and buffers and some options changed (for example the budget)."""
+        other = type(self)(**{**self.options.model_dump(), **changes})
+        other.load_state_dict(self.state_dict())
+        return other.to(next((t.device for t in self.state_dict().values()), torch.device("cpu")))
+
+    def describe(self) -> dict[str, Any]:
+        """Return ``{"name": ..., "options": ...}``, JSON-serialisable: the record of an experiment."""
+        return {"name": self.name, "options": self.options.model_dump(mode="json")}
+
+    def extra_repr(self) -> str:
+        """Show every option that differs from its default."""
+        changed = self.options.model_dump(exclude_defaults=True)
+        return ", ".join(f"{key}={value!r}" for key, value in changed.items())
+
+
+def check_budget(budget: int | float | None) -> None:
+    """Raise `ConfigError` unless the budget is None, a positive whole number, or a share in (0, 1]."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or (isinstance(budget, int) and budget < 1):
+        raise ConfigError(f"budget: {budget!r} slots per head keep nothing; give a whole number >= 1")
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ConfigError(f"budget: {budget!r} is not a share in (0, 1]; give whole numbers as slots, e.g. 64")
+
+
+managers = Registry("manager", "evomem.managers")
+"""Registry of managers."""
+
+
+def register(name: str) -> Any:
+    """Class decorator: file a manager under ``name`` and set its ``name``."""
+    file = managers.register(name)
+
+    def decorate(cls: type[MemoryManager]) -> type[MemoryManager]:
+        cls.name = name
+        return file(cls)
+
+    return decorate

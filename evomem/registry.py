@@ -1,0 +1,61 @@
+"""The one way in which managers, tasks and drivers get a name: a decorator, listed by ``evomem list``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from evomem.errors import ConfigError, UnknownNameError
+
+T = TypeVar("T", bound=type)
+
+
+class Registry(Generic[T]):
+    """Classes by name.
+
+    Parameters
+    ----------
+    kind : what is registered, for messages ("manager", "task", "driver").
+    group : entry-point group in which other packages may offer classes (loaded when a name is not found here).
+    """
+
+    def __init__(self, kind: str, group: str | None = None) -> None:
+        self.kind = kind
+        self.group = group
+        self._classes: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a class decorator that files the class under ``name``."""
+
+        def file(cls: T) -> T:
+            known = self._classes.get(name)
+            if known is not None and known is not cls:
+                raise ConfigError(f"{self.kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+            self._classes[name] = cls
+            return cls
+
+        return file
+
+    def get(self, name: str) -> T:
+        """Return the class called ``name``; raise `UnknownNameError` with the known names otherwise."""
+        if name not in self._classes and self.group is not None:
+            for point in entry_points(group=self.group):
+                if point.name == name:
+                    self._classes[name] = point.load()
+        if name not in self._classes:
+            raise UnknownNameError(self.kind, name, self.names())
+        return self._classes[name]
+
+    def names(self) -> list[str]:
+        """Return every name that `get` accepts, sorted."""
+        found = set(self._classes)
+        if self.group is not None:
+            found.update(point.name for point in entry_points(group=self.group))
+        return sorted(found)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes or name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
