@@ -1,0 +1,90 @@
+"""Task: fitting a haystack to a length in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from evomem.errors import TaskError
+from evomem.tasks.base import Tokenizer
+
+
+def count_tokens(tokenizer: Tokenizer, text: str) -> int:
+    """Return the number of tokens of a text, without the tokens that a tokenizer adds around it."""
+    return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+class UnitCounts:
+    """Token counts of the units of a haystack (sentences, lines), each as it stands after a space or a line break.
+
+    The counts only start the search: what fits is decided by an encoding of the whole sample.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._counts: dict[str, int] = {}
+
+    def __call__(self, unit: str) -> int:
+        """Return the count of one unit, remembered from the first time on."""
+        found = self._counts.get(unit)
+        if found is None:
+            found = self._counts[unit] = count_tokens(self._tokenizer, " " + unit)
+        return found
+
+    def exact(self, text: str) -> int:
+        """Return the count of a whole text, encoded as it is."""
+        return count_tokens(self._tokenizer, text)
+
+
+def fit(
+    length: int,
+    render: Callable[[int], str],
+    unit: Callable[[int], str],
+    counts: UnitCounts,
+    task: str,
+) -> int:
+    """Return the largest number of units with which a sample has at most ``length`` tokens.
+
+    Parameters
+    ----------
+    length
+        Tokens that the sample may have.
+    render
+        The whole text of the sample (context, question and answer) with n units.
+    unit
+        The n-th unit, counted from 0; there is no last one.
+    counts
+        Counts units, for the first guess, and whole samples.
+    task
+        Name for the message.
+
+    Raises
+    ------
+    TaskError : the sample without any haystack is longer than ``length`` already.
+    """
+    size = counts.exact(render(0))
+    if size > length:
+        raise TaskError(
+            f"task {task}: length {length} is too short, needles, question and answer alone have {size} tokens; "
+            f"ask for a length of at least {size}"
+        )
+
+    def fits(n: int) -> bool:
+        return counts.exact(render(n)) <= length
+
+    # The units' own counts land within a unit or two of the answer; from there, widen until it is bracketed, bisect.
+    guess = 0
+    while (size := size + max(1, counts(unit(guess)))) <= length:
+        guess += 1
+    step = 1
+    if guess == 0 or fits(guess):
+        low, high = guess, guess + 1
+        while fits(high):
+            low, high, step = high, high + 2 * step, 2 * step
+    else:
+        low, high = guess - 1, guess
+        while low > 0 and not fits(low):
+            low, high, step = max(0, low - 2 * step), low, 2 * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

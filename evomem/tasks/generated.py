@@ -1,0 +1,110 @@
+"""Task: the base of tasks that make their samples up, one random generator a sample."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from difflib import get_close_matches
+from hashlib import blake2b
+from random import Random
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from evomem.errors import ConfigError
+from evomem.tasks.base import Sample, Split, Tokenizer
+from evomem.tasks.fitting import UnitCounts
+from evomem.tasks.metrics import substring_share
+
+
+class TaskOptions(BaseModel):
+    """Options that every task has; subclasses add theirs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FittedOptions(TaskOptions):
+    """Options of the tasks whose haystack is fitted to a length."""
+
+    length: int = Field(default=500, ge=1, description="tokens of context, question and answer together, at most")
+
+
+Opts = TypeVar("Opts", bound=TaskOptions)
+
+
+def validate_options(task: str, model: type[Opts], given: dict[str, Any]) -> Opts:
+    """Return the validated options of a task.
+
+    Raises
+    ------
+    ConfigError : an option is unknown or has a value that is not allowed; the message names it and what is allowed.
+    """
+    known = sorted(model.model_fields)
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"task {task} has no option {name!r}.{hint} It has: {', '.join(known) or 'none'}.")
+    try:
+        return model(**given)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc']) or 'options'}={problem.get('input')!r}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        raise ConfigError(f"task {task}: {problems}") from error
+
+
+class GeneratedTask(ABC, Generic[Opts]):
+    """Base of the tasks that make their samples up.
+
+    Sample k of a split and seed is the same however many are asked for: its generator is seeded by the hash of (task,
+    options that matter, split, seed, k). Length and text source do not count as such: the same needles are hidden in
+    haystacks of every size.
+
+    Class attributes
+    ----------------
+    name : registry name.
+    Options : pydantic model of the options; ``task.options`` holds the validated values.
+    has_exact : whether `score` means anything.
+    """
+
+    name: ClassVar[str]
+    Options: type[Opts]
+    has_exact: bool = True
+    uniform_chance: float = 0.0
+
+    def __init__(self, tokenizer: Tokenizer, length: int | None = None, **options: Any) -> None:
+        if length is not None:
+            options["length"] = length
+        self.options = validate_options(self.name, self.Options, options)
+        self.tokenizer = tokenizer
+        self.counts = UnitCounts(tokenizer)
+
+    @abstractmethod
+    def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
+        """Return one sample, drawn with its own generator."""
+
+    def samples(self, split: Split, n: int, seed: int) -> list[Sample]:
+        """Return the first ``n`` samples of a split and seed."""
+        split = Split(split)
+        return [
+            self.sample(self._random(split, seed, k), split, k, f"{self.name}/{split}/{seed}/{k}") for k in range(n)
+        ]
+
+    def score(self, sample: Sample, output: str) -> float:
+        """Return the share of the reference values that occur in the lower-cased output."""
+        return substring_share(sample.references, output)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options that rebuild this task, JSON-serialisable."""
+        return self.options.model_dump(mode="json")
+
+    def _random(self, split: Split, seed: int, number: int) -> Random:
+        matter = self.options.model_dump(mode="json", exclude={"length", "essay"})
+        key = json.dumps([self.name, matter, split, seed, number], sort_keys=True)
+        return Random(int.from_bytes(blake2b(key.encode(), digest_size=16).digest(), "big"))
+
+    def _answer_budget(self, answer: str) -> int:
+        """Tokens that the model may generate: the answer's and a few for a different wording."""
+        return self.counts.exact(answer) + 8

@@ -1,0 +1,63 @@
+"""Task: the exact metrics of generated text, all in [0, 1]."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+
+def substring_share(references: Sequence[str], output: str) -> float:
+    """Return the share of the reference values that occur in the output, both lower-cased (RULER's metric)."""
+    if not references:
+        return 0.0
+    text = output.lower()
+    return sum(reference.lower() in text for reference in references) / len(references)
+
+
+def normalise(text: str) -> str:
+    """Return a text lower-cased, without punctuation and articles, with single spaces (SQuAD)."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", kept).split())
+
+
+def exact_match(references: Sequence[str], output: str) -> float:
+    """Return 1 if the normalised output equals a normalised reference, else 0."""
+    return float(any(normalise(reference) == normalise(output) for reference in references))
+
+
+def token_f1(references: Sequence[str], output: str) -> float:
+    """Return the F1 of the bags of normalised words, the largest over the references (SQuAD)."""
+    return max(
+        (_bag_f1(normalise(reference).split(), normalise(output).split()) for reference in references), default=0.0
+    )
+
+
+def rouge_l(references: Sequence[str], output: str) -> float:
+    """Return ROUGE-L: the F1 of the longest common subsequence of words (Lin 2004), the largest over the references."""
+    return max(
+        (_subsequence_f1(reference.lower().split(), output.lower().split()) for reference in references), default=0.0
+    )
+
+
+def _bag_f1(reference: list[str], output: list[str]) -> float:
+    if not reference or not output:
+        return float(reference == output)
+    return _f1((Counter(reference) & Counter(output)).total(), len(reference), len(output))
+
+
+def _subsequence_f1(reference: list[str], output: list[str]) -> float:
+    if not reference or not output:
+        return float(reference == output)
+    row = [0] * (len(output) + 1)
+    for word in reference:
+        diagonal = 0
+        for j, other in enumerate(output, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return _f1(row[-1], len(reference), len(output))
+
+
+def _f1(common: int, reference: int, output: int) -> float:
+    # 2PR/(P+R) with P = common/output and R = common/reference
+    return 2 * common / (reference + output)
