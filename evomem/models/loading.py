@@ -1,0 +1,122 @@
+"""Model: a frozen causal language model, its tokenizer, and the identity of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from evomem.errors import ModelError
+from evomem.models.aliases import aliases
+from evomem.models.dequantised import cached_folders, damage, quiet
+from evomem.models.files import folder_digest
+from evomem.models.folders import resolve
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen model, ready to be read with.
+
+    Attributes
+    ----------
+    name : the name that it was loaded by (alias, folder or hub id).
+    model : in eval mode, without gradients.
+    tokenizer : pads on the left, and has a padding token.
+    digest : hex SHA-256 of the weights' identity (`evomem.models.files.folder_digest`); equal on every machine that
+        has the same files, and independent of ``dtype``.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+
+
+def load(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    attn: str | None = None,
+    verify: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and freeze it.
+
+    Parameters
+    ----------
+    name : an alias (`evomem.models.available`), a local folder (config.json, safetensors, tokenizer), or a hub id.
+    dtype : of the weights.
+    device : where to put it; the first GPU when there is one, else the CPU.
+    attn : transformers' attention implementation ("sdpa", "eager", ...); its own choice when None.
+    verify : for an alias, compare every checksum of its cached files even when they look untouched.
+
+    Raises
+    ------
+    ModelError
+        The model is not there, incomplete, damaged, or not a causal language model.
+    """
+    folder = resolve(name, verify=verify)
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
+    try:
+        with quiet():
+            # `name` chooses the folder; from here on nothing may touch the network or run code from the folder.
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers, safetensors and tokenizers each raise their own classes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model {name!r} in {folder}: {reason}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"model {name!r} in {folder}: its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(target).eval().requires_grad_(False)
+    return LoadedModel(name, model, tokenizer, folder_digest(folder))
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One line of ``evomem models``.
+
+    Attributes
+    ----------
+    name : the alias.
+    about : what it is.
+    state : ``ready`` (dequantised and cached), ``installed`` (dequantised at its first use) or ``missing``.
+    where : the cached folder, or else the GGUF file; None when missing.
+    bytes : what ``where`` takes on disk; 0 when missing.
+    install : the command that brings a missing one.
+    """
+
+    name: str
+    about: str
+    state: Literal["ready", "installed", "missing"]
+    where: Path | None
+    bytes: int
+    install: str
+
+
+def available() -> list[ModelInfo]:
+    """Return every alias with its state, without loading or dequantising anything."""
+    found = []
+    for alias in aliases.values():
+        source = alias.source()
+        folder = next((path for path in cached_folders(alias) if damage(path) is None), None)
+        if folder is not None:
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            found.append(ModelInfo(alias.name, alias.about, "ready", folder, size, alias.install))
+        elif source is not None:
+            size = source.stat().st_size
+            found.append(ModelInfo(alias.name, alias.about, "installed", source, size, alias.install))
+        else:
+            found.append(ModelInfo(alias.name, alias.about, "missing", None, 0, alias.install))
+    return found
