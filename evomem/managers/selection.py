@@ -109,8 +109,8 @@ class TopN:
 def pyramid_budget(mean: Tensor, read: Tensor, layer: int, layers: int, beta: float, window: int) -> Tensor:
     """Slots per head of one layer, falling linearly from the first layer to the last (PyramidKV, arXiv 2406.02069).
 
-    b_l = b_max - l (b_max - b_min) / (N - 1) with b_min = m/beta, b_max = 2m - b_min; where b_max >= L - w, b_max = L - w
-    and b_min = 2m - b_max. Three things that the formula leaves open are settled here:
+    b_l = b_max - l (b_max - b_min) / (N - 1) with b_min = m/beta, b_max = 2m - b_min; where b_max >= L - w,
+    b_max = L - w and b_min = 2m - b_max. Three things that the formula leaves open are settled here:
 
     * rounding: the first half of the layers is rounded to the nearest (halves up), layer N-1-l gets 2m - b_l and a
       middle layer m, so the sum over the layers is exactly m N and every b_l is within 1/2 of the formula;
@@ -119,11 +119,16 @@ def pyramid_budget(mean: Tensor, read: Tensor, layer: int, layers: int, beta: fl
 
     Parameters
     ----------
-    mean : (...) int64, m, the mean number of slots per head over the layers.
-    read : (...) int64, L, tokens of the row read so far.
-    layer, layers : l and N.
-    beta : steepness, >= 1; 1 gives all layers m.
-    window : w.
+    mean :
+        (...) int64, m, the mean number of slots per head over the layers.
+    read :
+        (...) int64, L, tokens of the row read so far.
+    layer, layers :
+        l and N.
+    beta :
+        Steepness, >= 1; 1 gives all layers m.
+    window :
+        w.
 
     Returns
     -------
@@ -185,8 +190,8 @@ class AcrossHeads:
         n = self.per_head.limit(view)
         scores = self.per_head.protected(scores, view)
         safe = (rank(scores) < share_of(self.safeguard, n)) & view.valid
-        # The guaranteed come even before the protected: with tiny budgets both do not fit.
-        ordered = torch.where(safe, torch.inf, scores.clamp(max=torch.finfo(scores.dtype).max))
+        # At most n a head are safe or protected (`TopN` sees to that), so all of them fit into the layer's total.
+        ordered = torch.where(safe, torch.inf, scores)
         order = torch.sort(view.slots.flatten(-2), dim=-1, stable=True).indices
         flat = ordered.flatten(-2)
         order = order.expand(flat.shape)
@@ -195,3 +200,38 @@ class AcrossHeads:
         places = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
         ranks = torch.zeros_like(order).scatter(-1, order, places).reshape(scores.shape)
         return (ranks < n * scores.shape[-2]) & view.valid
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Keep where the score is >= 0, and always the newest token (NAMM, arXiv 2410.13166); heads are independent.
+
+    Attributes
+    ----------
+    cap : slots per head at most, the best first, the newest token before all; None: no cap. A share as in `TopN`.
+    """
+
+    cap: int | float | None = None
+
+    def keep(self, scores: Tensor, view: LayerView) -> Tensor:
+        """Return the keep-mask (batch, kv_heads, slots)."""
+        scores = protect(scores, view, sinks=0, recent=1)
+        kept = scores >= 0
+        if self.cap is None:
+            return kept
+        return kept & (rank(scores) < slots_of_budget(self.cap, view))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every head of the batch keeps as many slots as the greediest: its own K best, K = max over heads of #{s >= 0}.
+
+    What the reference implementation of NAMM does, because its cache is one tensor; for parity only. The newest token
+    is kept in any case.
+    """
+
+    def keep(self, scores: Tensor, view: LayerView) -> Tensor:
+        """Return the keep-mask (batch, kv_heads, slots)."""
+        scores = protect(scores, view, sinks=0, recent=1)
+        most = (scores >= 0).sum(-1).amax()
+        return (rank(scores) < most) & view.valid
