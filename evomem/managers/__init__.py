@@ -1,0 +1,40 @@
+"""Manager: looks at a layer's slots and decides: store, evict, forget."""
+
+from evomem.managers.adakv import AdaKV
+from evomem.managers.base import ManagerOptions, MemoryManager, Schedule, managers, register
+from evomem.managers.build import build, names, parse, summary
+from evomem.managers.expected_attention import ExpectedAttention
+from evomem.managers.full import Full
+from evomem.managers.h2o import H2O
+from evomem.managers.keydiff import KeyDiff
+from evomem.managers.knorm import KNorm
+from evomem.managers.observed_attention import ObservedAttention
+from evomem.managers.pyramidkv import PyramidKV
+from evomem.managers.random import Random
+from evomem.managers.snapkv import SnapKV
+from evomem.managers.streaming_llm import StreamingLLM
+from evomem.managers.tova import TOVA
+
+__all__ = [
+    "H2O",
+    "TOVA",
+    "AdaKV",
+    "ExpectedAttention",
+    "Full",
+    "KNorm",
+    "KeyDiff",
+    "ManagerOptions",
+    "MemoryManager",
+    "ObservedAttention",
+    "PyramidKV",
+    "Random",
+    "Schedule",
+    "SnapKV",
+    "StreamingLLM",
+    "build",
+    "managers",
+    "names",
+    "parse",
+    "register",
+    "summary",
+]
