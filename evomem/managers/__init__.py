@@ -8,6 +8,7 @@ from evomem.managers.full import Full
 from evomem.managers.h2o import H2O
 from evomem.managers.keydiff import KeyDiff
 from evomem.managers.knorm import KNorm
+from evomem.managers.namm import NAMM
 from evomem.managers.observed_attention import ObservedAttention
 from evomem.managers.pyramidkv import PyramidKV
 from evomem.managers.random import Random
@@ -17,6 +18,7 @@ from evomem.managers.tova import TOVA
 
 __all__ = [
     "H2O",
+    "NAMM",
     "TOVA",
     "AdaKV",
     "ExpectedAttention",
