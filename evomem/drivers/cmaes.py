@@ -1,0 +1,185 @@
+"""Driver: CMA-ES, full or separable, through the ``cma`` package, with restarts.
+
+N. Hansen, "The CMA evolution strategy: a tutorial", arXiv 1604.00772; separable: Ros and Hansen, PPSN 2008.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.common import (
+    DriverOptions,
+    Gaussian,
+    check_told,
+    checked_start,
+    default_popsize,
+    filled,
+    parse_options,
+    sampling_seeds,
+)
+from evomem.drivers.restarts import RestartState, Strategy, first, following
+from evomem.errors import ConfigError
+
+# Fitness is an estimate from a few samples: a generation without differences, or a best value that does not improve,
+# says little. What ends a descent is the distribution itself (step size, condition) and a long stagnation.
+_FLAT_GENERATIONS = 20
+
+
+class CMAESOptions(DriverOptions):
+    """Options of `CMAES`.
+
+    Attributes
+    ----------
+    diagonal : separable CMA-ES; time and memory are linear in the dimension, and the covariance is learned about
+        dim/3 times faster. Default: from 500 dimensions on, where a full covariance would hardly move in the
+        generations that one can pay for.
+    restarts : what follows a descent that has converged: nothing, ``ipop`` or ``bipop``.
+    restart_spread : later descents begin at start + restart_spread * sigma * N(0, I).
+    mirrored : add mirrored candidates to a part of the population (selective, Auger et al. 2011).
+    """
+
+    diagonal: bool | None = None
+    restarts: Strategy = "none"
+    restart_spread: float = Field(default=1.0, ge=0)
+    mirrored: bool = False
+
+
+@drivers.register("cmaes")
+class CMAES:
+    """CMA-ES; maximises, survives NaN, continues bit-exactly from `state_dict`.
+
+    Parameters
+    ----------
+    dim, start, seed : length of a vector, first mean (dim,), seed of everything random.
+    options : `CMAESOptions`.
+    """
+
+    def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
+        if dim < 2:
+            raise ConfigError(f"driver 'cmaes': needs at least 2 dimensions, this space has {dim}; use random_search")
+        self.dim = dim
+        self.options = parse_options(CMAESOptions, "cmaes", options)
+        self._start = checked_start(dim, start)
+        self._seed = seed
+        self._popsize = self.options.popsize or default_popsize(dim)
+        self._restart: RestartState = first(self._popsize, self.options.sigma)
+        self._strategy = self._descent()
+        self._generation = 0
+        self._asked: Population | None = None
+        self._stopped: str | None = None
+        self._ended: tuple[float, Array] | None = None  # fitness and mean of the best descent that has ended
+        self._level = -np.inf  # mean fitness of the running descent's last generation
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the covariance is diagonal."""
+        return self.dim >= 500 if self.options.diagonal is None else self.options.diagonal
+
+    def _descent(self) -> Any:
+        import cma
+
+        regime, number = self._restart.regime, self._restart.descents
+        mean = self._start
+        if number > 1:
+            draw = np.random.default_rng([self._seed, number, 3]).standard_normal(self.dim)
+            mean = self._start + self.options.restart_spread * self.options.sigma * draw
+        settings = {
+            "popsize": regime.popsize,
+            "CMA_diagonal": self.diagonal,
+            "CMA_mirrors": self.options.mirrored,
+            "seed": np.nan,  # any number would seed numpy's global generator, and 0 means the time of day
+            "randn": Gaussian(self._seed, number),
+            "tolflatfitness": _FLAT_GENERATIONS,
+            "maxiter": np.inf,
+            "verbose": -10,
+            "verb_log": 0,
+            "verb_disp": 0,
+            "signals_filename": "",  # otherwise a file in the working directory could steer the search
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return cma.CMAEvolutionStrategy(mean, regime.sigma, settings)
+
+    def ask(self) -> Population:
+        """Return the next generation; the same one until it is told."""
+        if self._asked is None:
+            vectors = np.array(self._strategy.ask(), dtype=np.float64)
+            seeds = sampling_seeds(self._seed, self._generation, len(vectors))
+            self._asked = Population(self._generation, vectors, seeds)
+        return self._asked
+
+    def tell(self, population: Population, fitness: Array) -> None:
+        """Learn; a candidate without a finite fitness counts as the worst."""
+        check_told(self._asked, population)
+        values = filled(fitness, len(population.vectors))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # check_points=False: after a resume pycma does not know the vectors as its own and would shorten them.
+            self._strategy.tell(list(population.vectors), list(-values), check_points=False)
+            reasons = dict(self._strategy.stop())
+        self._asked = None
+        self._generation += 1
+        self._level = float(values.mean())
+        limit = self._restart.regime.limit
+        if limit is not None and self._strategy.countevals >= limit:
+            reasons["evaluations"] = limit
+        if reasons:
+            self._end_descent(", ".join(sorted(reasons)))
+
+    def _end_descent(self, reason: str) -> None:
+        if self._ended is None or self._level > self._ended[0]:
+            self._ended = (self._level, self._running_mean())
+        used = int(self._strategy.countevals)
+        restart = following(self.options.restarts, self._restart, used, self._popsize, self.options.sigma, self._seed)
+        if restart is None:
+            self._stopped = f"CMA-ES has converged ({reason})"
+            return
+        self._restart, self._level = restart, -np.inf
+        self._strategy = self._descent()
+
+    def _running_mean(self) -> Array:
+        return np.array(self._strategy.mean, dtype=np.float64)
+
+    @property
+    def mean(self) -> Array:
+        """Mean of the running descent, or of the best ended one while the running one's last generation is worse."""
+        if self._ended is not None and self._ended[0] >= self._level:
+            return self._ended[1].copy()
+        return self._running_mean()
+
+    @property
+    def sigma(self) -> float:
+        """Current step size, in units of the vector."""
+        return float(self._strategy.sigma)
+
+    def stopped(self) -> str | None:
+        """Why there is nothing more to propose, or None."""
+        return self._stopped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that an exact resume needs, the running strategy as pickled bytes."""
+        return {
+            "strategy": pickle.dumps(self._strategy),
+            "restart": self._restart,
+            "generation": self._generation,
+            "asked": self._asked,
+            "stopped": self._stopped,
+            "ended": self._ended,
+            "level": self._level,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`. The bytes are unpickled: load only what this machine saved."""
+        self._strategy = pickle.loads(state["strategy"])
+        self._restart = state["restart"]
+        self._generation = state["generation"]
+        self._asked = state["asked"]
+        self._stopped = state["stopped"]
+        self._ended = state["ended"]
+        self._level = state["level"]

@@ -1,0 +1,93 @@
+"""Driver: what all drivers share: options, generators that can be saved, fitness without holes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from evomem.config import Settings
+from evomem.drivers.base import Array, Population
+from evomem.errors import ConfigError, FitnessError
+
+
+class DriverOptions(Settings):
+    """Options that every driver has.
+
+    Attributes
+    ----------
+    sigma : first step size, in units of the vector.
+    popsize : candidates of a generation; by default 4 + 3 ln(dim), pycma's.
+    """
+
+    sigma: float = Field(default=0.3, gt=0, allow_inf_nan=False)
+    popsize: int | None = Field(default=None, ge=2)
+
+
+O = TypeVar("O", bound=DriverOptions)  # noqa: E741
+
+
+def parse_options(model: type[O], driver: str, options: dict[str, Any]) -> O:
+    """Return validated options; None stands for the default. Raise `ConfigError` with one line per fault."""
+    try:
+        return model(**{key: value for key, value in options.items() if value is not None})
+    except ValidationError as error:
+        known = ", ".join(model.model_fields)
+        lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        raise ConfigError(f"driver {driver!r}: {lines}. Its options: {known}") from None
+
+
+def checked_start(dim: int, start: Array) -> Array:
+    """Return the start vector as float64 (dim,); raise `ConfigError` for another shape or numbers not finite."""
+    start = np.array(start, dtype=np.float64)
+    if start.shape != (dim,) or not np.isfinite(start).all():
+        raise ConfigError(f"driver: a start of {dim} finite numbers is expected, this has shape {start.shape}")
+    return start
+
+
+def default_popsize(dim: int) -> int:
+    """Return CMA-ES's default population: 4 + floor(3 ln dim) (Hansen, arXiv 1604.00772, eq. 48)."""
+    return 4 + int(3 * np.log(dim))
+
+
+def sampling_seeds(seed: int, generation: int, count: int) -> NDArray[np.int64]:
+    """Return one sampling seed per candidate: a pure function of (search seed, generation, place)."""
+    return np.random.default_rng([seed, generation, 1]).integers(0, 2**62, count, dtype=np.int64)
+
+
+def check_told(asked: Population | None, told: Population) -> None:
+    """Raise `ConfigError` unless the told population is the asked one."""
+    if asked is None:
+        raise ConfigError("driver: tell() without ask()")
+    if told.generation != asked.generation or not np.array_equal(told.vectors, asked.vectors):
+        raise ConfigError(f"driver: tell() of generation {told.generation}, which is not the population last asked")
+
+
+def filled(fitness: Array, count: int) -> Array:
+    """Return fitness (candidates,) with every NaN and infinity replaced by the worst finite value.
+
+    Raises
+    ------
+    ConfigError : another number of values than candidates.
+    FitnessError : no value is finite.
+    """
+    fitness = np.array(fitness, dtype=np.float64)
+    if fitness.shape != (count,):
+        raise ConfigError(f"driver: {count} fitness values are expected, this has shape {fitness.shape}")
+    finite = np.isfinite(fitness)
+    if not finite.any():
+        raise FitnessError("all candidates of the generation failed (their fitness is NaN or infinite)")
+    return np.where(finite, fitness, fitness[finite].min())
+
+
+class Gaussian:
+    """Standard normal numbers from a generator of its own, which pickles; pycma's default is numpy's global one."""
+
+    def __init__(self, *seed: int) -> None:
+        self._generator = np.random.default_rng(list(seed))
+
+    def __call__(self, *shape: int) -> Array:
+        """Return numbers of the given shape."""
+        return self._generator.standard_normal(shape)

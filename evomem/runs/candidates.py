@@ -1,0 +1,257 @@
+"""Run: candidates into units of work, units into evaluations, each of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomem.errors import EvomemError, RunError
+from evomem.evaluation.types import Evaluation
+from evomem.managers.base import MemoryManager, managers
+from evomem.runs.bench import Bench
+from evomem.runs.config import Budget, Stage, TaskConfig
+from evomem.runs.fitness import Fitness, TaskValues, baseline_scale, combine, objective_of, worth
+from evomem.runs.journal import Journal, Record, evaluations_of, unit_record
+from evomem.runs.samples import Samples
+from evomem.search_space import SearchSpace
+from evomem.tasks.base import Sample
+from evomem.workers.base import Unit, WorkerPool
+
+Vectors = NDArray[np.float64]
+Seeds = NDArray[np.int64]
+
+
+class UnitEvaluator:
+    """Evaluates a unit: decodes its vectors and asks the evaluator. What a worker pool calls.
+
+    Parameters
+    ----------
+    space : decodes vectors.
+    bench : measures.
+    samples : gives the tasks by their names in units.
+    """
+
+    def __init__(self, space: SearchSpace, bench: Bench, samples: Samples) -> None:
+        self._space = space
+        self._bench = bench
+        self._samples = samples
+        self._decoded: dict[tuple[str, int | float | None], list[MemoryManager]] = {}
+
+    def __call__(self, unit: Unit) -> list[Evaluation]:
+        """Return one evaluation a candidate."""
+        task = self._samples.tasks[unit.task]
+        found = self._bench.evaluator.evaluate(self._managers(unit), unit.sample, task, **unit.arguments)
+        if len(found) != unit.candidates:
+            raise RunError(f"unit {unit.key}: {unit.candidates} evaluations expected, {len(found)} came back")
+        return found
+
+    def _managers(self, unit: Unit) -> list[MemoryManager]:
+        if unit.vectors is None:
+            return [managers.get("full")()]
+        key = (unit.digest, unit.budget)
+        if key not in self._decoded:
+            if len(self._decoded) >= 16:  # chunks of one generation; older ones do not come back
+                self._decoded.pop(next(iter(self._decoded)))
+            decoded = [self._space.decode(vector) for vector in unit.vectors]
+            if unit.budget is not None:
+                decoded = [manager.with_options(budget=unit.budget) for manager in decoded]
+            self._decoded[key] = decoded
+        return self._decoded[key]
+
+
+class Measuring:
+    """Evaluates units through a pool, once each: what the journal holds is taken from there.
+
+    Parameters
+    ----------
+    journal : of the run.
+    known : unit lines of the journal, by key; see `UnitEvaluator` for what they hold.
+    attempts : how often a failing unit is tried.
+    """
+
+    def __init__(self, pool: WorkerPool, journal: Journal, known: Iterable[Record], attempts: int) -> None:
+        self._pool = pool
+        self._journal = journal
+        self._known = {(record["key"], record["candidates"]): record for record in known}
+        self._attempts = attempts
+
+    def evaluate(self, units: Sequence[Unit]) -> dict[str, list[Evaluation]]:
+        """Return the evaluations of all units by key.
+
+        Raises
+        ------
+        RunError : a unit failed on every attempt. Errors of evomem itself are passed on at once.
+        """
+        results: dict[str, list[Evaluation]] = {}
+        missing = []
+        for unit in units:
+            record = self._known.get((unit.key, unit.digest))
+            if record is None:
+                missing.append(unit)
+            else:
+                results[unit.key] = evaluations_of(record)
+        for attempt in range(1, self._attempts + 1):
+            failed = []
+            for outcome in self._pool.evaluate(missing):
+                if outcome.error is None:
+                    record = unit_record(outcome)
+                    self._journal.append(record)
+                    if outcome.unit.generation is None:  # units outside a generation are asked for again
+                        self._known[outcome.unit.key, outcome.unit.digest] = record
+                    results[outcome.unit.key] = outcome.evaluations
+                    continue
+                self._journal.event(
+                    "attempt_failed",
+                    key=outcome.unit.key,
+                    attempt=attempt,
+                    seconds=outcome.seconds,
+                    error=f"{type(outcome.error).__name__}: {outcome.error}",
+                )
+                if isinstance(outcome.error, EvomemError):
+                    raise outcome.error
+                if attempt == self._attempts:
+                    raise RunError(
+                        f"unit {outcome.unit.key} failed {attempt} times; the last time: "
+                        f"{type(outcome.error).__name__}: {outcome.error}. "
+                        "What is finished is kept: mend the cause and resume the run"
+                    ) from outcome.error
+                failed.append(outcome.unit)
+            missing = failed
+            if not missing:
+                break
+        return results
+
+    def forget(self, generation: int) -> None:
+        """Drop what is known of generations up to this one; they do not come back."""
+        self._known = {
+            key: record
+            for key, record in self._known.items()
+            if record["generation"] is None or record["generation"] > generation
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What some candidates are measured on.
+
+    Attributes
+    ----------
+    phase, generation : see `Unit`; the phase is the first part of the units' keys.
+    stage : tasks, budgets and fitness.
+    samples : samples of every task of the stage, in its order.
+    exact : generate text too, whatever the objective.
+    """
+
+    phase: str
+    generation: int | None
+    stage: Stage
+    samples: tuple[tuple[Sample, ...], ...]
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Evaluations of all candidates on one sample at one budget."""
+
+    task: TaskConfig
+    budget: int | float | None
+    evaluations: list[Evaluation]
+
+
+class Judge:
+    """Gives candidates their fitness.
+
+    Parameters
+    ----------
+    measuring : evaluates units.
+    samples : names tasks.
+    chunk : candidates of a unit.
+    """
+
+    def __init__(self, measuring: Measuring, samples: Samples, chunk: int) -> None:
+        self._measuring = measuring
+        self._samples = samples
+        self._chunk = chunk
+
+    def judge(self, plan: Plan, vectors: Vectors, seeds: Seeds) -> tuple[Fitness, list[Row]]:
+        """Return the fitness of candidates (candidates, dim), and all evaluations."""
+        arguments = dict(objective_of(plan.stage.fitness).arguments)
+        if plan.exact:
+            arguments["exact"] = True
+        places = [
+            (place, number, budget)
+            for place, samples in enumerate(plan.samples)
+            for number in range(len(samples))
+            for budget in plan.stage.budgets or (None,)
+        ]
+        units = [self._chunks(plan, *where, vectors, seeds, arguments) for where in places]
+        found = self._measuring.evaluate([unit for chunks in units for unit in chunks])
+        baselines = self._baselines(plan)
+        values: list[list[list[Vectors]]] = [[[] for _ in samples] for samples in plan.samples]
+        rows = []
+        for (place, number, budget), chunks in zip(places, units, strict=True):
+            evaluations = [evaluation for unit in chunks for evaluation in found[unit.key]]
+            rows.append(Row(plan.stage.tasks[place], budget, evaluations))
+            values[place][number].append(worth(evaluations, plan.stage.fitness, *baselines[place][number]))
+        tasks = [
+            TaskValues(task.weight, np.stack([np.mean(sample, axis=0) for sample in values[place]], axis=1))
+            for place, task in enumerate(plan.stage.tasks)
+        ]
+        return combine(tasks), rows
+
+    def _chunks(
+        self, plan: Plan, place: int, number: int, budget: Budget | None, vectors: Vectors, seeds: Seeds, arguments: Any
+    ) -> list[Unit]:
+        """Return the units of all candidates on one sample at one budget."""
+        name, sample = self._samples.name(plan.stage.tasks[place]), plan.samples[place][number]
+        head = plan.phase if plan.generation is None else f"{plan.phase}/{plan.generation}"
+        head = f"{head}/{name}/{sample.id}/{'own' if budget is None else budget}"
+        units = []
+        for chunk, begin in enumerate(range(0, len(vectors), self._chunk)):
+            part = slice(begin, begin + self._chunk)
+            units.append(
+                Unit(
+                    key=f"{head}/{chunk}",
+                    phase=plan.phase,
+                    generation=plan.generation,
+                    task=name,
+                    sample=sample,
+                    vectors=vectors[part],
+                    seeds=seeds[part],
+                    budget=budget,
+                    arguments=arguments,
+                )
+            )
+        return units
+
+    def _baselines(self, plan: Plan) -> list[list[tuple[float | None, float]]]:
+        """Return what to subtract and what to divide by, per task and sample."""
+        config = plan.stage.fitness
+        if config.normalise == "none":
+            return [[(None, 1.0)] * len(samples) for samples in plan.samples]
+        objective = objective_of(config)
+        units = [
+            [
+                Unit(
+                    key=f"reference/{config.objective}/{name}/{sample.id}",
+                    phase="reference",
+                    generation=None,
+                    task=name,
+                    sample=sample,
+                    vectors=None,
+                    seeds=np.zeros(1, dtype=np.int64),
+                    arguments=dict(objective.arguments),
+                )
+                for sample in samples
+            ]
+            for name, samples in zip(map(self._samples.name, plan.stage.tasks), plan.samples, strict=True)
+        ]
+        found = self._measuring.evaluate([unit for row in units for unit in row])
+        full = [[objective.value(found[unit.key][0]) for unit in row] for row in units]
+        if objective.against_full == "subtract":
+            return [[(value, 1.0) for value in row] for row in full]
+        return [[(None, baseline_scale(row))] * len(row) for row in full]

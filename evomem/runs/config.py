@@ -1,0 +1,276 @@
+"""Run: the configuration of one search, an *experiment*, read from YAML and kept resolved in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from evomem.config import Settings, apply_settings, read_yaml, validate
+from evomem.errors import ConfigError
+from evomem.evaluation.types import EvaluationProtocol
+from evomem.managers.base import check_budget
+from evomem.search_space import SpaceConfig, load_space
+
+Budget = int | float
+
+
+class ModelConfig(Settings):
+    """The frozen model: alias, folder or hub id, and the type of its weights."""
+
+    name: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TaskConfig(Settings):
+    """One task of the fitness: its name (and options), context length in tokens, and weight in the sum."""
+
+    spec: str
+    length: int | None = Field(default=None, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    @property
+    def label(self) -> str:
+        """Name in tables and in the journal's keys."""
+        return self.spec if self.length is None else f"{self.spec}@{self.length}"
+
+
+class DriverConfig(Settings):
+    """Who proposes the candidates.
+
+    ``population`` is by default the driver's own, ``sigma`` the search space's.
+    """
+
+    name: str = "cmaes"
+    options: dict[str, Any] = Field(default_factory=dict)
+    population: int | None = Field(default=None, ge=2)
+    sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+class FitnessConfig(Settings):
+    """What a candidate's fitness is.
+
+    Attributes
+    ----------
+    objective : a name of `evomem.runs.fitness.objectives`: ``loglik`` (nats per answer token) or ``exact``.
+    price_per_megabyte : taken off per 10^6 bytes of mean memory, in units of the objective.
+    normalise : ``full`` measures against the full cache on the same samples: its likelihood is subtracted (nats lost
+        to eviction), its exact score divides.
+    """
+
+    objective: str = "loglik"
+    price_per_megabyte: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    normalise: Literal["none", "full"] = "none"
+
+
+class StageConfig(Settings):
+    """A part of the search that changes what is evaluated; the driver's whole state is carried on.
+
+    Everything that is left out is as in the experiment. ``length`` is given to every task of the stage.
+    """
+
+    name: str | None = None
+    generations: int = Field(ge=1)
+    tasks: list[TaskConfig] | None = Field(default=None, min_length=1)
+    length: int | None = Field(default=None, ge=1)
+    budgets: list[Budget] | None = Field(default=None, min_length=1)
+    samples_per_generation: int | None = Field(default=None, ge=1)
+    train_contexts: int | None = Field(default=None, ge=1)
+    fitness: FitnessConfig | None = None
+
+    _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
+    _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))
+
+
+class SelectConfig(Settings):
+    """Which finalists are re-evaluated on the `select` split.
+
+    Attributes
+    ----------
+    contexts : samples per task, the same for all finalists.
+    top : candidates with the largest fitness of the run (noisy, each on its own generation's samples).
+    snapshots : means of the distribution at so many evenly spaced earlier generations (a long search overfits).
+    """
+
+    contexts: int = Field(default=48, ge=1)
+    top: int = Field(default=4, ge=0)
+    snapshots: int = Field(default=0, ge=0)
+
+
+class SealedConfig(Settings):
+    """How the one winner is reported on the `sealed` split: samples per task, and whether text is generated too."""
+
+    contexts: int = Field(default=100, ge=1)
+    exact: bool = True
+
+
+class ExperimentConfig(Settings):
+    """One search. See `experiments/` for examples.
+
+    Attributes
+    ----------
+    seed : of everything random: driver, minibatches, samples.
+    tasks, samples_per_generation, train_contexts : each generation draws so many contexts per task from a pool of
+        ``train_contexts``, the same for all candidates (common random numbers); every context is used once before any
+        is used again.
+    budgets : every candidate is evaluated at each of these budgets, and the fitness is the average; by default at the
+        manager's own.
+    stages : see `StageConfig`; without them there is one, of ``generations``.
+    against : heuristics that a comparison sets beside the winner.
+    chunk : candidates evaluated as one batch. It is part of the experiment because a batch's shape moves results in
+        the last digits.
+    store_bytes : memory for contexts that were read once and are used again.
+    attempts : how often a failing evaluation is tried before the search stops.
+    """
+
+    name: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    space: SpaceConfig
+    tasks: list[TaskConfig] = Field(min_length=1)
+    protocol: EvaluationProtocol = EvaluationProtocol()
+    driver: DriverConfig = DriverConfig()
+    generations: int = Field(default=50, ge=1)
+    samples_per_generation: int = Field(default=6, ge=1)
+    train_contexts: int = Field(default=100, ge=1)
+    fitness: FitnessConfig = FitnessConfig()
+    budgets: list[Budget] | None = Field(default=None, min_length=1)
+    stages: list[StageConfig] | None = Field(default=None, min_length=1)
+    select: SelectConfig = SelectConfig()
+    sealed: SealedConfig = SealedConfig()
+    against: list[str] = Field(default_factory=list)
+    chunk: int = Field(default=32, ge=1)
+    store_bytes: int = Field(default=2 * 2**30, ge=0)
+    attempts: int = Field(default=2, ge=1)
+
+    _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
+    _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _plan_holds(self) -> Self:
+        for place, stage in enumerate(self.plan()):
+            kinds = [task.model_dump(exclude={"weight"}) for task in stage.tasks]
+            twice = [task.label for i, task in enumerate(stage.tasks) if kinds[i] in kinds[:i]]
+            if twice:
+                raise ValueError(f"stage {place}: task {twice[0]} is given twice; raise its weight instead")
+            if stage.samples_per_generation > stage.train_contexts:
+                raise ValueError(
+                    f"stage {place}: samples_per_generation {stage.samples_per_generation} is more than the pool of "
+                    f"train_contexts {stage.train_contexts}"
+                )
+        return self
+
+    def plan(self) -> tuple[Stage, ...]:
+        """Return the stages with everything filled in, and the generations at which they begin and end."""
+        stages, begin = [], 0
+        for place, stage in enumerate(self.stages or [StageConfig(generations=self.generations)]):
+            tasks = self.tasks if stage.tasks is None else stage.tasks
+            if stage.length is not None:
+                tasks = [task.model_copy(update={"length": stage.length}) for task in tasks]
+            stages.append(
+                Stage(
+                    place=place,
+                    name=stage.name or f"stage {place + 1}",
+                    begin=begin,
+                    end=begin + stage.generations,
+                    tasks=tuple(tasks),
+                    budgets=tuple(self.budgets or () if stage.budgets is None else stage.budgets),
+                    samples_per_generation=stage.samples_per_generation or self.samples_per_generation,
+                    train_contexts=stage.train_contexts or self.train_contexts,
+                    fitness=stage.fitness or self.fitness,
+                )
+            )
+            begin += stage.generations
+        return tuple(stages)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return everything as plain values: what is kept in the run and compared on a resume."""
+        return self.model_dump(mode="json")
+
+
+class Stage(Settings):
+    """A stage with everything filled in; it covers the generations from ``begin`` to before ``end``."""
+
+    place: int
+    name: str
+    begin: int
+    end: int
+    tasks: tuple[TaskConfig, ...]
+    budgets: tuple[Budget, ...]
+    samples_per_generation: int
+    train_contexts: int
+    fitness: FitnessConfig
+
+
+def _task_list(value: Any) -> Any:
+    return [{"spec": task} if isinstance(task, str) else task for task in value] if isinstance(value, list) else value
+
+
+def _checked_budgets(value: list[Budget] | None) -> list[Budget] | None:
+    for budget in value or []:
+        try:
+            check_budget(budget)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    return value
+
+
+def load_experiment(name: str | Path, settings: Iterable[str] = ()) -> ExperimentConfig:
+    """Return the experiment of a file or of a name in `experiments/`, with ``key=value`` settings applied.
+
+    ``space`` may be the name of a file of `search_spaces/`, or a mapping with ``name`` and what to change in it.
+
+    Raises
+    ------
+    ConfigError : names file, field, value and the nearest valid key.
+    """
+    path = Path(name)
+    if not path.is_file():
+        from evomem.resources import resource_path
+
+        path = resource_path("experiments", str(name))
+    return parse_experiment(read_yaml(path), settings, str(path))
+
+
+def parse_experiment(
+    data: Mapping[str, Any], settings: Iterable[str] = (), where: str = "experiment"
+) -> ExperimentConfig:
+    """Return the `ExperimentConfig` of plain values; see `load_experiment`."""
+    settings = list(settings)
+    spaces = [setting for setting in settings if setting.partition("=")[0].strip() in ("space", "space.name")]
+    others = [setting for setting in settings if setting not in spaces]
+    if isinstance(data.get("space"), str):
+        data = {**data, "space": {"name": data["space"]}}
+    values = apply_settings(data, [_renamed(setting) for setting in spaces])
+    values["space"] = _resolve_space(values.get("space"), where)
+    return validate(ExperimentConfig, apply_settings(values, others), where)
+
+
+def _renamed(setting: str) -> str:
+    return setting if setting.startswith("space.") else "space.name" + setting[len("space") :]
+
+
+def _resolve_space(space: Any, where: str) -> Any:
+    if isinstance(space, dict) and "name" in space:
+        if not isinstance(space["name"], str):
+            raise ConfigError(f"{where}: space.name: {space['name']!r} is not the name of a search space")
+        changes = {key: value for key, value in space.items() if key != "name"}
+        return load_space(space["name"], changes).model_dump(mode="json")
+    if space is None:
+        raise ConfigError(f"{where}: space: is required and missing; name a file of search_spaces/")
+    return space
+
+
+def to_yaml(data: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, in the order in which the models declare them."""
+    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=120)
+    return text

@@ -1,0 +1,111 @@
+"""Run: from the end of the search to the one winner, its plug-in, and its one report on the sealed split."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evomem.drivers.base import Driver
+from evomem.errors import FitnessError
+from evomem.runs.archive import Finalist
+from evomem.runs.candidates import Judge, Plan
+from evomem.runs.files import write_atomically, write_vector
+from evomem.runs.result import RunResult, Score
+from evomem.strict_json import to_json
+from evomem.tasks.base import Split
+
+if TYPE_CHECKING:
+    from evomem.runs.search import Search
+
+
+def choose(search: Search, judge: Judge, driver: Driver) -> RunResult:
+    """Re-evaluate the finalists on `select`, report the best on `sealed` once, and write winner and result.
+
+    Raises
+    ------
+    FitnessError : no finalist has a finite fitness.
+    """
+    config = search.config
+    finalists = search.archive.finalists(driver.mean, search.start)
+    scores = _scores(search, judge, "select", Split.SELECT, config.select.contexts, finalists)
+    fitness = np.array([score.fitness for score in scores])
+    if not np.isfinite(fitness).any():
+        raise FitnessError("select: no finalist has a finite fitness; look at the select units in journal.jsonl")
+    best = int(np.argmax(np.where(np.isfinite(fitness), fitness, -np.inf)))
+    winner = finalists[best]
+    train = min(config.select.contexts, search.plan[-1].train_contexts)
+    result = RunResult(
+        folder=search.path,
+        winner=winner.label,
+        vector=winner.vector,
+        generations=len(search.records),
+        stopped=driver.stopped(),
+        finalists={finalist.label: score for finalist, score in zip(finalists, scores, strict=True)},
+        train=_scores(search, judge, "check", Split.TRAIN, train, [winner])[0],
+        select=scores[best],
+        sealed=_scores(search, judge, "sealed", Split.SEALED, config.sealed.contexts, [winner])[0],
+        spent=asdict(search.run_folder.journal.totals),
+    )
+    _write(search, result)
+    return result
+
+
+def _scores(
+    search: Search, judge: Judge, phase: str, split: Split, contexts: int, finalists: list[Finalist]
+) -> list[Score]:
+    """Return the finalists' scores, all on the same samples of a split, as the last stage measures."""
+    stage = search.plan[-1]
+    samples = tuple(tuple(search.samples.pool(task, split, contexts)) for task in stage.tasks)
+    exact = split is Split.SEALED and search.config.sealed.exact
+    vectors = np.stack([finalist.vector for finalist in finalists])
+    seeds = np.arange(len(finalists), dtype=np.int64)
+    fitness, rows = judge.judge(Plan(phase, None, stage, samples, exact), vectors, seeds)
+    return [Score.of(float(fitness.values[place]), rows, place) for place in range(len(finalists))]
+
+
+def _write(search: Search, result: RunResult) -> None:
+    """Write the winner, then the result, which says that the run is finished."""
+    folder = search.path / "winner"
+    write_vector(folder / "vector.npy", result.vector)
+    _save_plugin(search, folder / "plugin", result)
+    search.run_folder.journal.event("finish", winner=result.winner)
+    search.run_folder.journal.sync()
+    write_atomically(search.path / "result.json", to_json(result.to_json()).encode())
+
+
+def _save_plugin(search: Search, folder: Path, result: RunResult) -> None:
+    try:
+        from evomem.plugins import save
+    except ImportError:
+        return
+    manager = search.space.decode(result.vector)
+    budgets = search.plan[-1].budgets
+    if budgets:
+        manager = manager.with_options(budget=budgets[0])
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed while it wrote
+    save(manager, folder, provenance(search, result))
+
+
+def provenance(search: Search, result: RunResult) -> dict[str, Any]:
+    """Return where the winner comes from: model, search space, driver, seed, what was spent, scores, fitness curve."""
+    import evomem
+
+    config = search.config.resolved()
+    curve = [
+        {"generation": g, "best": r.best, "mean": r.mean, "spread": r.spread} for g, r in sorted(search.records.items())
+    ]
+    return {
+        "evomem_version": getattr(evomem, "__version__", "unknown"),
+        "experiment": search.config.name,
+        **dict(search.bench.provenance),
+        **{key: config[key] for key in ("model", "space", "driver", "seed", "tasks", "protocol", "budgets", "stages")},
+        "winner": result.winner,
+        "generations": result.generations,
+        "spent": result.spent,
+        "scores": {split: asdict(getattr(result, split)) for split in ("train", "select", "sealed")},
+        "fitness_curve": curve,
+    }

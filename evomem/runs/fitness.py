@@ -1,0 +1,183 @@
+"""Run: from evaluations to a fitness per candidate, and how much of its spread is noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomem.errors import ConfigError, UnknownNameError
+from evomem.evaluation.types import Evaluation
+from evomem.runs.config import FitnessConfig
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one evaluation is worth; larger is better.
+
+    Attributes
+    ----------
+    value : number of an evaluation.
+    arguments : further arguments that the evaluator needs to measure it.
+    against_full : how it is set against the full cache: its likelihood is a difference, its exact score a ratio.
+    """
+
+    value: Callable[[Evaluation], float]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    against_full: Literal["subtract", "divide"] = "subtract"
+
+
+def _loglik(evaluation: Evaluation) -> float:
+    return evaluation.loglik
+
+
+def _exact(evaluation: Evaluation) -> float:
+    return float("nan") if evaluation.exact is None else evaluation.exact
+
+
+objectives: dict[str, Objective] = {
+    "loglik": Objective(_loglik),
+    "exact": Objective(_exact, {"exact": True}, "divide"),
+}
+"""Objectives by name; ``fitness.objective`` of an experiment names one."""
+
+# A task at which the full cache itself almost always fails would rule a sum of ratios (specification of NAMM, faults).
+_SMALLEST_BASELINE = 0.1
+
+
+def objective_of(config: FitnessConfig) -> Objective:
+    """Return the objective that an experiment names; raise `UnknownNameError` otherwise."""
+    if config.objective not in objectives:
+        raise UnknownNameError("objective", config.objective, list(objectives))
+    return objectives[config.objective]
+
+
+@dataclass(frozen=True)
+class TaskValues:
+    """Values of one task.
+
+    Attributes
+    ----------
+    weight : of the task in the fitness.
+    values : (candidates, samples), the mean over budgets; not finite where an evaluation failed.
+    """
+
+    weight: float
+    values: Array
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """The fitness of some candidates on the same samples.
+
+    Attributes
+    ----------
+    values : (candidates,) weighted mean over tasks of the mean over samples; NaN where any value was not finite.
+    failed : how many of them are NaN.
+    noise : standard error of a candidate's fitness relative to the others', from the samples' paired differences, root
+        mean square over candidates; NaN when a task has one sample only.
+    """
+
+    values: Array
+    failed: int
+    noise: float
+
+    @property
+    def best(self) -> float:
+        """Largest fitness, NaN if all failed."""
+        return float(np.nanmax(self.values)) if self.failed < len(self.values) else math.nan
+
+    @property
+    def mean(self) -> float:
+        """Mean of those that did not fail."""
+        return float(np.nanmean(self.values)) if self.failed < len(self.values) else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation (unbiased) over the candidates that did not fail."""
+        return float(np.nanstd(self.values, ddof=1)) if len(self.values) - self.failed > 1 else math.nan
+
+
+def worth(
+    evaluations: Sequence[Evaluation], config: FitnessConfig, baseline: float | None = None, scale: float = 1.0
+) -> Array:
+    """Return what evaluations on one sample are worth (candidates,).
+
+    Parameters
+    ----------
+    baseline : value of the full cache on this sample, taken off; None: nothing is.
+    scale : mean value of the full cache on the samples, by which the value is divided.
+    """
+    objective = objective_of(config)
+    values = np.array([objective.value(evaluation) for evaluation in evaluations], dtype=np.float64)
+    values = values / scale if baseline is None else values - baseline
+    price = config.price_per_megabyte
+    if price:
+        values = values - price * np.array([evaluation.bytes_mean / 1e6 for evaluation in evaluations])
+    return values
+
+
+def baseline_scale(full: Sequence[float]) -> float:
+    """Return the divisor for an objective that is a ratio to the full cache, never below a tenth."""
+    finite = [value for value in full if math.isfinite(value)]
+    return max(_SMALLEST_BASELINE, sum(finite) / len(finite)) if finite else 1.0
+
+
+def combine(tasks: Sequence[TaskValues]) -> Fitness:
+    """Return the fitness of candidates from the values of all tasks.
+
+    The noise is what common random numbers leave: with v the values, d = v - (mean over candidates) are the paired
+    differences, and a candidate's squared standard error is sum_t (w_t / sum w)^2 var_s(d_t) / samples_t.
+    """
+    if not tasks:
+        raise ConfigError("fitness: there is no task")
+    total = sum(task.weight for task in tasks)
+    fitness = np.zeros(len(tasks[0].values))
+    variance = np.zeros(len(fitness))
+    for task in tasks:
+        values = np.where(np.isfinite(task.values), task.values, np.nan)
+        share = task.weight / total
+        fitness = fitness + share * values.mean(axis=1)
+        samples = values.shape[1]
+        good = values[np.isfinite(values).all(axis=1)]
+        paired = values - (good.mean(axis=0) if len(good) else np.nan)
+        spread = paired.var(axis=1, ddof=1) if samples > 1 else np.full(len(values), np.nan)
+        variance = variance + share**2 * spread / samples
+    finite = np.isfinite(fitness)
+    usable = variance[finite]
+    noise = math.sqrt(usable.mean()) if usable.size and np.isfinite(usable).all() else math.nan
+    return Fitness(fitness, int((~finite).sum()), noise)
+
+
+def preflight(fitness: Fitness, sigma: float, samples: int) -> str | None:
+    """Return a warning if the first population's differences drown in the noise of their samples, else None.
+
+    The spread that is seen is signal and noise together: signal^2 = spread^2 - noise^2. A first generation can tell
+    candidates apart when the signal is at least the noise; the signal grows in proportion to sigma near the start, and
+    the noise falls with the root of the samples.
+    """
+    if len(fitness.values) - fitness.failed < 2:
+        return None
+    if fitness.spread <= 1e-12 * max(1.0, abs(fitness.mean)):
+        return (
+            f"pre-flight: all candidates of the first generation have the same fitness ({fitness.mean:.4g}); the "
+            f"search sees nothing. Try driver.sigma={10 * sigma:.3g}, or check that the budget leaves a choice"
+        )
+    if math.isnan(fitness.noise):
+        return None
+    signal = math.sqrt(max(0.0, fitness.spread**2 - fitness.noise**2))
+    if signal >= fitness.noise:
+        return None
+    factor = min(10.0, fitness.noise / signal) if signal > 0 else 10.0
+    more = math.ceil(samples * min(16.0, factor**2))
+    return (
+        f"pre-flight: the first generation's fitness spreads by {fitness.spread:.3g}, of which {fitness.noise:.3g} is "
+        f"noise of its {samples} samples: ranks are mostly chance. Try driver.sigma={sigma * factor:.3g} or "
+        f"samples_per_generation={more}"
+    )

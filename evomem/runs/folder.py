@@ -1,0 +1,141 @@
+"""Run: its folder on disk.
+
+::
+
+    config.yaml       the experiment, resolved
+    journal.jsonl     everything that was evaluated (`evomem.runs.journal`)
+    checkpoints/      the last two states of the search
+    start/            vector.npy and state.safetensors of the manager that the search started from; provenance.json
+    winner/           vector.npy, and the plug-in in plugin/
+    result.json       written last: a run that has it is finished
+    run.lock          held by the process that works in the folder; owner.json says which that is
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import filelock
+import yaml
+
+from evomem.config import difference
+from evomem.errors import RunError
+from evomem.runs.config import ExperimentConfig, to_yaml
+from evomem.runs.files import disk_errors, write_atomically
+from evomem.runs.journal import Journal
+
+
+class RunFolder:
+    """The folder of a run that this process works in; a context manager that holds the lock.
+
+    Parameters
+    ----------
+    path : the folder; it is made.
+    config : the experiment.
+    resume : go on with the run that is there; with nothing there, begin.
+
+    Raises
+    ------
+    RunError : the folder is in use by another process, holds a run and ``resume`` is off, holds something else, or
+        holds a run of another configuration (the difference is shown).
+    """
+
+    def __init__(self, path: Path, config: ExperimentConfig, *, resume: bool) -> None:
+        self.path = path
+        self._config = config
+        self._resume = resume
+        self._lock = filelock.FileLock(str(path / "run.lock"), timeout=0)
+        self.resumed = False
+        self.journal: Journal
+
+    def __enter__(self) -> Self:
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise RunError(
+                f"{self.path}: this run folder is in use by {self._owner()}; wait or stop it first"
+            ) from None
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.journal.close()
+        self._lock.release()
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads((self.path / "owner.json").read_text())
+            return f"process {owner['pid']} on {owner['host']}"
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
+    def _open(self) -> None:
+        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        write_atomically(self.path / "owner.json", json.dumps(owner).encode())
+        self._sweep()
+        resolved = self._config.resolved()
+        stored = self.path / "config.yaml"
+        if stored.exists():
+            if not self._resume:
+                raise RunError(f"{self.path}: holds a run already; resume it, or choose another folder")
+            check_same_config(stored, resolved)
+            self.resumed = True
+        else:
+            strangers = sorted({p.name for p in self.path.iterdir()} - {"run.lock", "owner.json", "checkpoints"})
+            if strangers:
+                raise RunError(f"{self.path}: is no run folder and not empty (it holds {strangers[0]}); choose another")
+            write_atomically(stored, to_yaml(resolved).encode())
+        for name in ("checkpoints", "start", "winner"):
+            with disk_errors(self.path):
+                (self.path / name).mkdir(exist_ok=True)
+        self.journal = Journal(self.path / "journal.jsonl")
+
+    def _sweep(self) -> None:
+        """Remove temporary files that a killed process left."""
+        for path in self.path.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The finished run's result, or None."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def check_provenance(self, provenance: dict[str, Any]) -> None:
+        """Refuse to go on measuring with another model than the one that the run began with."""
+        path = self.path / "start" / "provenance.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(provenance, indent=1).encode())
+            return
+        lines = difference(json.loads(path.read_text()), provenance)
+        if lines:
+            raise RunError(f"{self.path}: the run began with another model:\n  " + "\n  ".join(lines))
+
+
+def check_same_config(stored: Path, resolved: dict[str, Any]) -> None:
+    """Raise `RunError` with the difference unless a stored configuration is the given one."""
+    try:
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{stored}: cannot be read: {error}") from None
+    # Through YAML and back, so that only differences in value count.
+    lines = difference(before or {}, yaml.safe_load(to_yaml(resolved)))
+    if lines:
+        raise RunError(
+            f"{stored.parent}: this run has another configuration (run -> now):\n  "
+            + "\n  ".join(lines)
+            + "\nResume it with its own configuration, or choose another folder."
+        )

@@ -1,0 +1,105 @@
+"""Run: a run folder to look at: configuration, journal, generations, winner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import yaml
+from numpy.typing import NDArray
+
+from evomem.config import validate
+from evomem.errors import RunError
+from evomem.managers.base import MemoryManager
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.journal import Record, Totals, read_journal
+from evomem.runs.result import RunResult
+from evomem.runs.search import generation_record
+from evomem.search_space import SearchSpace
+from evomem.tracking.base import GenerationRecord
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk, running or finished; only read, so that it can be looked at while a process works in it.
+
+    Attributes
+    ----------
+    folder : of the run.
+    config : the resolved experiment.
+    """
+
+    folder: Path
+    config: ExperimentConfig
+
+    def records(self) -> Iterator[Record]:
+        """Yield the journal's lines."""
+        return read_journal(self.folder / "journal.jsonl")
+
+    def generations(self) -> list[GenerationRecord]:
+        """Return the finished generations in order."""
+        found = {r["generation"]: generation_record(r) for r in self.records() if r["kind"] == "generation"}
+        return [found[generation] for generation in sorted(found)]
+
+    def totals(self) -> Totals:
+        """Return what the run has spent so far."""
+        totals = Totals()
+        for record in self.records():
+            totals.add(record)
+        return totals
+
+    @property
+    def result(self) -> RunResult | None:
+        """The result of a finished run, or None."""
+        path = self.folder / "result.json"
+        return RunResult.from_json(self.folder, json.loads(path.read_text())) if path.exists() else None
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The search space, with the tensors that the run started from."""
+        path = self.folder / "start" / "state.safetensors"
+        if not path.exists():
+            raise RunError(f"{self.folder}: the run has not begun to search yet")
+        return SearchSpace(self.config.space, safetensors.torch.load(path.read_bytes()))
+
+    @property
+    def winner_vector(self) -> NDArray[np.float64]:
+        """(dim,) the winner; raises `RunError` if the run is not finished."""
+        return self._finished().vector
+
+    @property
+    def winner(self) -> MemoryManager:
+        """The winner, at its plug-in's budget; raises `RunError` if the run is not finished."""
+        manager = self.space.decode(self._finished().vector)
+        budgets = self.config.plan()[-1].budgets
+        return manager.with_options(budget=budgets[0]) if budgets else manager
+
+    @property
+    def plugin(self) -> Path:
+        """Folder of the winner's plug-in; raises `RunError` if the run is not finished."""
+        self._finished()
+        return self.folder / "winner" / "plugin"
+
+    def _finished(self) -> RunResult:
+        result = self.result
+        if result is None:
+            raise RunError(f"{self.folder}: the run is not finished and has no winner yet; resume it first")
+        return result
+
+
+def open_run(folder: str | Path) -> Run:
+    """Return the run in a folder; raise `RunError` if there is none."""
+    folder = Path(folder)
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RunError(f"{folder}: is no run folder (there is no config.yaml in it)")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    return Run(folder, validate(ExperimentConfig, data, str(path)))

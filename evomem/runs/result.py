@@ -1,0 +1,146 @@
+"""Run: what came out of a search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomem.runs.candidates import Row
+from evomem.strict_json import as_float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One candidate on the samples of one split.
+
+    Attributes
+    ----------
+    contexts : samples, over all tasks.
+    fitness : as the search measures it (weights, price, normalisation).
+    loglik, exact, slots, bytes_mean, bytes_peak : means over samples and budgets; exact is None where nothing was
+        generated.
+    error : standard error of `loglik` over the samples; NaN for one sample.
+    """
+
+    contexts: int
+    fitness: float
+    loglik: float
+    exact: float | None
+    slots: float
+    bytes_mean: float
+    bytes_peak: float
+    error: float
+
+    @classmethod
+    def of(cls, fitness: float, rows: Sequence[Row], place: int) -> Score:
+        """Return the score of the candidate at ``place`` of the rows' evaluations."""
+        mine = [row.evaluations[place] for row in rows]
+        exact = [evaluation.exact for evaluation in mine if evaluation.exact is not None]
+        # Budgets of the same sample are no independent measurements: the error is over samples.
+        by_sample: dict[tuple[str, str], list[float]] = {}
+        for row, evaluation in zip(rows, mine, strict=True):
+            by_sample.setdefault((row.task.label, evaluation.sample), []).append(evaluation.loglik)
+        logliks = [sum(values) / len(values) for values in by_sample.values()]
+        count = len(logliks)
+        return cls(
+            contexts=count,
+            fitness=fitness,
+            loglik=_mean(logliks),
+            exact=_mean(exact) if exact else None,
+            slots=_mean([evaluation.slots for evaluation in mine]),
+            bytes_mean=_mean([evaluation.bytes_mean for evaluation in mine]),
+            bytes_peak=_mean([evaluation.bytes_peak for evaluation in mine]),
+            error=float(np.std(logliks, ddof=1)) / math.sqrt(count) if count > 1 else math.nan,
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Score:
+        """Return what ``asdict`` and strict JSON made of a score."""
+        numbers = {key: as_float(value) for key, value in data.items() if key not in ("contexts", "exact")}
+        exact = None if data["exact"] is None else as_float(data["exact"])
+        return cls(contexts=int(data["contexts"]), exact=exact, **numbers)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The end of a search.
+
+    Attributes
+    ----------
+    folder : of the run.
+    winner : where the winner comes from: ``mean``, ``start``, ``candidate 12/3``, ``mean after 40``.
+    vector : (dim,) of the winner.
+    generations : that were told.
+    stopped : why the driver stopped before the planned end, or None.
+    finalists : scores on `select` by label, the winner among them.
+    train, select, sealed : the winner's scores; ``train`` is on contexts that the search has used.
+    spent : evaluations by phase, tokens, seconds, failed attempts (`evomem.runs.journal.Totals`).
+    """
+
+    folder: Path
+    winner: str
+    vector: NDArray[np.float64]
+    generations: int
+    stopped: str | None
+    finalists: dict[str, Score]
+    train: Score
+    select: Score
+    sealed: Score
+    spent: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the vector and the folder, JSON-serialisable."""
+        data = asdict(self)
+        del data["vector"], data["folder"]
+        return data
+
+    @classmethod
+    def from_json(cls, folder: Path, data: Mapping[str, Any]) -> RunResult:
+        """Return the result that a run folder holds."""
+        return cls(
+            folder=folder,
+            winner=data["winner"],
+            vector=np.load(folder / "winner" / "vector.npy", allow_pickle=False),
+            generations=data["generations"],
+            stopped=data["stopped"],
+            finalists={label: Score.from_json(score) for label, score in data["finalists"].items()},
+            train=Score.from_json(data["train"]),
+            select=Score.from_json(data["select"]),
+            sealed=Score.from_json(data["sealed"]),
+            spent=data["spent"],
+        )
+
+    def lines(self) -> list[str]:
+        """Return the result as text: the finalists, and what the winner lost from split to split."""
+        finalists = sorted(self.finalists.items(), key=lambda item: -_order(item[1].fitness))
+        text = [f"select ({self.select.contexts} contexts):"]
+        for label, score in finalists:
+            mark = "  <- winner" if label == self.winner else ""
+            text.append(f"  {label:<20} fitness {score.fitness:8.4f}  loglik {score.loglik:8.4f}{mark}")
+        train, select, sealed = self.train.fitness, self.select.fitness, self.sealed.fitness
+        text.append(
+            f"winner's fitness: train {train:.4f}, select {select:.4f} ({select - train:+.4f}), "
+            f"sealed {sealed:.4f} ({sealed - select:+.4f})"
+        )
+        exact = "" if self.sealed.exact is None else f", exact match {self.sealed.exact:.3f}"
+        text.append(
+            f"sealed ({self.sealed.contexts} contexts): loglik {self.sealed.loglik:.4f} +- {self.sealed.error:.4f}"
+            f"{exact}, {self.sealed.slots:.1f} slots a head, {self.sealed.bytes_mean / 1e6:.2f} MB"
+        )
+        if self.winner == "start":
+            text.append("no candidate was better than the start on select: the search has found nothing")
+        return text
+
+
+def _order(fitness: float) -> float:
+    return fitness if math.isfinite(fitness) else -math.inf

@@ -1,0 +1,254 @@
+"""Run: the search loop. Ask, evaluate what is missing, tell; then choose the winner and report it once.
+
+Everything that is evaluated goes through the journal, and every decision is a pure function of the configuration and
+of what was evaluated. That is why a run that was killed at any moment goes on bit-exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+
+from evomem import drivers
+from evomem.drivers.base import Array, Driver, Population
+from evomem.errors import FitnessError, RunError
+from evomem.runs import checkpoint as checkpoints
+from evomem.runs.archive import Archive, evenly_spaced
+from evomem.runs.bench import Bench, BenchFactory, model_bench
+from evomem.runs.candidates import Judge, Measuring, Plan, UnitEvaluator
+from evomem.runs.checkpoint import Checkpoint
+from evomem.runs.config import ExperimentConfig, Stage
+from evomem.runs.files import write_atomically, write_vector
+from evomem.runs.final import choose
+from evomem.runs.fitness import Fitness, objective_of, preflight
+from evomem.runs.folder import RunFolder
+from evomem.runs.journal import Record, read_journal
+from evomem.runs.result import RunResult
+from evomem.runs.samples import Samples
+from evomem.search_space import SearchSpace
+from evomem.strict_json import as_float
+from evomem.tasks.base import Split
+from evomem.tracking.base import GenerationRecord, Tracker, Trackers, logger
+from evomem.workers.local import LocalPool
+
+
+def search(
+    config: ExperimentConfig,
+    folder: str | Path,
+    evaluator_factory: BenchFactory = model_bench,
+    *,
+    resume: bool = False,
+    tracker: Tracker | Sequence[Tracker] = (),
+) -> RunResult:
+    """Run a search in a folder, or go on with it.
+
+    Parameters
+    ----------
+    config : the experiment.
+    folder : of the run; it is made.
+    evaluator_factory : makes the bench that candidates are measured on; called only when there is work to do.
+    resume : go on with what the folder holds (with nothing there, begin; a finished run gives its result again).
+    tracker : who is told.
+
+    Raises
+    ------
+    RunError : the folder is in use, holds another run, or the disk is full. Whatever is finished is kept.
+    FitnessError : every candidate of a generation failed.
+    ConfigError, TaskError, ModelError : the experiment cannot be run as it is written.
+    """
+    folder = Path(folder)
+    check_objectives(config)
+    with RunFolder(folder, config, resume=resume) as run:
+        finished = run.result
+        if finished is not None:
+            return RunResult.from_json(folder, finished)
+        trackers = list(tracker) if isinstance(tracker, Sequence) else [tracker]
+        return Search(run, config, evaluator_factory(config), trackers).run()
+
+
+def check_objectives(config: ExperimentConfig) -> None:
+    """Raise `UnknownNameError` if a stage's objective does not exist: before anything is loaded."""
+    for stage in config.plan():
+        objective_of(stage.fitness)
+
+
+class Search:
+    """One search, from the state of its folder to its result."""
+
+    def __init__(self, run: RunFolder, config: ExperimentConfig, bench: Bench, trackers: Sequence[Tracker]) -> None:
+        self.run_folder = run
+        self.path = run.path
+        self.config = config
+        self.bench = bench
+        self.plan = config.plan()
+        self.generations = self.plan[-1].end
+        self.samples = Samples(config, bench)
+        self.trackers = Trackers(trackers, self.warn)
+        self.space: SearchSpace
+        self.start: Array
+        self.records: dict[int, GenerationRecord] = {}
+        self.archive = Archive(config.select.top, evenly_spaced(self.generations, config.select.snapshots))
+
+    def warn(self, message: str) -> None:
+        """Tell the user and the journal."""
+        logger.warning(message)
+        self.run_folder.journal.event("warning", message=message)
+
+    # ---- the whole ------------------------------------------------------------------------------------------------
+
+    def run(self) -> RunResult:
+        """Search, choose, report."""
+        journal = self.run_folder.journal
+        self.run_folder.check_provenance(dict(self.bench.provenance))
+        journal.event("resume" if self.run_folder.resumed else "start")
+        if journal.repaired:
+            self.warn(f"journal.jsonl: the last line was torn ({journal.repaired} bytes) and is cut off")
+        if journal.damaged:
+            self.warn(f"journal.jsonl: line {journal.damaged[0]} is damaged; what it held is evaluated again")
+        self._prepare_start()
+        driver, told = self._restore()
+        pool = LocalPool(UnitEvaluator(self.space, self.bench, self.samples))
+        measuring = Measuring(pool, journal, self._known_units(told), self.config.attempts)
+        judge = Judge(measuring, self.samples, self.config.chunk)
+        done = [self.records[g] for g in sorted(self.records) if g < told]
+        self.trackers.start(self.config.resolved(), self.generations, done)
+        try:
+            self._evolve(driver, judge, measuring, told)
+            result = choose(self, judge, driver)
+        except BaseException as error:
+            status = "failed" if isinstance(error, Exception) else "interrupted"
+            self.trackers.finish({"status": status, "error": str(error)})
+            raise
+        finally:
+            pool.close()
+        self.trackers.artifact("winner", self.path / "winner")
+        self.trackers.finish({"status": "finished", **result.to_json(), "lines": result.lines()})
+        return result
+
+    def _prepare_start(self) -> None:
+        """Make the manager that the search starts from, or take it from the folder: files may change in between."""
+        vector, state = self.path / "start" / "vector.npy", self.path / "start" / "state.safetensors"
+        if vector.exists():
+            self.space = SearchSpace(self.config.space, safetensors.torch.load(state.read_bytes()))
+            self.start = np.load(vector, allow_pickle=False)
+            return
+        self.space = SearchSpace(self.config.space)
+        self.start = self.space.start
+        if self.bench.calibrate is not None:
+            stage = self.plan[0]
+            pool = self.samples.pool(stage.tasks[0], Split.TRAIN, stage.train_contexts)
+            self.bench.calibrate(self.space.template, pool[: max(8, stage.samples_per_generation)])
+        tensors = {name: value.contiguous() for name, value in self.space.template.state_dict().items()}
+        write_atomically(state, safetensors.torch.save(tensors))
+        write_vector(vector, self.start)  # last: it says that both are there
+
+    def _restore(self) -> tuple[Driver, int]:
+        """Return the driver in the state of the newest checkpoint, and how many generations it has been told."""
+        options: dict[str, Any] = {
+            "sigma": self.config.driver.sigma or self.space.sigma,
+            "popsize": self.config.driver.population,
+            **self.config.driver.options,
+        }
+        driver = drivers.build(self.config.driver.name, self.space.dim, self.start, self.config.seed, **options)
+        for record in read_journal(self.run_folder.journal.path):
+            if record["kind"] == "generation":
+                self.records[record["generation"]] = generation_record(record)
+        found, messages = checkpoints.latest(self.path / "checkpoints")
+        for message in messages:
+            self.warn(message)
+        if found is None:
+            return driver, 0
+        driver.load_state_dict(found.driver)
+        self.archive.load_state_dict(found.archive)
+        return driver, found.generation
+
+    def _known_units(self, told: int) -> list[Record]:
+        """Return the journal's units that may still be asked for."""
+        return [
+            record
+            for record in read_journal(self.run_folder.journal.path)
+            if record["kind"] == "unit" and (record["generation"] is None or record["generation"] >= told)
+        ]
+
+    # ---- generations ----------------------------------------------------------------------------------------------
+
+    def _evolve(self, driver: Driver, judge: Judge, measuring: Measuring, told: int) -> None:
+        for generation in range(told, self.generations):
+            if driver.stopped() is not None:
+                break
+            stage = next(stage for stage in self.plan if generation < stage.end)
+            population = driver.ask()
+            self._checkpoint(driver, generation, asked=True)
+            samples = tuple(tuple(self.samples.minibatch(stage, task, generation)) for task in stage.tasks)
+            plan = Plan("train", generation, stage, samples)
+            fitness, _ = judge.judge(plan, population.vectors, population.seeds)
+            self._check(fitness, population, stage)
+            driver.tell(population, fitness.values)
+            self.archive.update(population, fitness.values, driver.mean)
+            self._record(generation, stage, fitness, driver)
+            self._checkpoint(driver, generation + 1, asked=False)
+            measuring.forget(generation)
+            self.trackers.log(self.records[generation])
+
+    def _check(self, fitness: Fitness, population: Population, stage: Stage) -> None:
+        if fitness.failed == len(fitness.values):
+            self.run_folder.journal.event("all_failed", generation=population.generation)
+            raise FitnessError(
+                f"generation {population.generation}: all {fitness.failed} candidates have no finite fitness (NaN or "
+                "infinite). Look at the evaluations in journal.jsonl; a smaller driver.sigma, another start or "
+                "model.dtype=float32 may help. The run can be resumed"
+            )
+        if population.generation == 0 and 0 not in self.records:
+            sigma = self.config.driver.sigma or self.space.sigma
+            message = preflight(fitness, sigma, stage.samples_per_generation * len(stage.tasks))
+            if message is not None:
+                self.warn(message)
+
+    def _record(self, generation: int, stage: Stage, fitness: Fitness, driver: Driver) -> None:
+        """Write the generation's line, unless a killed process has done so already."""
+        journal = self.run_folder.journal
+        if generation not in self.records:
+            record = GenerationRecord(
+                generation=generation,
+                stage=stage.name,
+                fitness=tuple(fitness.values.tolist()),
+                best=fitness.best,
+                mean=fitness.mean,
+                spread=fitness.spread,
+                noise=fitness.noise,
+                failed=fitness.failed,
+                sigma=float(getattr(driver, "sigma", math.nan)),
+                evaluations=sum(journal.totals.evaluations.values()),
+                tokens=journal.totals.tokens,
+                seconds=journal.totals.seconds,
+            )
+            journal.append({"kind": "generation", **asdict(record)})
+            self.records[generation] = record
+        journal.sync()
+
+    def _checkpoint(self, driver: Driver, generation: int, *, asked: bool) -> None:
+        state = Checkpoint(generation, asked, driver.state_dict(), self.archive.state_dict())
+        checkpoints.save(self.path / "checkpoints", state)
+
+
+def generation_record(record: Record) -> GenerationRecord:
+    """Return the `GenerationRecord` of a journal line."""
+    floats = ("best", "mean", "spread", "noise", "sigma", "seconds")
+    try:
+        return GenerationRecord(
+            generation=record["generation"],
+            stage=record["stage"],
+            fitness=tuple(as_float(value) for value in record["fitness"]),
+            failed=record["failed"],
+            evaluations=record["evaluations"],
+            tokens=record["tokens"],
+            **{name: as_float(record[name]) for name in floats},
+        )
+    except KeyError as error:
+        raise RunError(f"journal.jsonl: a generation line has no {error}") from None
