@@ -349,6 +349,15 @@ def test_damaged_weights_in_a_folder_are_a_model_error(folder):
         load(str(folder))
 
 
+def test_code_in_a_model_folder_is_never_run(folder):
+    config = json.loads((folder / "config.json").read_text())
+    remote = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps({**config, **remote}))
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match=re.escape(str(folder))):
+        load(str(folder))
+
+
 def test_names_that_lead_nowhere_fail_in_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()

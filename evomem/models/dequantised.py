@@ -127,7 +127,7 @@ def _marked(folder: Path) -> Any:
 
 def _build(alias: Alias, source: Path, folder: Path) -> None:
     """Dequantise ``source`` into ``folder``; the caller holds the lock."""
-    log.warning("%s: dequantising %s once into %s (well under a minute)", alias.name, source.name, folder)
+    log.warning("%s: dequantising %s once into %s (about half a minute)", alias.name, source.name, folder)
     for stale in folder.parent.glob(f".{folder.name}.new-*"):  # left by a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
     fresh = folder.parent / f".{folder.name}.new-{os.getpid()}"

@@ -60,15 +60,16 @@ def load(
     """
     folder = resolve(name, verify=verify)
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    # `name` chose the folder; from here on nothing may touch the network, run code from the folder, or ask to.
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
     try:
         with quiet():
-            # `name` chooses the folder; from here on nothing may touch the network or run code from the folder.
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, **safe)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+                folder, config=config, dtype=dtype, use_safetensors=True, **safe, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
     except Exception as error:  # transformers, safetensors and tokenizers each raise their own classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {name!r} in {folder}: {reason}") from error
