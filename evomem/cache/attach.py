@@ -6,18 +6,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from evomem.cache.attention import IMPLEMENTATION, managed_attention
+from evomem.cache.attention import IMPLEMENTATION, handover, managed_attention
 from evomem.errors import UnsupportedModelError
 
 _lock = threading.RLock()
-_attached: WeakKeyDictionary[PreTrainedModel, tuple[int, list[tuple[Any, str | None]]]] = WeakKeyDictionary()
-"""Per attached model: how many `attached` blocks are open, and what to put back into each configuration."""
+_switched: dict[int, tuple[Any, int, str | None]] = {}
+"""Per configuration object that is switched: itself, how many `attached` blocks are open, and what to put back.
+
+By configuration and not by model, because that is where transformers keeps the switch and models may share one.
+"""
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -29,7 +31,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         and "attention" in type(module).__name__.lower()
         and not getattr(module, "is_cross_attention", False)
     ]
-    return sorted(found, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
+    return sorted(found, key=lambda module: int(module.layer_idx))
 
 
 def check_supported(model: PreTrainedModel) -> int:
@@ -43,6 +45,14 @@ def check_supported(model: PreTrainedModel) -> int:
         raise UnsupportedModelError(f"{family} is an encoder-decoder; evomem manages the cache of {what}")
     if not modules or not model._can_set_attn_implementation():
         raise UnsupportedModelError(f"{family} has no attention that evomem can manage; it needs {what}")
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or getattr(text, "num_kv_shared_layers", None):
+        what_else = ", ".join(sorted(kinds)) or "layers that share another layer's keys"
+        raise UnsupportedModelError(f"{family} has {what_else}; evomem needs every layer to be {what}")
+    if any(getattr(module, "sinks", None) is not None for module in modules):
+        raise UnsupportedModelError(
+            f"{family} has learned attention sinks in its softmax, which evomem does not manage"
+        )
     indices = [int(module.layer_idx) for module in modules]  # type: ignore[arg-type]
     if expected is not None and indices != list(range(expected)):
         raise UnsupportedModelError(
@@ -54,35 +64,39 @@ def check_supported(model: PreTrainedModel) -> int:
 
 def is_attached(model: PreTrainedModel) -> bool:
     """Tell whether the model runs the managed attention now."""
-    return model in _attached
+    return bool(model.config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
+
+
+def _configurations(model: PreTrainedModel) -> list[Any]:
+    """Every configuration object that a part of the model looks its attention up in, once."""
+    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
 
 
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[None]:
     """Run ``model`` with the managed attention inside the block; restore its attention implementation exactly after.
 
-    Blocks nest, also from several threads: the last one to leave restores. Raises `UnsupportedModelError`.
+    Blocks nest, also from several threads and with models that share a configuration: the last one to leave restores.
+    Raises `UnsupportedModelError`.
     """
     check_supported(model)
+    configurations = _configurations(model)
     with _lock:
-        count, previous = _attached.get(model, (0, []))
-        if count == 0:
-            AttentionInterface.register(IMPLEMENTATION, managed_attention)
-            # Without a registered mask the padding would be dropped silently; this one hands on the 2-D mask.
-            AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
-            configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-            previous = [(config, config._attn_implementation) for config in configs.values()]
-            for config in configs.values():
-                config._attn_implementation_internal = IMPLEMENTATION
-        _attached[model] = (count + 1, previous)
+        AttentionInterface.register(IMPLEMENTATION, managed_attention)
+        # Without a registered mask the padding would be dropped silently; this one hands on the 2-D mask.
+        AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+        for config in configurations:
+            _, count, previous = _switched.get(id(config), (config, 0, config._attn_implementation_internal))
+            _switched[id(config)] = config, count + 1, previous
+            config._attn_implementation_internal = IMPLEMENTATION
     try:
         yield
     finally:
         with _lock:
-            count, previous = _attached[model]
-            if count > 1:
-                _attached[model] = (count - 1, previous)
-            else:
-                for config, implementation in previous:
-                    config._attn_implementation_internal = implementation
-                del _attached[model]
+            for config in configurations:
+                _, count, previous = _switched.pop(id(config))
+                if count > 1:
+                    _switched[id(config)] = config, count - 1, previous
+                else:
+                    config._attn_implementation_internal = previous
+        handover.key = handover.layer = None  # left over where a forward pass was interrupted

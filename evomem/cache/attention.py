@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomem.errors import UnsupportedModelError
+from evomem.errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from evomem.cache.layer import SlotLayer
@@ -54,15 +54,31 @@ def managed_attention(
     -------
     output : (batch, queries, query_heads, head_dim), and None for the weights.
     """
+    layer, held, handover.key, handover.layer = handover.layer, handover.key, None, None
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} uses attention sinks or a position bias in its softmax, which evomem does not manage"
+            f"{type(module).__name__} uses attention sinks or a position bias in its softmax, "
+            "which evomem does not manage"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise CacheError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}: the managed attention makes its own causal mask; "
+            "give the padding mask (batch, tokens)"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     padding = None if attention_mask is None else attention_mask.bool()
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    if handover.key is key and handover.layer is not None:
-        layer, handover.key, handover.layer = handover.layer, None, None
+    if layer is not None:
+        if held is not key:
+            # Without this check the new tokens would silently attend to nothing but each other.
+            raise UnsupportedModelError(
+                f"{type(module).__name__} changes keys between cache and attention, which evomem does not manage"
+            )
+        if padding is not None and padding.shape[1] != layer.seen + key.shape[2]:
+            raise CacheError(
+                f"attention_mask covers {padding.shape[1]} tokens, but with this input "
+                f"{layer.seen + key.shape[2]} were read: it must cover every token ever read, evicted ones too"
+            )
         output = layer.attend(query, padding, scale, window, softcap, kwargs.get("position_ids"))
     else:
         causal = kwargs.get("is_causal")
@@ -124,10 +140,14 @@ def grouped_attention(
     kv_heads, slots = key.shape[1], key.shape[2]
     group = heads // kv_heads
     if softcap is not None:
-        probabilities = attention_probabilities(query, key, scale, _triangle(queries, slots, key) if causal else mask, softcap)
+        probabilities = attention_probabilities(
+            query, key, scale, _triangle(queries, slots, key) if causal else mask, softcap
+        )
         return torch.matmul(probabilities.to(value.dtype).flatten(2, 3), value).view(batch, heads, queries, -1)
     if group == 1:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=_like(mask, query), is_causal=causal, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=_like(mask, query), is_causal=causal, scale=scale
+        )
     if mask is None and causal:
         # The fused kernel wants as many key heads as query heads; expanded views cost nothing.
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)

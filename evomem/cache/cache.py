@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import ref
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -58,7 +59,7 @@ class SlotCache(Cache):
     depth : number of layers.
     """
 
-    layers: list[SlotLayer]
+    layers: list[SlotLayer]  # type: ignore[assignment]
 
     def __init__(
         self, layers: int, policy: CachePolicy, *, rotary: Rotary | None = None, model: PreTrainedModel | None = None
@@ -89,9 +90,17 @@ class SlotCache(Cache):
                 "this cache belongs to a model that is not attached; use it inside `with manager.attach(model):`"
             )
 
+    def require_whole(self) -> None:
+        """Raise `CacheError` when an error or interruption cut a forward pass short, so that layers disagree."""
+        if len({layer.seen for layer in self.layers}) > 1:
+            raise CacheError(
+                "a forward pass over this cache was cut short, so some layers read tokens that others did not; "
+                "reset() it and read the context again"
+            )
+
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Read a context in any number of forward passes; a manager with schedule *once* decides when the block ends."""
+        """Read a context in any number of passes; a manager with schedule *once* decides when the block ends."""
         before, self.decides_after_forward = self.decides_after_forward, False
         try:
             yield
@@ -134,10 +143,33 @@ class SlotCache(Cache):
         """Bytes of the tensors held now, over all layers and rows."""
         return sum(layer.nbytes() for layer in self.layers)
 
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token costs in every row, over all layers."""
+        return sum(layer.bytes_per_token() for layer in self.layers)
+
+    def bytes_by_row(self) -> Tensor:
+        """Bytes that every row would hold in a cache of its own: (batch,) int64."""
+        return torch.stack([layer.bytes_by_row() for layer in self.layers]).sum(0)
+
     @property
     def bytes_mean(self) -> float:
         """Mean bytes held over the tokens read."""
         return sum(layer.bytes_mean for layer in self.layers)
+
+    @classmethod
+    def from_views(
+        cls, views: Sequence[LayerView], policy: CachePolicy, *, rows: int = 1, model: PreTrainedModel | None = None
+    ) -> SlotCache:
+        """Return a cache that goes on from what was read: every row starts as the views' one row, without copying.
+
+        Observations are not carried on; ``policy`` must not ask for any.
+        """
+        cache = cls(len(views), policy, model=model)
+        if cache.wanted != Wanted():
+            raise CacheError("a cache made from views cannot go on recording observations")
+        for layer, view in zip(cache.layers, views, strict=True):
+            layer.restore(view, rows)
+        return cache
 
     def slots_held(self) -> list[Tensor]:
         """Slots that hold a token, per layer: (batch, kv_heads)."""

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from evomem.cache.attention import attention_probabilities, grouped_attention, handover
+from evomem.cache.masks import hides, slot_mask
 from evomem.cache.observe import Recorder, Wanted
 from evomem.cache.spectrum import HOP
-from evomem.cache.view import LayerView
+from evomem.cache.view import Decision, LayerView
 from evomem.errors import CacheError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ BLOCK_ELEMENTS = 1 << 22
 """Upper bound on the elements of one block of attention probabilities or masks (16 MiB in fp32)."""
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a `SlotCache`.
 
     Attributes
@@ -35,18 +36,22 @@ class SlotLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = True
 
     keys: Tensor
     values: Tensor
 
     def __init__(self, index: int, cache: SlotCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.cache = cache
         self.reset()
 
     # ---- what transformers calls ----------------------------------------------------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can be exact."""
+        return self.cache.policy.observes <= {"attention_sum"}
 
     def reset(self) -> None:
         """Forget everything; the layer is as new."""
@@ -56,13 +61,13 @@ class SlotLayer(CacheLayerMixin):
         self.start: Tensor = None  # type: ignore[assignment]
         self.starts: tuple[int, ...] = ()
         self.seen = 0
-        self.decided = 0  # tokens that had been read at the last decision
+        self.decided = 0  # tokens that had been read at the last decision about all rows
         self.dense = True  # slots are 0..seen-1 in every head of every row
         self.aligned = True  # no head has an empty slot
         self.pending: tuple[Tensor, Tensor] | None = None
         self.recorder = Recorder(Wanted.parse(self.cache.policy.observes))
         self.is_initialized = False
-        self.bytes_peak, self._byte_tokens = 0, 0
+        self.bytes_peak, self._byte_tokens, self._read = 0, 0, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note that tensors exist from now on; nothing is allocated ahead."""
@@ -71,6 +76,8 @@ class SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the new tokens' keys and values (batch, kv_heads, tokens, head_dim); attention follows at once."""
         self.cache.require_attached()
+        if self.index == 0:
+            self.cache.require_whole()
         self.is_initialized = True
         self.pending = (key_states, value_states)
         handover.key, handover.layer = key_states, self
@@ -114,15 +121,19 @@ class SlotLayer(CacheLayerMixin):
         self.recorder.rows(index)
 
     def crop(self, max_length: int) -> None:
-        """Forget the tokens from index ``max_length`` on (negative: that many from the end).
+        """Forget tokens at the end: -n the last n, 0 none, n all from index n on. What was evicted does not come back.
 
-        Observations that summed over cropped queries keep what those added.
+        A recorded ``attention_sum`` keeps what cropped queries added. Raises `CacheError` where another observation is
+        recorded: the windows and frames that cropped queries entered cannot be taken back.
         """
-        length = self.seen + max_length if max_length < 0 else max_length
+        length = max(self.seen + max_length, 0) if max_length <= 0 else max_length
         if not self.seen or length >= self.seen:
             return
-        if self.cache.wanted.windows:
-            raise CacheError("a cache that records window attention cannot be cropped: its last queries would be wrong")
+        if not self.is_croppable:
+            raise CacheError(
+                f"a cache that records {', '.join(sorted(self.cache.policy.observes))} cannot be cropped: what the "
+                "cropped queries added cannot be taken back; read the context again"
+            )
         if self.dense:
             self._cut(length)
         else:
@@ -140,7 +151,7 @@ class SlotLayer(CacheLayerMixin):
         """What a manager sees now."""
         if not self.seen:
             raise CacheError("nothing has been read yet: there is no view of an empty layer")
-        recorder, recorded = self.recorder, {}
+        recorder, recorded = self.recorder, dict[str, Tensor]()
         for name in ("attention_sum", "attention_spectrum"):
             if name in recorder.slotwise:
                 recorded[name] = recorder.slotwise[name]
@@ -149,33 +160,62 @@ class SlotLayer(CacheLayerMixin):
         if recorder.wanted.query_statistics:
             recorded.update(recorder.query_statistics(self.cache.rotary))
         return LayerView(
-            self.keys, self.values, self.slots, self.start, self.seen, self.seen - self.decided,
+            self.keys, self.values, self.slots, self.start, self.seen, self._fresh(),
             self.index, self.cache.depth, recorded,
         )  # fmt: skip
+
+    def _fresh(self) -> int:
+        """Tokens since the last decision; a row's own turn was at most ``every`` ago, whatever other rows did."""
+        every, since = self.cache.policy.schedule.every, self.seen - self.decided
+        return since if every is None else min(every, since)
+
+    def restore(self, view: LayerView, rows: int) -> None:
+        """Start from a view of one row, repeated ``rows`` times without copying."""
+        self.keys, self.values, self.slots, self.start = (
+            t.expand(rows, *t.shape[1:]) for t in (view.keys, view.values, view.slots, view.start)
+        )
+        self.starts = tuple(self.start.tolist())
+        self.seen = self.decided = view.seen
+        self.aligned = bool(view.valid.all())
+        self.dense = self.aligned and view.slots.shape[-1] == view.seen
+        self.is_initialized = True
+
+    def expand(self, rows: int) -> None:
+        """Let the only row become ``rows`` equal ones; keys and values are shared until they are changed."""
+        self.recorder.rows(torch.zeros(rows, dtype=torch.int64))
+        self.keys, self.values, self.slots, self.start = (
+            t.expand(rows, *t.shape[1:]) for t in (self.keys, self.values, self.slots, self.start)
+        )
+        self.starts = self.starts * rows
 
     def _window(self, width: int) -> Tensor:
         """Mean attention of each row's last ``width`` queries over the slots held now: (batch, kv_heads, slots)."""
         query = self.recorder.rowwise["queries"][:, :, -width:]
         indices = torch.arange(self.seen - query.shape[2], self.seen, device=query.device)
         real = indices >= self.start[:, None]
-        mask = (self.slots[:, :, None] <= indices[:, None]) & self.slots[:, :, None].ge(0)
-        mask = mask | ~mask.any(-1, keepdim=True)
+        mask = slot_mask(self.slots, indices, decays=self.decays, window=self.window)
         attention = attention_probabilities(query, self.keys, self.scale, mask, self.softcap).mean(2)
-        weight = real[:, None, :, None].float()
-        return (attention * weight).sum(2) / weight.sum(2).clamp(min=1) * self.slots.ge(0)
+        # A query that nothing is left for, or that is padding, attends to nothing (the softmax of nothing is NaN).
+        attention = torch.where(real[:, None, :, None], attention, 0.0).nan_to_num(nan=0.0)
+        return attention.sum(2) / real.sum(1).clamp(min=1)[:, None, None]
 
     def decide(self, rows: Tensor | None = None) -> None:
         """Let the policy decide about this layer now; ``rows`` (batch,) bool limits it to some rows."""
         view = self.view()
         decision = self.cache.policy.decide(view)
-        keep, decay = decision.keep & view.valid, decision.decay
+        self.apply(decision, rows)
+
+    def apply(self, decision: Decision, rows: Tensor | None = None) -> None:
+        """Carry out a decision about the slots held now; ``rows`` (batch,) bool limits it to some rows."""
+        keep, decay = decision.keep, decision.decay
         if rows is not None:
-            keep = torch.where(rows[:, None, None], keep, view.valid)
+            keep = torch.where(rows[:, None, None], keep, self.slots >= 0)
         if decay is not None:
             old = self.decays if self.decays is not None else torch.zeros_like(decay)
             self.decays = decay.float() if rows is None else torch.where(rows[:, None, None], decay.float(), old)
         self.keep(keep)
-        self.decided = self.seen
+        if rows is None:
+            self.decided = self.seen
 
     def keep(self, mask: Tensor) -> None:
         """Evict, physically, every slot where ``mask`` (batch, kv_heads, slots) is False."""
@@ -223,7 +263,7 @@ class SlotLayer(CacheLayerMixin):
             raise CacheError("attention without new keys: update() must come first")
         (keys, values), self.pending = self.pending, None
         batch, count, begin = query.shape[0], query.shape[2], self.seen
-        self.scale, self.softcap = scale, softcap
+        self.scale, self.softcap, self.window = scale, softcap, window
         real = None if padding is None else padding[:, begin : begin + count]
         self._find_starts(batch, begin, real, query)
         outputs, at = [], 0
@@ -233,7 +273,7 @@ class SlotLayer(CacheLayerMixin):
             self._append(keys[:, :, piece], values[:, :, piece], part)
             outputs.append(self._attend(query[:, :, piece], part, padding, window))
             self.recorder.queried(
-                query[:, :, piece], None if positions is None else positions[:, piece], part, self.cache.rotary
+                query[:, :, piece].detach(), None if positions is None else positions[:, piece], part, self.cache.rotary
             )
             self._account(end - at)
             if rows is not None:
@@ -263,8 +303,9 @@ class SlotLayer(CacheLayerMixin):
         offsets = sorted({(start - begin) % every or every for start in set(self.starts)})
         ends = sorted({end for first in offsets for end in range(first, count + 1, every)})
         for end in ends:
-            read = begin + end - self.start
-            yield end, (read % every == 0) & (read > 0)
+            read = [begin + end - start for start in self.starts]
+            turn = [own > 0 and own % every == 0 for own in read]
+            yield end, torch.tensor(turn, device=self.start.device) if any(turn) else None
         if not ends or ends[-1] < count:
             yield count, None
 
@@ -275,7 +316,8 @@ class SlotLayer(CacheLayerMixin):
             index = torch.where(real[:, None], index, -1)
             self.dense = self.aligned = False
         if self.seen == 0:
-            self.keys, self.values, self.slots = keys, values, index
+            # A model may hand over a part of a larger tensor (fused projections), which would stay alive as a whole.
+            self.keys, self.values, self.slots = _own(keys), _own(values), index
         else:
             self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
             self.slots = torch.cat((self.slots, index), 2)
@@ -283,13 +325,14 @@ class SlotLayer(CacheLayerMixin):
             self.decays = torch.cat((self.decays, self.decays.new_zeros(batch, kv_heads, count)), 2)
         self.recorder.append(batch, kv_heads, count, keys)
         self.seen += count
+        self._read += count
 
     def _attend(self, query: Tensor, real: Tensor | None, padding: Tensor | None, window: int | None) -> Tensor:
         queries, held = query.shape[2], self.keys.shape[2]
         old = held - queries
         observe = self.recorder.wanted.every_query
         far = window is not None and self.seen > window
-        plain = self.aligned and self.decays is None and not far
+        plain = self.aligned and self.decays is None and not far and (padding is None or not hides(self.slots, padding))
         if not observe and plain and (queries == 1 or old == 0):
             return grouped_attention(
                 query, self.keys, self.values, self.scale, causal=queries > 1, softcap=self.softcap
@@ -305,43 +348,26 @@ class SlotLayer(CacheLayerMixin):
             reach = old + end  # later slots belong to later queries
             part = query[:, :, at:end]
             keys, values = self.keys[:, :, :reach], self.values[:, :, :reach]
-            mask = self._mask(at, end, queries, reach, None if real is None else real[:, at:end], padding, window)
+            mask = slot_mask(
+                self.slots[:, :, :reach],
+                torch.arange(self.seen - queries + at, self.seen - queries + end, device=query.device),
+                uniform=self.aligned and self.dense,
+                decays=None if self.decays is None else self.decays[:, :, :reach],
+                window=window,
+                padding=padding,
+                real=None if real is None else real[:, at:end],
+            )
             if not observe:
                 outputs.append(grouped_attention(part, keys, values, self.scale, mask=mask, softcap=self.softcap))
                 continue
             attention = attention_probabilities(part, keys, self.scale, mask, self.softcap)
             mixed = torch.matmul(attention.to(values.dtype).flatten(2, 3), values)
             outputs.append(mixed.view(*part.shape[:3], values.shape[-1]))
-            observed = attention.mean(2)
+            observed = attention.detach().mean(2)
             if real is not None:
                 observed = observed * real[:, None, at:end, None]
             self.recorder.attended(observed, self.seen - queries + at, self.starts)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-    def _mask(
-        self, at: int, end: int, queries: int, reach: int, real: Tensor | None, padding: Tensor | None,
-        window: int | None,
-    ) -> Tensor:  # fmt: skip
-        """Mask (1 or batch, 1 or kv_heads, end - at, reach): allowed slots, with their log-decay where any fades."""
-        index = torch.arange(self.seen - queries + at, self.seen - queries + end, device=self.keys.device)[:, None]
-        slots = self.slots[:, :, None, :reach]
-        if self.aligned and self.dense:
-            slots = slots[:1, :1]
-        allowed = (slots >= 0) & (slots <= index)
-        if window is not None:
-            allowed = allowed & (slots > index - window)
-        if padding is not None:
-            # The caller may hide a token that was visible when it was read.
-            held = self.slots[:, :, :reach].clamp(min=0)
-            visible = padding[:, None].expand(-1, held.shape[1], -1).gather(2, held)
-            allowed = allowed & visible[:, :, None]
-            if real is not None:
-                # A padded query sees everything: its output is never used, but it must be finite.
-                allowed = allowed | ~real[:, None, :, None]
-        if self.decays is None:
-            return allowed
-        decays = self.decays[:, :, None, :reach]
-        return torch.where(allowed, decays, -torch.inf)
 
     # ---- bytes ----------------------------------------------------------------------------------------------------
 
@@ -354,6 +380,23 @@ class SlotLayer(CacheLayerMixin):
             held.append(self.decays)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token costs in every row, over all KV heads."""
+        if not self.seen:
+            return 0
+        per_slot = [self.keys, self.values, self.slots, *self.recorder.slotwise.values()]
+        if self.decays is not None:
+            per_slot.append(self.decays)
+        return self.slots.shape[1] * sum(t.shape[3:].numel() * t.element_size() for t in per_slot)
+
+    def bytes_by_row(self) -> Tensor:
+        """Bytes that every row would hold in a cache of its own: (batch,) int64.
+
+        A batch pads every row to the longest head of all rows; alone, a row pays for its own longest head only.
+        """
+        rest = sum(t.shape[1:].numel() * t.element_size() for t in self.recorder.rowwise.values())
+        return (self.slots >= 0).sum(-1).amax(-1) * self.bytes_per_token() + rest
+
     def _account(self, tokens: int) -> None:
         held = self.nbytes()
         self.bytes_peak = max(self.bytes_peak, held)
@@ -362,5 +405,10 @@ class SlotLayer(CacheLayerMixin):
 
     @property
     def bytes_mean(self) -> float:
-        """Mean of the bytes held, over the tokens read."""
-        return self._byte_tokens / self.seen if self.seen else 0.0
+        """Mean of the bytes held, over the tokens read (cropped ones too: they were held)."""
+        return self._byte_tokens / self._read if self._read else 0.0
+
+
+def _own(x: Tensor) -> Tensor:
+    """``x``, copied if it is a part of a larger tensor."""
+    return x if x.untyped_storage().nbytes() <= x.numel() * x.element_size() else x.clone()

@@ -37,7 +37,7 @@ def find_rotary(model: PreTrainedModel) -> Rotary | None:
             f"{type(model).__name__} rotates queries in another pattern than Llama's; managers that need the "
             "queries before rotation (expected_attention) cannot be used with it"
         )
-    rotary: Rotary = modules[0]  # type: ignore[assignment]
+    rotary: Rotary = modules[0]
     return rotary
 
 
@@ -65,7 +65,9 @@ def future_rotation(rotary: Rotary | None, newest: Tensor, size: int, steps: int
     positions = newest[:, None] + 1 + torch.arange(steps, device=like.device)
     cos, sin = (t.float().mean(1) for t in rotary(like, positions))
     width = cos.shape[-1]
-    half = rotate_half(torch.eye(width, device=like.device)).transpose(0, 1)  # column vectors: half @ v = rotate_half(v)
+    half = rotate_half(torch.eye(width, device=like.device)).transpose(
+        0, 1
+    )  # column vectors: half @ v = rotate_half(v)
     matrix = eye.repeat(len(newest), 1, 1)
     matrix[:, :width, :width] = torch.diag_embed(cos) + sin[:, :, None] * half
     return matrix

@@ -1,0 +1,137 @@
+"""Cache: ways to run a model over a cache, and comparisons of what comes out, for the conformance kit and for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evomem.cache import CachePolicy, SlotCache
+from evomem.errors import EvomemError
+from evomem.testing.reference import Batch
+
+TOLERANCE = 1e-5
+"""Largest difference between two ways to the same logits in fp32, relative to the largest logit (at least 1)."""
+
+
+class ConformanceError(EvomemError, AssertionError):
+    """A manager, or the cache under it, breaks the contract."""
+
+
+# ---- inputs and ways to run a model ----------------------------------------------------------------------------------
+
+
+def context_length(manager: CachePolicy) -> int:
+    """Tokens that a check reads: enough for two decisions and a remainder."""
+    every = manager.schedule.every
+    return 45 if every is None else max(45, 2 * every + 5)
+
+
+def random_rows(model: PreTrainedModel, lengths: list[int], seed: int, tokenizer: Any = None) -> list[Tensor]:
+    """Random tokens (length,) per row, without the tokenizer's special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    special = set(tokenizer.all_special_ids) if tokenizer is not None else set(ends(model)) | {0}
+    allowed = torch.tensor([i for i in range(text_config(model).vocab_size) if i not in special])
+    return [allowed[torch.randint(len(allowed), (length,), generator=generator)] for length in lengths]
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, cache: Any, batch: Batch, pieces: list[int] | None = None, at: int = 0) -> Tensor:
+    """Feed ``batch`` from token ``at`` on in pieces of those lengths (by default one); return all logits."""
+    outputs = []
+    for piece in pieces or [batch.ids.shape[1] - at]:
+        end = at + piece
+        mask = None if bool(batch.real.all()) else batch.real[:, :end].long()
+        outputs.append(
+            model(
+                batch.ids[:, at:end],
+                attention_mask=mask,
+                position_ids=batch.positions[:, at:end],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+        )
+        at = end
+    return torch.cat(outputs, 1)
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel, cache: Any, ids: Tensor, new: int, real: Tensor | None = None, **more: Any
+) -> Tensor:
+    """Return what ``generate`` appends to ids (batch, tokens): (batch, new), greedy unless ``more`` says otherwise."""
+    mask = torch.ones_like(ids) if real is None else real.long()
+    settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, **more}
+    out: Any = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)  # type: ignore[operator]
+    appended: Tensor = out[:, ids.shape[1] :]
+    return appended
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """Return the configuration of the decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def ends(model: PreTrainedModel) -> list[int]:
+    """Ids that end a generation; they are suppressed, so that all generations have the same length."""
+    config = model.generation_config
+    found = None if config is None else config.eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def kv_heads(model: PreTrainedModel) -> int:
+    """Return the number of KV heads of a layer."""
+    text = text_config(model)
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+# ---- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def same_logits(
+    what: str, got: Tensor, wanted: Tensor, real: Tensor | None = None, tolerance: float = TOLERANCE
+) -> None:
+    """Raise `ConformanceError` when logits (batch, tokens, vocabulary) differ, at tokens that are real."""
+    if real is None:
+        real = torch.ones(got.shape[:2], dtype=torch.bool)
+    difference = (got.float() - wanted.float()).abs().amax(-1).masked_fill(~real, 0.0)
+    scale = max(1.0, float(wanted[real].abs().max()))
+    worst = float(difference.nan_to_num(nan=torch.inf).max()) / scale
+    if not worst <= tolerance:
+        row, token = divmod(int(difference.nan_to_num(nan=torch.inf).argmax()), difference.shape[1])
+        raise ConformanceError(
+            f"{what}: logits differ by {worst:.2e} of the largest (allowed {tolerance:.0e}), "
+            f"most at row {row}, token {token}"
+        )
+
+
+def same_tensors(what: str, got: Tensor, wanted: Tensor) -> None:
+    """Raise `ConformanceError` unless two tensors are equal to the bit."""
+    if got.shape != wanted.shape:
+        raise ConformanceError(f"{what}: shape {tuple(got.shape)} instead of {tuple(wanted.shape)}")
+    if not torch.equal(got, wanted):
+        where = (got != wanted).nonzero()[0].tolist()
+        raise ConformanceError(
+            f"{what}: first difference at {where}: {got[tuple(where)]} instead of {wanted[tuple(where)]}"
+        )
+
+
+def held_tokens(cache: SlotCache, row: int) -> list[list[list[int]]]:
+    """Places of the tokens that a row still holds, counted from its first: [layer][kv head]."""
+    return [
+        [[int(slot) - int(layer.start[row]) for slot in head if slot >= 0] for head in layer.slots[row]]
+        for layer in cache.layers
+    ]
+
+
+def same_held(what: str, got: list[list[list[int]]], wanted: list[list[list[int]]]) -> None:
+    """Raise `ConformanceError` unless two rows hold the same tokens in every layer and head."""
+    for layer, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+        for head, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if a != b:
+                raise ConformanceError(
+                    f"{what}: layer {layer}, head {head} holds {len(a)} tokens instead of {len(b)}; "
+                    f"too many {sorted(set(a) - set(b))[:8]}, missing {sorted(set(b) - set(a))[:8]}"
+                )

@@ -1,0 +1,225 @@
+"""Cache: the slow attention that the slot cache is held against: nothing evicted, one explicit mask per layer and head.
+
+Nothing here uses the slot cache's own mask, compaction or schedule: what is hidden from whom is worked out from the
+manager's decisions alone, over the whole sequence, and applied by a plain softmax.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from evomem.cache import CachePolicy, Decision, LayerView
+from evomem.cache.cache import SchedulePolicy
+
+REFERENCE = "evomem_reference"
+"""Name under which the explicit attention is registered with transformers while a reference runs."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to read: tokens, which of them are real, and the positions given to the model.
+
+    Attributes
+    ----------
+    ids : (batch, tokens) int64.
+    real : (batch, tokens) bool, False for padding.
+    positions : (batch, tokens) int64, the place of a token among the real ones of its row.
+    """
+
+    ids: Tensor
+    real: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, rows: list[Tensor], length: int | None = None) -> Batch:
+        """Left-pad rows (tokens,) to ``length`` (by default the longest) with token 0."""
+        length = max(len(row) for row in rows) if length is None else length
+        ids = torch.zeros(len(rows), length, dtype=torch.int64)
+        real = torch.zeros(len(rows), length, dtype=torch.bool)
+        for at, row in enumerate(rows):
+            ids[at, length - len(row) :] = row
+            real[at, length - len(row) :] = True
+        return cls(ids, real, (real.long().cumsum(1) - 1).clamp(min=0))
+
+    @property
+    def start(self) -> Tensor:
+        """(batch,) index of the first real token; the length for a row of padding."""
+        return torch.where(self.real.any(1), self.real.long().argmax(1), self.real.shape[1])
+
+    def row(self, index: int) -> Batch:
+        """One row alone, without its padding."""
+        return Batch.of([self.ids[index][self.real[index]]])
+
+
+@dataclass(frozen=True)
+class Event:
+    """One decision about one layer: ``seen`` tokens had been read, ``slots`` were held."""
+
+    seen: int
+    slots: Tensor
+    keep: Tensor
+    decay: Tensor | None
+
+
+@dataclass
+class Tracing:
+    """A policy that does what another does, and writes every decision down.
+
+    ``spoil`` overwrites what the decision evicts with NaN, at the moment of the decision: whatever still depends on it
+    shows.
+    """
+
+    policy: CachePolicy
+    spoil: bool = False
+    events: dict[int, list[Event]] = field(default_factory=dict)
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """Observations of the policy."""
+        return self.policy.observes
+
+    @property
+    def schedule(self) -> SchedulePolicy:
+        """Schedule of the policy."""
+        return self.policy.schedule
+
+    def decide(self, view: LayerView) -> Decision:
+        """Let the policy decide, and remember what it said."""
+        decision = self.policy.decide(view)
+        decay = None if decision.decay is None else decision.decay.float().clone()
+        event = Event(view.seen, view.slots.clone(), decision.keep.clone(), decay)
+        self.events.setdefault(view.layer, []).append(event)
+        if self.spoil:
+            gone = ~decision.keep[..., None]
+            view.keys.masked_fill_(gone, torch.nan)
+            view.values.masked_fill_(gone, torch.nan)
+        return decision
+
+
+def explicit_biases(
+    events: dict[int, list[Event]], batch: Batch, layers: int, kv_heads: int, every: int | None
+) -> list[Tensor]:
+    """Return per layer the additive mask (batch, kv_heads, tokens, tokens) that hides what the decisions evicted.
+
+    Query i sees key j when j <= i, both are real, and no decision taken after fewer than i + 1 tokens evicted j. A
+    decision counts for a row when it is the row's turn: every ``every`` of its own tokens, or once for all.
+    """
+    rows, length = batch.ids.shape
+    index = torch.arange(length)
+    seen = (index[None, :] <= index[:, None]) & batch.real[:, None, :]
+    # A padded query looks at itself: its output is of no use, but must be a number.
+    seen = torch.where(batch.real[:, :, None], seen, torch.eye(length, dtype=torch.bool))
+    base = torch.zeros(rows, 1, length, length).masked_fill(~seen[:, None], -torch.inf)
+    biases = []
+    for layer in range(layers):
+        bias = base.repeat(1, kv_heads, 1, 1)
+        for event in events.get(layer, []):
+            own = event.seen - batch.start
+            turn = torch.ones(rows, dtype=torch.bool) if every is None else (own > 0) & (own % every == 0)
+            for row in turn.nonzero().flatten().tolist():
+                for head in range(kv_heads):
+                    _apply(bias[row, head], event, row, head)
+        real = batch.real[:, None, :, None]
+        biases.append(torch.where(real, bias, base))
+    return biases
+
+
+def _apply(bias: Tensor, event: Event, row: int, head: int) -> None:
+    """Carry one head's share of a decision into its mask (tokens, tokens)."""
+    slots, keep = event.slots[row, head], event.keep[row, head]
+    held = slots >= 0
+    if event.decay is not None:
+        decay = event.decay[row, head]
+        bias[event.seen :, slots[held]] = torch.where(
+            bias[event.seen :, slots[held]] == -torch.inf, -torch.inf, decay[held]
+        )
+    bias[event.seen :, slots[held & ~keep]] = -torch.inf
+
+
+class _Given(threading.local):
+    biases: list[Tensor] | None = None
+    attention: list[Tensor] | None = None
+    queries: list[Tensor] | None = None
+
+
+_given = _Given()
+
+
+def _explicit_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as the textbook has it, under the mask given for this layer."""
+    if _given.biases is None:
+        raise RuntimeError("the reference attention runs inside explicit_logits() only")
+    bias = _given.biases[int(module.layer_idx)]  # type: ignore[arg-type]
+    group = query.shape[1] // key.shape[1]
+    key, value, bias = (x.repeat_interleave(group, dim=1) for x in (key, value, bias))
+    logits = torch.einsum("bhqd,bhkd->bhqk", query.float(), key.float())
+    logits = logits * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if sliding_window is not None:
+        index = torch.arange(query.shape[2])
+        logits = logits.masked_fill(index[:, None] - index[None, :] >= sliding_window, -torch.inf)
+    weights = torch.softmax(logits + bias, dim=-1)
+    if _given.attention is not None:
+        _given.attention.append(weights.view(len(weights), -1, group, *weights.shape[2:]).mean(2))
+    if _given.queries is not None:
+        _given.queries.append(query.clone())
+    output = torch.einsum("bhqk,bhkd->bhqd", weights, value.float()).to(query.dtype)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+@contextmanager
+def _reference(model: PreTrainedModel) -> Iterator[None]:
+    AttentionInterface.register(REFERENCE, _explicit_attention)
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = REFERENCE
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        _given.biases = _given.attention = _given.queries = None
+
+
+@torch.no_grad()
+def explicit_logits(model: PreTrainedModel, batch: Batch, biases: list[Tensor]) -> Tensor:
+    """Return the logits (batch, tokens, vocabulary) of one pass over everything, under one mask per layer and head."""
+    return explicit_pass(model, batch, biases)[0]
+
+
+@torch.no_grad()
+def explicit_pass(
+    model: PreTrainedModel, batch: Batch, biases: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """As `explicit_logits`, and per layer the attention and the queries.
+
+    Returns
+    -------
+    logits : (batch, tokens, vocabulary).
+    attention : per layer (batch, kv_heads, tokens, tokens), mean over the query heads of the KV head.
+    queries : per layer (batch, query_heads, tokens, head_dim), as rotated.
+    """
+    with _reference(model):
+        _given.biases, _given.attention, _given.queries = biases, [], []
+        logits = model(batch.ids, position_ids=batch.positions, use_cache=False).logits
+        return logits, _given.attention, _given.queries
