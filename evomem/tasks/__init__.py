@@ -1,7 +1,23 @@
 """Task: samples with a context, a question and an answer, by name (`build`)."""
 
-from evomem.tasks import needles, passkey
+from evomem.tasks import book, file, needles, passkey, recall
 from evomem.tasks.base import Sample, Split, Task, Tokenizer, tasks
 from evomem.tasks.building import build, parse
+from evomem.tasks.chance import ChanceReport, check
 
-__all__ = ["Sample", "Split", "Task", "Tokenizer", "build", "needles", "parse", "passkey", "tasks"]
+__all__ = [
+    "ChanceReport",
+    "Sample",
+    "Split",
+    "Task",
+    "Tokenizer",
+    "book",
+    "build",
+    "check",
+    "file",
+    "needles",
+    "parse",
+    "passkey",
+    "recall",
+    "tasks",
+]

@@ -24,7 +24,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     cls = tasks.get(name)
     options: dict[str, Any] = {}
     main = getattr(cls, "main_option", None)
-    known = set(getattr(cls, "Options").model_fields)  # noqa: B009 - classes of other packages are only typed as type
+    known = set(getattr(getattr(cls, "Options", None), "model_fields", ()))
     parts = rest.split(",") if rest else []
     if main is not None and parts and not _is_setting(parts[0], known):
         # The value may hold commas: it ends where the first known option is set.

@@ -64,7 +64,7 @@ def fit(
     size = counts.exact(render(0))
     if size > length:
         raise TaskError(
-            f"task {task}: length {length} is too short, needles, question and answer alone have {size} tokens; "
+            f"task {task}: length {length} is too short, without any haystack the sample has {size} tokens; "
             f"ask for a length of at least {size}"
         )
 

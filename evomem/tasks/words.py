@@ -30,9 +30,11 @@ def words(category: Category, split: Split | None = None) -> tuple[str, ...]:
     try:
         from wonderwords import RandomWord
     except ImportError as error:
-        raise TaskError("this task draws its words from the package wonderwords: pip install wonderwords") from error
+        raise TaskError(
+            "this task draws its words from the package wonderwords: pip install 'evomem[tasks]'"
+        ) from error
     found = sorted(set(RandomWord().filter(include_categories=[category], regex="[a-z]+")))
-    return tuple(word for word in found if split is None or split_of(word) is split)
+    return tuple(word for word in found if split is None or split_of(word) == split)
 
 
 def draw_keys(random: Random, split: Split, n: int, taken: set[str] | None = None) -> list[str]:
