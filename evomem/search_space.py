@@ -6,7 +6,7 @@ A search space is a YAML file of `search_spaces/`::
     weights: all                      # or none, or [{match: "hidden.*", scale: 0.5}, ...]
     options:                          # options of the manager that vary too
       recent: {kind: integer, low: 0, high: 16}
-    start: {heuristic: keydiff}       # or zeros, initial, {vector: FILE or [..]}, {plugin: FOLDER}
+    start: {heuristic: keydiff}       # or zeros, initial, {vector: FILE or [..]}, {plugin: FOLDER}, {parameters: ..}
     sigma: 0.3
 
 Every vector of finite numbers decodes: a weight is ``scale * x``, and bounds are handled smoothly
@@ -51,16 +51,25 @@ class ManagerConfig(Settings):
 
 
 class Start(Settings):
-    """Where a search starts from; exactly one of the fields."""
+    """Where a search starts from; exactly one of the fields.
+
+    Attributes
+    ----------
+    vector : numbers, or a .npy file of them.
+    heuristic : a manager that this one can imitate (its class says which).
+    plugin : folder of a manager of the same kind.
+    parameters : numbers by pattern of parameter names; weights that no pattern matches are zero.
+    """
 
     vector: str | list[float] | None = None
     heuristic: str | None = None
     plugin: str | None = None
+    parameters: dict[str, float] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if sum(value is not None for value in (self.vector, self.heuristic, self.plugin)) != 1:
-            raise ValueError("give exactly one of vector, heuristic, plugin")
+        if sum(getattr(self, field) is not None for field in type(self).model_fields) != 1:
+            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
         return self
 
 
@@ -241,19 +250,33 @@ class SearchSpace:
         """Give the template the weights that ``start`` names; return the start vector if that was given itself."""
         start = self.config.start
         if start == "zeros":
-            with torch.no_grad():
-                for parameter in self._parameters(self.template).values():
-                    parameter.zero_()
+            self._fill({})
         elif isinstance(start, Start):
             if start.heuristic is not None:
                 self.template = start_from_heuristic(self.template, start.heuristic)
             elif start.plugin is not None:
                 self._start_from_plugin(Path(start.plugin))
+            elif start.parameters is not None:
+                self._fill(start.parameters)
             elif start.vector is not None:
                 vector = self._checked(_read_vector(start.vector))
                 self.template = self.decode(vector)
                 return vector
         return None
+
+    def _fill(self, numbers: Mapping[str, float]) -> None:
+        """Set what varies to zero, and parameters that match a pattern to its number."""
+        names = self._parameters(self.template)
+        for pattern in numbers:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(
+                    f"search space: start.parameters: no parameter that varies matches {pattern!r}; "
+                    f"there are: {', '.join(names) or 'none'}"
+                )
+        with torch.no_grad():
+            for name, parameter in names.items():
+                fitting = [number for pattern, number in numbers.items() if fnmatch.fnmatchcase(name, pattern)]
+                parameter.fill_(fitting[0] if fitting else 0.0)
 
     def _start_from_plugin(self, folder: Path) -> None:
         from evomem.plugins import load

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomem.drivers.base import Driver
-from evomem.errors import FitnessError
 from evomem.runs.archive import Finalist
 from evomem.runs.candidates import Judge, Plan
 from evomem.runs.files import write_atomically, write_vector
@@ -34,7 +33,7 @@ def choose(search: Search, judge: Judge, driver: Driver) -> RunResult:
     scores = _scores(search, judge, "select", Split.SELECT, config.select.contexts, finalists)
     fitness = np.array([score.fitness for score in scores])
     if not np.isfinite(fitness).any():
-        raise FitnessError("select: no finalist has a finite fitness; look at the select units in journal.jsonl")
+        raise search.all_failed("select", None, f"select: all {len(finalists)} finalists")
     best = int(np.argmax(np.where(np.isfinite(fitness), fitness, -np.inf)))
     winner = finalists[best]
     train = min(config.select.contexts, search.plan[-1].train_contexts)

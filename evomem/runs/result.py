@@ -48,6 +48,8 @@ class Score:
             by_sample.setdefault((row.task.label, evaluation.sample), []).append(evaluation.loglik)
         logliks = [sum(values) / len(values) for values in by_sample.values()]
         count = len(logliks)
+        with np.errstate(invalid="ignore"):  # a likelihood may be -inf
+            deviation = float(np.std(logliks, ddof=1)) if count > 1 else math.nan
         return cls(
             contexts=count,
             fitness=fitness,
@@ -56,7 +58,7 @@ class Score:
             slots=_mean([evaluation.slots for evaluation in mine]),
             bytes_mean=_mean([evaluation.bytes_mean for evaluation in mine]),
             bytes_peak=_mean([evaluation.bytes_peak for evaluation in mine]),
-            error=float(np.std(logliks, ddof=1)) / math.sqrt(count) if count > 1 else math.nan,
+            error=deviation / math.sqrt(count),
         )
 
     @classmethod

@@ -169,12 +169,27 @@ class Search:
         return driver, found.generation
 
     def _known_units(self, told: int) -> list[Record]:
-        """Return the journal's units that may still be asked for."""
-        return [
-            record
-            for record in read_journal(self.run_folder.journal.path)
-            if record["kind"] == "unit" and (record["generation"] is None or record["generation"] >= told)
-        ]
+        """Return the journal's units that may still be asked for.
+
+        What failed as a whole is evaluated again: the user has been told to mend the cause and resume.
+        """
+        known: list[Record] = []
+        for record in read_journal(self.run_folder.journal.path):
+            if record["kind"] == "unit" and (record["generation"] is None or record["generation"] >= told):
+                known.append(record)
+            elif record["kind"] == "event" and record["event"] == "all_failed":
+                failed = (record["phase"], record["generation"])
+                known = [unit for unit in known if (unit["phase"], unit["generation"]) != failed]
+        return known
+
+    def all_failed(self, phase: str, generation: int | None, what: str) -> FitnessError:
+        """Note that nothing of a phase has a finite fitness; return the error to raise."""
+        self.run_folder.journal.event("all_failed", phase=phase, generation=generation)
+        return FitnessError(
+            f"{what} have no finite fitness (NaN or infinite). Look at the last units in journal.jsonl. If the cause "
+            "can be mended, mend it and resume: they are evaluated again. Otherwise begin another run with a smaller "
+            "driver.sigma, another space.start, or model.dtype=float32"
+        )
 
     # ---- generations ----------------------------------------------------------------------------------------------
 
@@ -198,11 +213,8 @@ class Search:
 
     def _check(self, fitness: Fitness, population: Population, stage: Stage) -> None:
         if fitness.failed == len(fitness.values):
-            self.run_folder.journal.event("all_failed", generation=population.generation)
-            raise FitnessError(
-                f"generation {population.generation}: all {fitness.failed} candidates have no finite fitness (NaN or "
-                "infinite). Look at the evaluations in journal.jsonl; a smaller driver.sigma, another start or "
-                "model.dtype=float32 may help. The run can be resumed"
+            raise self.all_failed(
+                "train", population.generation, f"generation {population.generation}: all {fitness.failed} candidates"
             )
         if population.generation == 0 and 0 not in self.records:
             sigma = self.config.driver.sigma or self.space.sigma

@@ -1,0 +1,231 @@
+"""Drivers: what every driver in the registry must do, and that the search finds what it looks for."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from evomem.drivers import build, drivers
+from evomem.drivers.restarts import first, following
+from evomem.errors import ConfigError, FitnessError, UnknownNameError
+
+VARIANTS = [
+    ("cmaes", {}),
+    ("cmaes", {"diagonal": True}),
+    ("cmaes", {"mirrored": True, "popsize": 9}),
+    ("cmaes", {"restarts": "ipop", "popsize": 5}),
+    ("cmaes", {"restarts": "bipop", "popsize": 6, "diagonal": True}),
+    ("random_search", {}),
+]
+every_driver = pytest.mark.parametrize(("name", "options"), VARIANTS)
+
+
+def sphere(vectors):
+    return -(vectors**2).sum(axis=1)
+
+
+def ellipsoid(vectors):
+    return -(vectors**2 * 10.0 ** (4 * np.arange(vectors.shape[1]) / (vectors.shape[1] - 1))).sum(axis=1)
+
+
+def new(name, options, dim=5, seed=3):
+    return build(name, dim, np.full(dim, 1.5), seed, **options)
+
+
+def test_all_registered_drivers_are_tested():
+    assert {name for name, _ in VARIANTS} == set(drivers.names())
+
+
+@every_driver
+def test_asks_what_it_is_told_to(name, options):
+    driver = new(name, options)
+    for generation in range(6):
+        asked, again = driver.ask(), driver.ask()
+        assert asked.generation == again.generation == generation
+        assert np.array_equal(asked.vectors, again.vectors)
+        assert np.array_equal(asked.seeds, again.seeds)
+        assert asked.vectors.shape == (options.get("popsize", 4 + int(3 * np.log(5))), 5)
+        assert asked.vectors.dtype == np.float64
+        assert len(np.unique(asked.vectors, axis=0)) == len(asked.vectors)
+        assert len(set(asked.seeds.tolist())) == len(asked.seeds)
+        driver.tell(asked, sphere(asked.vectors))
+    with pytest.raises(ConfigError, match="tell"):
+        driver.tell(asked, sphere(asked.vectors))
+
+
+@every_driver
+def test_resumes_bit_exactly_between_ask_and_tell_and_after(name, options):
+    """Save at every point of a search whose fitness has holes; what follows is what would have followed."""
+    whole = new(name, options)
+    saved, trace = [], []
+    for generation in range(40):
+        population = whole.ask()
+        saved.append((generation, population, pickle.dumps(whole.state_dict())))
+        fitness = sphere(population.vectors)
+        fitness[generation % 3 :: 4] = (np.nan, np.inf, -np.inf)[generation % 3]
+        whole.tell(population, fitness)
+        saved.append((generation, None, pickle.dumps(whole.state_dict())))
+        trace.append((population, fitness, whole.mean))
+    for generation, asked, state in saved[::7] + saved[-3:]:
+        resumed = new(name, options)
+        resumed.load_state_dict(pickle.loads(state))
+        for population, fitness, mean in trace[generation + (asked is None) :]:
+            same = resumed.ask()
+            assert same.generation == population.generation
+            assert np.array_equal(same.vectors, population.vectors)
+            assert np.array_equal(same.seeds, population.seeds)
+            resumed.tell(same, fitness)
+            assert np.array_equal(resumed.mean, mean)
+        assert resumed.stopped() == whole.stopped()
+
+
+@every_driver
+def test_same_seed_same_search_other_seed_another(name, options):
+    def search(seed):
+        driver = new(name, options, seed=seed)
+        for _ in range(5):
+            population = driver.ask()
+            driver.tell(population, sphere(population.vectors))
+        return driver.ask().vectors
+
+    assert np.array_equal(search(0), search(0))
+    assert not np.array_equal(search(0), search(1))
+
+
+@every_driver
+def test_a_generation_without_any_fitness_is_refused_and_nothing_is_lost(name, options):
+    driver = new(name, options)
+    population = driver.ask()
+    with pytest.raises(FitnessError):
+        driver.tell(population, np.full(len(population.vectors), np.nan))
+    with pytest.raises(ConfigError, match="fitness values"):
+        driver.tell(population, np.zeros(2))
+    assert np.array_equal(driver.ask().vectors, population.vectors)
+    driver.tell(population, sphere(population.vectors))
+
+
+@every_driver
+def test_leaves_the_world_alone(name, options, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    (tmp_path / "cma_signals.in").write_text("{'timeout': 0}")
+    driver = new(name, options)
+    for _ in range(30):
+        population = driver.ask()
+        driver.tell(population, np.round(sphere(population.vectors)))
+    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+    assert os.listdir(tmp_path) == ["cma_signals.in"]
+    assert driver.stopped() is None
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("options", [options for name, options in VARIANTS if name == "cmaes"])
+def test_cmaes_sees_only_the_order_of_fitness(options):
+    plain, bent = new("cmaes", options), new("cmaes", options)
+    for _ in range(10):
+        a, b = plain.ask(), bent.ask()
+        assert np.array_equal(a.vectors, b.vectors)
+        plain.tell(a, sphere(a.vectors))
+        bent.tell(b, np.arctan(sphere(b.vectors)) * 7 - 3)
+
+
+@pytest.mark.parametrize(("options", "goal"), [({}, sphere), ({}, ellipsoid), ({"diagonal": True}, ellipsoid)])
+def test_cmaes_converges(options, goal):
+    driver = new("cmaes", {**options, "sigma": 0.5}, dim=10)
+    evaluations = 0
+    while goal(driver.mean[None])[0] < -1e-8:
+        population = driver.ask()
+        driver.tell(population, goal(population.vectors))
+        evaluations += len(population.vectors)
+        assert evaluations < 8000
+    assert driver.sigma < 0.01
+
+
+def test_random_search_believes_in_the_best_it_has_seen():
+    driver, seen = new("random_search", {"popsize": 7}), []
+    for _ in range(20):
+        population = driver.ask()
+        driver.tell(population, sphere(population.vectors))
+        seen += list(population.vectors)
+        assert sphere(driver.mean[None])[0] == sphere(np.array(seen)).max()
+    draws = (np.array(seen) - 1.5) / 0.3
+    assert abs(draws.mean()) < 0.15
+    assert abs(draws.std() - 1) < 0.1
+
+
+def test_converged_cmaes_stops_without_restarts_and_goes_on_with_them():
+    def descend(**options):
+        driver, sizes = new("cmaes", {"popsize": 6, **options}, dim=2), []
+        while driver.stopped() is None and len(sizes) < 160:
+            population = driver.ask()
+            sizes.append(len(population.vectors))
+            driver.tell(population, sphere(population.vectors))
+        return driver, sizes
+
+    driver, sizes = descend()
+    assert "converged" in driver.stopped()
+    again, more = descend(restarts="ipop")
+    assert again.stopped() is None
+    assert more[: len(sizes)] == sizes
+    assert set(more) >= {6, 12}
+    assert more == sorted(more)
+    # The best descent's mean is kept while the next one is still far away.
+    assert sphere(again.mean[None])[0] > -1e-8
+
+
+def test_restart_regimes():
+    state, popsize, sigma = first(10, 0.5), 10, 0.5
+    assert following("none", state, 1000, popsize, sigma, 0) is None
+    sizes = []
+    for _ in range(5):
+        state = following("ipop", state, 1000, popsize, sigma, 0)
+        sizes.append(state.regime.popsize)
+    assert sizes == [20, 40, 80, 160, 320]
+    state = first(10, 0.5)
+    used = {"large": 0, "small": 0}
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        spent = int(rng.integers(100, 3000))
+        if state.regime.limit is not None:
+            spent = min(spent, state.regime.limit)
+        if number > 0:
+            used[state.regime.kind] += spent
+        before = dict(used)
+        state = following("bipop", state, spent, popsize, sigma, 7)
+        regime = state.regime
+        if regime.kind == "small":
+            assert before["small"] < before["large"]
+            assert 2 <= regime.popsize <= max(2, 10 * 2**state.doublings // 2)
+            assert 0.005 <= regime.sigma <= 0.5
+            assert regime.limit >= regime.popsize
+        else:
+            assert before["small"] >= before["large"]
+            assert regime.popsize == 10 * 2**state.doublings
+            assert regime.sigma == 0.5
+    assert min(used.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cmaes", {"sigma": 0}, "sigma"),
+        ("cmaes", {"popsize": 1}, "popsize"),
+        ("cmaes", {"restart": "ipop"}, "restarts"),
+        ("random_search", {"diagonal": True}, "diagonal"),
+    ],
+)
+def test_wrong_options_are_named(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        new(name, options)
+
+
+def test_unknown_driver_and_bad_start():
+    with pytest.raises(UnknownNameError, match="'cmaes'"):
+        build("cmae", 3, np.zeros(3), 0)
+    with pytest.raises(ConfigError, match="start"):
+        build("random_search", 3, np.zeros(4), 0)
+    with pytest.raises(ConfigError, match="2 dimensions"):
+        build("cmaes", 1, np.zeros(1), 0)
