@@ -70,7 +70,7 @@ class SlotCache(Cache):
         self.depth = layers
         self.decides_after_forward = True
         self._model = None if model is None else ref(model)
-        self._held = [0] * layers
+        self._sums: dict[int, int] = {}
         self.bytes_peak = 0
         super().__init__(layers=[SlotLayer(index, self) for index in range(layers)])
 
@@ -113,13 +113,11 @@ class SlotCache(Cache):
         """Let the manager decide about every layer now."""
         for layer in self.layers:
             layer.decide()
-            layer._account(0)
 
     def keep(self, masks: list[Tensor]) -> None:
         """Evict by one mask a layer (batch, kv_heads, slots)."""
         for layer, mask in zip(self.layers, masks, strict=True):
             layer.keep(mask)
-            layer._account(0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, evicted ones and padding included."""
@@ -129,15 +127,20 @@ class SlotCache(Cache):
         """Forget everything, measurements too; the cache is as new."""
         for layer in self.layers:
             layer.reset()
-        self._held = [0] * self.depth
+        self._sums = {}
         self.bytes_peak = 0
 
     # ---- measurements ---------------------------------------------------------------------------------------------
 
-    def account(self, layer: int, held: int) -> None:
-        """Note the bytes that a layer holds now."""
-        self._held[layer] = held
-        self.bytes_peak = max(self.bytes_peak, sum(self._held))
+    def account(self, layer: int, seen: int, held: int) -> None:
+        """Note the bytes that a layer held when ``seen`` tokens had been read.
+
+        The peak is over tokens, not over the moments of one forward pass, in which a layer may evict before the next
+        one has read: so reading in pieces and reading at once measure the same, and the mean is never above the peak.
+        """
+        self._sums[seen] = self._sums.get(seen, 0) + held
+        if layer == self.depth - 1:
+            self.bytes_peak = max(self.bytes_peak, self._sums.pop(seen))
 
     def nbytes(self) -> int:
         """Bytes of the tensors held now, over all layers and rows."""
@@ -181,7 +184,7 @@ class SlotCache(Cache):
     def clone(self) -> SlotCache:
         """Return an independent continuation of this cache; tensors are shared until one of the two changes them."""
         other = SlotCache(self.depth, self.policy, rotary=self.rotary)
-        other._model, other._held, other.bytes_peak = self._model, list(self._held), self.bytes_peak
+        other._model, other.bytes_peak = self._model, self.bytes_peak
         other.decides_after_forward = self.decides_after_forward
         for mine, copy in zip(self.layers, other.layers, strict=True):
             state = {k: v for k, v in vars(mine).items() if k not in ("cache", "recorder")}

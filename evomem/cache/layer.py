@@ -67,7 +67,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.pending: tuple[Tensor, Tensor] | None = None
         self.recorder = Recorder(Wanted.parse(self.cache.policy.observes))
         self.is_initialized = False
-        self.bytes_peak, self._byte_tokens, self._read = 0, 0, 0
+        self.bytes_peak, self._byte_tokens, self._read = 0, 0.0, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note that tensors exist from now on; nothing is allocated ahead."""
@@ -270,15 +270,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for end, rows in self._pieces(begin, count):
             piece = slice(at, end)
             part = None if real is None else real[:, piece]
+            before = self.nbytes()
             self._append(keys[:, :, piece], values[:, :, piece], part)
             outputs.append(self._attend(query[:, :, piece], part, padding, window))
             self.recorder.queried(
                 query[:, :, piece].detach(), None if positions is None else positions[:, piece], part, self.cache.rotary
             )
-            self._account(end - at)
+            self._account(before, end - at)
             if rows is not None:
                 self.decide(None if bool(rows.all()) else rows)
-                self._account(0)
             at = end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -317,7 +317,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.dense = self.aligned = False
         if self.seen == 0:
             # A model may hand over a part of a larger tensor (fused projections), which would stay alive as a whole.
-            self.keys, self.values, self.slots = _own(keys), _own(values), index
+            self.keys, self.values, self.slots = _own(keys), _own(values), index.contiguous()
         else:
             self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
             self.slots = torch.cat((self.slots, index), 2)
@@ -397,11 +397,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         rest = sum(t.shape[1:].numel() * t.element_size() for t in self.recorder.rowwise.values())
         return (self.slots >= 0).sum(-1).amax(-1) * self.bytes_per_token() + rest
 
-    def _account(self, tokens: int) -> None:
+    def _account(self, before: int, tokens: int) -> None:
+        """Note that ``tokens`` arrived since ``before`` bytes were held; pieces do not matter."""
         held = self.nbytes()
         self.bytes_peak = max(self.bytes_peak, held)
-        self._byte_tokens += held * tokens
-        self.cache.account(self.index, held)
+        self._byte_tokens += (before + held) / 2 * tokens
+        self.cache.account(self.index, self.seen, held)
 
     @property
     def bytes_mean(self) -> float:
