@@ -1,0 +1,207 @@
+"""What the cache records equals what full attention, NumPy and torch.stft say, however it was cut or padded."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from evomem.cache import Decision, LayerView, SlotCache, attached
+from evomem.errors import ConfigError
+from evomem.managers import Schedule
+from evomem.testing.comparing import random_rows, read
+from evomem.testing.models import FAMILIES, tiny
+from evomem.testing.reference import Batch, Tracing, explicit_biases, explicit_pass
+
+ALL = ("attention_sum", "attention_spectrum", "window_attention:5", "window_attention:1", "query_statistics")
+
+
+class Dropping:
+    """Evicts every third token of each KV head, shifted by head; fades by age if asked."""
+
+    observes = frozenset(ALL)
+
+    def __init__(self, every: int | None = None, fade: bool = False, drop: bool = True) -> None:
+        self.schedule, self.fade, self.drop = Schedule(every), fade, drop
+
+    def decide(self, view: LayerView) -> Decision:
+        heads = torch.arange(view.slots.shape[1])[:, None]
+        keep = ((view.position + heads) % 3 != 0) | (not self.drop)
+        return Decision(keep & view.valid, -0.1 * view.position.float() if self.fade else None)
+
+
+def observe(model, policy, batch: Batch, pieces: list[int]) -> tuple[SlotCache, list[LayerView]]:
+    with attached(model):
+        cache = SlotCache.for_model(model, policy)
+        read(model, cache, batch, pieces)
+        return cache, [layer.view() for layer in cache.layers]
+
+
+def slow_spectrum(signal: np.ndarray) -> np.ndarray:
+    """signal (queries,): attention to one key by its row's queries; moving average of |STFT| as in the paper."""
+    whole = torch.tensor(np.concatenate((np.zeros(16), signal[: len(signal) // 16 * 16])))
+    if len(whole) < 32:
+        return np.zeros(17)
+    window = torch.hann_window(32, periodic=True, dtype=torch.float64)
+    frames = torch.stft(whole, 32, 16, window=window, center=False, onesided=True, return_complex=True).abs()
+    gamma = 0.99**16
+    average = np.zeros(17)
+    for frame in frames.T.numpy():
+        average = gamma * average + (1 - gamma) * frame
+    return average
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pieces", [[50], [7, 1, 25, 16, 1]])
+def test_attention_observations_equal_full_attention(family: str, pieces: list[int]) -> None:
+    model = tiny(family, layers=2)
+    batch = Batch.of(random_rows(model, [50, 37, 3], 3))
+    tracing = Tracing(Dropping(every=19))
+    _, views = observe(model, tracing, batch, pieces)
+    biases = explicit_biases(tracing.events, batch, 2, views[0].slots.shape[1], 19)
+    _, attention, _ = explicit_pass(model, batch, biases)
+    for view, full in zip(views, attention, strict=True):
+        check_attention(view, full.double().numpy(), batch)
+
+
+def check_attention(view: LayerView, full: np.ndarray, batch: Batch) -> None:
+    for row, head, at in view.valid.nonzero().tolist():
+        token, start = int(view.slots[row, head, at]), int(batch.start[row])
+        column = full[row, head, start:, token]
+        assert float(view.recorded["attention_sum"][row, head, at]) == pytest.approx(column.sum(), abs=2e-5)
+        got = view.recorded["attention_spectrum"][row, head, at].numpy()
+        np.testing.assert_allclose(got, slow_spectrum(column), atol=2e-5)
+    for width in (1, 5):
+        got = view.recorded[f"window_attention:{width}"]
+        for row in range(len(got)):
+            for head in range(got.shape[1]):
+                held = view.slots[row, head][view.valid[row, head]].numpy()
+                last = full[row, head, max(view.seen - width, int(batch.start[row])) :]
+                # Attention over what is held now: renormalised per query. (Exact for one query head per KV head; with
+                # more, the mean over heads comes last, so those are compared in another test.)
+                assert float(got[row, head].sum()) == pytest.approx(1.0 if len(held) and len(last) else 0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("family", "window"), [("gpt2", None), ("gpt_neox", None), ("mistral", None), ("mistral", 11)])
+@pytest.mark.parametrize("fade", [False, True])
+def test_window_attention_is_the_softmax_over_the_slots_held_now(family: str, window: int | None, fade: bool) -> None:
+    overrides = {} if family != "mistral" else {"sliding_window": window, "num_key_value_heads": 4}
+    model = tiny(family, layers=2, **overrides)
+    batch = Batch.of(random_rows(model, [40, 31], 4))
+    tracing = Tracing(Dropping(every=12, fade=fade))
+    cache, views = observe(model, tracing, batch, [40])
+    biases = explicit_biases(tracing.events, batch, 2, views[0].slots.shape[1], 12)
+    _, _, queries = explicit_pass(model, batch, biases)
+    for layer, view, query in zip(cache.layers, views, queries, strict=True):
+        got = view.recorded["window_attention:5"].numpy()
+        for row in range(2):
+            for head in range(got.shape[1]):
+                total = np.zeros(view.slots.shape[2])
+                for index in range(35, 40):
+                    logits = np.full(len(total), -np.inf)
+                    for at in range(len(total)):
+                        token = int(view.slots[row, head, at])
+                        if 0 <= token <= index and (window is None or token > index - window):
+                            product = query[row, head, index].double() @ view.keys[row, head, at].double()
+                            logits[at] = float(product) * layer.scale
+                            logits[at] += 0.0 if layer.decays is None else float(layer.decays[row, head, at])
+                    if np.isfinite(logits).any():
+                        weights = np.exp(logits - logits.max())
+                        total += weights / weights.sum()
+                np.testing.assert_allclose(got[row, head], total / 5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("pieces", [[50], [2, 1, 30, 17]])
+def test_query_statistics_equal_those_of_the_projections(family: str, pieces: list[int]) -> None:
+    model = tiny(family, layers=2)
+    batch = Batch.of(random_rows(model, [50, 33], 6))
+    tracing = Tracing(Dropping(every=19))
+    _, views = observe(model, tracing, batch, pieces)
+    # The projection's output is the query before rotation: caught by a hook during the slow pass.
+    caught: list[torch.Tensor] = []
+    names = ("q_proj", "c_attn")
+    hooks = [
+        module.register_forward_hook(lambda _, __, out: caught.append(out.detach()))
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in names
+    ]
+    biases = explicit_biases(tracing.events, batch, 2, views[0].slots.shape[1], 19)
+    explicit_pass(model, batch, biases)
+    for hook in hooks:
+        hook.remove()
+    for view, out in zip(views, caught, strict=True):
+        queries = out[..., :64].view(2, 50, 4, 16).double().numpy()
+        for row in range(2):
+            own = queries[row, int(batch.start[row]) + 4 :]
+            for head in range(4):
+                mean = view.recorded["query_mean"][row, head].numpy()
+                covariance = view.recorded["query_covariance"][row, head].numpy()
+                np.testing.assert_allclose(mean, own[:, head].mean(0), atol=1e-4)
+                np.testing.assert_allclose(covariance, np.cov(own[:, head].T, bias=True), atol=1e-3)
+
+
+def test_future_rotation_is_the_mean_of_the_next_rotations() -> None:
+    model = tiny("llama", layers=1)
+    batch = Batch.of(random_rows(model, [30, 12], 7))
+    _, (view,) = observe(model, Dropping(drop=False), batch, [30])
+    for row, read_tokens in enumerate((30, 12)):
+        positions = torch.arange(read_tokens, read_tokens + 512)[None]
+        vector = torch.randn(1, 1, 1, 16)
+        cos, sin = model.model.rotary_emb(vector, positions)
+        turned, _ = apply_rotary_pos_emb(vector.expand(1, 1, 512, 16), vector, cos, sin)
+        got = view.recorded["future_rotation"][row] @ vector.flatten()
+        torch.testing.assert_close(got, turned.mean(2).flatten(), atol=1e-5, rtol=0)
+
+
+def test_padding_and_batch_leave_observations_alone() -> None:
+    model = tiny("qwen2", layers=2)
+    batch = Batch.of(random_rows(model, [50, 37], 3))
+    _, together = observe(model, Dropping(every=19), batch, [20, 30])
+    for row in range(2):
+        single = batch.row(row)
+        _, alone = observe(model, Dropping(every=19), single, [single.ids.shape[1]])
+        for mine, theirs in zip(together, alone, strict=True):
+            for name, wanted in theirs.recorded.items():
+                got = mine.recorded[name][row]
+                if name.startswith(("attention", "window")):
+                    got, wanted = got[mine.valid[row]], wanted[0][theirs.valid[0]]
+                else:
+                    wanted = wanted[0]
+                torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_long_inputs_are_observed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 queries give what one block gives."""
+    from evomem.cache import layer as module
+
+    model = tiny("qwen3", layers=1)
+    batch = Batch.of(random_rows(model, [70, 51], 8))
+    _, (wanted,) = observe(model, Dropping(drop=False), batch, [70])
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1)
+    _, (got,) = observe(model, Dropping(drop=False), batch, [70])
+    for name in wanted.recorded:
+        torch.testing.assert_close(got.recorded[name], wanted.recorded[name], atol=1e-5, rtol=0)
+
+
+def test_attention_sum_is_conserved() -> None:
+    """Every real query gives away exactly 1 in each head, while nothing is evicted."""
+    model = tiny("gemma", layers=2)
+    batch = Batch.of(random_rows(model, [40, 22], 9))
+    _, views = observe(model, Dropping(drop=False), batch, [13, 27])
+    for view in views:
+        given = view.recorded["attention_sum"].sum(-1)
+        torch.testing.assert_close(given, batch.real.sum(1).float()[:, None].expand_as(given), atol=1e-3, rtol=0)
+        assert math.isclose(float(view.recorded["window_attention:5"].sum(-1).mean()), 1.0, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attention", "window_attention:0", "window_attention:W", "window_attention"])
+def test_unknown_observation_is_named(name: str) -> None:
+    class Asking(Dropping):
+        observes = frozenset({name})
+
+    with pytest.raises(ConfigError, match="attention_spectrum"):
+        SlotCache.for_model(tiny("llama", layers=1), Asking())
