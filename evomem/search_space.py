@@ -301,16 +301,16 @@ def build_manager(config: ManagerConfig) -> MemoryManager:
 def start_from_heuristic(manager: MemoryManager, heuristic: str) -> MemoryManager:
     """Return a manager of the same kind and options that decides like a heuristic, if its class can express it.
 
-    The class offers that by a method ``start_from(heuristic)`` that sets the manager's weights.
+    The class offers that by a class method ``start_from(heuristic, **options)``.
     """
-    hook = getattr(manager, "start_from", None)
+    hook = getattr(type(manager), "start_from", None)
     if hook is None:
         raise ConfigError(
             f"search space: start.heuristic: manager {manager.name!r} cannot start from a heuristic; "
-            "start from zeros, initial, a vector or a plug-in"
+            "start from zeros, initial, parameters, a vector or a plug-in"
         )
-    made = hook(heuristic)
-    return made if isinstance(made, MemoryManager) else manager
+    made: MemoryManager = hook(heuristic, **manager.options.model_dump())
+    return made.requires_grad_(False)
 
 
 def _read_vector(source: str | list[float]) -> Array:

@@ -43,10 +43,12 @@ if "toy" not in managers:
         def score(self, view):
             return view.slots.float() * self.second.sum()
 
-        def start_from(self, heuristic):
+        @classmethod
+        def start_from(cls, heuristic, **options):
+            made = cls(**options)
             with torch.no_grad():
-                self.first.fill_(1.0)
-            return self
+                made.first.fill_(1.0)
+            return made
 
 
 class ToyTask:

@@ -39,9 +39,8 @@ def test_kill_9_at_random_moments(tmp_path, monkeypatch):
             process.join(rng.uniform(0.0, 0.3))
             if process.is_alive() and kills < KILLS:
                 process.kill()
-                kills += 1
                 process.join()
-                assert process.exitcode == -9
+                kills += process.exitcode == -9  # it may have ended just before
                 places.add(lines(folder))
             process.join()
             assert process.exitcode in (0, -9)

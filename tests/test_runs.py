@@ -15,6 +15,8 @@ from synthetic_search import DIM, ToyEvaluator, ToyTask, experiment, factory
 
 from evomem.drivers import build
 from evomem.errors import ConfigError, FitnessError, RunError, TaskError, UnknownNameError
+from evomem.managers.vector import to_vector
+from evomem.plugins import load as load_plugin
 from evomem.runs import load_experiment, open_run, search
 from evomem.runs.archive import Archive, evenly_spaced
 from evomem.runs.bench import Bench
@@ -365,6 +367,9 @@ def test_a_finished_run_gives_its_result_without_any_work(tmp_path):
     run = open_run(tmp_path / "run")
     assert run.config == experiment(*SMALL)
     assert run.winner.options.budget == 32
+    plugin = load_plugin(run.plugin)
+    assert type(plugin) is type(run.winner)
+    assert np.array_equal(to_vector(plugin), to_vector(run.winner))
     assert np.allclose(run.space.encode(run.winner), first.vector, atol=1e-6)
     with pytest.raises(RunError, match="no run folder"):
         open_run(tmp_path)

@@ -14,6 +14,7 @@ from synthetic_search import DIM
 
 from evomem.config import apply_settings, difference, parse_yaml, read_yaml, validate
 from evomem.errors import ConfigError
+from evomem.plugins import load, save
 from evomem.resources import list_resources
 from evomem.search_space import SearchSpace, SpaceConfig, load_space
 from evomem.varying import Bounded, Categorical, Integer, Log
@@ -117,6 +118,9 @@ def test_starts(tmp_path):
     assert np.array_equal(weights(by_name.decode(by_name.start)), [0, 0, 0, 0, 2, 2])
     imitated = space(start={"heuristic": "ones"})
     assert np.array_equal(weights(imitated.decode(imitated.start))[:4], np.ones(4))
+    save(imitated.decode(np.linspace(0, 1, DIM + 5)), tmp_path / "plugin", {})
+    continued = space(start={"plugin": str(tmp_path / "plugin")})
+    assert np.allclose(continued.start, imitated.encode(load(tmp_path / "plugin")), atol=1e-12)
     vector = np.linspace(-1, 1, DIM + 5)
     np.save(tmp_path / "v.npy", vector)
     for source in (vector.tolist(), str(tmp_path / "v.npy")):

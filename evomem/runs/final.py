@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,15 +76,12 @@ def _write(search: Search, result: RunResult) -> None:
 
 
 def _save_plugin(search: Search, folder: Path, result: RunResult) -> None:
-    try:
-        from evomem.plugins import save
-    except ImportError:
-        return
+    from evomem.plugins import save
+
     manager = search.space.decode(result.vector)
     budgets = search.plan[-1].budgets
     if budgets:
         manager = manager.with_options(budget=budgets[0])
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed while it wrote
     save(manager, folder, provenance(search, result))
 
 
