@@ -31,7 +31,9 @@ class Registry(Generic[T]):
         def file(cls: T) -> T:
             known = self._classes.get(name)
             if known is not None and known is not cls:
-                raise ConfigError(f"{self.kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+                raise ConfigError(
+                    f"{self.kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}"
+                )
             self._classes[name] = cls
             return cls
 

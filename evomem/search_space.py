@@ -170,6 +170,23 @@ class SearchSpace:
     def _parameters(self, manager: MemoryManager) -> dict[str, Tensor]:
         return {name: value for name, value in manager.named_parameters() if name in self._weights}
 
+    def blocks(self) -> list[NDArray[np.int64]]:
+        """Return, per (layer, kv head) in row-major order, the indices of the coordinates that act on that head only.
+
+        Empty when the manager has no such parameters (`MemoryManager.head_parameters`) or they do not vary.
+        """
+        parts: dict[int, list[NDArray[np.int64]]] = {}
+        place = 0
+        for name, parameter in self._parameters(self.template).items():
+            if name in type(self.template).head_parameters:
+                count = parameter.shape[0] * parameter.shape[1]
+                width = parameter.numel() // count
+                for number in range(count):
+                    begin = place + number * width
+                    parts.setdefault(number, []).append(np.arange(begin, begin + width))
+            place += parameter.numel()
+        return [np.concatenate(parts[number]) for number in sorted(parts)]
+
     # ---- vector and manager ---------------------------------------------------------------------------------------
 
     def decode(self, vector: Array) -> MemoryManager:

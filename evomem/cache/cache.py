@@ -165,10 +165,10 @@ class SlotCache(Cache):
     ) -> SlotCache:
         """Return a cache that goes on from what was read: every row starts as the views' one row, without copying.
 
-        Observations are not carried on; ``policy`` must not ask for any.
+        Recorded observations are not carried on; ``policy`` may ask for window attention only, which needs no past.
         """
         cache = cls(len(views), policy, model=model)
-        if cache.wanted != Wanted():
+        if cache.wanted.every_query or cache.wanted.query_statistics:
             raise CacheError("a cache made from views cannot go on recording observations")
         for layer, view in zip(cache.layers, views, strict=True):
             layer.restore(view, rows)

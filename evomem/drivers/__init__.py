@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from evomem.drivers.base import Array, Driver, Population, drivers
+from evomem.drivers.block_cmaes import BlockCMAES
 from evomem.drivers.cmaes import CMAES
 from evomem.drivers.random_search import RandomSearch
 
-__all__ = ["CMAES", "Array", "Driver", "Population", "RandomSearch", "build", "drivers"]
+__all__ = ["CMAES", "Array", "BlockCMAES", "Driver", "Population", "RandomSearch", "build", "drivers"]
 
 
 def build(name: str, dim: int, start: Array, seed: int, **options: Any) -> Driver:

@@ -42,7 +42,7 @@ def _libraries() -> Any:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Inside, linear algebra runs on one thread, and pycma's warnings are silent.
 
     On matrices as small as a search's, threads cost far more than they bring (a full generation in 200 dimensions:
@@ -70,6 +70,29 @@ class CMAESOptions(DriverOptions):
     restarts: Strategy = "none"
     restart_spread: float = Field(default=1.0, ge=0)
     mirrored: bool = False
+
+
+def strategy(
+    mean: Array, sigma: float, popsize: int, seed: tuple[int, ...], *, diagonal: bool, mirrored: bool = False
+) -> Any:
+    """Return a pycma strategy that neither touches global state nor stops for reasons of noise."""
+    import cma
+
+    settings = {
+        "popsize": popsize,
+        "CMA_diagonal": diagonal,
+        "CMA_mirrors": mirrored,
+        "seed": np.nan,  # any number would seed numpy's global generator, and 0 means the time of day
+        "randn": Gaussian(*seed),
+        "tolflatfitness": _FLAT_GENERATIONS,
+        "maxiter": np.inf,
+        "verbose": -10,
+        "verb_log": 0,
+        "verb_disp": 0,
+        "signals_filename": "",  # otherwise a file in the working directory could steer the search
+    }
+    with alone():
+        return cma.CMAEvolutionStrategy(mean, sigma, settings)
 
 
 @drivers.register("cmaes")
@@ -104,33 +127,20 @@ class CMAES:
         return self.dim >= 500 if self.options.diagonal is None else self.options.diagonal
 
     def _descent(self) -> Any:
-        import cma
-
         regime, number = self._restart.regime, self._restart.descents
         mean = self._start
         if number > 1:
             draw = np.random.default_rng([self._seed, number, 3]).standard_normal(self.dim)
             mean = self._start + self.options.restart_spread * self.options.sigma * draw
-        settings = {
-            "popsize": regime.popsize,
-            "CMA_diagonal": self.diagonal,
-            "CMA_mirrors": self.options.mirrored,
-            "seed": np.nan,  # any number would seed numpy's global generator, and 0 means the time of day
-            "randn": Gaussian(self._seed, number),
-            "tolflatfitness": _FLAT_GENERATIONS,
-            "maxiter": np.inf,
-            "verbose": -10,
-            "verb_log": 0,
-            "verb_disp": 0,
-            "signals_filename": "",  # otherwise a file in the working directory could steer the search
-        }
-        with _alone():
-            return cma.CMAEvolutionStrategy(mean, regime.sigma, settings)
+        return strategy(
+            mean, regime.sigma, regime.popsize, (self._seed, number), diagonal=self.diagonal,
+            mirrored=self.options.mirrored,
+        )  # fmt: skip
 
     def ask(self) -> Population:
         """Return the next generation; the same one until it is told."""
         if self._asked is None:
-            with _alone():
+            with alone():
                 vectors = np.array(self._strategy.ask(), dtype=np.float64)
             seeds = sampling_seeds(self._seed, self._generation, len(vectors))
             self._asked = Population(self._generation, vectors, seeds)
@@ -140,7 +150,7 @@ class CMAES:
         """Learn; a candidate without a finite fitness counts as the worst."""
         check_told(self._asked, population)
         values = filled(fitness, len(population.vectors))
-        with _alone():
+        with alone():
             # check_points=False: after a resume pycma does not know the vectors as its own and would shorten them.
             self._strategy.tell(list(population.vectors), list(-values), check_points=False)
             reasons = dict(self._strategy.stop())

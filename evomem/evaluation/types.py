@@ -39,8 +39,10 @@ class Evaluation:
     slots : slots per KV head that the decision left, mean over layers and heads.
     bytes_peak, bytes_mean : measured bytes of the tensors that one sequence's cache held: while answering in
         ``compress_once`` (reading is shared and full by definition), while reading and answering in ``streaming``.
-    tokens : tokens that the model processed for this evaluation (shared reading is counted once, at the first candidate).
+    tokens : tokens that the model processed for this evaluation (shared reading counts once, at the first candidate).
     seconds : wall time of the batch divided by its candidates.
+    heads : per layer and KV head, the share of the attention paid to the context by question and answer that falls on
+        the kept slots; only when ``attention`` was measured (then nothing is generated and ``loglik`` is NaN).
     """
 
     sample: str
@@ -51,6 +53,7 @@ class Evaluation:
     bytes_mean: float
     tokens: int
     seconds: float
+    heads: tuple[tuple[float, ...], ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON-serialisable dictionary."""

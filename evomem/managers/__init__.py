@@ -4,6 +4,7 @@ from evomem.managers.adakv import AdaKV
 from evomem.managers.base import ManagerOptions, MemoryManager, Schedule, managers, register
 from evomem.managers.build import build, names, parse, summary
 from evomem.managers.expected_attention import ExpectedAttention
+from evomem.managers.feature_scorer import FeatureScorer
 from evomem.managers.full import Full
 from evomem.managers.h2o import H2O
 from evomem.managers.keydiff import KeyDiff
@@ -22,6 +23,7 @@ __all__ = [
     "TOVA",
     "AdaKV",
     "ExpectedAttention",
+    "FeatureScorer",
     "Full",
     "KNorm",
     "KeyDiff",

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evomem.cache import Decision, LayerView, SlotCache, attached
-from evomem.errors import ConfigError
+from evomem.errors import ConfigError, PluginError
 from evomem.managers.selection import Selection, TopN
 from evomem.registry import Registry
 
@@ -57,11 +58,14 @@ class MemoryManager(nn.Module, ABC):
     Class attributes
     ----------------
     name : registry name, set by ``@register("name")``.
+    head_parameters : names of parameters whose first axes are (layer, kv head) and which act on that head only; a
+        driver may search every head's part by itself.
     Options : pydantic model of its options; ``manager.options`` holds the validated values.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[ManagerOptions]] = ManagerOptions
+    head_parameters: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -87,6 +91,10 @@ class MemoryManager(nn.Module, ABC):
         """Return how scores become a keep-mask; by default the ``budget`` best slots of every head."""
         return TopN(self.options.budget)
 
+    def select(self) -> Selection:
+        """Return the selection of this decision; managers whose parameters shape it override this."""
+        return self.selection
+
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
         """Return (batch, kv_heads, slots) fp32 scores; larger is kept. Values at empty slots do not matter."""
@@ -106,11 +114,15 @@ class MemoryManager(nn.Module, ABC):
 
         A fresh token that `admit` gives log-odds below zero is not stored, whatever its score.
         """
-        keep = self.selection.keep(self.score(view).float(), view) & view.valid
+        keep = self.select().keep(self.score(view).float(), view) & view.valid
         log_odds = self.admit(view)
         if log_odds is not None:
             keep = keep & ((log_odds >= 0) | (view.age >= view.fresh))
         return Decision(keep, self.decay(view))
+
+    def forward(self, view: LayerView) -> Decision:
+        """`decide`, under the name that `torch.func.functional_call` calls."""
+        return self.decide(view)
 
     # ---- use ------------------------------------------------------------------------------------------------------
 
@@ -136,6 +148,30 @@ class MemoryManager(nn.Module, ABC):
         other = type(self)(**{**self.options.model_dump(), **changes})
         other.load_state_dict(self.state_dict())
         return other.to(next((t.device for t in self.state_dict().values()), torch.device("cpu")))
+
+    @classmethod
+    def from_pretrained(cls, folder_or_repo: str | Path) -> Self:
+        """Return the manager of a plug-in: a folder, or a repository on the hub.
+
+        Raises
+        ------
+        PluginError : there is none, it is damaged, or it holds another kind of manager than this class.
+        """
+        from evomem.plugins import load
+
+        manager = load(folder_or_repo)
+        if not isinstance(manager, cls):
+            raise PluginError(
+                f"{folder_or_repo}: config.json: manager: {manager.name!r} is no {cls.__name__}; "
+                "MemoryManager.from_pretrained loads any kind"
+            )
+        return manager
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the manager as a plug-in folder (`evomem.plugins.save`, which also takes a provenance)."""
+        from evomem.plugins import save
+
+        save(self, folder, {})
 
     def describe(self) -> dict[str, Any]:
         """Return ``{"name": ..., "options": ...}``, JSON-serialisable: the record of an experiment."""

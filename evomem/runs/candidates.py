@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -162,6 +162,16 @@ class Row:
     evaluations: list[Evaluation]
 
 
+def by_head(rows: Sequence[Row]) -> Vectors:
+    """Return the heads' fitness (candidates, layers * kv_heads): weighted mean over tasks, samples and budgets."""
+    total = sum(row.task.weight for row in rows)
+    heads = [
+        row.task.weight / total * np.array([np.ravel(evaluation.heads or ()) for evaluation in row.evaluations])
+        for row in rows
+    ]
+    return np.asarray(np.sum(heads, axis=0), dtype=np.float64)
+
+
 class Judge:
     """Gives candidates their fitness.
 
@@ -201,7 +211,10 @@ class Judge:
             TaskValues(task.weight, np.stack([np.mean(sample, axis=0) for sample in values[place]], axis=1))
             for place, task in enumerate(plan.stage.tasks)
         ]
-        return combine(tasks), rows
+        fitness = combine(tasks)
+        if objective_of(plan.stage.fitness).headwise:
+            fitness = replace(fitness, heads=by_head(rows))
+        return fitness, rows
 
     def _chunks(
         self, plan: Plan, place: int, number: int, budget: Budget | None, vectors: Vectors, seeds: Seeds, arguments: Any

@@ -227,7 +227,8 @@ def _checked_budgets(value: list[Budget] | None) -> list[Budget] | None:
 def load_experiment(name: str | Path, settings: Iterable[str] = ()) -> ExperimentConfig:
     """Return the experiment of a file or of a name in `experiments/`, with ``key=value`` settings applied.
 
-    ``space`` may be the name of a file of `search_spaces/`, or a mapping with ``name`` and what to change in it.
+    ``space`` may be the name of a file of `search_spaces/`, or a mapping with ``name`` and what to change in it. The
+    setting ``space=NAME`` takes another space as it is; ``space.name=NAME`` keeps what the experiment changes in it.
 
     Raises
     ------
@@ -246,17 +247,16 @@ def parse_experiment(
 ) -> ExperimentConfig:
     """Return the `ExperimentConfig` of plain values; see `load_experiment`."""
     settings = list(settings)
-    spaces = [setting for setting in settings if setting.partition("=")[0].strip() in ("space", "space.name")]
-    others = [setting for setting in settings if setting not in spaces]
-    if isinstance(data.get("space"), str):
-        data = {**data, "space": {"name": data["space"]}}
-    values = apply_settings(data, [_renamed(setting) for setting in spaces])
-    values["space"] = _resolve_space(values.get("space"), where)
+    # What is changed in a space is changed in what its file says, so that file comes first.
+    first = [setting for setting in settings if setting.partition("=")[0].strip() in ("space", "space.name")]
+    others = [setting for setting in settings if setting not in first]
+    values = apply_settings({**data, "space": _named(data.get("space"))}, first)
+    values["space"] = _resolve_space(_named(values["space"]), where)
     return validate(ExperimentConfig, apply_settings(values, others), where)
 
 
-def _renamed(setting: str) -> str:
-    return setting if setting.startswith("space.") else "space.name" + setting[len("space") :]
+def _named(space: Any) -> Any:
+    return {"name": space} if isinstance(space, str) else space
 
 
 def _resolve_space(space: Any, where: str) -> Any:

@@ -26,11 +26,17 @@ class Objective:
     value : number of an evaluation.
     arguments : further arguments that the evaluator needs to measure it.
     against_full : how it is set against the full cache: its likelihood is a difference, its exact score a ratio.
+    headwise : every KV head has a fitness of its own (`Evaluation.heads`).
     """
 
     value: Callable[[Evaluation], float]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     against_full: Literal["subtract", "divide"] = "subtract"
+    headwise: bool = False
+
+
+def _attention(evaluation: Evaluation) -> float:
+    return float("nan") if evaluation.heads is None else float(np.mean(evaluation.heads))
 
 
 def _loglik(evaluation: Evaluation) -> float:
@@ -44,6 +50,7 @@ def _exact(evaluation: Evaluation) -> float:
 objectives: dict[str, Objective] = {
     "loglik": Objective(_loglik),
     "exact": Objective(_exact, {"exact": True}, "divide"),
+    "attention": Objective(_attention, {"attention": True}, headwise=True),
 }
 """Objectives by name; ``fitness.objective`` of an experiment names one."""
 
@@ -87,6 +94,7 @@ class Fitness:
     values: Array
     failed: int
     noise: float
+    heads: Array | None = None
 
     @property
     def best(self) -> float:

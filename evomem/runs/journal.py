@@ -78,6 +78,7 @@ def evaluations_of(record: Record) -> list[Evaluation]:
             bytes_mean=as_float(entry["bytes_mean"]),
             tokens=int(entry["tokens"]),
             seconds=as_float(entry["seconds"]),
+            heads=None if entry.get("heads") is None else tuple(tuple(map(float, row)) for row in entry["heads"]),
         )
         for entry in record["evaluations"]
     ]

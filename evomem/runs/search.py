@@ -155,6 +155,8 @@ class Search:
             "popsize": self.config.driver.population,
             **self.config.driver.options,
         }
+        if getattr(drivers.drivers.get(self.config.driver.name), "takes_blocks", False):
+            options["blocks"] = self.space.blocks()
         driver = drivers.build(self.config.driver.name, self.space.dim, self.start, self.config.seed, **options)
         for record in read_journal(self.run_folder.journal.path):
             if record["kind"] == "generation":
@@ -198,18 +200,32 @@ class Search:
             if driver.stopped() is not None:
                 break
             stage = next(stage for stage in self.plan if generation < stage.end)
+            headwise = self._enter(driver, stage, generation)
             population = driver.ask()
             self._checkpoint(driver, generation, asked=True)
             samples = tuple(tuple(self.samples.minibatch(stage, task, generation)) for task in stage.tasks)
             plan = Plan("train", generation, stage, samples)
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
             self._check(fitness, population, stage)
-            driver.tell(population, fitness.values)
+            if headwise:
+                driver.tell(population, fitness.values, fitness.heads)  # type: ignore[call-arg]
+            else:
+                driver.tell(population, fitness.values)
             self.archive.update(population, fitness.values, driver.mean)
             self._record(generation, stage, fitness, driver)
             self._checkpoint(driver, generation + 1, asked=False)
             measuring.forget(generation)
             self.trackers.log(self.records[generation])
+
+    def _enter(self, driver: Driver, stage: Stage, generation: int) -> bool:
+        """Tell a driver that works on parts what the stage measures; return whether it wants the heads' fitness."""
+        if generation == stage.begin and stage.place and stage.fitness != self.plan[stage.place - 1].fitness:
+            self.archive.best.clear()  # its numbers mean something else
+        if not hasattr(driver, "enter"):
+            return False
+        headwise = objective_of(stage.fitness).headwise
+        driver.enter(headwise=headwise)
+        return headwise
 
     def _check(self, fitness: Fitness, population: Population, stage: Stage) -> None:
         if fitness.failed == len(fitness.values):

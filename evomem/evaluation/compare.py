@@ -1,0 +1,311 @@
+"""Evaluation: managers side by side on the same samples at the same budgets, with paired intervals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from evomem.errors import ConfigError
+from evomem.evaluation.evaluator import Evaluator
+from evomem.evaluation.results import SampleFile
+from evomem.evaluation.rows import Budget, Measured, Role, Row, budget_size, rows_of
+from evomem.evaluation.types import Evaluation
+from evomem.managers import MemoryManager, build, names
+from evomem.tasks.base import Sample, Split, Task
+
+Progress = Callable[[int, int], None]
+
+ROWS = 8
+"""Managers that are evaluated as one batch, at most: enough to use the weights well, few enough for the memory."""
+
+SPREAD = 4.0
+"""Managers whose budgets differ by more are evaluated apart: a batch holds as many slots as its largest row."""
+
+_NOT_IN_ALL = frozenset({"full", "namm", "feature_scorer"})
+"""Managers that "all heuristics" leaves out: the reference, which is always there, and those that a search makes."""
+
+
+@dataclass(frozen=True)
+class NamedManager:
+    """A manager and its name in tables."""
+
+    name: str
+    manager: MemoryManager
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where managers are compared: a model under a protocol, and a task.
+
+    Attributes
+    ----------
+    model, task : names in tables.
+    evaluator : of the model; what its store holds is forgotten after every sample.
+    subject_task : samples and their metric.
+    """
+
+    model: str
+    task: str
+    evaluator: Evaluator
+    subject_task: Task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out.
+
+    Attributes
+    ----------
+    subject : name of the manager that the others are set against; None for a plain evaluation.
+    rows : by model, task and budget, the largest log-likelihood first.
+    evaluations : per row's key (model, task, manager, budget), its evaluations in the order of the samples.
+    """
+
+    subject: str | None
+    rows: list[Row]
+    evaluations: dict[tuple[str, str, str, Budget], list[Evaluation]]
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    name: str
+    role: Role
+    budget: Budget
+    manager: MemoryManager
+
+
+def field_of(against: str | Sequence[str] | None) -> list[NamedManager]:
+    """Return the managers that subjects are set against.
+
+    Parameters
+    ----------
+    against : specs such as ``keydiff`` or ``adakv(keydiff)``; None or ``all``: every heuristic, and ``adakv(keydiff)``.
+
+    Raises
+    ------
+    ConfigError : a spec cannot be read, or names no manager.
+    """
+    specs = [against] if isinstance(against, str) else list(against) if against is not None else ["all"]
+    chosen: list[str] = []
+    for spec in specs:
+        if spec == "all":
+            heuristics = [name for name in names() if name not in _NOT_IN_ALL]
+            chosen += [f"{name}(keydiff)" if name == "adakv" else name for name in heuristics]
+        elif spec != "full":
+            chosen.append(spec)
+    return [NamedManager(spec, build(spec)) for spec in dict.fromkeys(chosen)]
+
+
+def compare(
+    subjects: Sequence[NamedManager],
+    places: Sequence[Place],
+    *,
+    samples: int,
+    budgets: Sequence[Budget] = (None,),
+    against: str | Sequence[str] | None = None,
+    split: Split = Split.SEALED,
+    seed: int = 0,
+    exact: bool = True,
+    keep: Path | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Evaluate subjects, field and the full cache on the same samples.
+
+    Parameters
+    ----------
+    subjects : what the comparison is about; the first is the one that differences are taken of.
+    places : models and tasks.
+    samples : per task.
+    budgets : every manager is evaluated at each; None: at its own. A manager that takes no budget is evaluated as it
+        is, once. So is the full cache.
+    against : the field, see `field_of`; an empty list: none.
+    exact : also generate, for the exact metric.
+    keep : file to which every finished sample is appended; a comparison that was killed goes on from it.
+    progress : called with samples done and samples in all.
+
+    Raises
+    ------
+    ConfigError : two managers have the same name, or ``keep`` holds another comparison.
+    TaskError : a split has too few samples.
+    """
+    field = field_of(against)
+    taken = {subject.name for subject in subjects}
+    field = [member for member in field if member.name not in taken]
+    entrants = _entrants(subjects, "subject", budgets) + _entrants(field, "field", budgets)
+    if "full" not in taken and field:
+        entrants += _entrants([NamedManager("full", build("full"))], "full", budgets)
+    found = measure(
+        entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
+    )
+    return Comparison(subjects[0].name, _rows(subjects[0].name, entrants, places, found, split), found)
+
+
+def evaluate(
+    subject: NamedManager,
+    places: Sequence[Place],
+    *,
+    samples: int,
+    budgets: Sequence[Budget] = (None,),
+    split: Split = Split.SEALED,
+    seed: int = 0,
+    exact: bool = True,
+    keep: Path | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Evaluate one manager, without a comparison; see `compare`."""
+    entrants = _entrants([subject], "subject", budgets)
+    found = measure(
+        entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
+    )
+    return Comparison(None, _rows(subject.name, entrants, places, found, split), found)
+
+
+def _entrants(members: Sequence[NamedManager], role: Role, budgets: Sequence[Budget]) -> list[_Entrant]:
+    entrants: list[_Entrant] = []
+    for member in members:
+        for budget in dict.fromkeys(budgets):
+            entrants.append(_at_budget(member, role, budget))
+    distinct = list({(entrant.name, entrant.budget): entrant for entrant in entrants}.values())
+    twice = [name for name, count in Counter(member.name for member in members).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two managers of a comparison are called {twice[0]!r}")
+    return distinct
+
+
+def _at_budget(member: NamedManager, role: Role, budget: Budget) -> _Entrant:
+    manager = member.manager
+    if manager.name == "full":
+        return _Entrant(member.name, "full" if role == "field" else role, None, manager)
+    if budget is None:
+        return _Entrant(member.name, role, manager.options.budget, manager)
+    try:
+        return _Entrant(member.name, role, budget, manager.with_options(budget=budget))
+    except ConfigError:
+        if manager.options.budget is not None:
+            raise
+        return _Entrant(member.name, role, None, manager)  # its own scores say how much it keeps
+
+
+def measure(
+    entrants: Sequence[_Entrant],
+    places: Sequence[Place],
+    *,
+    samples: int,
+    split: Split,
+    seed: int,
+    exact: bool,
+    keep: Path | None,
+    progress: Progress | None,
+) -> dict[tuple[str, str, str, Budget], list[Evaluation]]:
+    """Return every entrant's evaluations on every place, in the order of the samples."""
+    drawn = [_draw(place, split, samples, seed) for place in places]
+    what = _fingerprint(entrants, places, split, seed, exact)
+    found: dict[tuple[str, str, str, Budget], list[Evaluation]] = {}
+    done, total = 0, sum(map(len, drawn))
+    with SampleFile(keep, what) as file:
+        for number, (place, pool) in enumerate(zip(places, drawn, strict=True)):
+            for sample in pool:
+                evaluations = file.get(number, sample.id)
+                if evaluations is None:
+                    evaluations = _on_sample(entrants, place, sample, exact)
+                    file.put(number, sample.id, evaluations)
+                for entrant, evaluation in zip(entrants, evaluations, strict=True):
+                    key = (place.model, place.task, entrant.name, entrant.budget)
+                    found.setdefault(key, []).append(evaluation)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    return found
+
+
+def _draw(place: Place, split: Split, count: int, seed: int) -> list[Sample]:
+    if count < 1:
+        raise ConfigError(f"samples: {count}; give at least 1")
+    return place.subject_task.samples(split, count, seed)
+
+
+def _on_sample(entrants: Sequence[_Entrant], place: Place, sample: Sample, exact: bool) -> list[Evaluation]:
+    """Evaluate all entrants on one sample: the context is read once, the batches hold rows of about the same size."""
+    observes = frozenset[str]().union(*(entrant.manager.observes for entrant in entrants))
+    found: dict[int, Evaluation] = {}
+    for chunk in _chunks(entrants):
+        members = [entrants[index].manager for index in chunk]
+        results = place.evaluator.evaluate(members, sample, place.subject_task, exact=exact, observes=observes)
+        found.update(zip(chunk, results, strict=True))
+    place.evaluator.store.close()
+    return [found[index] for index in range(len(entrants))]
+
+
+def _chunks(entrants: Sequence[_Entrant]) -> Iterator[list[int]]:
+    """Places of entrants that are evaluated together; those that may keep everything are last and alone."""
+    sized = [index for index, entrant in enumerate(entrants) if entrant.budget is not None]
+    chunk: list[int] = []
+    for index in sorted(sized, key=lambda i: budget_size(entrants[i].budget)):
+        if chunk and (
+            len(chunk) == ROWS or budget_size(entrants[index].budget) > SPREAD * budget_size(entrants[chunk[0]].budget)
+        ):
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    if chunk:
+        yield chunk
+    yield from ([index] for index, entrant in enumerate(entrants) if entrant.budget is None)
+
+
+def _fingerprint(
+    entrants: Sequence[_Entrant], places: Sequence[Place], split: Split, seed: int, exact: bool
+) -> dict[str, Any]:
+    """What measurements depend on: a file of finished samples is only gone on with if this is the same."""
+
+    def digest(manager: MemoryManager) -> str:
+        state = sha256()
+        for name, tensor in manager.state_dict().items():
+            state.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+        return state.hexdigest()[:16]
+
+    return {
+        "split": str(split),
+        "seed": seed,
+        "exact": exact,
+        "managers": [[e.name, e.budget, e.manager.describe(), digest(e.manager)] for e in entrants],
+        "places": [
+            {
+                "model": place.model,
+                "digest": place.evaluator.loaded.digest,
+                "dtype": str(place.evaluator.loaded.model.dtype),
+                "task": [place.task, place.subject_task.name, place.subject_task.describe()],
+                "protocol": str(place.evaluator.protocol),
+            }
+            for place in places
+        ],
+    }
+
+
+def _rows(
+    subject: str,
+    entrants: Sequence[_Entrant],
+    places: Sequence[Place],
+    found: Mapping[tuple[str, str, str, Budget], Sequence[Evaluation]],
+    split: Split,
+) -> list[Row]:
+    rows: list[Row] = []
+    for place in places:
+        measured = [
+            Measured(
+                model=place.model,
+                task=place.task,
+                manager=entrant.name,
+                budget=entrant.budget,
+                protocol=str(place.evaluator.protocol),
+                split=str(split),
+                role=entrant.role,
+                evaluations=found[place.model, place.task, entrant.name, entrant.budget],
+            )
+            for entrant in entrants
+        ]
+        rows += rows_of(subject, measured)
+    return rows

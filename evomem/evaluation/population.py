@@ -1,0 +1,111 @@
+"""Evaluation: many managers decide at once; those that differ in their parameters only go through `vmap` together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from evomem.cache import Decision, LayerView
+from evomem.managers.base import MemoryManager, Schedule
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Managers of one kind with equal options: one template, stacked parameters, and their places in the population."""
+
+    template: MemoryManager
+    parameters: dict[str, Tensor]
+    places: Tensor
+
+
+class PopulationPolicy:
+    """A population as one cache policy: row c of the cache is decided by manager c.
+
+    A view of one row is what all candidates share (the context was read once); a view of as many rows as managers
+    gives every manager its own row.
+    """
+
+    def __init__(self, managers: Sequence[MemoryManager]) -> None:
+        self.size = len(managers)
+        self.observes = frozenset().union(*(manager.observes for manager in managers))
+        schedules = {manager.schedule for manager in managers}
+        if len(schedules) > 1:
+            raise ValueError("a population decides on one schedule")
+        self.schedule: Schedule = schedules.pop()
+        self.groups = list(_grouped(managers))
+
+    @torch.no_grad()
+    def decide(self, view: LayerView) -> Decision:
+        """Return the decisions of all managers: masks (managers, kv_heads, slots)."""
+        shared = view.keys.shape[0] == 1
+        shape = (self.size, *view.slots.shape[1:])
+        keep = torch.zeros(shape, dtype=torch.bool, device=view.slots.device)
+        decay: Tensor | None = None
+        for group in self.groups:
+            own = view if shared else _rows(view, group.places)
+            kept, faded = _decide(group, own, shared)
+            keep[group.places] = kept
+            if faded is not None:
+                decay = torch.zeros(shape, device=keep.device) if decay is None else decay
+                decay[group.places] = faded
+        return Decision(keep, decay)
+
+
+def _grouped(managers: Sequence[MemoryManager]) -> list[_Group]:
+    places: dict[str, list[int]] = {}
+    for index, manager in enumerate(managers):
+        shapes = {name: tuple(p.shape) for name, p in manager.named_parameters()}
+        buffers = {name: hash(tuple(b.flatten().tolist())) for name, b in manager.named_buffers()}
+        places.setdefault(repr((manager.describe(), shapes, buffers)), []).append(index)
+    groups = []
+    for members in places.values():
+        rows = [dict(managers[i].named_parameters()) for i in members]
+        stacked = {name: torch.stack([row[name].detach() for row in rows]) for name in rows[0]}
+        groups.append(_Group(managers[members[0]], stacked, torch.tensor(members)))
+    return groups
+
+
+def _decide(group: _Group, view: LayerView, shared: bool) -> tuple[Tensor, Tensor | None]:
+    count = len(group.places)
+    if not group.parameters or (count == 1 and shared):
+        decision = group.template.decide(view)
+        keep, decay = decision.keep, decision.decay
+        return keep.expand(count, *keep.shape[1:]), None if decay is None else decay.expand(count, *decay.shape[1:])
+
+    fades = []
+
+    def one(parameters: dict[str, Tensor], tensors: dict[str, Tensor] | None) -> tuple[Tensor, ...]:
+        seen = view if tensors is None else _with(view, {k: t[None] for k, t in tensors.items()})
+        decision: Decision = functional_call(group.template, parameters, (seen,))
+        fades.append(decision.decay is not None)
+        return (decision.keep[0],) if decision.decay is None else (decision.keep[0], decision.decay[0])
+
+    if shared:
+        out = vmap(one, in_dims=(0, None), randomness="error")(group.parameters, None)
+    else:
+        out = vmap(one, in_dims=(0, 0), randomness="error")(group.parameters, _tensors(view))
+    return out[0], out[1] if len(out) > 1 else None
+
+
+def _tensors(view: LayerView) -> dict[str, Tensor]:
+    """The view's tensors by name; recorded ones as ``recorded.NAME``."""
+    own = {"keys": view.keys, "values": view.values, "slots": view.slots, "start": view.start}
+    return own | {f"recorded.{name}": tensor for name, tensor in view.recorded.items()}
+
+
+def _with(view: LayerView, tensors: dict[str, Tensor]) -> LayerView:
+    """The view with other tensors and nothing remembered."""
+    recorded = {name: tensors[f"recorded.{name}"] for name in view.recorded}
+    return replace(
+        view, keys=tensors["keys"], values=tensors["values"], slots=tensors["slots"], start=tensors["start"],
+        recorded=recorded, memo={},
+    )  # fmt: skip
+
+
+def _rows(view: LayerView, places: Tensor) -> LayerView:
+    index = places.to(view.slots.device)
+    return _with(view, {name: tensor.index_select(0, index) for name, tensor in _tensors(view).items()})

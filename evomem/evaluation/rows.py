@@ -1,0 +1,187 @@
+"""Evaluation: rows of a comparison, from evaluations to means, differences and intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from evomem.evaluation.statistics import bootstrap_mean, paired_bootstrap, recovered_share
+from evomem.evaluation.types import Evaluation
+
+Budget = int | float | None
+Role = Literal["subject", "field", "full"]
+
+BYTES_TOLERANCE = 0.02
+"""Relative difference of mean measured bytes up to which two managers count as equally large."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One manager at one budget on one task of one model.
+
+    Attributes
+    ----------
+    role : ``subject`` (what the comparison is about), ``field``, or ``full`` (the reference without eviction).
+    budget : slots per head or share of the tokens read; None: the manager's own, or none.
+    score, loglik : means over samples of the exact metric in [0, 1] (None where there is none) and of the
+        log-likelihood in nats per answer token.
+    interval, interval_score : 95 % paired bootstrap interval of the first subject's value minus this row's; None for
+        the first subject itself, and with fewer than two samples.
+    difference, difference_score : the means that these intervals are of.
+    interval_loglik : 95 % bootstrap interval of ``loglik`` itself.
+    bytes_peak, bytes_mean : measured bytes of the cache, means over samples.
+    bytes_ratio : ``bytes_mean`` over the first subject's.
+    slots : per head, mean over layers, heads and samples.
+    recovered : (this - random) / (full - random) in log-likelihood at this budget; None without ``random``.
+    seconds : wall time per sample.
+    """
+
+    model: str
+    task: str
+    manager: str
+    budget: Budget
+    protocol: str
+    split: str
+    role: Role
+    samples: int
+    score: float | None
+    loglik: float
+    bytes_peak: float
+    bytes_mean: float
+    slots: float
+    seconds: float
+    interval: list[float] | None = None
+    interval_score: list[float] | None = None
+    difference: float | None = None
+    difference_score: float | None = None
+    interval_loglik: list[float] | None = None
+    bytes_ratio: float | None = None
+    recovered: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, numbers that are not finite as None."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """Return the row that `to_json` wrote; fields that it does not know are left out."""
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        if values.get("loglik", 0.0) is None:
+            values["loglik"] = math.nan
+        return cls(**values)
+
+    @property
+    def equal_bytes(self) -> bool:
+        """Whether this row's memory is within `BYTES_TOLERANCE` of the first subject's."""
+        return self.bytes_ratio is not None and abs(self.bytes_ratio - 1) <= BYTES_TOLERANCE
+
+
+def budget_size(budget: Budget) -> float:
+    """Return a number that orders budgets: counts, then shares (the context's length is not known here), then none."""
+    if budget is None:
+        return math.inf
+    return 1e9 * (1 + budget) if isinstance(budget, float) else float(budget)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one manager was measured to do at one budget in one place: what a row is made of.
+
+    ``evaluations`` are in the order of the samples, which is the same for all managers of a place.
+    """
+
+    model: str
+    task: str
+    manager: str
+    budget: Budget
+    protocol: str
+    split: str
+    role: Role
+    evaluations: Sequence[Evaluation]
+
+
+def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
+    """Return the rows of one place (model and task): by budget, the best first, the full cache last.
+
+    A row is set against the subject at the same budget; a subject that takes no budget, against all of them; a row
+    without a budget (the full cache), against the subject's largest.
+    """
+    found = {(one.manager, one.budget): one.evaluations for one in measured}
+    budgets = [one.budget for one in measured if one.manager == subject]
+    rows = []
+    for one in measured:
+        own = one.budget if one.budget in budgets else _nearest(one.budget, budgets)
+        control = found.get(("random", one.budget))
+        rows.append(_row(one, subject, found[subject, own], control, found.get(("full", None))))
+    return sorted(
+        rows, key=lambda row: (budget_size(row.budget), -row.loglik if math.isfinite(row.loglik) else math.inf)
+    )
+
+
+def _nearest(budget: Budget, budgets: Sequence[Budget]) -> Budget:
+    sized = [b for b in budgets if b is not None]
+    if not sized or None in budgets:
+        return None
+    if budget is None:
+        return max(sized, key=budget_size)
+    return min(sized, key=lambda b: abs(budget_size(b) - budget_size(budget)))
+
+
+def _row(
+    one: Measured,
+    subject: str,
+    reference: Sequence[Evaluation],
+    control: Sequence[Evaluation] | None,
+    full: Sequence[Evaluation] | None,
+) -> Row:
+    mine = one.evaluations
+    loglik, bytes_mean = _mean_loglik(mine), _mean([e.bytes_mean for e in mine])
+    scores = [e.exact for e in mine if e.exact is not None]
+    difference = difference_score = None
+    if one.manager != subject:
+        difference = paired_bootstrap([e.loglik for e in reference], [e.loglik for e in mine])
+        pairs = [(a.exact, b.exact) for a, b in zip(reference, mine, strict=True)]
+        both = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if both:
+            difference_score = paired_bootstrap([a for a, _ in both], [b for _, b in both])
+    recovered = None
+    if control is not None and full is not None:
+        recovered = recovered_share(loglik, _mean_loglik(control), _mean_loglik(full))
+    return Row(
+        model=one.model,
+        task=one.task,
+        manager=one.manager,
+        budget=one.budget,
+        protocol=one.protocol,
+        split=one.split,
+        role=one.role,
+        samples=len(mine),
+        score=_mean(scores) if scores else None,
+        loglik=loglik,
+        bytes_peak=_mean([e.bytes_peak for e in mine]),
+        bytes_mean=bytes_mean,
+        slots=_mean([e.slots for e in mine]),
+        seconds=_mean([e.seconds for e in mine]),
+        interval=difference.bounds() if difference else None,
+        difference=difference.mean if difference else None,
+        interval_score=difference_score.bounds() if difference_score else None,
+        difference_score=difference_score.mean if difference_score else None,
+        interval_loglik=bootstrap_mean([e.loglik for e in mine]).bounds(),
+        bytes_ratio=bytes_mean / _mean([e.bytes_mean for e in reference]),
+        recovered=recovered,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_loglik(evaluations: Sequence[Evaluation]) -> float:
+    return _mean([evaluation.loglik for evaluation in evaluations])
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

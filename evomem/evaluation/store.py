@@ -1,0 +1,147 @@
+"""Evaluation: contexts that were read once, kept within a number of bytes; what does not fit goes to disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evomem.cache import LayerView
+from evomem.errors import EvomemError
+
+_TENSORS = ("keys", "values", "slots", "start")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A context as the frozen model read it: one view a layer (batch 1), nothing evicted.
+
+    Attributes
+    ----------
+    views : one a layer.
+    tokens : tokens that were read.
+    """
+
+    views: tuple[LayerView, ...]
+    tokens: int
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors, of those included that managers computed from the views and left there."""
+        held = [t for view in self.views for t in (*_named(view).values(), *view.memo.values())]
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+class PrefillStore:
+    """Readings by key, least recently used first to leave memory.
+
+    Parameters
+    ----------
+    limit : bytes of memory for readings; the newest one stays even if it alone is larger.
+    folder : where readings go that do not fit; a temporary folder, removed with the store, if None.
+    """
+
+    def __init__(self, limit: int = 4 << 30, folder: Path | None = None) -> None:
+        self.limit = limit
+        self._own = folder is None
+        self._folder = folder
+        self._memory: OrderedDict[str, Reading] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self.hits = self.misses = self.spills = 0
+
+    def get(self, key: str, read: Callable[[], Reading]) -> Reading:
+        """Return the reading called ``key``: from memory, from disk, or by reading now."""
+        reading = self._memory.pop(key, None)
+        if reading is not None:
+            self.hits += 1
+        else:
+            path = self._path(key)
+            if path is not None and path.exists():
+                self.hits += 1
+                reading = _load(path)
+            else:
+                self.misses += 1
+                reading = read()
+        self._memory[key] = reading
+        for newest in list(self._memory)[-2:]:  # the one used before has been looked at since, and may have grown
+            self._sizes[newest] = self._memory[newest].nbytes()
+        while self.held > self.limit and len(self._memory) > 1:
+            oldest, leaving = self._memory.popitem(last=False)
+            del self._sizes[oldest]
+            self._spill(oldest, leaving)
+        return reading
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory in use by readings."""
+        return sum(self._sizes.values())
+
+    def _path(self, key: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+    def _spill(self, key: str, reading: Reading) -> None:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="evomem-prefill-"))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(key)
+        if path is None or path.exists():
+            return
+        self.spills += 1
+        tensors = {f"{i}.{n}": t.contiguous() for i, v in enumerate(reading.views) for n, t in _named(v).items()}
+        facts = {"seen": str(reading.views[0].seen), "tokens": str(reading.tokens), "layers": str(len(reading.views))}
+        temporary = path.with_suffix(".partial")
+        try:
+            save_file(tensors, temporary, metadata=facts)
+            temporary.replace(path)
+        except Exception as error:
+            temporary.unlink(missing_ok=True)
+            raise EvomemError(
+                f"a context that was read could not be moved to {path.parent}: {error}; free some disk space, or give "
+                f"the store more memory (store_bytes is {self.limit:,})"
+            ) from error
+
+    def close(self) -> None:
+        """Forget everything and remove a temporary folder."""
+        self._memory.clear()
+        self._sizes.clear()
+        if self._own and self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _named(view: LayerView) -> dict[str, Tensor]:
+    own = {name: getattr(view, name) for name in _TENSORS}
+    return own | {f"recorded.{name}": tensor for name, tensor in view.recorded.items()}
+
+
+def _load(path: Path) -> Reading:
+    views = []
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        layers = int(facts["layers"])
+        names: dict[int, list[str]] = {}
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            names.setdefault(int(name.split(".", 1)[0]), []).append(name)
+        for layer in range(layers):
+            found: dict[str, Tensor] = {n.split(".", 1)[1]: file.get_tensor(n) for n in names[layer]}
+            keys, values, slots, start = (found.pop(name) for name in _TENSORS)
+            recorded = {name.removeprefix("recorded."): tensor for name, tensor in found.items()}
+            seen = int(facts["seen"])
+            views.append(LayerView(keys, values, slots, start, seen, seen, layer, layers, recorded))
+    return Reading(tuple(views), int(facts["tokens"]))
+
+
+def token_key(tokens: Tensor) -> str:
+    """Stable name of a token sequence."""
+    return sha256(tokens.to(torch.int64).cpu().numpy().tobytes()).hexdigest()[:24]

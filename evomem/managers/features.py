@@ -1,0 +1,155 @@
+"""Manager: named features of slots, standardised within a head, for scorers that are to work on any model.
+
+A feature is an *observation*, or a neighbourhood of one: ``mean:7:keydiff`` is the average of ``keydiff`` over the 7
+slots around each slot, ``max:7:keydiff`` the largest. The observations:
+
+=====================  ============================================================  ===================================
+name                   what                                                          the cache must record
+=====================  ============================================================  ===================================
+keydiff                -cos(k_i, mean of the normalised keys), larger is rarer        -
+valuediff              the same of the values                                         -
+key_norm, value_norm   log of the Euclidean norm                                      -
+key_step, value_step   1 - cos to the slot before: how sharply the text turns         -
+age                    log(1 + tokens since)                                          -
+position               log(1 + index within the row)                                  -
+sink                   1 for the row's first 4 tokens                                 -
+attention              log of the attention of all queries so far                     attention_sum
+attention_per_query    the same divided by the number of queries that saw the key     attention_sum
+window:W               log of the mean attention of the last W queries, max pool 5    window_attention:W
+spectrum:B             log of bin B (0-16) of the attention spectrogram's average     attention_spectrum
+=====================  ============================================================  ===================================
+
+No feature depends on head size, head count, depth or vocabulary, so a scorer over them can move to other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evomem.cache import LayerView, masked_mean
+from evomem.errors import ConfigError
+
+TINY = 1e-6
+"""Added before a logarithm of attention: less than the attention of one query to one of a million keys."""
+
+
+def _away_from_mean(x: Tensor, valid: Tensor) -> Tensor:
+    """-cos(x_i, mean of the normalised x): x (batch, kv_heads, slots, head_dim) -> (batch, kv_heads, slots)."""
+    directions = F.normalize(x.float(), dim=-1)
+    total = torch.where(valid[..., None], directions, 0.0).sum(-2, keepdim=True)
+    return -(directions * F.normalize(total, dim=-1)).sum(-1)
+
+
+def _step(x: Tensor) -> Tensor:
+    """1 - cos(x_i, x_{i-1}); the first slot's step is 0."""
+    directions = F.normalize(x.float(), dim=-1)
+    cosine = (directions[..., 1:, :] * directions[..., :-1, :]).sum(-1)
+    return F.pad(1 - cosine, (1, 0))
+
+
+def _window(view: LayerView, argument: str) -> Tensor:
+    attention = view.recorded[f"window_attention:{argument}"]
+    return torch.log(pool(attention, view.valid, 5, "max") + TINY)
+
+
+def _per_query(view: LayerView, argument: str) -> Tensor:
+    return torch.log(view.recorded["attention_sum"] / (view.age + 1).float() + TINY)
+
+
+OBSERVATIONS: dict[str, tuple[Callable[[LayerView, str], Tensor], str]] = {
+    "keydiff": (lambda view, _: _away_from_mean(view.keys, view.valid), ""),
+    "valuediff": (lambda view, _: _away_from_mean(view.values, view.valid), ""),
+    "key_norm": (lambda view, _: torch.log(view.keys.float().norm(dim=-1) + TINY), ""),
+    "value_norm": (lambda view, _: torch.log(view.values.float().norm(dim=-1) + TINY), ""),
+    "key_step": (lambda view, _: _step(view.keys), ""),
+    "value_step": (lambda view, _: _step(view.values), ""),
+    "age": (lambda view, _: torch.log1p(view.age.float()), ""),
+    "position": (lambda view, _: torch.log1p(view.position.clamp(min=0).float()), ""),
+    "sink": (lambda view, _: (view.position < 4).float(), ""),
+    "attention": (lambda view, _: torch.log(view.recorded["attention_sum"] + TINY), "attention_sum"),
+    "attention_per_query": (_per_query, "attention_sum"),
+    "window": (_window, "window_attention:{}"),
+    "spectrum": (
+        lambda view, argument: torch.log(view.recorded["attention_spectrum"][..., int(argument)] + TINY),
+        "attention_spectrum",
+    ),
+}
+"""Observation name -> (function of (view, argument), what the cache must record for it)."""
+
+LINEAR_20 = (
+    "keydiff", "key_norm", "value_norm", "attention", "attention_per_query", "window:32", "age",
+    "spectrum:0", "spectrum:1", "spectrum:2", "spectrum:4", "spectrum:8", "spectrum:16",
+    "mean:7:keydiff", "mean:7:key_norm", "mean:7:value_norm", "mean:7:attention", "mean:7:attention_per_query",
+    "mean:7:window:32", "mean:7:age",
+)  # fmt: skip
+"""The twenty features of the first trial."""
+
+
+def parse(name: str) -> tuple[str, int, str, str]:
+    """Split ``pool:width:observation:argument`` into its parts; raise `ConfigError` naming what is wrong."""
+    parts = name.split(":")
+    how, width = "", 0
+    if parts[0] in ("mean", "max"):
+        how = parts.pop(0)
+        if not parts or not parts[0].isdigit() or int(parts[0]) % 2 == 0:
+            raise ConfigError(f"feature {name!r}: {how} wants an odd number of slots, as in {how}:7:keydiff")
+        width = int(parts.pop(0))
+    observation = parts.pop(0) if parts else ""
+    argument = parts.pop(0) if parts else ""
+    if observation not in OBSERVATIONS or parts:
+        raise ConfigError(f"feature {name!r}: unknown observation {observation!r}; known: {', '.join(OBSERVATIONS)}")
+    if observation == "window" and not (argument.isdigit() and int(argument) > 0):
+        raise ConfigError(f"feature {name!r}: window wants a number of queries, as in window:32")
+    if observation == "spectrum" and not (argument.isdigit() and int(argument) <= 16):
+        raise ConfigError(f"feature {name!r}: spectrum wants a bin from 0 to 16, as in spectrum:4")
+    if argument and observation not in ("window", "spectrum"):
+        raise ConfigError(f"feature {name!r}: {observation} takes no argument")
+    return how, width, observation, argument
+
+
+def required(names: tuple[str, ...]) -> frozenset[str]:
+    """Return what the cache must record for these features."""
+    needs = set()
+    for name in names:
+        _, _, observation, argument = parse(name)
+        needs.add(OBSERVATIONS[observation][1].format(argument))
+    return frozenset(needs - {""})
+
+
+def pool(x: Tensor, valid: Tensor, width: int, how: str) -> Tensor:
+    """Neighbourhood mean or maximum over ``width`` slots (odd), empty slots left out: (batch, kv_heads, slots)."""
+    shape = x.shape
+    x, valid = x.reshape(-1, 1, shape[-1]), valid.expand(shape).reshape(-1, 1, shape[-1])
+    if how == "max":
+        low = torch.where(valid, x, -torch.inf)
+        pooled = F.max_pool1d(low, width, 1, width // 2)
+    else:
+        total = F.avg_pool1d(torch.where(valid, x, 0.0), width, 1, width // 2)
+        pooled = total / F.avg_pool1d(valid.float(), width, 1, width // 2).clamp(min=TINY)
+    return pooled.reshape(shape)
+
+
+def standardise(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over the slots of each head; a constant becomes 0, and so do empty slots."""
+    x = torch.where(valid, x, 0.0)
+    centred = torch.where(valid, x - masked_mean(x, valid), 0.0)
+    deviation = masked_mean(centred.square(), valid).sqrt()
+    return centred / deviation.clamp(min=1e-4)
+
+
+def features(view: LayerView, names: tuple[str, ...]) -> Tensor:
+    """Return the features (batch, kv_heads, slots, len(names)) fp32 of every slot."""
+    base: dict[tuple[str, str], Tensor] = {}
+    columns = []
+    for name in names:
+        how, width, observation, argument = parse(name)
+        key = (observation, argument)
+        if key not in base:
+            base[key] = OBSERVATIONS[observation][0](view, argument)
+        column = base[key] if not how else pool(base[key], view.valid, width, how)
+        columns.append(standardise(column, view.valid))
+    return torch.stack(columns, dim=-1)

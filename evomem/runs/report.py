@@ -1,0 +1,178 @@
+"""Run: what a comparison says, as tables for a terminal, as Markdown, and as one sentence per budget."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from evomem.errors import RunError
+from evomem.evaluation.rows import BYTES_TOLERANCE, Budget, Row
+from evomem.runs.files import write_atomically
+
+_HEADINGS = ("manager", "loglik", "advantage [95 %]", "exact", "slots", "KiB", "recovered")
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as a JSON list."""
+    write_atomically(path, rows_json(rows).encode())
+
+
+def rows_json(rows: Sequence[Row]) -> str:
+    """Return rows as a JSON list, one row a line."""
+    lines = ",\n".join(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) for row in rows)
+    return f"[\n{lines}\n]\n"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows that `write_rows` wrote; raise `RunError` if the file is damaged."""
+    try:
+        return [Row.from_json(data) for data in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path}: cannot be read as the rows of a comparison: {error}; delete it to compare again"
+        ) from None
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return one table per model and task, a section per budget, the best first, the subject highlighted."""
+    found = []
+    for (model, task), group in _by_place(rows):
+        first = group[0]
+        table = Table(
+            title=f"{task} on {model}, {first.protocol}, {first.samples} {first.split} samples",
+            title_justify="left", title_style="bold", header_style="dim", expand=False,
+        )  # fmt: skip
+        for heading in ("budget", *_HEADINGS):
+            table.add_column(heading, justify="left" if heading == "manager" else "right", no_wrap=True)
+        for budget, section in groupby(group, key=lambda row: row.budget):
+            members = list(section)
+            best = best_heuristic(members)
+            for place, row in enumerate(members):
+                cells = [budget_text(budget) if place == 0 else "", *_cells(row)]
+                style = "bold green" if row.role == "subject" else "cyan" if row is best else ""
+                table.add_row(*[Text(cell) for cell in cells], style=style)
+            table.add_section()
+        found.append(table)
+    return found
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Return what a reader of the table must know: what the columns mean, and whose memory is not equal."""
+    found = []
+    if any(row.difference is not None for row in rows):
+        subject = next(row.manager for row in rows if row.role == "subject")
+        found.append(
+            f"loglik: nats per answer token. advantage: of {subject} over the row, 95 % paired bootstrap. "
+            "recovered: share of what random eviction loses."
+        )
+    unequal = [row for row in rows if row.role != "full" and row.bytes_ratio is not None and not row.equal_bytes]
+    if unequal:
+        limit = f"{BYTES_TOLERANCE:.0%}"
+        found.append(f"*: measured memory differs from the subject's by more than {limit}.")
+    return found
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Return one sentence per model, task and budget: whether the subject beats the best heuristic."""
+    found = []
+    several = len({(row.model, row.task) for row in rows}) > 1
+    for (model, task), group in _by_place(rows):
+        for _, section in groupby(group, key=lambda row: row.budget):
+            text = _sentence(list(section))
+            if text is not None:
+                found.append(f"{task} on {model}: {text}" if several else text)
+    return found
+
+
+def best_heuristic(rows: Sequence[Row]) -> Row | None:
+    """Return the row of the field with the largest log-likelihood."""
+    field = [row for row in rows if row.role == "field" and math.isfinite(row.loglik)]
+    return max(field, key=lambda row: row.loglik, default=None)
+
+
+def _sentence(rows: Sequence[Row]) -> str | None:
+    # The others' differences are from the first subject; further subjects have differences themselves.
+    subject = next((row for row in rows if row.role == "subject" and row.difference is None), None)
+    best = best_heuristic(rows)
+    if subject is None or best is None or best.difference is None:
+        return None
+    size = f"{subject.slots:.0f} slots per head" if subject.budget is None else _budget_phrase(subject.budget)
+    where = f"on {best.samples} {best.split} samples at {size} ({_kib(subject.bytes_mean)} KiB measured)"
+    amount = f"{abs(best.difference):.3f} nats per answer token"
+    low, high = best.interval if best.interval is not None else (math.nan, math.nan)
+    span = f"[{low:.3f}, {high:.3f}]"
+    name = f"the best heuristic ({best.manager})"
+    if best.interval is None:
+        text = f"{subject.manager} is {best.difference:+.3f} nats per answer token from {name} {where}; too few samples"
+    elif low > 0:
+        text = f"{subject.manager} beats {name} by {amount} {span} {where}"
+    elif high < 0:
+        text = f"{subject.manager} loses to {name} by {amount} [{-high:.3f}, {-low:.3f}] {where}"
+    else:
+        text = (
+            f"{subject.manager} cannot be told from {name}: {best.difference:+.3f} nats per answer token {span} {where}"
+        )
+    if best.bytes_ratio is not None and not best.equal_bytes:
+        more = best.bytes_ratio - 1
+        text += f"; {best.manager} holds {abs(more):.1%} {'more' if more > 0 else 'less'} memory"
+    return text + "."
+
+
+def _budget_phrase(budget: Budget) -> str:
+    return f"{budget:.0%} of the tokens" if isinstance(budget, float) else f"{budget} slots per head"
+
+
+def markdown(rows: Sequence[Row], title: str = "Comparison") -> str:
+    """Return the tables, notes and sentences as Markdown."""
+    lines = [f"# {title}", ""]
+    for sentence in sentences(rows):
+        lines += [sentence, ""]
+    for (model, task), group in _by_place(rows):
+        first = group[0]
+        lines += [f"## {task} on {model}, {first.protocol}, {first.samples} {first.split} samples", ""]
+        lines += ["| budget | " + " | ".join(_HEADINGS) + " |", "|---:|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
+        for row in group:
+            cells = [cell.replace("|", r"\|") for cell in _cells(row)]
+            if row.role == "subject":
+                cells[0] = f"**{cells[0]}**"
+            lines.append(f"| {budget_text(row.budget)} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [note.replace("*:", r"\*:") for note in notes(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def budget_text(budget: Budget) -> str:
+    """Return a budget as it stands in tables."""
+    return "-" if budget is None else str(budget)
+
+
+def _by_place(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]]:
+    for place, group in groupby(rows, key=lambda row: (row.model, row.task)):
+        yield place, list(group)
+
+
+def _cells(row: Row) -> list[str]:
+    mark = "*" if row.role != "full" and row.bytes_ratio is not None and not row.equal_bytes else ""
+    return [
+        row.manager,
+        f"{row.loglik:.3f}",
+        "" if row.difference is None else f"{row.difference:+.3f} {_span(row.interval)}".rstrip(),
+        "" if row.score is None else f"{row.score:.3f}",
+        f"{row.slots:.1f}",
+        _kib(row.bytes_mean) + mark,
+        "" if row.recovered is None else f"{row.recovered:.2f}",
+    ]
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:,.0f}"
