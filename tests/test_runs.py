@@ -531,6 +531,8 @@ def test_experiments_resolve_to_everything_that_counts(tmp_path):
     assert config.space.manager.options["budget"] == 9
     assert config.space.manager.options["scorer"] == "mlp"
     assert [task.length for task in config.plan()[0].tasks] == [7]
-    assert load_experiment(path, ["space=namm_linear"]).space.manager.options["scorer"] == "linear"
+    other, kept = (load_experiment(path, [f"{key}=namm_linear"]).space for key in ("space", "space.name"))
+    assert other.manager.options["scorer"] == kept.manager.options["scorer"] == "linear"
+    assert (other.sigma, kept.sigma) == (0.2, 0.7)
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.resolved()))
     assert load_experiment(tmp_path / "again.yaml") == config
