@@ -1,0 +1,312 @@
+"""Run: the command line. Only the shape of the commands is here, so that ``--help`` is there at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import evomem
+from evomem.errors import EvomemError
+
+app = typer.Typer(
+    name="evomem",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warnings about forks would fill the terminal
+    app()
+
+
+@contextmanager
+def guarded(resume: str | None = None) -> Iterator[None]:
+    """Show errors that are meant for users as one line, exit code 2; an interrupt says how to go on, exit code 130."""
+    try:
+        yield
+    except EvomemError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted" + (f"; resume with: {resume}" if resume else ""), err=True)
+        raise typer.Exit(130) from None
+
+
+class Protocol(StrEnum):
+    """Whether a manager decides before or after it has seen the question."""
+
+    query_agnostic = "query_agnostic"
+    query_aware = "query_aware"
+
+
+class Splits(StrEnum):
+    """Splits of a task."""
+
+    train = "train"
+    select = "select"
+    sealed = "sealed"
+
+
+class Dtype(StrEnum):
+    """Types of a model's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Listing(StrEnum):
+    """What can be listed."""
+
+    managers = "managers"
+    tasks = "tasks"
+    drivers = "drivers"
+    spaces = "spaces"
+    experiments = "experiments"
+    observations = "observations"
+
+
+Model = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", help="Alias, folder or hub id; may be repeated. [default: the subject's own]"),
+]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task", "-t",
+        help="Task with options, e.g. passkey:length=1000, file:mine.jsonl; may be repeated. [default: the subject's]",
+    ),
+]  # fmt: skip
+Budgets = Annotated[
+    str | None,
+    typer.Option(help="Slots per head (64,128) or shares of the tokens read (0.25). [default: the subject's own]"),
+]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option("--protocol", help="compress_once, or streaming[:N]: decide every N tokens. [default: the subject's]"),
+]
+Mode = Annotated[Protocol | None, typer.Option(help="Decide before (agnostic) or after the question is read.")]
+SplitOption = Annotated[Splits, typer.Option("--split", help="Samples that are measured on.")]
+Samples = Annotated[
+    int | None, typer.Option("--samples", "-n", min=1, help="Samples per task. [default: the experiment's, else 50]")
+]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact/--no-exact", help="Also generate text, for the exact score (slower)."),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE",
+        help="Write the rows as JSON; - for standard output. With a file, a killed comparison goes on where it was.",
+    ),
+]  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evomem {evomem.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Evolve memory managers for frozen language models, compare them with the field, and take them away as plug-ins.
+
+    [bold]First steps[/bold]
+
+      evomem evolve demo                    search, compare, and save a plug-in in runs/demo
+
+      evomem compare runs/demo --budgets 32,64,128
+
+      evomem list managers
+    """
+
+
+@app.command()
+def evolve(
+    experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of one that comes with evomem.")],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change the experiment: dotted key, YAML value."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder; begin if there is none.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME]")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that evaluate; 0: this one.")] = 0,
+) -> None:
+    """Search for a memory manager, compare the winner with the field on sealed samples, and save it as a plug-in.
+
+    A run may be stopped at any moment and goes on exactly with --resume.
+
+    [bold]Examples[/bold]
+
+      evomem evolve demo
+
+      evomem evolve experiments/demo.yaml --resume
+
+      evomem evolve demo -s seed=1 -s driver.population=32 --out runs/demo-1
+    """
+    words = ["evomem", "evolve", experiment, *[w for s in setting or [] for w in ("-s", s)]]
+    words += [*(["--out", str(out)] if out is not None else []), "--resume"]
+    with guarded(shlex.join(words)):
+        from evomem.commands import evolve as command
+
+        command.evolve(experiment, setting or [], out, resume=resume, workers=workers, again=shlex.join(words))
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    subjects: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_OR_PLUGIN...", help="Run, plug-in folder, hub id, or a heuristic."),
+    ],
+    model: Model = None,
+    task: Task = None,
+    against: Annotated[str | None, typer.Option(help="Heuristics, e.g. keydiff,snapkv(window=64); all; none.")] = None,
+    budgets: Budgets = None,
+    protocol: ProtocolOption = None,
+    mode: Mode = None,
+    split: SplitOption = Splits.sealed,
+    samples: Samples = None,
+    exact: Exact = True,
+    dtype: DtypeOption = Dtype.float32,
+    json: Json = None,
+) -> None:
+    """Compare managers on the same samples at the same budgets, with paired bootstrap intervals and measured bytes.
+
+    The first subject is the one that all differences are taken of. The full cache is always there as the reference.
+
+    [bold]Examples[/bold]
+
+      evomem compare runs/demo
+
+      evomem compare runs/demo --budgets 32,64,128 --against keydiff,snapkv --no-exact
+
+      evomem compare my-plugin --model ./other-model --task file:questions.jsonl --json rows.json
+
+      evomem compare "adakv(keydiff)" --task multikey_1:length=1000 --budgets 0.25 --protocol streaming:512
+    """
+    with guarded(_again(context, json)):
+        from evomem.commands import compare as command
+
+        wishes = command.Wishes(
+            model or [], task or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
+        )
+        command.compare(subjects, against, wishes, json)
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    subject: Annotated[
+        str, typer.Argument(metavar="MANAGER_OR_PLUGIN", help="Run, plug-in folder, hub id, or a heuristic.")
+    ],
+    model: Model = None,
+    task: Task = None,
+    budgets: Budgets = None,
+    protocol: ProtocolOption = None,
+    mode: Mode = None,
+    split: SplitOption = Splits.sealed,
+    samples: Samples = None,
+    exact: Exact = True,
+    dtype: DtypeOption = Dtype.float32,
+    json: Json = None,
+) -> None:
+    """Evaluate one manager: score, log-likelihood, slots and measured bytes.
+
+    [bold]Examples[/bold]
+
+      evomem evaluate full --task passkey:length=500 --samples 20
+
+      evomem evaluate runs/demo --task file:questions.jsonl --budgets 64,128
+
+      evomem evaluate "snapkv(window=16)" --task multikey_1 --budgets 128 --json -
+    """
+    with guarded(_again(context, json)):
+        from evomem.commands import compare as command
+
+        wishes = command.Wishes(
+            model or [], task or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
+        )
+        command.evaluate(subject, wishes, json)
+
+
+def _again(context: typer.Context, json: str | None) -> str | None:
+    """Return the command that goes on with a comparison; None if it keeps nothing."""
+    import sys
+
+    if json is None or json == "-":
+        return None
+    return shlex.join(["evomem", *sys.argv[1:]]) if sys.argv[1:2] == [context.info_name] else "the same command"
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder, or a plug-in.")],
+    folder: Annotated[Path, typer.Argument(help="Where the plug-in goes; a plug-in that is there is replaced.")],
+) -> None:
+    """Copy a run's winner as a plug-in: config.json, model.safetensors, provenance.json, README.md.
+
+    [bold]Example[/bold]
+
+      evomem export runs/demo my-manager
+    """
+    with guarded():
+        from evomem.commands import evolve as command
+
+        command.export(run, folder)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[Listing | None, typer.Argument(help="[default: everything]", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON: names and what they are.")] = False,
+) -> None:
+    """List managers, tasks, drivers, search spaces, experiments and observations.
+
+    [bold]Examples[/bold]
+
+      evomem list
+
+      evomem list managers
+    """
+    with guarded():
+        from evomem.commands import listing
+
+        listing.show(what.value if what is not None else None, as_json=json)
+
+
+@app.command()
+def models(
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the models that have an alias, and whether they are there. Folders and hub ids work everywhere too.
+
+    [bold]Example[/bold]
+
+      evomem models
+    """
+    with guarded():
+        from evomem.commands import listing
+
+        listing.show_models(as_json=json)

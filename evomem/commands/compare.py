@@ -1,0 +1,354 @@
+"""Run: the commands ``compare`` and ``evaluate``, and how subjects, models and tasks are named on the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from evomem.commands.listing import wide_console
+from evomem.config import validate
+from evomem.errors import ConfigError, RunError
+from evomem.evaluation.compare import NamedManager, Place
+from evomem.evaluation.compare import compare as compare_managers
+from evomem.evaluation.compare import evaluate as evaluate_manager
+from evomem.evaluation.evaluator import Evaluator
+from evomem.evaluation.rows import Budget, Row
+from evomem.evaluation.store import PrefillStore
+from evomem.evaluation.types import EvaluationProtocol
+from evomem.managers import build, names
+from evomem.managers.base import MemoryManager, check_budget
+from evomem.runs import open_run
+from evomem.runs.config import TaskConfig
+from evomem.runs.report import notes, rows_json, sentences, tables, write_rows
+from evomem.tasks.base import Split
+
+if TYPE_CHECKING:
+    from evomem.models import LoadedModel
+
+_MODEL, _SAMPLES = "smollm2-135m", 50
+"""What a heuristic is measured on when nothing is said."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Options of the command line that ``compare`` and ``evaluate`` share; empty or None: the subject's own."""
+
+    models: list[str]
+    tasks: list[str]
+    budgets: str | None
+    protocol: str | None
+    mode: str | None
+    split: str
+    samples: int | None
+    exact: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A manager with what its search was about, as far as that is known.
+
+    Attributes
+    ----------
+    name : in tables.
+    source : what the user wrote.
+    model : that it was found on.
+    tasks : of the last stage.
+    budgets : of the last stage, or its own.
+    samples : sealed samples per task.
+    """
+
+    name: str
+    source: str
+    manager: MemoryManager
+    model: str | None = None
+    tasks: tuple[TaskConfig, ...] = ()
+    protocol: EvaluationProtocol | None = None
+    budgets: tuple[Budget, ...] = ()
+    samples: int | None = None
+
+
+def compare(sources: Sequence[str], against: str | None, wishes: Wishes, output: str | None) -> None:
+    """Compare subjects with the field, print tables, and write rows."""
+    subjects = _distinct([resolve(source) for source in sources])
+    budgets = _budgets(wishes, subjects)
+    field = _against(against)
+    with ProgressBar("comparing") as bar:
+        places = make_places(wishes, subjects)
+        comparison = compare_managers(
+            [NamedManager(subject.name, subject.manager) for subject in subjects],
+            places,
+            samples=wishes.samples or subjects[0].samples or _SAMPLES,
+            budgets=budgets,
+            against=field,
+            split=Split(wishes.split),
+            exact=wishes.exact,
+            keep=partial_file(output),
+            progress=bar.report,
+        )
+    deliver(comparison.rows, output)
+
+
+def evaluate(source: str, wishes: Wishes, output: str | None) -> None:
+    """Evaluate one subject, print its table, and write rows."""
+    subject = resolve(source)
+    if subject.manager.name == "full" or subject.manager.options.budget is not None:
+        budgets: Sequence[Budget] = parse_budgets(wishes.budgets) or subject.budgets or (None,)
+    else:
+        budgets = _budgets(wishes, [subject])
+    with ProgressBar("evaluating") as bar:
+        comparison = evaluate_manager(
+            NamedManager(subject.name, subject.manager),
+            make_places(wishes, [subject]),
+            samples=wishes.samples or subject.samples or _SAMPLES,
+            budgets=budgets,
+            split=Split(wishes.split),
+            exact=wishes.exact,
+            keep=partial_file(output),
+            progress=bar.report,
+        )
+    deliver(comparison.rows, output)
+
+
+# ---- what the words mean -------------------------------------------------------------------------------------------
+
+
+def resolve(source: str) -> Subject:
+    """Return the subject that a user names: a run folder, a plug-in folder, a hub repository, or a manager's spec.
+
+    Raises
+    ------
+    RunError : a folder is neither run nor plug-in, or its run is not finished.
+    PluginError : a damaged plug-in.
+    ConfigError : no manager has that name.
+    """
+    from evomem import plugins
+    from evomem.plugins.hub import REPOSITORY
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "config.yaml").is_file():
+            return _of_run(source, path)
+        if plugins.is_plugin(path):
+            return _of_plugin(source, path)
+        raise RunError(f"{path}: is neither a run (no config.yaml) nor a plug-in (no config.json with schema_version)")
+    looks_like_path = os.sep in source and "(" not in source
+    if looks_like_path and not (REPOSITORY.fullmatch(source) and not path.parent.is_dir()):
+        raise RunError(f"{source}: no such folder; give a run, a plug-in, or a manager (evomem list managers)")
+    if looks_like_path:
+        return _of_plugin(source, source)
+    return Subject(source, source, build(source))
+
+
+def _of_run(source: str, path: Path) -> Subject:
+    run = open_run(path)
+    config, stage = run.config, run.config.plan()[-1]
+    winner = run.winner
+    return Subject(
+        name=run_label(config.name),
+        source=source,
+        manager=winner,
+        model=config.model.name,
+        tasks=stage.tasks,
+        protocol=config.protocol,
+        budgets=stage.budgets or _own_budget(winner),
+        samples=config.sealed.contexts,
+    )
+
+
+def run_label(name: str) -> str:
+    """Return the name of a run's winner in tables; no manager of the field has it."""
+    return f"{name} (winner)" if name in names() else name
+
+
+def _of_plugin(source: str, folder: str | Path) -> Subject:
+    from evomem import plugins
+
+    plugin = plugins.read(folder)
+    known, where = plugin.provenance, f"{folder}/provenance.json"
+    model = known.get("model")
+    protocol = known.get("protocol")
+    return Subject(
+        name=run_label(str(known.get("experiment") or Path(source).name)),
+        source=source,
+        manager=plugin.manager,
+        model=model.get("name") if isinstance(model, dict) else model,
+        tasks=tuple(validate(TaskConfig, task, where) for task in known.get("tasks") or ()),
+        protocol=validate(EvaluationProtocol, protocol, where) if protocol else None,
+        budgets=tuple(known.get("budgets") or ()) or _own_budget(plugin.manager),
+    )
+
+
+def _own_budget(manager: MemoryManager) -> tuple[Budget, ...]:
+    return () if manager.options.budget is None else (manager.options.budget,)
+
+
+def _distinct(subjects: Sequence[Subject]) -> list[Subject]:
+    """Give subjects of the same name (seeds of one experiment) the names that the user wrote."""
+    taken = [subject.name for subject in subjects]
+    return [
+        Subject(**{**vars(subject), "name": subject.source}) if taken.count(subject.name) > 1 else subject
+        for subject in subjects
+    ]
+
+
+def _budgets(wishes: Wishes, subjects: Sequence[Subject]) -> Sequence[Budget]:
+    given = parse_budgets(wishes.budgets)
+    if given:
+        return given
+    for subject in subjects:
+        own = subject.budgets or _own_budget(subject.manager)
+        if own:
+            return own
+    raise ConfigError(
+        f"--budgets: {subjects[0].name} has no budget of its own; give slots per head, for example --budgets 64,128"
+    )
+
+
+def parse_budgets(text: str | None) -> list[Budget]:
+    """Read ``64,128,0.25``: whole numbers are slots per head, others shares of the tokens read."""
+    found: list[Budget] = []
+    for part in (text or "").split(","):
+        word = part.strip()
+        if not word:
+            continue
+        try:
+            budget: Budget = int(word) if word.lstrip("+-").isdigit() else float(word)
+        except ValueError:
+            raise ConfigError(f"--budgets: {word!r} is no number; write for example 64,128 or 0.25") from None
+        check_budget(budget)
+        found.append(budget)
+    return found
+
+
+def _against(text: str | None) -> list[str] | None:
+    """Split at the commas that are outside of brackets and quotation marks."""
+    if text is None:
+        return None
+    if text.strip() in ("none", ""):
+        return []
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def parse_protocol(text: str | None, mode: str | None, default: EvaluationProtocol) -> EvaluationProtocol:
+    """Read ``compress_once`` or ``streaming[:N]``, and the mode; what is not given is the default's."""
+    changes: dict[str, Any] = {} if mode is None else {"mode": mode}
+    if text is not None:
+        kind, colon, every = text.partition(":")
+        if kind not in ("compress_once", "streaming") or (colon and (kind != "streaming" or not every.isdigit())):
+            raise ConfigError(f"--protocol: {text!r}; write compress_once, streaming, or streaming:512")
+        changes["kind"] = kind
+        if every:
+            changes["every"] = int(every)
+    return validate(EvaluationProtocol, {**default.model_dump(), **changes}, "--protocol")
+
+
+def make_places(wishes: Wishes, subjects: Sequence[Subject]) -> list[Place]:
+    """Load the models and build the tasks that are asked for, or else those of the first subject that has any."""
+
+    def first(values: Sequence[Any], otherwise: Any) -> Any:
+        return next((value for value in values if value), otherwise)
+
+    models = wishes.models or [first([subject.model for subject in subjects], _MODEL)]
+    tasks = [TaskConfig(spec=spec) for spec in wishes.tasks]
+    tasks = tasks or list(first([subject.tasks for subject in subjects], ()))
+    if not tasks:
+        raise ConfigError("--task: say what to measure on, e.g. --task multikey_1:length=500 (evomem list tasks)")
+    default = first([subject.protocol for subject in subjects], EvaluationProtocol())
+    protocol = parse_protocol(wishes.protocol, wishes.mode, default)
+    return [place for name in models for place in places_of(load(name, wishes.dtype), tasks, protocol)]
+
+
+def load(name: str, dtype: str) -> LoadedModel:
+    """Return the model called ``name`` with weights of a type by name."""
+    import torch
+
+    from evomem import models
+
+    return models.load(name, dtype=getattr(torch, dtype))
+
+
+def places_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: EvaluationProtocol) -> list[Place]:
+    """Return a place per task of a model; contexts are read once per sample and not kept."""
+    from evomem import tasks as registry
+
+    evaluator = Evaluator(loaded, protocol, store=PrefillStore())
+    return [
+        Place(loaded.name, t.label, evaluator, registry.build(t.spec, loaded.tokenizer, t.length, **t.options))
+        for t in tasks
+    ]
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------------
+
+
+def partial_file(output: str | None) -> Path | None:
+    """Return the file in which finished samples wait for the rest."""
+    return None if output is None or output == "-" else Path(f"{output}.partial.jsonl")
+
+
+def deliver(rows: Sequence[Row], output: str | None) -> None:
+    """Print tables, and write rows where the user wants them; samples lie beside them."""
+    if output == "-":
+        show(rows, wide_console(stderr=True))
+        sys.stdout.write(rows_json(rows))
+        return
+    if output is not None:
+        keep_rows(rows, Path(output))
+    show(rows, wide_console())
+
+
+def keep_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows, and give the finished samples their final name: ``rows.json`` and ``rows.samples.jsonl``."""
+    write_rows(path, rows)
+    partial = partial_file(str(path))
+    if partial is not None and partial.exists():
+        partial.replace(path.with_name(f"{path.stem}.samples.jsonl"))
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print tables, then what they say."""
+    for table in tables(rows):
+        console.print(table)
+    for note in notes(rows):
+        console.print(Text(note, style="dim"))
+    for sentence in sentences(rows):
+        console.print(Text(sentence, style="bold"))
+
+
+class ProgressBar:
+    """A progress bar on standard error, with time left; silent where that is no terminal."""
+
+    def __init__(self, what: str) -> None:
+        columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(
+            *columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task(f"{what}, samples", total=None)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def report(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        self._bar.update(self._task, completed=done, total=total)

@@ -1,0 +1,126 @@
+"""Run: the commands ``list`` and ``models``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from evomem.resources import list_resources, resource_path
+
+Entries = dict[str, str]
+
+
+def managers() -> Entries:
+    """Managers by name."""
+    from evomem.managers import names, summary
+
+    return {name: summary(name) for name in names()}
+
+
+def tasks() -> Entries:
+    """Tasks by name."""
+    from evomem.tasks import tasks as registry
+
+    return {name: _first_line(registry.get(name)) for name in registry.names()}
+
+
+def drivers() -> Entries:
+    """Drivers by name."""
+    from evomem.drivers import drivers as registry
+
+    return {name: _first_line(registry.get(name)) for name in registry.names()}
+
+
+def observations() -> Entries:
+    """What a cache records, and the features of slots that `feature_scorer` makes of it."""
+    from evomem.cache.observe import OBSERVATIONS as recorded
+    from evomem.managers.features import OBSERVATIONS as features
+
+    found = dict.fromkeys(recorded, "recorded by the cache")
+    for name, (_, needs) in features.items():
+        found[name] = "feature of a slot" + (f", from {needs.format('W')}" if needs else "")
+    return found
+
+
+def spaces() -> Entries:
+    """Search spaces that come with evomem."""
+    return {name: _comment("search_spaces", name) for name in list_resources("search_spaces")}
+
+
+def experiments() -> Entries:
+    """Experiments that come with evomem."""
+    return {name: _comment("experiments", name) for name in list_resources("experiments")}
+
+
+_SECTIONS: dict[str, Callable[[], Entries]] = {
+    "managers": managers,
+    "tasks": tasks,
+    "drivers": drivers,
+    "spaces": spaces,
+    "experiments": experiments,
+    "observations": observations,
+}
+
+
+def show(what: str | None, *, as_json: bool = False) -> None:
+    """Print one section, or all."""
+    found = {name: section() for name, section in _SECTIONS.items() if what in (None, name)}
+    if as_json:
+        print(json.dumps(found if what is None else found[what], indent=1, ensure_ascii=False))
+        return
+    console = wide_console()
+    for name, entries in found.items():
+        table = Table(title=name, title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(no_wrap=True, style="green")
+        table.add_column()
+        for key, text in entries.items():
+            table.add_row(Text(key), Text(text))
+        console.print(table)
+
+
+def show_models(*, as_json: bool = False) -> None:
+    """Print the models that have an alias."""
+    from evomem.models import available, cache_root
+
+    found = available()
+    if as_json:
+        plain: list[dict[str, Any]] = [{**asdict(model), "where": model.where and str(model.where)} for model in found]
+        print(json.dumps(plain, indent=1))
+        return
+    table = Table(title="models", title_justify="left", title_style="bold", box=None, header_style="dim")
+    for heading in ("name", "state", "MB", "what", "where"):
+        table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
+    for model in found:
+        where = str(model.where) if model.where is not None else f"get it with: {model.install}"
+        size = f"{model.bytes / 1e6:,.0f}" if model.bytes else ""
+        table.add_row(*map(Text, (model.name, model.state, size, model.about, where)))
+    console = wide_console()
+    console.print(table)
+    console.print(Text(f"cache: {cache_root()}; any local folder or hub id of a causal language model works too"))
+
+
+def wide_console(*, stderr: bool = False) -> Console:
+    """Return a console that does not cut tables where output goes to a file."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 140))
+
+
+def _first_line(kind: type) -> str:
+    lines = (kind.__doc__ or "").strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def _comment(kind: str, name: str) -> str:
+    """The comment that a YAML file begins with."""
+    lines = []
+    for line in resource_path(kind, name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# "))
+    return " ".join(lines)

@@ -1,0 +1,5 @@
+"""Plug-in: how a winner leaves, a folder of four plain files that anyone can load."""
+
+from evomem.plugins.folder import FILES, SCHEMA_VERSION, Plugin, is_plugin, load, read, save
+
+__all__ = ["FILES", "SCHEMA_VERSION", "Plugin", "is_plugin", "load", "read", "save"]
