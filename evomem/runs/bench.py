@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
 from evomem.runs.config import ExperimentConfig, TaskConfig
 from evomem.tasks.base import Sample, Task
+from evomem.tasks.chance import ChanceReport, check
+
+if TYPE_CHECKING:
+    from evomem.evaluation.evaluator import Evaluator
 
 
 class CandidateEvaluator(Protocol):
@@ -34,6 +39,7 @@ class Bench:
     evaluator : measures managers on samples.
     make_task : builds the tasks of the experiment.
     calibrate : sets statistics that a manager measures once, before the search, on some samples; None if none does.
+    check : compares the full cache with no context at all on some samples; None if nothing can be said.
     provenance : what the measurements depend on (model, hash of its weights); a run is resumed on the same only.
     """
 
@@ -41,6 +47,7 @@ class Bench:
     make_task: Callable[[TaskConfig], Task]
     calibrate: Callable[[MemoryManager, Sequence[Sample]], None] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[str, Task, Sequence[Sample], MemoryManager], ChanceReport] | None = None
 
 
 BenchFactory = Callable[[ExperimentConfig], Bench]
@@ -63,7 +70,23 @@ def model_bench(config: ExperimentConfig) -> Bench:
     def calibrate(manager: MemoryManager, samples: Sequence[Sample]) -> None:
         calibrate_spectrum(evaluator, manager, samples)
 
-    return Bench(evaluator, make_task, calibrate, {"model": config.model.name, "model_digest": loaded.digest})
+    provenance = {"model": config.model.name, "model_digest": loaded.digest}
+    return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator))
+
+
+def check_chance(
+    evaluator: Evaluator, label: str, task: Task, samples: Sequence[Sample], manager: MemoryManager | None = None
+) -> ChanceReport:
+    """Return whether a task measures memory on the evaluator's model; ``manager`` says what is recorded on the way.
+
+    What is read for it stays in the evaluator's store, where the manager's first evaluations find it.
+    """
+    from evomem.managers.full import Full
+
+    observes = manager.observes if manager is not None else frozenset()
+    full = [evaluator.evaluate([Full()], sample, task, observes=observes)[0].loglik for sample in samples]
+    without = [evaluator.loglik_without_context(sample) for sample in samples]
+    return check(label, (), task.uniform_chance, full, without)
 
 
 def calibrate_spectrum(evaluator: Any, manager: MemoryManager, samples: Sequence[Sample]) -> None:

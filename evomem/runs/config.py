@@ -124,6 +124,8 @@ class ExperimentConfig(Settings):
     chunk : candidates evaluated as one batch. It is part of the experiment because a batch's shape moves results in
         the last digits.
     store_bytes : memory for contexts that were read once and are used again.
+    chance_contexts : on so many training contexts per task the full cache must beat having read nothing, before the
+        search begins; 0 leaves the check out.
     attempts : how often a failing evaluation is tried before the search stops.
     """
 
@@ -145,6 +147,7 @@ class ExperimentConfig(Settings):
     against: list[str] = Field(default_factory=list)
     chunk: int = Field(default=32, ge=1)
     store_bytes: int = Field(default=2 * 2**30, ge=0)
+    chance_contexts: int = Field(default=8, ge=0)
     attempts: int = Field(default=2, ge=1)
 
     _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
@@ -154,6 +157,13 @@ class ExperimentConfig(Settings):
     @classmethod
     def _model_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("chance_contexts")
+    @classmethod
+    def _pairs(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one context says nothing; give 2 or more, or 0 for no check")
+        return value
 
     @model_validator(mode="after")
     def _plan_holds(self) -> Self:

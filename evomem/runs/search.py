@@ -112,6 +112,7 @@ class Search:
         if journal.damaged:
             self.warn(f"journal.jsonl: line {journal.damaged[0]} is damaged; what it held is evaluated again")
         self._prepare_start()
+        self._check_chance()
         driver, told = self._restore()
         pool = LocalPool(UnitEvaluator(self.space, self.bench, self.samples))
         measuring = Measuring(pool, journal, self._known_units(told), self.config.attempts)
@@ -147,6 +148,27 @@ class Search:
         tensors = {name: value.contiguous() for name, value in self.space.template.state_dict().items()}
         write_atomically(state, safetensors.torch.save(tensors))
         write_vector(vector, self.start)  # last: it says that both are there
+
+    def _check_chance(self) -> None:
+        """Refuse a task that measures nothing on this model, before anything is spent on it; once per run."""
+        if self.bench.check is None or not self.config.chance_contexts:
+            return
+        journal = self.run_folder.journal
+        records = read_journal(journal.path)
+        passed = {r["task"] for r in records if r["kind"] == "event" and r["event"] == "chance" and r["passed"]}
+        for stage in self.plan:
+            for task in stage.tasks:
+                name = self.samples.name(task)
+                if name in passed:
+                    continue
+                count = min(self.config.chance_contexts, stage.train_contexts)
+                pool = self.samples.pool(task, Split.TRAIN, max(2, count))
+                report = self.bench.check(task.label, self.samples.tasks[name], pool, self.space.template)
+                facts = report.to_json()
+                del facts["task"]
+                journal.event("chance", task=name, **facts)
+                report.require()
+                passed.add(name)
 
     def _restore(self) -> tuple[Driver, int]:
         """Return the driver in the state of the newest checkpoint, and how many generations it has been told."""
