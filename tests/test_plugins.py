@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomem import plugins
+from evomem.errors import PluginError
+from evomem.managers import FeatureScorer, KeyDiff, MemoryManager, build
+from evomem.testing.models import tiny
+
+SPECS = (
+    "full",
+    "snapkv(window=5, budget=7)",
+    "adakv(keydiff, safeguard=0.3, budget=0.25)",
+    "feature_scorer(budget=12, hidden=3, allocation=2, knots=3, features=[keydiff, 'mean:7:keydiff', 'window:8', age])",
+    "namm(scorer=bam, budget=64)",
+    "namm(scorer=mlp, hidden=[8, 4], every=16)",
+)
+
+
+def randomised(spec, seed=0):
+    """The manager of a spec, every floating-point tensor (buffers too) drawn at random."""
+    manager = build(spec)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in manager.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+    return manager
+
+
+@pytest.fixture
+def folder(tmp_path):
+    plugins.save(randomised(SPECS[3]), tmp_path / "plug", {"experiment": "mine", "numbers": [1, 0.1, None]})
+    return tmp_path / "plug"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_manager_survives_the_folder_exactly(spec, tmp_path):
+    manager = randomised(spec)
+    plugins.save(manager, tmp_path / "plug", {"model": {"name": "a"}, "seed": 3})
+    found = plugins.read(tmp_path / "plug")
+    assert found.provenance == {"model": {"name": "a"}, "seed": 3}
+    assert type(found.manager) is type(manager)
+    assert found.manager.describe() == manager.describe()
+    assert found.manager.observes == manager.observes
+    state = found.manager.state_dict()
+    assert list(state) == list(manager.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in manager.state_dict().items())
+    # Readers without evomem: every option is there, and the tensors are all of the tensors.
+    config = json.loads((tmp_path / "plug" / "config.json").read_text())
+    assert set(config["options"]) == set(type(manager.options).model_fields)
+    assert set(safetensors.torch.load_file(tmp_path / "plug" / "model.safetensors")) == set(state)
+    assert sorted(path.name for path in (tmp_path / "plug").iterdir()) == sorted(plugins.FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["plug"]
+
+
+def test_a_loaded_manager_decides_the_same_inside_a_model(tmp_path):
+    model = tiny("llama", layers=2)
+    manager = randomised(SPECS[3])
+    manager.save_pretrained(tmp_path / "plug")
+    tokens = torch.arange(4, 44)[None]
+    texts = []
+    for one in (
+        manager,
+        MemoryManager.from_pretrained(tmp_path / "plug"),
+        FeatureScorer.from_pretrained(tmp_path / "plug"),
+    ):
+        with one.attach(model) as cache:
+            texts.append(model.generate(tokens, past_key_values=cache, max_new_tokens=4, do_sample=False))
+            assert int(cache.slots_held()[0].max()) < 40
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+
+
+def edit(path, **changes):
+    data = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is ...:
+            del data[key]
+        else:
+            data[key] = value
+    path.write_text(json.dumps(data))
+
+
+def retensor(folder, change):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+def poison(value):
+    def change(tensors):
+        tensors["weights"].flatten()[1] = value
+
+    return change
+
+
+DAMAGE = {
+    "config.json: schema_version: 2 is unknown": lambda f: edit(f / "config.json", schema_version=2),
+    "config.json: schema_version: is missing": lambda f: edit(f / "config.json", schema_version=...),
+    "config.json: options: is missing": lambda f: edit(f / "config.json", options=...),
+    "config.json: extra: is an unknown field": lambda f: edit(f / "config.json", extra=1),
+    "config.json: manager: unknown manager 'feature_score'": lambda f: edit(f / "config.json", manager="feature_score"),
+    "config.json: options.windows: manager 'feature_scorer' has no such": lambda f: edit(
+        f / "config.json", options={"windows": 1}
+    ),
+    "config.json: options.knots: ": lambda f: edit(f / "config.json", options={"knots": 0}),
+    "config.json: options: .*budget": lambda f: edit(f / "config.json", options={"budget": -3}),
+    "config.json: budget: 13 contradicts": lambda f: edit(f / "config.json", budget=13),
+    "config.json: observes: .* contradicts": lambda f: edit(f / "config.json", observes=[]),
+    "config.json: schedule: 5 is not a dict": lambda f: edit(f / "config.json", schedule=5),
+    "config.json: is not JSON": lambda f: (f / "config.json").write_text('{"schema_version": 1'),
+    "config.json: holds NaN": lambda f: (f / "config.json").write_text('{"schema_version": NaN}'),
+    "config.json: an object is expected, this is list": lambda f: (f / "config.json").write_text("[]"),
+    "config.json: is missing": lambda f: (f / "config.json").unlink(),
+    "model.safetensors: is missing": lambda f: (f / "model.safetensors").unlink(),
+    "model.safetensors: is damaged": lambda f: (f / "model.safetensors").write_bytes(b"\0" * 40),
+    "model.safetensors: weights: is missing": lambda f: retensor(f, lambda t: t.pop("weights")),
+    "model.safetensors: more: is not a tensor of": lambda f: retensor(f, lambda t: t.update(more=torch.zeros(1))),
+    r"model.safetensors: weights: has shape \(3, 5\), \(3, 4\) is": lambda f: retensor(
+        f, lambda t: t.update(weights=torch.zeros(3, 5))
+    ),
+    "model.safetensors: weights: has type torch.float16": lambda f: retensor(
+        f, lambda t: t.update(weights=t["weights"].half())
+    ),
+    "model.safetensors: weights: 1 of 12 values are NaN": lambda f: retensor(f, poison(float("nan"))),
+    "model.safetensors: weights: 1 of 12 values": lambda f: retensor(f, poison(float("-inf"))),
+    "provenance.json: is missing": lambda f: (f / "provenance.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_is_named_by_file_and_field(message, folder):
+    DAMAGE[message](folder)
+    with pytest.raises(PluginError, match=message):
+        plugins.read(folder)
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plugins") / "plug"
+    plugins.save(randomised(SPECS[1]), folder, {})
+    plugins.save(randomised(SPECS[3]), folder, {"a": 1})
+    return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(max_examples=40)
+@given(name=st.sampled_from(plugins.FILES[:3]), place=st.floats(0, 1), byte=st.integers(0, 255), cut=st.booleans())
+def test_random_damage_never_gets_through_as_another_error(contents, name, place, byte, cut):
+    folder, whole = contents
+    content = bytearray(whole[name])
+    at = min(int(place * len(content)), len(content) - 1)
+    content[at:] = b"" if cut else bytes([byte]) + content[at + 1 :]
+    (folder / name).write_bytes(content)
+    try:
+        manager = plugins.read(folder).manager
+    except PluginError as error:
+        assert name in str(error)  # noqa: PT017 - either outcome is right
+    else:
+        assert all(torch.isfinite(tensor).all() for tensor in manager.state_dict().values())
+    finally:
+        (folder / name).write_bytes(whole[name])
+
+
+def test_values_that_are_not_finite_are_not_saved(tmp_path):
+    manager = build("feature_scorer")
+    with torch.no_grad():
+        manager.weights[0, 0] = float("nan")
+    with pytest.raises(PluginError, match="weights"):
+        plugins.save(manager, tmp_path / "plug", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_plug_ins_are_replaced(folder, tmp_path):
+    plugins.save(build("keydiff"), folder, {})
+    assert isinstance(plugins.load(folder), KeyDiff)
+    (tmp_path / "mine").mkdir()
+    plugins.save(build("keydiff"), tmp_path / "mine", {})  # empty
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(PluginError, match=r"other: exists and is no plug-in"):
+        plugins.save(build("keydiff"), tmp_path / "other", {})
+    assert (tmp_path / "other" / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize("good_calls", range(6))
+def test_a_full_disk_leaves_the_old_plug_in_whole(good_calls, folder, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls, real = [], os.fsync
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) > good_calls:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(PluginError, match="No space left"):
+        plugins.save(build("keydiff"), folder, {})
+    monkeypatch.undo()
+    if good_calls < 5:  # the sixth call comes after the new one is in place
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    plugins.load(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["plug"]
+
+
+def test_what_a_killed_process_left_is_cleared_up(folder, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".plug.partial-{dead.pid}").mkdir()
+    folder.rename(tmp_path / f".plug.replaced-{dead.pid}")  # killed between the two renames
+    plugins.save(build("keydiff"), folder, {})
+    assert isinstance(plugins.load(folder), KeyDiff)
+    assert [path.name for path in tmp_path.iterdir()] == ["plug"]
+
+
+def test_another_class_refuses_and_missing_folders_are_said(folder, tmp_path):
+    with pytest.raises(PluginError, match=r"manager: 'feature_scorer' is no KeyDiff"):
+        KeyDiff.from_pretrained(folder)
+    with pytest.raises(PluginError, match="no such folder"):
+        plugins.load(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(PluginError, match="is a file"):
+        plugins.load(folder / "config.json")
+    assert plugins.is_plugin(folder)
+    assert not plugins.is_plugin(tmp_path)
+
+
+def test_a_hub_name_without_network_says_so(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PluginError, match=r"'nobody/no-such-manager'.*hub"):
+        plugins.load("nobody/no-such-manager")
+
+
+def test_the_card_says_how_to_use_it_and_what_was_measured(tmp_path):
+    row = {
+        "model": "m", "task": "t", "manager": "mine", "budget": 64, "loglik": -1.25, "score": None,
+        "bytes_mean": 2048.0, "difference": None, "interval": None, "role": "subject",
+    }  # fmt: skip
+    other = {**row, "manager": "keydiff", "role": "field", "difference": 0.5, "interval": [0.25, 0.75]}
+    plugins.save(build("keydiff", budget=64), tmp_path / "p", {"comparison": [row, other], "sentences": ["It wins."]})
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "from_pretrained" in card
+    assert "It wins." in card
+    assert "| m | t | **mine** | 64 | -1.250 | - | 2 | - - |" in card
+    assert "| m | t | keydiff | 64 | -1.250 | - | 2 | 0.500 [0.250, 0.750] |" in card
+    plugins.save(build("keydiff", budget=64), tmp_path / "p", {}, card="mine\n")
+    assert (tmp_path / "p" / "README.md").read_text() == "mine\n"
