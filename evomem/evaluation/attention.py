@@ -23,6 +23,7 @@ from torch import Tensor
 from evomem.cache import SlotCache, attached
 from evomem.errors import ConfigError
 from evomem.evaluation.population import PopulationPolicy
+from evomem.evaluation.store import token_key
 from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
 from evomem.tasks.base import Sample
@@ -36,7 +37,7 @@ LIMIT = 4096
 
 @dataclass
 class FutureAttention:
-    """Future attention by sample, computed once: per layer (1, kv_heads, slots of the context) fp32."""
+    """Future attention by the sample's tokens, computed once: per layer (1, kv_heads, slots of the context) fp32."""
 
     known: OrderedDict[str, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
 
@@ -58,22 +59,29 @@ class FutureAttention:
 
 
 @torch.no_grad()
-def retained_attention(evaluator: Evaluator, managers: Sequence[MemoryManager], sample: Sample) -> list[Evaluation]:
+def retained_attention(
+    evaluator: Evaluator, managers: Sequence[MemoryManager], sample: Sample, observes: frozenset[str] = frozenset()
+) -> list[Evaluation]:
     """Return evaluations with `Evaluation.heads`; the protected ends' attention counts like any other.
 
     Raises `ConfigError` under the streaming protocol, where what is read depends on earlier decisions.
     """
     if evaluator.protocol.kind != "compress_once":
         raise ConfigError("objective 'attention' needs the protocol compress_once: one decision about a whole context")
+    if not managers:
+        return []
     begin = time.perf_counter()
     tokens = evaluator.tokens(sample)
     policy = PopulationPolicy([evaluator.scheduled(manager) for manager in managers])
     misses = evaluator.store.misses
-    reading = evaluator.reading(tokens.read, policy.observes)
+    observes = policy.observes | observes
+    reading = evaluator.reading(tokens.read, observes)
     read = reading.tokens if evaluator.store.misses > misses else 0
     asked = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
-    first = sample.id not in evaluator.future.known
-    future = evaluator.future.of(evaluator, tokens, sample.id, policy.observes)
+    # By content and not by id: a task of another length calls its samples the same.
+    key = "/".join(token_key(part) for part in (tokens.read, tokens.prompt, tokens.answer))
+    first = key not in evaluator.future.known
+    future = evaluator.future.of(evaluator, tokens, key, observes)
     shares, kept, held = [], [], torch.zeros(len(managers))
     for view, paid in zip(reading.views, future, strict=True):
         keep = policy.decide(view).keep

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from evomem.cache import Decision, LayerView, SlotCache, attached
+from evomem.cache.cache import CachePolicy
+from evomem.errors import TaskError
 from evomem.evaluation.attention import FutureAttention, retained_attention
+from evomem.evaluation.meter import Meter
 from evomem.evaluation.population import PopulationPolicy
 from evomem.evaluation.store import PrefillStore, Reading, token_key
 from evomem.evaluation.types import Evaluation, EvaluationProtocol
@@ -38,24 +41,6 @@ class Tokens:
     read: Tensor
     prompt: Tensor
     answer: Tensor
-
-
-@dataclass
-class _Bytes:
-    """Peak and mean of the bytes of every row while tokens arrive one by one between two measurements."""
-
-    peak: Tensor
-    total: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def start(cls, rows: int) -> _Bytes:
-        return cls(torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
-
-    def grew(self, before: Tensor, after: Tensor, tokens: int) -> None:
-        self.peak = torch.maximum(self.peak, after.double().cpu())
-        self.total = self.total + (before + after).double().cpu() / 2 * tokens
-        self.tokens += tokens
 
 
 class Evaluator:
@@ -105,26 +90,55 @@ class Evaluator:
         besides what the managers need, so that calls with other managers find the same reading in the store. Returns
         one `Evaluation` a manager, in order.
         """
-        if not managers:
-            return []
         if attention:
-            return retained_attention(self, managers, sample)
-        begin = time.perf_counter()
+            return retained_attention(self, managers, sample, observes)
         tokens = self.tokens(sample)
         ready = [self.scheduled(manager) for manager in managers]
-        with attached(self.loaded.model):
-            if self.protocol.kind == "compress_once":
-                cache, meter, read = self._compress(ready, tokens, observes)
-            else:
-                cache, meter, read = self._stream(ready, tokens)
-            slots = torch.stack([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
-            texts = self._generate(cache.clone(), tokens, sample.max_new_tokens) if exact and task.has_exact else None
-            before = cache.bytes_by_row()
-            loglik = self._loglik(cache, tokens)
-            asked = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
-            meter.grew(before, cache.bytes_by_row(), asked)
-        seconds = (time.perf_counter() - begin) / len(managers)
-        mean = meter.total / meter.tokens
+        found: dict[int, Evaluation] = {}
+        for members in self._batches(ready):
+            begin = time.perf_counter()
+            with attached(self.loaded.model):
+                batch = self._answered([ready[i] for i in members], tokens, sample, task, exact, observes)
+            seconds = (time.perf_counter() - begin) / len(members)
+            found.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
+        return [found[i] for i in range(len(managers))]
+
+    def _batches(self, managers: Sequence[MemoryManager]) -> list[list[int]]:
+        """Places of the managers that are rows of one batch: all; in ``streaming`` those that observe the same.
+
+        There the cache goes on recording, and a row must neither pay for nor be delayed by what only others look at.
+        """
+        if self.protocol.kind == "compress_once":
+            return [list(range(len(managers)))] if managers else []
+        alike: dict[frozenset[str], list[int]] = {}
+        for place, manager in enumerate(managers):
+            alike.setdefault(manager.observes, []).append(place)
+        return list(alike.values())
+
+    def _answered(
+        self,
+        managers: Sequence[MemoryManager],
+        tokens: Tokens,
+        sample: Sample,
+        task: Task,
+        exact: bool,
+        observes: frozenset[str],
+    ) -> list[Evaluation]:
+        """Read, decide and answer, the managers as rows of one batch."""
+        policy = PopulationPolicy(managers)
+        meter = Meter(policy)
+        if self.protocol.kind == "compress_once":
+            cache, shared, own = self._compress(policy, tokens, observes)
+        else:
+            cache, shared, own = self._stream(policy, tokens, meter)
+        slots = torch.stack([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
+        texts: list[str] | None = None
+        if exact and task.has_exact:
+            texts, generated = self._generate(cache, policy, tokens, sample.max_new_tokens)
+            own += generated
+        asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1).expand(policy.size, -1)
+        loglik = mean_loglik(self._feed(asked, cache, tokens.answer.shape[1], policy, meter), tokens.answer)
+        own += asked.shape[1]
         return [
             Evaluation(
                 sample=sample.id,
@@ -132,20 +146,35 @@ class Evaluator:
                 exact=None if texts is None else task.score(sample, texts[i]),
                 slots=slots[i],
                 bytes_peak=float(meter.peak[i]),
-                bytes_mean=float(mean[i]),
-                tokens=asked + (read[0] if i == 0 else 0) + read[1],
-                seconds=seconds,
+                bytes_mean=float(meter.mean[i]),
+                tokens=own + (shared if i == 0 else 0),
+                seconds=0.0,
             )
-            for i in range(len(managers))
+            for i in range(policy.size)
         ]
 
     def tokens(self, sample: Sample) -> Tokens:
-        """Encode a sample; context, question and answer are encoded apart, so that no token straddles them."""
+        """Encode a sample; context, question and answer are encoded apart, so that no token straddles them.
+
+        Something must be asked with: the question; in ``query_aware`` mode its last token, because the others are read
+        before the decision; the context's last token if there is no question.
+
+        Raises
+        ------
+        TaskError : nothing is left to read, or there is no answer.
+        """
         context, question, answer = (self._encode(t) for t in (sample.context, sample.question, sample.answer))
-        if self.protocol.mode == "query_aware":
-            # One token of the question is left to ask with.
-            return Tokens(torch.cat((context, question[:, :-1]), 1), question[:, -1:], answer)
-        return Tokens(context, question, answer)
+        if self.protocol.mode == "query_aware" or not question.shape[1]:
+            whole = torch.cat((context, question), 1)
+            read, prompt = whole[:, :-1], whole[:, -1:]
+        else:
+            read, prompt = context, question
+        for name, part in (("context", read), ("answer", answer)):
+            if not part.shape[1]:
+                raise TaskError(
+                    f"sample {sample.id}: its {name} has no token; give every sample a context and an answer"
+                )
+        return Tokens(read, prompt, answer)
 
     def scheduled(self, manager: MemoryManager) -> MemoryManager:
         """Return the manager on the protocol's schedule."""
@@ -170,54 +199,66 @@ class Evaluator:
         return Reading(tuple(layer.view() for layer in cache.layers), tokens.shape[1])
 
     def _compress(
-        self, managers: Sequence[MemoryManager], tokens: Tokens, observes: frozenset[str]
-    ) -> tuple[SlotCache, _Bytes, tuple[int, int]]:
-        policy = PopulationPolicy(managers)
+        self, policy: PopulationPolicy, tokens: Tokens, observes: frozenset[str]
+    ) -> tuple[SlotCache, int, int]:
+        """Read, or take what was read; decide for all. Returns the cache, tokens read for all, tokens read by each."""
         misses = self.store.misses
         reading = self.reading(tokens.read, policy.observes | observes)
-        cache = SlotCache.from_views(reading.views, Recording(), rows=len(managers), model=self.loaded.model)
+        cache = SlotCache.from_views(reading.views, Recording(), rows=policy.size, model=self.loaded.model)
         for layer, view in zip(cache.layers, reading.views, strict=True):
             layer.apply(policy.decide(view))
-        read = reading.tokens if self.store.misses > misses else 0
-        return cache, _Bytes.start(len(managers)), (read, 0)
+        return cache, reading.tokens if self.store.misses > misses else 0, 0
 
-    def _stream(self, managers: Sequence[MemoryManager], tokens: Tokens) -> tuple[SlotCache, _Bytes, tuple[int, int]]:
-        """Read up to the first decision once, decide for all candidates, then go on with one row a candidate."""
-        every, rows, length = self.protocol.every, len(managers), tokens.read.shape[1]
-        policy, meter = PopulationPolicy(managers), _Bytes.start(len(managers))
+    def _stream(self, policy: PopulationPolicy, tokens: Tokens, meter: Meter) -> tuple[SlotCache, int, int]:
+        """Read up to the first decision once, decide for all, then go on with one row a candidate. As `_compress`."""
         cache = SlotCache.for_model(self.loaded.model, Recording(policy.observes))
         cache.decides_after_forward = False
-        shared = min(every, length)
-        self.forward(tokens.read[:, :shared], cache, 1)
+        length = tokens.read.shape[1]
+        shared = min(self.protocol.every, length)
+        self._feed(tokens.read[:, :shared], cache, 1, policy, meter)
+        for layer in cache.layers:
+            if layer.slots.shape[0] < policy.size:  # no decision was due
+                layer.expand(policy.size)
+        if shared < length:
+            self._feed(tokens.read[:, shared:].expand(policy.size, -1), cache, 1, policy, meter)
+        return cache, shared, length - shared
+
+    def _feed(self, fed: Tensor, cache: SlotCache, keep: int, policy: PopulationPolicy, meter: Meter) -> Tensor:
+        """Logits of the last ``keep`` of the tokens ``fed`` (rows, length); decides where it is due, and measures.
+
+        The model is called once a piece between decisions, because bytes are at their peak just before one.
+        """
+        every, begin, length = policy.schedule.every, cache.get_seq_length(), fed.shape[1]
+        cuts = [] if every is None else list(range(every - begin % every, length, every))
+        logits, at = [], 0
+        for end in [*cuts, length]:
+            wanted = max(0, end - max(at, length - keep))
+            before = meter.held(cache) if begin + at else torch.zeros(1, dtype=torch.float64)
+            scores = self.forward(fed[:, at:end], cache, max(wanted, 1))
+            meter.grew(before, meter.held(cache), end - at)
+            if wanted:
+                logits.append(scores)
+            if every is not None and (begin + end) % every == 0:
+                self._decide(cache, policy)
+            at = end
+        return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
+
+    def _decide(self, cache: SlotCache, policy: PopulationPolicy) -> None:
         for layer in cache.layers:
             view = layer.view()
-            layer.expand(rows)
-            if shared == every:
-                layer.apply(policy.decide(view))
-        cache.policy = policy
-        meter.grew(torch.zeros(rows), torch.full((rows,), float(cache.bytes_per_token() * shared)), shared)
-        for at in range(shared, length, every):
-            end = min(length, at + every)
-            before = cache.bytes_by_row()
-            self.forward(tokens.read[:, at:end].expand(rows, -1), cache, 1)
-            meter.grew(before, before + cache.bytes_per_token() * (end - at), end - at)
-        return cache, meter, (shared, length - shared)
+            if layer.slots.shape[0] < policy.size:
+                layer.expand(policy.size)
+            layer.apply(policy.decide(view))
 
     # ---- answering ------------------------------------------------------------------------------------------------
 
-    def _loglik(self, cache: SlotCache, tokens: Tokens) -> list[float]:
-        """Mean log-likelihood of the answer's tokens, per row."""
-        rows, count = cache.layers[0].slots.shape[0], tokens.answer.shape[1]
-        fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1).expand(rows, -1)
-        logits = self.forward(fed, cache, count)
-        chosen = logits.float().log_softmax(-1).gather(-1, tokens.answer.expand(rows, -1)[..., None])[..., 0]
-        means: list[float] = chosen.double().mean(1).tolist()
-        return means
-
-    def _generate(self, cache: SlotCache, tokens: Tokens, limit: int) -> list[str]:
-        """Greedy continuation of the prompt, per row."""
+    def _generate(self, cache: SlotCache, policy: CachePolicy, tokens: Tokens, limit: int) -> tuple[list[str], int]:
+        """Greedy continuation of the prompt, per row, on a copy of the cache; and the tokens that a row took."""
+        cache = cache.clone()
+        cache.policy = policy  # decides while it answers
         rows = cache.layers[0].slots.shape[0]
         following = self.forward(tokens.prompt.expand(rows, -1), cache, 1)[:, -1].argmax(-1)
+        fed = tokens.prompt.shape[1]
         done = torch.zeros(rows, dtype=torch.bool, device=following.device)
         written: list[list[int]] = [[] for _ in range(rows)]
         for step in range(limit):
@@ -228,7 +269,8 @@ class Evaluator:
             if bool(done.all()) or step == limit - 1:
                 break
             following = self.forward(following[:, None], cache, 1)[:, -1].argmax(-1)
-        return [str(self.loaded.tokenizer.decode(row, skip_special_tokens=True)) for row in written]
+            fed += 1
+        return [str(self.loaded.tokenizer.decode(row, skip_special_tokens=True)) for row in written], fed
 
     def forward(self, tokens: Tensor, cache: SlotCache, keep: int) -> Tensor:
         """Logits of the last ``keep`` tokens: (rows, keep, vocabulary)."""
@@ -251,34 +293,51 @@ class Evaluator:
         """One candidate from an empty cache, through nothing but ``manager.attach``: what `evaluate` must equal."""
         begin = time.perf_counter()
         tokens, manager = self.tokens(sample), self.scheduled(manager)
+        streaming = self.protocol.kind == "streaming"
+        texts: list[str] | None = None
+        generated = 0
         with manager.attach(self.loaded.model) as cache:
             with cache.reading():
                 self.forward(tokens.read, cache, 1)
-            held = cache.bytes_by_row()
+            held = cache.nbytes() - recorded_bytes(cache)
             slots = float(torch.stack([s.float().mean() for s in cache.slots_held()]).mean())
-            texts = self._generate(cache.clone(), tokens, sample.max_new_tokens) if exact and task.has_exact else None
-            loglik = self._loglik(cache, tokens)[0]
-        after = cache.bytes_by_row()
-        asked = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
-        streaming = self.protocol.kind == "streaming"
+            if exact and task.has_exact:
+                texts, generated = self._generate(cache, manager, tokens, sample.max_new_tokens)
+            asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
+            loglik = mean_loglik(self.forward(asked, cache, tokens.answer.shape[1]), tokens.answer)[0]
+        after = cache.nbytes() - recorded_bytes(cache)
         return Evaluation(
             sample=sample.id,
             loglik=loglik,
             exact=None if texts is None else task.score(sample, texts[0]),
             slots=slots,
-            bytes_peak=float(cache.bytes_peak if streaming else after[0]),
-            bytes_mean=float(cache.bytes_mean if streaming else (held + after)[0] / 2),
-            tokens=tokens.read.shape[1] + asked,
+            bytes_peak=float(cache.bytes_peak if streaming else max(held, after)),
+            bytes_mean=float(cache.bytes_mean if streaming else (held + after) / 2),
+            tokens=tokens.read.shape[1] + generated + asked.shape[1],
             seconds=time.perf_counter() - begin,
         )
 
     @torch.no_grad()
     def loglik_without_context(self, sample: Sample) -> float:
         """Mean log-likelihood of the answer when nothing but the question is read: what a task must beat."""
-        tokens = Tokens(self._encode(""), self._encode(sample.question), self._encode(sample.answer))
+        prompt, answer = self._encode(sample.question), self._encode(sample.answer)
+        if not prompt.shape[1]:
+            prompt = self.tokens(sample).prompt
         with attached(self.loaded.model):
             cache = SlotCache.for_model(self.loaded.model, Recording())
-            fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
-            logits = self.forward(fed, cache, tokens.answer.shape[1])
-        chosen = logits.float().log_softmax(-1).gather(-1, tokens.answer[..., None])
-        return float(chosen.double().mean())
+            logits = self.forward(torch.cat((prompt, answer[:, :-1]), 1), cache, answer.shape[1])
+        return mean_loglik(logits, answer)[0]
+
+
+def mean_loglik(logits: Tensor, answer: Tensor) -> list[float]:
+    """Mean log-likelihood of the answer's tokens (1, length) per row of logits (rows, length, vocabulary)."""
+    answers = answer.expand(logits.shape[0], -1)
+    chosen = logits.float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+    means: list[float] = chosen.double().mean(1).tolist()
+    return means
+
+
+def recorded_bytes(cache: SlotCache) -> int:
+    """Bytes of the observations in a cache: after the only decision of ``compress_once`` nothing needs them."""
+    tensors = [tensor for layer in cache.layers for tensor in layer.recorder.tensors()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

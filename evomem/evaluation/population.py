@@ -27,6 +27,9 @@ class PopulationPolicy:
 
     A view of one row is what all candidates share (the context was read once); a view of as many rows as managers
     gives every manager its own row.
+
+    Every manager decides as if it were alone: a selection that looks across the batch (`Dense`) sees the one row of its
+    own candidate, whoever else is in the population.
     """
 
     def __init__(self, managers: Sequence[MemoryManager]) -> None:
@@ -37,6 +40,11 @@ class PopulationPolicy:
             raise ValueError("a population decides on one schedule")
         self.schedule: Schedule = schedules.pop()
         self.groups = list(_grouped(managers))
+        self._fades: dict[int, Tensor] = {}
+
+    def fades(self, layer: int) -> Tensor:
+        """Which managers let slots of a layer fade, as far as they have decided: (managers,) bool."""
+        return self._fades.get(layer, torch.zeros(self.size, dtype=torch.bool))
 
     @torch.no_grad()
     def decide(self, view: LayerView) -> Decision:
@@ -52,6 +60,7 @@ class PopulationPolicy:
             if faded is not None:
                 decay = torch.zeros(shape, device=keep.device) if decay is None else decay
                 decay[group.places] = faded
+                self._fades[view.layer] = self.fades(view.layer).index_fill(0, group.places, True)
         return Decision(keep, decay)
 
 

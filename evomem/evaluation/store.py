@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from evomem.cache import LayerView
 from evomem.errors import EvomemError
+
+logger = logging.getLogger("evomem")
 
 _TENSORS = ("keys", "values", "slots", "start")
 
@@ -51,7 +53,7 @@ class PrefillStore:
 
     def __init__(self, limit: int = 4 << 30, folder: Path | None = None) -> None:
         self.limit = limit
-        self._own = folder is None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._folder = folder
         self._memory: OrderedDict[str, Reading] = OrderedDict()
         self._sizes: dict[str, int] = {}
@@ -63,10 +65,9 @@ class PrefillStore:
         if reading is not None:
             self.hits += 1
         else:
-            path = self._path(key)
-            if path is not None and path.exists():
+            reading = self._recovered(key)
+            if reading is not None:
                 self.hits += 1
-                reading = _load(path)
             else:
                 self.misses += 1
                 reading = read()
@@ -87,20 +88,39 @@ class PrefillStore:
     def _path(self, key: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
+    def _recovered(self, key: str) -> Reading | None:
+        """Return the reading from disk; None if it is not there, or damaged, and so must be read anew."""
+        path = self._path(key)
+        if path is None or not path.exists():
+            return None
+        try:
+            return _load(path)
+        except Exception as error:  # safetensors has its own classes
+            logger.warning("%s is damaged (%s); the context is read again", path, error)
+            path.unlink(missing_ok=True)
+            return None
+
     def _spill(self, key: str, reading: Reading) -> None:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="evomem-prefill-"))
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if self._folder is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="evomem-prefill-", ignore_cleanup_errors=True)
+                self._folder = Path(self._temporary.name)
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvomemError(
+                f"no folder for contexts that do not fit in memory: {error}; free some disk space, set TMPDIR to "
+                f"another disk, or give the store more memory (store_bytes is {self.limit:,})"
+            ) from error
         path = self._path(key)
         if path is None or path.exists():
             return
-        self.spills += 1
         tensors = {f"{i}.{n}": t.contiguous() for i, v in enumerate(reading.views) for n, t in _named(v).items()}
         facts = {"seen": str(reading.views[0].seen), "tokens": str(reading.tokens), "layers": str(len(reading.views))}
         temporary = path.with_suffix(".partial")
         try:
             save_file(tensors, temporary, metadata=facts)
             temporary.replace(path)
+            self.spills += 1
         except Exception as error:
             temporary.unlink(missing_ok=True)
             raise EvomemError(
@@ -112,12 +132,9 @@ class PrefillStore:
         """Forget everything and remove a temporary folder."""
         self._memory.clear()
         self._sizes.clear()
-        if self._own and self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-
-    def __del__(self) -> None:
-        self.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = self._folder = None
 
 
 def _named(view: LayerView) -> dict[str, Tensor]:

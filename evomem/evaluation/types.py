@@ -39,7 +39,9 @@ class Evaluation:
     slots : slots per KV head that the decision left, mean over layers and heads.
     bytes_peak, bytes_mean : measured bytes of the tensors that one sequence's cache held: while answering in
         ``compress_once`` (reading is shared and full by definition), while reading and answering in ``streaming``.
-    tokens : tokens that the model processed for this evaluation (shared reading counts once, at the first candidate).
+        Observations count in ``streaming`` only: after the one decision of ``compress_once`` nothing needs them.
+    tokens : tokens that the model processed for this evaluation, generated ones too (shared reading counts once, at the
+        first candidate).
     seconds : wall time of the batch divided by its candidates.
     heads : per layer and KV head, the share of the attention paid to the context by question and answer that falls on
         the kept slots; only when ``attention`` was measured (then nothing is generated and ``loglik`` is NaN).

@@ -1,0 +1,486 @@
+"""Evaluation: the fast way equals the plain way, for every kind of manager, alone and in company."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+
+from evomem.errors import TaskError
+from evomem.evaluation import EvaluationProtocol, Evaluator, PopulationPolicy
+from evomem.managers import FeatureScorer, MemoryManager, build, managers
+from evomem.managers.base import ManagerOptions
+from evomem.managers.selection import KeepAll
+from evomem.models import LoadedModel
+from evomem.tasks.base import Sample
+from evomem.testing.models import tiny, tiny_tokenizer
+
+READ, BUDGET = 44, 12
+FEATURES = ["keydiff", "value_norm", "key_step", "attention_per_query", "window:8", "mean:3:keydiff", "spectrum:2"]
+
+SPECS = (
+    "full",
+    "random",
+    "streaming_llm",
+    "knorm",
+    "h2o",
+    "observed_attention",
+    "snapkv(window=8)",
+    "pyramidkv(window=8)",
+    "tova",
+    "keydiff",
+    "expected_attention",
+    "adakv(keydiff)",
+    "adakv(snapkv(window=6))",
+    "namm(scorer=bam, selection=capped)",
+    "namm(scorer=bam, selection=threshold)",
+    "namm(scorer=bam, selection=dense)",
+    "namm(scorer=mlp, selection=capped, hidden=[6])",
+    "namm(scorer=linear, selection=threshold)",
+    "feature_scorer",
+    "feature_scorer(knots=3, hidden=4, allocation=2)",
+    "feature_scorer(layers=2, heads=2, knots=1)",
+)
+
+
+class Admitting(MemoryManager):
+    """Stores only some of what arrives."""
+
+    name = "admitting"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.weight = nn.Parameter(torch.randn(16))
+
+    def score(self, view):
+        return -view.keys.float().norm(dim=-1)
+
+    def admit(self, view):
+        return view.values.float() @ self.weight[: view.values.shape[-1]]
+
+
+class Fading(MemoryManager):
+    """Keeps the newest and lets all fade with age."""
+
+    name = "fading"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.rate = nn.Parameter(torch.rand(()))
+
+    def score(self, view):
+        return -view.age.float()
+
+    def decay(self, view):
+        return -0.1 * self.rate * view.age.clamp(min=0).float()
+
+
+class Digest:
+    """An exact metric that any difference of the text changes."""
+
+    name, uniform_chance, has_exact = "digest", 0.0, True
+
+    def score(self, sample, output):
+        return int.from_bytes(hashlib.sha256(output.encode()).digest()[:6], "big") / 2**48
+
+
+TASK = Digest()
+
+
+TOKENIZER = tiny_tokenizer()
+WORDS = [w for w in map(TOKENIZER.decode, range(6, 120)) if len(TOKENIZER.encode(w, add_special_tokens=False)) == 1]
+
+
+def text(seed, count):
+    """So many words, a token each."""
+    places = torch.randint(0, len(WORDS), (count,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[place] for place in places.tolist())
+
+
+def make_sample(seed=0, context=READ, question=5, answer=4):
+    parts = (text(3 * seed + i, n) for i, n in enumerate((context, question, answer)))
+    return Sample(f"words/{seed}", *parts, ("w",), 5)
+
+
+def randomised(manager, seed):
+    """The manager with random parameters, buffers left as they are."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in manager.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.5)
+    return manager.requires_grad_(False)
+
+
+def made(spec, seed=0):
+    options = {"features": FEATURES, "sinks": 1, "recent": 2} if spec.startswith("feature_scorer") else {}
+    if spec != "full" and "threshold" not in spec and "dense" not in spec:
+        options["budget"] = BUDGET
+    return randomised(build(spec, **options), seed)
+
+
+def population():
+    """Every kind; those with parameters twice, and two with other budgets."""
+    found = [made(spec, seed) for spec in SPECS for seed in range(2 if list(made(spec).parameters()) else 1)]
+    found += [randomised(kind(budget=BUDGET), seed) for kind in (Admitting, Fading) for seed in range(2)]
+    return [*found, made("keydiff").with_options(budget=0.5), found[-3].with_options(budget=7)]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return LoadedModel("llama", tiny("llama", layers=2), tiny_tokenizer(), "llama")
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return LoadedModel("gpt2", tiny("gpt2", layers=2), tiny_tokenizer(), "gpt2")
+
+
+PROTOCOLS = {
+    "once": EvaluationProtocol(),
+    "once, aware": EvaluationProtocol(mode="query_aware"),
+    "streaming": EvaluationProtocol(kind="streaming", every=17),  # 17, 34, and 51 while it answers
+    "streaming, aware": EvaluationProtocol(kind="streaming", every=16, mode="query_aware"),  # the last ends the reading
+    "never": EvaluationProtocol(kind="streaming", every=64),  # all is shorter than the first turn
+    "late": EvaluationProtocol(kind="streaming", every=46),  # the first turn comes in the question
+}
+every_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+
+
+def equal(fast, plain):
+    assert fast.loglik == pytest.approx(plain.loglik, abs=1e-5)
+    assert fast.exact == plain.exact
+    assert fast.slots == pytest.approx(plain.slots, abs=1e-6)
+    assert fast.bytes_peak == plain.bytes_peak
+    assert fast.bytes_mean == pytest.approx(plain.bytes_mean, rel=1e-12)
+    assert fast.sample == plain.sample
+
+
+def same(one, other):
+    """Bit-identical but for time."""
+    return [replace(e, seconds=0.0) for e in one] == [replace(e, seconds=0.0) for e in other]
+
+
+def recorded(cache):
+    """Bytes of the observations in a cache, counted here."""
+    states = [tensor for layer in cache.layers for tensor in layer.recorder.tensors()]
+    return sum(tensor.nbytes for tensor in states)
+
+
+# ---- fast and plain -------------------------------------------------------------------------------------------------
+
+
+def test_every_registered_kind_is_here():
+    ours = {name for name in managers.names() if managers.get(name).__module__.startswith("evomem.")}
+    assert {spec.split("(")[0] for spec in SPECS} == ours
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("llama", name) for name in PROTOCOLS), ("gpt2", "once"), ("gpt2", "streaming, aware")]
+)
+def test_fast_equals_plain_for_every_kind_in_one_population(request, family, name):
+    loaded, protocol = request.getfixturevalue(family), PROTOCOLS[name]
+    evaluator, sample, crowd = Evaluator(loaded, protocol), make_sample(), population()
+    found = evaluator.evaluate(crowd, sample, TASK, exact=True)
+    assert len(found) == len(crowd)
+    for manager, fast in zip(crowd, found, strict=True):
+        plain = evaluator.evaluate_plainly(manager, sample, TASK, exact=True)
+        try:
+            equal(fast, plain)
+        except AssertionError as error:
+            raise AssertionError(f"{manager!r}\n{fast}\n{plain}") from error
+    if protocol.every != 64:
+        assert len({e.loglik for e in found}) > len(crowd) / 2  # the decisions made a difference
+    assert not loaded.model.config._attn_implementation_internal.startswith("evomem")
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOLS["once"], PROTOCOLS["streaming"]], ids=["once", "streaming"])
+def test_alone_in_chunks_or_together_again_and_permuted(llama, protocol):
+    crowd, sample, evaluator = population()[4::2], make_sample(1), Evaluator(llama, protocol)
+    together = evaluator.evaluate(crowd, sample, TASK, exact=True)
+    assert same(evaluator.evaluate(crowd, sample, TASK, exact=True)[1:], together[1:])
+    fresh = Evaluator(llama, protocol).evaluate(crowd, sample, TASK, exact=True)
+    assert same(fresh, together)
+    for size in (1, 5):
+        chunks = [
+            evaluator.evaluate(crowd[at : at + size], sample, TASK, exact=True) for at in range(0, len(crowd), size)
+        ]
+        for one, other in zip(together, (e for chunk in chunks for e in chunk), strict=True):
+            assert one.loglik == pytest.approx(other.loglik, abs=1e-6 * max(1, abs(one.loglik)))
+            assert (one.exact, one.slots, one.bytes_peak) == (other.exact, other.slots, other.bytes_peak)
+    backwards = evaluator.evaluate(crowd[::-1], sample, TASK, exact=True)[::-1]
+    for one, other in zip(together, backwards, strict=True):
+        equal(one, other)
+
+
+def test_without_exact_nothing_is_generated_and_the_rest_is_the_same(llama):
+    evaluator, sample, crowd = Evaluator(llama), make_sample(), [made("keydiff"), made("full")]
+    with_text, without = (evaluator.evaluate(crowd, sample, TASK, exact=exact) for exact in (True, False))
+    for one, other in zip(with_text, without, strict=True):
+        assert other.exact is None
+        assert one.exact is not None
+        assert (one.loglik, one.bytes_mean) == (other.loglik, other.bytes_mean)
+
+    class Likelihood(Digest):
+        has_exact = False
+
+    assert evaluator.evaluate(crowd, sample, Likelihood(), exact=True)[0].exact is None
+    assert evaluator.evaluate([], sample, TASK) == []
+    assert evaluator.evaluate([], sample, TASK, attention=True) == []
+
+
+@pytest.mark.parametrize("every", [None, 17])
+def test_dense_decides_for_one_candidate_whoever_else_is_there(llama, every):
+    """The greediest head of the *batch* sets the number of slots; in a population a batch is one candidate."""
+    protocol = EvaluationProtocol() if every is None else EvaluationProtocol(kind="streaming", every=every)
+    evaluator, sample, spec = Evaluator(llama, protocol), make_sample(2), "namm(scorer=linear, selection=dense)"
+    crowd = [made(spec, seed) for seed in range(6)]
+    slots = [e.slots for e in evaluator.evaluate(crowd, sample, TASK)]
+    assert len(set(slots)) > 2
+    assert slots == [evaluator.evaluate([manager], sample, TASK)[0].slots for manager in crowd]
+
+
+def test_full_is_the_stock_model_and_nothing_beats_its_bytes(llama):
+    evaluator, sample = Evaluator(llama), make_sample()
+    found = evaluator.evaluate([made("full"), made("knorm"), made("h2o")], sample, TASK)
+    tokens = evaluator.tokens(sample)
+    fed = torch.cat((tokens.read, tokens.prompt, tokens.answer), 1)
+    logits = llama.model(fed).logits[0].log_softmax(-1)
+    count = tokens.answer.shape[1]
+    expected = [float(logits[-count - 1 + i, tokens.answer[0, i]]) for i in range(count)]
+    assert found[0].loglik == pytest.approx(sum(expected) / count, abs=1e-5)
+    assert found[0].slots == READ
+    # keys, values, slot index: 2 layers, 2 KV heads, 16 numbers each, and one int64
+    per_token = 2 * 2 * (2 * 16 * 4 + 8)
+    assert found[0].bytes_peak == per_token * (READ + 5 + 4 - 1)
+    assert [e.bytes_mean for e in found[1:]] == [per_token * (BUDGET + (5 + 4 - 1) / 2)] * 2
+
+
+def test_every_row_pays_for_its_own_tensors_only(llama):
+    """Decays and observations of others in the batch are not counted (part of the equality, but said plainly)."""
+    knorm, fading, h2o = made("knorm"), randomised(Fading(budget=BUDGET), 0), made("h2o")
+    for protocol in (PROTOCOLS["once"], PROTOCOLS["streaming"]):
+        evaluator = Evaluator(llama, protocol)
+        alone = evaluator.evaluate([knorm], make_sample(), TASK)[0]
+        found = evaluator.evaluate([fading, knorm, h2o], make_sample(), TASK)
+        assert found[1].bytes_peak == alone.bytes_peak
+        assert found[0].bytes_peak > alone.bytes_peak
+        assert (found[2].bytes_peak > alone.bytes_peak) == (protocol.kind == "streaming")
+
+
+def test_schedule_is_the_protocols_and_managers_are_left_as_they_were(llama):
+    manager = made("knorm").with_options(every=9)
+    sample = make_sample()
+    for protocol, every in ((PROTOCOLS["once"], None), (PROTOCOLS["streaming"], 17)):
+        evaluator = Evaluator(llama, protocol)
+        assert evaluator.scheduled(manager).schedule.every == every
+        equal(evaluator.evaluate([manager], sample, TASK)[0], evaluator.evaluate_plainly(made("knorm"), sample, TASK))
+    assert manager.schedule.every == 9
+    with pytest.raises(ValueError, match="schedule"):
+        PopulationPolicy([manager, made("knorm")])
+
+
+def test_greedy_text_ends_at_an_end_token_row_by_row(llama):
+    """Two rows of one batch that end at different steps; the text is cut where the row ends."""
+    evaluator, sample = Evaluator(llama), replace(make_sample(), max_new_tokens=8)
+    crowd = [made(spec) for spec in ("full", "knorm", "keydiff", "random", "streaming_llm")]
+    texts = []
+
+    class Keeping(Digest):
+        def score(self, sample, output):
+            texts.append(output)
+            return 0.0
+
+    evaluator.evaluate(crowd, sample, Keeping(), exact=True)
+    whole, texts = texts, []
+    word = whole[1].split()[3]
+    evaluator._ends = {llama.tokenizer.encode(word, add_special_tokens=False)[0]}
+    evaluator.evaluate(crowd, sample, Keeping(), exact=True)
+    ends = [t.split().index(word) if word in t.split() else len(t.split()) for t in whole]
+    assert len(set(ends)) > 1
+    assert [t.split() for t in texts] == [t.split()[:end] for t, end in zip(whole, ends, strict=True)]
+
+
+# ---- tokens, samples ------------------------------------------------------------------------------------------------
+
+
+@every_protocol
+@pytest.mark.parametrize("exact", [False, True])
+def test_tokens_are_what_the_model_read(llama, protocol, exact):
+    read = []
+    hook = llama.model.register_forward_hook(
+        lambda module, arguments, inputs, output: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        evaluator, crowd = Evaluator(llama, protocol), [made("knorm"), made("h2o"), made("feature_scorer")]
+        for _ in range(2):  # the second time the context need not be read again
+            read.clear()
+            found = evaluator.evaluate(crowd, make_sample(), TASK, exact=exact)
+            assert sum(e.tokens for e in found) == sum(read)
+        read.clear()
+        assert evaluator.evaluate_plainly(crowd[0], make_sample(), TASK, exact=exact).tokens == sum(read)
+        if protocol.kind == "compress_once":
+            read.clear()
+            found = Evaluator(llama, protocol).evaluate(crowd, make_sample(), TASK, attention=True)
+            assert sum(e.tokens for e in found) == sum(read)
+    finally:
+        hook.remove()
+
+
+def test_extra_observations_let_calls_share_a_reading(llama):
+    evaluator, sample = Evaluator(llama), make_sample()
+    names = frozenset({"attention_sum", "window_attention:8"})
+    evaluator.evaluate([made("h2o")], sample, TASK, observes=names)
+    for spec in ("snapkv(window=8)", "knorm"):
+        evaluator.evaluate([made(spec)], sample, TASK, observes=names)
+        evaluator.evaluate([made(spec)], sample, TASK, observes=names, attention=True)
+    assert evaluator.store.misses == 1
+    evaluator.evaluate([made("knorm")], sample, TASK)
+    assert evaluator.store.misses == 2
+
+
+def test_query_aware_reads_all_but_the_last_token_of_the_question(llama):
+    sample = make_sample()
+    aware, blind = (Evaluator(llama, PROTOCOLS[name]).tokens(sample) for name in ("once, aware", "once"))
+    assert (aware.read.shape[1], aware.prompt.shape[1]) == (READ + 4, 1)
+    assert (blind.read.shape[1], blind.prompt.shape[1]) == (READ, 5)
+    assert torch.equal(torch.cat((aware.read, aware.prompt), 1), torch.cat((blind.read, blind.prompt), 1))
+    assert torch.equal(aware.answer, blind.answer)
+
+
+@every_protocol
+def test_without_a_question_the_last_token_of_the_context_asks(llama, protocol):
+    sample, evaluator = replace(make_sample(), question=""), Evaluator(llama, protocol)
+    crowd = [made("keydiff"), made("full")]
+    found = evaluator.evaluate(crowd, sample, TASK, exact=True)
+    for manager, fast in zip(crowd, found, strict=True):
+        equal(fast, evaluator.evaluate_plainly(manager, sample, TASK, exact=True))
+    tokens = evaluator.tokens(sample)
+    assert (tokens.read.shape[1], tokens.prompt.shape[1]) == (READ - 1, 1)
+    fed = torch.cat((tokens.read, tokens.prompt, tokens.answer), 1)
+    chosen = llama.model(fed).logits[0, READ - 1 : -1].log_softmax(-1).gather(-1, tokens.answer[0, :, None])
+    assert found[1].loglik == pytest.approx(float(chosen.mean()), abs=1e-5)
+
+
+def test_one_token_answers(llama):
+    for protocol in PROTOCOLS.values():
+        evaluator, sample = Evaluator(llama, protocol), make_sample(4, question=1, answer=1)
+        equal(evaluator.evaluate([made("h2o")], sample, TASK)[0], evaluator.evaluate_plainly(made("h2o"), sample, TASK))
+
+
+def test_samples_that_measure_nothing_are_refused(llama):
+    evaluator, sample = Evaluator(llama), make_sample()
+    for field in ("context", "answer"):
+        with pytest.raises(TaskError, match=f"words/0.*{field}"):
+            evaluator.evaluate([made("knorm")], replace(sample, **{field: ""}), TASK)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loglik_without_context(request, family):
+    loaded = request.getfixturevalue(family)
+    sample, evaluator = make_sample(), Evaluator(loaded)
+    tokens = evaluator.tokens(sample)
+    fed = torch.cat((tokens.prompt, tokens.answer), 1)
+    chosen = loaded.model(fed).logits[0, 4:-1].log_softmax(-1).gather(-1, tokens.answer[0, :, None])
+    assert evaluator.loglik_without_context(sample) == pytest.approx(float(chosen.mean()), abs=1e-5)
+    assert evaluator.loglik_without_context(replace(sample, question="")) < 0
+
+
+def test_evaluations_are_plain_numbers(llama):
+    for attention in (False, True):
+        found = Evaluator(llama).evaluate([made("knorm")], make_sample(), TASK, attention=attention)[0]
+        assert found.to_json() == asdict(found)
+        kinds = {type(v) for k, v in found.to_json().items() if k not in ("sample", "exact", "heads")}
+        assert kinds == {float, int}
+
+
+# ---- population -----------------------------------------------------------------------------------------------------
+
+
+def test_population_groups_by_everything_but_parameters(llama):
+    """Managers that differ in a buffer, an option or a shape must not be decided by one of them."""
+
+    class Buffered(MemoryManager):
+        name = "buffered"
+
+        class Options(ManagerOptions):
+            sign: int = 1
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.weight = nn.Parameter(torch.ones(()))
+            self.register_buffer("offset", torch.zeros(16))
+
+        def score(self, view):
+            return self.options.sign * self.weight * (view.keys.float() - self.offset).norm(dim=-1)
+
+    crowd = [Buffered(budget=5) for _ in range(4)] + [Buffered(budget=5, sign=-1), Buffered(budget=6)]
+    crowd[1].offset.fill_(0.7)
+    crowd[2].weight.data.fill_(-2.0)
+    reading = Evaluator(llama)
+    view = reading.reading(reading.tokens(make_sample()).read, frozenset()).views[0]
+    policy = PopulationPolicy(crowd)
+    kept = policy.decide(view).keep
+    assert len(policy.groups) == 4
+    for place, manager in enumerate(crowd):
+        assert torch.equal(kept[place], manager.decide(view).keep[0])
+    assert len({mask.numpy().tobytes() for mask in kept}) == 4
+
+
+def test_population_of_rows_equals_each_row(llama):
+    """After the first decision every candidate looks at slots of its own, also at ragged ones."""
+    crowd = [
+        made(spec, seed) for spec in ("feature_scorer", "namm(scorer=bam, selection=threshold)") for seed in (0, 1)
+    ]
+    crowd += [made("adakv(keydiff)"), randomised(Fading(budget=9), 1)]
+    evaluator = Evaluator(llama)
+    crowd = [evaluator.scheduled(manager) for manager in crowd]
+    policy = PopulationPolicy(crowd)
+    reading = evaluator.reading(evaluator.tokens(make_sample()).read, policy.observes)
+
+    def rows_of(view, take):
+        fields = {name: take(getattr(view, name)) for name in ("keys", "values", "slots", "start")}
+        return replace(view, **fields, recorded={k: take(t) for k, t in view.recorded.items()}, memo={})
+
+    for view in reading.views:
+        g = torch.Generator().manual_seed(view.layer)
+        rows, heads, slots = len(crowd), *view.slots.shape[1:]
+        first = torch.randint(0, slots - 9, (rows, heads, 1), generator=g)
+        many = rows_of(view, lambda tensor, rows=rows: tensor.expand(rows, *tensor.shape[1:]))
+        many = replace(many, slots=torch.where(torch.arange(slots) >= first, many.slots, -1))
+        decided = policy.decide(many)
+        for place, manager in enumerate(crowd):
+            one = rows_of(many, lambda tensor, place=place: tensor[place : place + 1])
+            alone = manager.decide(one)
+            assert torch.equal(decided.keep[place], alone.keep[0])
+            if alone.decay is not None:
+                torch.testing.assert_close(decided.decay[place], alone.decay[0])
+        assert policy.fades(view.layer).tolist() == [isinstance(manager, Fading) for manager in crowd]
+
+
+def test_what_managers_compute_once_is_shared_and_not_wrong(llama):
+    """Features stay with the reading; another list of features must not find them."""
+    evaluator, sample = Evaluator(llama), make_sample()
+    first = evaluator.evaluate([made("feature_scorer")], sample, TASK)
+    other = FeatureScorer(features=FEATURES[::-1], budget=BUDGET, sinks=1, recent=2)
+    with torch.no_grad():
+        other.weights.copy_(made("feature_scorer").weights.flip(1))
+    again = evaluator.evaluate([other], sample, TASK)
+    assert evaluator.store.misses == 1
+    assert first[0].loglik == pytest.approx(again[0].loglik, abs=1e-6)
+
+
+def test_a_manager_may_have_a_selection_of_its_own(llama):
+    class Everything(MemoryManager):
+        name = "everything"
+
+        def score(self, view):
+            return view.keys.new_zeros(view.slots.shape)
+
+        def make_selection(self):
+            return KeepAll()
+
+    evaluator, sample = Evaluator(llama), make_sample()
+    equal(*evaluator.evaluate([Everything(budget=3), made("full")], sample, TASK))
