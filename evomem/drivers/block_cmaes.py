@@ -93,6 +93,13 @@ class BlockCMAES:
         used = np.concatenate(self._blocks) if self._blocks else np.zeros(0, dtype=np.int64)
         if len(np.unique(used)) != len(used):
             raise ConfigError("driver 'block_cmaes': blocks overlap")
+        if len(used) and (used.min() < 0 or used.max() >= dim):
+            raise ConfigError(f"driver 'block_cmaes': blocks name coordinates outside 0..{dim - 1}")
+        if self.options.search == "cmaes" and any(len(block) < 2 for block in self._blocks):
+            raise ConfigError(
+                "driver 'block_cmaes': CMA-ES needs at least 2 dimensions, and a head has fewer of its own; give the "
+                "manager more features, or use search: random"
+            )
         self._shared = np.setdiff1d(np.arange(dim), used)
         largest = max((len(block) for block in [*self._blocks, self._shared]), default=2)
         self.popsize = self.options.popsize or default_popsize(max(largest, 2))
@@ -151,12 +158,13 @@ class BlockCMAES:
                         f"driver 'block_cmaes': fitness of {len(self._blocks)} heads is expected, this has shape "
                         f"{shape}; do layers and heads of the search space fit the model?"
                     )
-                for number, (block, one) in enumerate(zip(self._blocks, self._strategies, strict=True)):
-                    losses = -filled(heads[:, number], len(vectors))
-                    one.tell(list(vectors[:, block]), list(losses), check_points=False)
+                # All before the first is told: a head whose fitness is refused must not leave the others a step ahead.
+                losses = [-filled(column, len(vectors)) for column in heads.T]
+                for block, one, loss in zip(self._blocks, self._strategies, losses, strict=True):
+                    one.tell(list(vectors[:, block]), list(loss), check_points=False)
             elif self._rest is not None:
-                losses = -filled(fitness, len(vectors))
-                self._rest.tell(list(vectors[:, self._shared]), list(losses), check_points=False)
+                loss = -filled(fitness, len(vectors))
+                self._rest.tell(list(vectors[:, self._shared]), list(loss), check_points=False)
         self._asked = None
         self._generation += 1
 

@@ -99,7 +99,10 @@ class FeatureScorer(MemoryManager):
         "keydiff": "keydiff", "knorm": "-key_norm", "h2o": "attention", "observed_attention": "attention_per_query",
         "snapkv": "window:32", "streaming_llm": "-age",
     }  # fmt: skip
-    """Heuristics that a search may start from: the one feature, with its sign, that each is made of."""
+    """Heuristics that a search may start from: the one feature, with its sign, that each is made of.
+
+    ``snapkv`` is only near: it averages its window's attention over 5 neighbours, the feature takes their maximum.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

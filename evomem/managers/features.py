@@ -44,11 +44,11 @@ def _away_from_mean(x: Tensor, valid: Tensor) -> Tensor:
     return -(directions * F.normalize(total, dim=-1)).sum(-1)
 
 
-def _step(x: Tensor) -> Tensor:
-    """1 - cos(x_i, x_{i-1}); the first slot's step is 0."""
+def _step(x: Tensor, valid: Tensor) -> Tensor:
+    """1 - cos(x_i, x_{i-1}); 0 for the first slot that holds a token, whatever empty ones come before it."""
     directions = F.normalize(x.float(), dim=-1)
     cosine = (directions[..., 1:, :] * directions[..., :-1, :]).sum(-1)
-    return F.pad(1 - cosine, (1, 0))
+    return F.pad(torch.where(valid[..., :-1], 1 - cosine, 0.0), (1, 0))
 
 
 def _window(view: LayerView, argument: str) -> Tensor:
@@ -65,8 +65,8 @@ OBSERVATIONS: dict[str, tuple[Callable[[LayerView, str], Tensor], str]] = {
     "valuediff": (lambda view, _: _away_from_mean(view.values, view.valid), ""),
     "key_norm": (lambda view, _: torch.log(view.keys.float().norm(dim=-1) + TINY), ""),
     "value_norm": (lambda view, _: torch.log(view.values.float().norm(dim=-1) + TINY), ""),
-    "key_step": (lambda view, _: _step(view.keys), ""),
-    "value_step": (lambda view, _: _step(view.values), ""),
+    "key_step": (lambda view, _: _step(view.keys, view.valid), ""),
+    "value_step": (lambda view, _: _step(view.values, view.valid), ""),
     "age": (lambda view, _: torch.log1p(view.age.float()), ""),
     "position": (lambda view, _: torch.log1p(view.position.clamp(min=0).float()), ""),
     "sink": (lambda view, _: (view.position < 4).float(), ""),
