@@ -32,7 +32,7 @@ def prefill(setting: Setting) -> Iterator[Line]:
         with manager.attach(model) as cache:
             return timed(lambda: step(model, tokens, cache))
 
-    seconds = in_turns(PREFILL, {"stock": stock, "managed": managed}, setting.rounds(7))
+    seconds = in_turns(PREFILL, {"stock": stock, "managed": managed}, setting.rounds(5))
     yield line(PREFILL, ratios(seconds["managed"], seconds["stock"]))
 
 
@@ -66,7 +66,7 @@ def _decode_overhead(setting: Setting, batch: int) -> list[float]:
             return timed(lambda: feed(model, following, cache))
 
     stock(), managed()  # the first steps at a new batch size choose kernels and memory
-    seconds = in_turns(f"{DECODE}_batch_{batch}", {"stock": stock, "managed": managed}, setting.rounds(7))
+    seconds = in_turns(f"{DECODE}_batch_{batch}", {"stock": stock, "managed": managed}, setting.rounds(5))
     return ratios(seconds["managed"], seconds["stock"])
 
 
