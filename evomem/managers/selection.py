@@ -92,18 +92,24 @@ class TopN:
 
     def window(self, view: LayerView) -> Tensor:
         """Return how many of the newest tokens are protected: (batch, 1, 1) int64."""
-        n = self.limit(view)
+        return self._window(self.limit(view))
+
+    def _window(self, n: Tensor) -> Tensor:
         recent = share_of(self.recent, n) if isinstance(self.recent, float) else torch.full_like(n, self.recent)
         recent = torch.minimum(recent, share_of(self.recent_share, n))
         return torch.minimum(recent, n - n.clamp(max=self.sinks))
 
     def protected(self, scores: Tensor, view: LayerView) -> Tensor:
         """Return the scores with empty slots at -inf and protected tokens at +inf; see `protect`."""
-        return protect(scores, view, self.limit(view).clamp(max=self.sinks), self.window(view))
+        return self._protected(scores, view, self.limit(view))
+
+    def _protected(self, scores: Tensor, view: LayerView, n: Tensor) -> Tensor:
+        return protect(scores, view, n.clamp(max=self.sinks), self._window(n))
 
     def keep(self, scores: Tensor, view: LayerView) -> Tensor:
         """Return the keep-mask (batch, kv_heads, slots)."""
-        return (rank(self.protected(scores, view)) < self.limit(view)) & view.valid
+        n = self.limit(view)
+        return (rank(self._protected(scores, view, n)) < n) & view.valid
 
 
 def pyramid_budget(mean: Tensor, read: Tensor, layer: int, layers: int, beta: float, window: int) -> Tensor:
