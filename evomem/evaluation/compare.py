@@ -241,10 +241,17 @@ def _on_sample(entrants: Sequence[_Entrant], place: Place, sample: Sample, exact
 
 
 def _chunks(entrants: Sequence[_Entrant]) -> Iterator[list[int]]:
-    """Places of entrants that are evaluated together; those that may keep everything are last and alone."""
+    """Places of entrants that are evaluated together; those that may keep everything are last and alone.
+
+    Of equal budgets, those that observe the same come together: streaming evaluates only them as one batch.
+    """
+
+    def order(index: int) -> tuple[float, list[str]]:
+        return budget_size(entrants[index].budget), sorted(entrants[index].manager.observes)
+
     sized = [index for index, entrant in enumerate(entrants) if entrant.budget is not None]
     chunk: list[int] = []
-    for index in sorted(sized, key=lambda i: budget_size(entrants[i].budget)):
+    for index in sorted(sized, key=order):
         if chunk and (
             len(chunk) == ROWS or budget_size(entrants[index].budget) > SPREAD * budget_size(entrants[chunk[0]].budget)
         ):

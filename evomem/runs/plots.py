@@ -69,18 +69,22 @@ def memory_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     figure, axes = _figure(title)
     named = _named(rows)
     ends: list[tuple[float, float, str, str]] = []
+    sizes = [row.bytes_mean / 1024 for row in rows if row.role != "full"]
+    # Budgets give equal sizes: bars of the same size stand side by side, in the order of the palette.
+    width = 1.3 * max(sizes) / min(sizes)
+    shift = {name: width ** (0.012 * (place - (len(named) - 1) / 2)) for place, name in enumerate(named)}
     for manager in sorted({row.manager for row in rows}, key=lambda name: name in named):
         mine = sorted((row for row in rows if row.manager == manager), key=lambda row: row.bytes_mean)
         if mine[0].role == "full":
             axes.axhline(mine[0].loglik, color=_INK, linewidth=1, linestyle="--", zorder=1)
             label = f"full cache ({mine[0].bytes_mean / 1024:,.0f} KiB)"
             axes.annotate(
-                label, (0.01, mine[0].loglik), xycoords=("axes fraction", "data"), xytext=(0, 4),
-                textcoords="offset points", color=_INK, fontsize=9,
+                label, (0.5, mine[0].loglik), xycoords=("axes fraction", "data"), xytext=(0, 4),
+                textcoords="offset points", color=_INK, fontsize=9, ha="center",
             )  # fmt: skip
             continue
         color = named.get(manager, _GREY)
-        x = [row.bytes_mean / 1024 for row in mine]
+        x = [row.bytes_mean / 1024 * shift.get(manager, 1.0) for row in mine]
         y = [row.loglik for row in mine]
         bars = [[max(0.0, value - low) for value, (low, _) in zip(y, _spans(mine), strict=True)],
                 [max(0.0, high - value) for value, (_, high) in zip(y, _spans(mine), strict=True)]]  # fmt: skip
@@ -92,8 +96,8 @@ def memory_plot(path: Path, rows: Sequence[Row], title: str) -> None:
         )  # fmt: skip
         ends.append((x[-1], y[-1], manager, color))
     axes.set_xscale("log")
-    _plain_ticks(axes, [row.bytes_mean / 1024 for row in rows if row.role != "full"])
-    axes.set_xlabel("KiB of cache per sequence, mean (log)")
+    _plain_ticks(axes, sizes)
+    axes.set_xlabel("KiB of cache per sequence, mean (log; equal ones side by side)")
     axes.set_ylabel("log-likelihood, nats per answer token")
     _label_ends(axes, ends)
     _save(figure, path)

@@ -79,7 +79,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """Return one sentence per model, task and budget: whether the subject beats the best heuristic."""
+    """Return one sentence per model, task and budget: whether it beats the best heuristic of equal memory."""
     found = []
     several = len({(row.model, row.task) for row in rows}) > 1
     for (model, task), group in _by_place(rows):
@@ -91,9 +91,13 @@ def sentences(rows: Sequence[Row]) -> list[str]:
 
 
 def best_heuristic(rows: Sequence[Row]) -> Row | None:
-    """Return the row of the field with the largest log-likelihood."""
+    """Return the row of the field with the largest log-likelihood that holds no more memory than the subject.
+
+    Where all hold more, the best of them.
+    """
     field = [row for row in rows if row.role == "field" and math.isfinite(row.loglik)]
-    return max(field, key=lambda row: row.loglik, default=None)
+    fair = [row for row in field if row.bytes_ratio is None or row.bytes_ratio <= 1 + BYTES_TOLERANCE]
+    return max(fair or field, key=lambda row: row.loglik, default=None)
 
 
 def _sentence(rows: Sequence[Row]) -> str | None:
@@ -119,9 +123,17 @@ def _sentence(rows: Sequence[Row]) -> str | None:
             f"{subject.manager} cannot be told from {name}: {best.difference:+.3f} nats per answer token {span} {where}"
         )
     if best.bytes_ratio is not None and not best.equal_bytes:
-        more = best.bytes_ratio - 1
-        text += f"; {best.manager} holds {abs(more):.1%} {'more' if more > 0 else 'less'} memory"
+        text += f"; {best.manager} holds {_more(best.bytes_ratio)} memory"
+    for row in rows:
+        # Honest about those that do better with more memory than their budget says: ragged caches are padded.
+        if row.role == "field" and row.loglik > best.loglik and row.bytes_ratio and row.difference is not None:
+            advantage = f"{row.difference:+.3f} {_span(row.interval)}".rstrip()
+            text += f"; against {row.manager}, which holds {_more(row.bytes_ratio)} memory: {advantage}"
     return text + "."
+
+
+def _more(ratio: float) -> str:
+    return f"{abs(ratio - 1):.1%} {'more' if ratio > 1 else 'less'}"
 
 
 def _budget_phrase(budget: Budget) -> str:
