@@ -92,7 +92,8 @@ class ListCache:
 
 def check_equal(cache: SlotCache, slow: ListCache) -> None:
     layer = cache.layers[0]
-    assert cache.get_seq_length() == slow.seen
+    assert cache.get_seq_length() == layer.get_seq_length() == slow.seen
+    assert cache.get_mask_sizes(3, 0) == (slow.seen + 3, 0)
     if not slow.seen:
         return
     longest = 0

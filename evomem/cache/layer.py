@@ -13,6 +13,7 @@ from evomem.cache.attention import attention_probabilities, grouped_attention, h
 from evomem.cache.masks import hides, slot_mask
 from evomem.cache.observe import Recorder, Wanted
 from evomem.cache.spectrum import HOP
+from evomem.cache.turns import turns
 from evomem.cache.view import Decision, LayerView
 from evomem.errors import CacheError
 
@@ -135,15 +136,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 "cropped queries added cannot be taken back; read the context again"
             )
         if self.dense:
-            self._cut(length)
+            self._gather(torch.arange(length, device=self.keys.device).expand(*self.keys.shape[:2], length))
         else:
             self.keep(self.slots < length)
         self.seen = length
         self.decided = min(self.decided, length)
-
-    def _cut(self, length: int) -> None:
-        index = torch.arange(length, device=self.keys.device).expand(*self.keys.shape[:2], length)
-        self._gather(index)
 
     # ---- decisions ------------------------------------------------------------------------------------------------
 
@@ -295,19 +292,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _pieces(self, begin: int, count: int) -> Iterator[tuple[int, Tensor | None]]:
         """Cut ``count`` new tokens at decisions: (end of the piece, rows that decide there or None)."""
-        every = self.cache.policy.schedule.every
-        if every is None:
-            once = self.cache.decides_after_forward and begin == 0
-            yield count, torch.ones(len(self.starts), dtype=torch.bool, device=self.start.device) if once else None
-            return
-        offsets = sorted({(start - begin) % every or every for start in set(self.starts)})
-        ends = sorted({end for first in offsets for end in range(first, count + 1, every)})
-        for end in ends:
-            read = [begin + end - start for start in self.starts]
-            turn = [own > 0 and own % every == 0 for own in read]
-            yield end, torch.tensor(turn, device=self.start.device) if any(turn) else None
-        if not ends or ends[-1] < count:
-            yield count, None
+        every, rows = self.cache.policy.schedule.every, len(self.starts)
+        once = self.cache.decides_after_forward and begin == 0
+        cuts = [(count, [once] * rows)] if every is None else turns(begin, count, self.starts, every)
+        for cut, turn in cuts:
+            yield cut, torch.tensor(turn, device=self.start.device) if any(turn) else None
 
     def _append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
         batch, kv_heads, count, _ = keys.shape
