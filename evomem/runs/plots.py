@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,38 +24,49 @@ _SHOWN = 4
 
 
 def fitness_plot(path: Path, generations: Sequence[GenerationRecord], result: RunResult | None, title: str) -> None:
-    """Draw fitness over generations: the population's quantiles, its mean and best, and the winner's other splits."""
-    figure, axes = _figure(title)
-    x = np.array([record.generation + 1 for record in generations])
-    quantiles = np.array([_quantiles(record.fitness) for record in generations])
-    axes.fill_between(x, quantiles[:, 0], quantiles[:, 4], color=_FIELD[0], alpha=0.12, linewidth=0, label="5-95 %")
-    axes.fill_between(x, quantiles[:, 1], quantiles[:, 3], color=_FIELD[0], alpha=0.25, linewidth=0, label="25-75 %")
-    axes.plot(x, [record.mean for record in generations], color=_FIELD[0], linewidth=1.8, label="mean")
-    axes.plot(x, [record.best for record in generations], color=_FIELD[0], linewidth=1, linestyle=":", label="best")
+    """Draw fitness over generations: the population's quantiles, its mean and best, and the winner's other splits.
+
+    Every stage has a panel and a scale of its own, because stages may measure different things.
+    """
+    stages = [list(group) for _, group in itertools.groupby(generations, key=lambda record: record.stage)] or [[]]
+    figure, all_axes = _figure(title, [max(1, len(stage)) for stage in stages])
+    for axes, records in zip(all_axes, stages, strict=True):
+        x = np.array([record.generation + 1 for record in records])
+        quantiles = np.array([_quantiles(record.fitness) for record in records]).reshape(-1, 5)
+        axes.fill_between(x, quantiles[:, 0], quantiles[:, 4], color=_FIELD[0], alpha=0.12, linewidth=0, label="5-95 %")
+        axes.fill_between(
+            x, quantiles[:, 1], quantiles[:, 3], color=_FIELD[0], alpha=0.25, linewidth=0, label="25-75 %"
+        )
+        axes.plot(x, [record.mean for record in records], color=_FIELD[0], linewidth=1.8, label="mean")
+        axes.plot(x, [record.best for record in records], color=_FIELD[0], linewidth=1, linestyle=":", label="best")
+        axes.set_xlabel("generation" if len(stages) == 1 else f"generation ({records[0].stage})")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if result is not None:
-        # Markers beside the curve: the winner on splits that the search has not seen.
-        last = x[-1] if len(x) else 0
-        gap = max(1.0, 0.03 * last)
-        for step, (split, marker) in enumerate((("train", "s"), ("select", "D"), ("sealed", "*"))):
-            value = getattr(result, split).fitness
-            if math.isfinite(value):
-                size = 13 if marker == "*" else 7
-                axes.plot(
-                    last + gap * (1 + 1.2 * step), value, marker, color=_SUBJECT, markersize=size, clip_on=False,
-                    markeredgecolor="white", label=f"winner on {split}: {value:.3f}", linestyle="none",
-                )  # fmt: skip
-        start = result.finalists.get("start")
-        if start is not None and math.isfinite(start.fitness):
-            axes.axhline(start.fitness, color=_GREY, linewidth=1, linestyle="--", zorder=0)
-            axes.annotate(
-                "start, on select", (0.99, start.fitness), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                textcoords="offset points", color=_GREY, fontsize=8.5, ha="right",
-            )  # fmt: skip
-    axes.set_xlabel("generation")
-    axes.set_ylabel("fitness")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+        _mark_winner(all_axes[-1], stages[-1], result)
+    all_axes[0].set_ylabel("fitness")
+    all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
     _save(figure, path)
+
+
+def _mark_winner(axes: Any, records: Sequence[GenerationRecord], result: RunResult) -> None:
+    """Draw markers beside the curve: the winner on splits that the search has not seen, and where it started."""
+    last = records[-1].generation + 1 if records else 0
+    gap = max(0.5, 0.04 * len(records))
+    for step, (split, marker) in enumerate((("train", "s"), ("select", "D"), ("sealed", "*"))):
+        value = getattr(result, split).fitness
+        if math.isfinite(value):
+            size = 13 if marker == "*" else 7
+            axes.plot(
+                last + gap * (1 + 1.2 * step), value, marker, color=_SUBJECT, markersize=size, clip_on=False,
+                markeredgecolor="white", label=f"winner on {split}: {value:.3f}", linestyle="none",
+            )  # fmt: skip
+    start = result.finalists.get("start")
+    if start is not None and math.isfinite(start.fitness):
+        axes.axhline(start.fitness, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+        axes.annotate(
+            "start, on select", (0.99, start.fitness), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", color=_GREY, fontsize=8.5, ha="right",
+        )  # fmt: skip
 
 
 def _quantiles(values: Sequence[float]) -> list[float]:
@@ -66,7 +78,7 @@ def _quantiles(values: Sequence[float]) -> list[float]:
 
 def memory_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     """Draw the score against the measured bytes, a line per manager over its budgets, for one model and task."""
-    figure, axes = _figure(title)
+    figure, (axes,) = _figure(title)
     named = _named(rows)
     ends: list[tuple[float, float, str, str]] = []
     sizes = [row.bytes_mean / 1024 for row in rows if row.role != "full"]
@@ -168,7 +180,8 @@ def _plain_ticks(axes: Any, sizes: Sequence[float]) -> None:
     axes.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def _figure(title: str, widths: Sequence[int] = (1,)) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels side by side, as wide as ``widths`` say, but none too narrow to read."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -178,12 +191,14 @@ def _figure(title: str) -> tuple[Any, Any]:
         ) from None
     figure = Figure(figsize=(8.6, 4.8), dpi=150, layout="constrained")  # no pyplot: nothing global is touched
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    ratios = [max(width, 0.4 * max(widths)) for width in widths]
+    panels = list(figure.subplots(1, len(widths), width_ratios=ratios, squeeze=False)[0])
+    panels[0].set_title(title, loc="left", fontsize=11)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def _save(figure: Any, path: Path) -> None:
