@@ -32,6 +32,8 @@ if "toy" not in managers:
 
     @register("toy")
     class Toy(Base):
+        """Two numbers, for the tests of searches."""
+
         Options = ToyOptions
 
         def __init__(self, **options):
