@@ -1,27 +1,16 @@
-"""Drivers: one CMA-ES per head; and a search with it that is killed in the middle."""
+"""Drivers: one CMA-ES per head, and the parts of a vector that are a head's."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from synthetic_search import experiment
-from test_evaluation import TASK, make_sample
-from test_runs import outcome, same
 
 from evomem.drivers import build
 from evomem.errors import ConfigError, FitnessError
-from evomem.evaluation import Evaluator
-from evomem.models import LoadedModel
-from evomem.runs import Bench, open_run, search
 from evomem.search_space import SearchSpace, SpaceConfig
-from evomem.testing.models import tiny, tiny_tokenizer
 
 HEADS, WIDTH, SHARED = 6, 4, 5
 DIM = HEADS * WIDTH + SHARED
@@ -285,136 +274,3 @@ def test_blocks_are_a_partition_of_the_heads_weights():
 def test_without_weights_per_head_there_are_no_blocks():
     assert space(layers=0, heads=0, weights="all").blocks() == []
     assert space(weights=[{"match": "weights"}]).blocks() == []
-
-
-# ---- a search with two stages, killed in the middle -----------------------------------------------------------------
-
-SETTINGS = (
-    "tasks=[words]",
-    "driver={name: block_cmaes, population: 6}",
-    "chunk=4",
-    "samples_per_generation=2",
-    "train_contexts=5",
-    "select={contexts: 2, top: 1, snapshots: 1}",
-    "sealed={contexts: 2}",
-)
-SPACE = {
-    "manager": {"name": "feature_scorer", "options": {
-        "features": NAMES, "layers": 2, "heads": 2, "allocation": 2, "sinks": 1, "recent": 2, "budget": 10}},
-    "start": {"heuristic": "keydiff"}, "sigma": 0.3,
-}  # fmt: skip
-STAGES = [
-    {"name": "attention", "generations": 4, "budgets": [8], "fitness": {"objective": "attention"}},
-    {"name": "likelihood", "generations": 4, "budgets": [8, 12]},
-]
-
-
-class Words:
-    name, uniform_chance, has_exact = "words", 0.0, True
-
-    def samples(self, split, n, seed):
-        return [make_sample(1000 * len(split) + number) for number in range(n)]
-
-    def score(self, sample, output):
-        return TASK.score(sample, output)
-
-
-def configured(*settings):
-    return experiment(*SETTINGS, *settings, space=SPACE, stages=STAGES)
-
-
-def bench(pause=0.0):
-    def make(config):
-        torch.set_num_threads(1)
-        loaded = LoadedModel("tiny", tiny("llama", layers=2), tiny_tokenizer(), "tiny")
-
-        class Slow(Evaluator):
-            def evaluate(self, *arguments, **options):
-                time.sleep(pause)
-                return super().evaluate(*arguments, **options)
-
-        return Bench(Slow(loaded, config.protocol), lambda task: Words(), provenance={"model_digest": "tiny"})
-
-    return make
-
-
-def run(folder, pause):
-    """What a process does."""
-    search(configured(), folder, bench(pause), resume=True)
-
-
-def lines(folder):
-    journal = folder / "journal.jsonl"
-    return journal.read_bytes().count(b"\n") if journal.exists() else 0
-
-
-def without_tokens(found):
-    for evaluations in found[0].values():
-        for evaluation in evaluations:
-            del evaluation["tokens"]  # a context that was read before the kill is read again
-    return found
-
-
-def test_two_stages_killed_and_resumed_end_the_same(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["test_block_cmaes", "cma"])
-
-    def begin(folder, pause=0.0):
-        process = processes.Process(target=run, args=(folder, pause))
-        process.start()
-        return process
-
-    whole = begin(tmp_path / "whole")
-    whole.join(240)
-    assert whole.exitcode == 0
-    total = lines(tmp_path / "whole")
-    for at in (total // 6, total // 2):  # in the first stage, and in the second
-        process = begin(tmp_path / "run", 0.01)
-        deadline = time.monotonic() + 120
-        while process.is_alive() and lines(tmp_path / "run") < at and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        assert process.exitcode == -9
-        assert at <= lines(tmp_path / "run") < total
-    last = begin(tmp_path / "run")
-    last.join(240)
-    assert last.exitcode == 0
-    same(without_tokens(outcome(tmp_path / "run")), without_tokens(outcome(tmp_path / "whole")))
-    check(tmp_path / "run")
-
-
-def check(folder):
-    """What the stages measured and moved."""
-    found = open_run(folder)
-    generations = found.generations()
-    assert [g.stage for g in generations] == ["attention"] * 4 + ["likelihood"] * 4
-    assert all(0 < value <= 1 for g in generations[:4] for value in g.fitness)
-    assert all(value < 0 for g in generations[4:] for value in g.fitness)
-    # The first generation once more, one candidate at a time.
-    whole, config = SearchSpace(configured().space), configured()
-    driver = build("block_cmaes", whole.dim, whole.start, 0, sigma=0.3, popsize=6, blocks=whole.blocks())
-    driver.enter(headwise=True)
-    units = [r for r in found.records() if r["kind"] == "unit" and r["generation"] == 0]
-    samples = {e["sample"] for unit in units for e in unit["evaluations"]}
-    evaluator = bench()(config).evaluator
-    for vector, fitness in zip(driver.ask().vectors, generations[0].fitness, strict=True):
-        manager = whole.decode(vector).with_options(budget=8)
-        shares = [
-            np.mean(evaluator.evaluate([manager], make_sample(int(name.split("/")[1])), TASK, attention=True)[0].heads)
-            for name in samples
-        ]
-        assert np.mean(shares) == pytest.approx(fitness, abs=2e-5)
-
-
-def test_wrong_number_of_heads_is_said_plainly(tmp_path):
-    config = configured("space.manager.options.heads=3")
-    with pytest.raises(ConfigError, match=r"6 heads is expected.*\(6, 4\).*layers and heads"):
-        search(config, tmp_path / "run", bench())
-
-
-def test_streaming_cannot_have_the_attention_objective(tmp_path):
-    config = configured("protocol={kind: streaming, every: 16}", "attempts=1")
-    with pytest.raises(Exception, match="compress_once"):
-        search(config, tmp_path / "run", bench())
