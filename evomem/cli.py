@@ -106,6 +106,10 @@ Exact = Annotated[
     bool,
     typer.Option("--exact/--no-exact", help="Also generate text, for the exact score (slower)."),
 ]
+Check = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Refuse a task at which the full cache is no better than no context."),
+]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
 Json = Annotated[
     str | None,
@@ -189,6 +193,7 @@ def compare(
     split: SplitOption = Splits.sealed,
     samples: Samples = None,
     exact: Exact = True,
+    check: Check = True,
     dtype: DtypeOption = Dtype.float32,
     json: Json = None,
 ) -> None:
@@ -212,7 +217,7 @@ def compare(
         wishes = command.Wishes(
             model or [], task or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
         )
-        command.compare(subjects, against, wishes, json)
+        command.compare(subjects, against, wishes, json, check=check)
 
 
 @app.command()

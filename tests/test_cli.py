@@ -132,7 +132,16 @@ def test_a_run_compares_like_its_plug_in_and_like_its_own_report(world, tmp_path
 
 def test_compare_writes_rows_and_samples(world, tmp_path):
     file = tmp_path / "rows.json"
-    common = ["--model", world / "model", "--task", f"file:{world}/task.jsonl", "--no-exact", "--json", file]
+    common = [
+        "--model",
+        world / "model",
+        "--task",
+        f"file:{world}/task.jsonl",
+        "--no-exact",
+        "--no-check",
+        "--json",
+        file,
+    ]
     shown = run("compare", "keydiff", world / "run", "--against", "snapkv(window=4, kernel=3),h2o",
                 "--budgets", "8,0.5", "--samples", 2, "--protocol", "streaming:10", *common).stdout  # fmt: skip
     assert "snapkv(window=4, kernel=3)" in shown
@@ -180,6 +189,18 @@ def test_an_interrupt_says_how_to_go_on(world, tmp_path, monkeypatch):
     words = ["compare", world / "run", "-n", 2]
     assert "resume" not in run(*words, code=130).stderr
     assert "resume" in run(*words, "--json", tmp_path / "rows.json", code=130).stderr
+
+
+def test_a_task_at_chance_is_refused(world, tmp_path):
+    rows = [json.loads(line) for line in (world / "task.jsonl").read_text().splitlines()]
+    answers = [row["answers"] for row in rows]
+    for row, other in zip(rows, answers[1:] + answers[:1], strict=True):  # answers to other questions
+        row["answers"] = [word for word in WORDS if [word] not in (row["answers"], other)][:1]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["keydiff", "--budgets", "8", "--against", "none", "-n", 3, "--model", world / "model"]
+    words += ["--task", f"file:{tmp_path}/task.jsonl"]
+    assert "measures nothing" in error("compare", *words)
+    run("compare", *words, "--no-check")
 
 
 def test_what_is_written_on_the_command_line_is_read_as_it_is_meant():

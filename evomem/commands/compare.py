@@ -33,7 +33,7 @@ from evomem.tasks.base import Split
 if TYPE_CHECKING:
     from evomem.models import LoadedModel
 
-_MODEL, _SAMPLES = "smollm2-135m", 50
+_MODEL, _SAMPLES, _CHECKED = "smollm2-135m", 50, 8
 """What a heuristic is measured on when nothing is said."""
 
 
@@ -76,13 +76,18 @@ class Subject:
     samples: int | None = None
 
 
-def compare(sources: Sequence[str], against: str | None, wishes: Wishes, output: str | None) -> None:
-    """Compare subjects with the field, print tables, and write rows."""
+def compare(
+    sources: Sequence[str], against: str | None, wishes: Wishes, output: str | None, *, check: bool = True
+) -> None:
+    """Compare subjects with the field, print tables, and write rows; with ``check``, refuse tasks at chance."""
     subjects = _distinct([resolve(source) for source in sources])
     budgets = _budgets(wishes, subjects)
     field = _against(against)
     with ProgressBar("comparing") as bar:
         places = make_places(wishes, subjects)
+        count = wishes.samples or subjects[0].samples or _SAMPLES
+        for place in places if check else ():
+            require_above_chance(place, Split(wishes.split), count)
         comparison = compare_managers(
             [NamedManager(subject.name, subject.manager) for subject in subjects],
             places,
@@ -95,6 +100,15 @@ def compare(sources: Sequence[str], against: str | None, wishes: Wishes, output:
             progress=bar.report,
         )
     deliver(comparison.rows, output)
+
+
+def require_above_chance(place: Place, split: Split, count: int) -> None:
+    """Raise `TaskError` where the full cache is no better than no context; one sample says nothing and passes."""
+    from evomem.runs.bench import check_chance
+
+    samples = place.subject_task.samples(split, min(_CHECKED, count), 0)
+    if len(samples) > 1:
+        check_chance(place.evaluator, place.task, place.subject_task, samples).require()
 
 
 def evaluate(source: str, wishes: Wishes, output: str | None) -> None:
