@@ -6,6 +6,7 @@ Source: "An Evolved Universal Transformer Memory" (arXiv 2410.13166).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
@@ -103,10 +104,8 @@ class NAMM(MemoryManager):
     def features(self, view: LayerView) -> Tensor:
         """Return what the scorer sees: (batch, kv_heads, slots, 25) fp32, the age first, finite at empty slots."""
         raw = view.once("namm_features", lambda: raw_features(view))
-        scale = self.spectrum_var.sqrt().clamp(min=1e-7)
-        # The age is left as it is; one pass over the slots for all 25.
-        ages = raw.new_zeros(2 * AGE_FREQUENCIES)
-        return (raw - torch.cat([ages, self.spectrum_mean])) / torch.cat([ages + 1, scale])
+        age, spectrum = raw.split((2 * AGE_FREQUENCIES, BINS), dim=-1)
+        return torch.cat([age, (spectrum - self.spectrum_mean) / self.spectrum_var.sqrt().clamp(min=1e-7)], dim=-1)
 
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Set the standardisation of the spectrogram: mean and variance of every bin, (17,) each.
@@ -146,11 +145,16 @@ def raw_features(view: LayerView) -> Tensor:
             "cache that was made for this manager (manager.attach or manager.new_cache)"
         )
     spectrum = view.recorded[OBSERVATION].float()
-    k = torch.arange(AGE_FREQUENCIES, device=spectrum.device)
-    frequencies = 50000.0 ** (-k / AGE_FREQUENCIES)
-    angle = view.age[..., None] * frequencies
+    angle = view.age[..., None] * age_frequencies(spectrum.device)
     raw = torch.cat([angle.sin(), angle.cos(), spectrum], dim=-1)
     return torch.where(view.valid[..., None], raw, 0.0)
+
+
+@cache
+def age_frequencies(device: torch.device) -> Tensor:
+    """Return f_k = 50000 ** (-k / 4): (4,) fp32. Made once: a decision is so short that making it anew would show."""
+    with torch.inference_mode(False):
+        return 50000.0 ** (-torch.arange(AGE_FREQUENCIES, device=device) / AGE_FREQUENCIES)
 
 
 class SpectrumStatistics:

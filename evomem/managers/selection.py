@@ -54,7 +54,9 @@ def protect(scores: Tensor, view: LayerView, sinks: int | Tensor, recent: int | 
     limits = torch.finfo(scores.dtype)
     scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
     scores = torch.where(view.valid, scores, -torch.inf)
-    safe = (view.position < sinks) | (view.age < recent)
+    safe = view.age < recent
+    if not (isinstance(sinks, int) and sinks == 0):
+        safe = safe | (view.position < sinks)
     return torch.where(safe & view.valid, torch.inf, scores)
 
 
