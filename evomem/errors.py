@@ -48,3 +48,7 @@ class RunError(EvomemError, RuntimeError):
 
 class FitnessError(EvomemError, RuntimeError):
     """The search cannot go on with the fitness values that it got."""
+
+
+class WorkerError(EvomemError, RuntimeError):
+    """Workers cannot be started, or cannot go on; what is finished is kept."""

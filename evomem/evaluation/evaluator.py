@@ -15,7 +15,7 @@ from evomem.errors import TaskError
 from evomem.evaluation.attention import FutureAttention, retained_attention
 from evomem.evaluation.meter import Meter
 from evomem.evaluation.population import PopulationPolicy
-from evomem.evaluation.store import PrefillStore, Reading, token_key
+from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.evaluation.types import Evaluation, EvaluationProtocol
 from evomem.managers.base import MemoryManager, Schedule
 from evomem.models import LoadedModel
@@ -60,11 +60,11 @@ class Evaluator:
     """
 
     def __init__(
-        self, loaded: LoadedModel, protocol: EvaluationProtocol | None = None, *, store: PrefillStore | None = None
+        self, loaded: LoadedModel, protocol: EvaluationProtocol | None = None, *, store: Readings | None = None
     ) -> None:
         self.loaded = loaded
         self.protocol = protocol or EvaluationProtocol()
-        self.store = store if store is not None else PrefillStore()
+        self.store: Readings = store if store is not None else PrefillStore()
         self.future = FutureAttention()
         config = loaded.model.generation_config
         ends = getattr(config, "eos_token_id", None) if config is not None else None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -40,6 +41,25 @@ class Reading:
         """Bytes of all tensors, of those included that managers computed from the views and left there."""
         held = [t for view in self.views for t in (*_named(view).values(), *view.memo.values())]
         return sum(t.numel() * t.element_size() for t in held)
+
+
+class Readings(Protocol):
+    """Contexts that were read, by key: what an evaluator needs of a store.
+
+    Attributes
+    ----------
+    misses : how often a context had to be read.
+    """
+
+    misses: int
+
+    def get(self, key: str, read: Callable[[], Reading]) -> Reading:
+        """Return the reading called ``key``, by reading now if it is nowhere."""
+        ...
+
+    def close(self) -> None:
+        """Forget everything."""
+        ...
 
 
 class PrefillStore:

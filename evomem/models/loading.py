@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     attn: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     verify: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and freeze it.
@@ -51,6 +53,8 @@ def load(
     dtype : of the weights.
     device : where to put it; the first GPU when there is one, else the CPU.
     attn : transformers' attention implementation ("sdpa", "eager", ...); its own choice when None.
+    device_map : spreads a model that is too big for one device over several, as accelerate does ("auto", "balanced",
+        or a mapping from modules to devices); then ``device`` must be None.
     verify : for an alias, compare every checksum of its cached files even when they look untouched.
 
     Raises
@@ -58,11 +62,15 @@ def load(
     ModelError
         The model is not there, incomplete, damaged, or not a causal language model.
     """
+    if device_map is not None and device is not None:
+        raise ModelError(f"model {name!r}: give either a device or a device_map, not both")
     folder = resolve(name, verify=verify)
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     # `name` chose the folder; from here on nothing may touch the network, run code from the folder, or ask to.
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
+    if device_map is not None:
+        options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, **safe)
@@ -80,7 +88,9 @@ def load(
     tokenizer.padding_side = "left"
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(target).eval().requires_grad_(False)
+    if device_map is None:
+        model.to(target)
+    model.eval().requires_grad_(False)
     return LoadedModel(name, model, tokenizer, folder_digest(folder))
 
 

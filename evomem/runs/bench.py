@@ -15,6 +15,8 @@ from evomem.tasks.chance import ChanceReport, check
 
 if TYPE_CHECKING:
     from evomem.evaluation.evaluator import Evaluator
+    from evomem.evaluation.store import Readings
+    from evomem.models import LoadedModel
 
 
 class CandidateEvaluator(Protocol):
@@ -40,6 +42,7 @@ class Bench:
     make_task : builds the tasks of the experiment.
     calibrate : sets statistics that a manager measures once, before the search, on some samples; None if none does.
     check : compares the full cache with no context at all on some samples; None if nothing can be said.
+    elsewhere : makes the same bench in another process; None: call the factory there.
     provenance : what the measurements depend on (model, hash of its weights); a run is resumed on the same only.
     """
 
@@ -48,6 +51,21 @@ class Bench:
     calibrate: Callable[[MemoryManager, Sequence[Sample]], None] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[str, Task, Sequence[Sample], MemoryManager], ChanceReport] | None = None
+    elsewhere: Elsewhere | None = None
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """How another process makes a bench from parts that all processes of a machine share.
+
+    Attributes
+    ----------
+    parts : returns what is shared; see `evomem.workers.base.Recipe`.
+    make : called in the other process with the experiment, the parts, and the store for contexts that were read.
+    """
+
+    parts: Callable[[], Mapping[str, Any]]
+    make: Callable[[ExperimentConfig, Mapping[str, Any], Readings], Bench]
 
 
 BenchFactory = Callable[[ExperimentConfig], Bench]
@@ -55,14 +73,46 @@ BenchFactory = Callable[[ExperimentConfig], Bench]
 
 def model_bench(config: ExperimentConfig) -> Bench:
     """Return the bench of a real frozen model: loads it, and evaluates in this process."""
+    from evomem.evaluation.store import PrefillStore
+    from evomem.models.sharing import dismantle
+
+    loaded = _load(config)
+    # A model that is spread over devices is too big to be copied: every worker loads its own.
+    shared = (
+        Elsewhere(dict, spread_bench)
+        if config.model.device_map
+        else Elsewhere(partial(dismantle, loaded), shared_bench)
+    )
+    return _bench(config, loaded, PrefillStore(config.store_bytes), shared)
+
+
+def shared_bench(config: ExperimentConfig, parts: Mapping[str, Any], readings: Readings) -> Bench:
+    """Return the bench of `model_bench` in another process, around the same weights."""
+    from evomem.models.sharing import assemble
+
+    return _bench(config, assemble(parts), readings)
+
+
+def spread_bench(config: ExperimentConfig, parts: Mapping[str, Any], readings: Readings) -> Bench:
+    """Return the bench of `model_bench` in another process, with a model of its own."""
+    return _bench(config, _load(config), readings)
+
+
+def _load(config: ExperimentConfig) -> LoadedModel:
     import torch
 
-    from evomem import models, tasks
-    from evomem.evaluation.evaluator import Evaluator
-    from evomem.evaluation.store import PrefillStore
+    from evomem import models
 
-    loaded = models.load(config.model.name, dtype=getattr(torch, config.model.dtype))
-    evaluator = Evaluator(loaded, config.protocol, store=PrefillStore(config.store_bytes))
+    return models.load(config.model.name, dtype=getattr(torch, config.model.dtype), device_map=config.model.device_map)
+
+
+def _bench(
+    config: ExperimentConfig, loaded: LoadedModel, readings: Readings, elsewhere: Elsewhere | None = None
+) -> Bench:
+    from evomem import tasks
+    from evomem.evaluation.evaluator import Evaluator
+
+    evaluator = Evaluator(loaded, config.protocol, store=readings)
 
     def make_task(task: TaskConfig) -> Task:
         return tasks.build(task.spec, loaded.tokenizer, task.length, **task.options)
@@ -71,7 +121,7 @@ def model_bench(config: ExperimentConfig) -> Bench:
         calibrate_spectrum(evaluator, manager, samples)
 
     provenance = {"model": config.model.name, "model_digest": loaded.digest}
-    return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator))
+    return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator), elsewhere)
 
 
 def check_chance(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from evomem.runs.journal import Journal, Record, evaluations_of, unit_record
 from evomem.runs.samples import Samples
 from evomem.search_space import SearchSpace
 from evomem.tasks.base import Sample
+from evomem.tracking.base import logger
 from evomem.workers.base import Unit, WorkerPool
 
 Vectors = NDArray[np.float64]
@@ -70,14 +72,12 @@ class Measuring:
     ----------
     journal : of the run.
     known : unit lines of the journal, by key; see `UnitEvaluator` for what they hold.
-    attempts : how often a failing unit is tried.
     """
 
-    def __init__(self, pool: WorkerPool, journal: Journal, known: Iterable[Record], attempts: int) -> None:
+    def __init__(self, pool: WorkerPool, journal: Journal, known: Iterable[Record]) -> None:
         self._pool = pool
         self._journal = journal
         self._known = {(record["key"], record["candidates"]): record for record in known}
-        self._attempts = attempts
 
     def evaluate(self, units: Sequence[Unit]) -> dict[str, list[Evaluation]]:
         """Return the evaluations of all units by key.
@@ -94,35 +94,35 @@ class Measuring:
                 missing.append(unit)
             else:
                 results[unit.key] = evaluations_of(record)
-        for attempt in range(1, self._attempts + 1):
-            failed = []
-            for outcome in self._pool.evaluate(missing):
-                if outcome.error is None:
-                    record = unit_record(outcome)
-                    self._journal.append(record)
-                    if outcome.unit.generation is None:  # units outside a generation are asked for again
-                        self._known[outcome.unit.key, outcome.unit.digest] = record
-                    results[outcome.unit.key] = outcome.evaluations
-                    continue
-                self._journal.event(
-                    "attempt_failed",
-                    key=outcome.unit.key,
-                    attempt=attempt,
-                    seconds=outcome.seconds,
-                    error=f"{type(outcome.error).__name__}: {outcome.error}",
-                )
-                if isinstance(outcome.error, EvomemError):
-                    raise outcome.error
-                if attempt == self._attempts:
-                    raise RunError(
-                        f"unit {outcome.unit.key} failed {attempt} times; the last time: "
-                        f"{type(outcome.error).__name__}: {outcome.error}. "
-                        "What is finished is kept: mend the cause and resume the run"
-                    ) from outcome.error
-                failed.append(outcome.unit)
-            missing = failed
-            if not missing:
-                break
+        attempts: Counter[str] = Counter()
+        for outcome in self._pool.evaluate(missing):
+            key = outcome.unit.key
+            if outcome.error is None:
+                for told in outcome.quarantined:
+                    logger.warning(told)
+                    self._journal.event("quarantined", key=key, message=told)
+                record = unit_record(outcome)
+                self._journal.append(record)
+                if outcome.unit.generation is None:  # units outside a generation are asked for again
+                    self._known[key, outcome.unit.digest] = record
+                results[key] = outcome.evaluations
+                continue
+            attempts[key] += 1
+            self._journal.event(
+                "attempt_failed",
+                key=key,
+                attempt=attempts[key],
+                seconds=outcome.seconds,
+                error=f"{type(outcome.error).__name__}: {outcome.error}",
+            )
+            if isinstance(outcome.error, EvomemError):
+                raise outcome.error
+            if not outcome.again:
+                raise RunError(
+                    f"unit {key} failed {attempts[key]} times; the last time: "
+                    f"{type(outcome.error).__name__}: {outcome.error}. "
+                    "What is finished is kept: mend the cause and resume the run"
+                ) from outcome.error
         return results
 
     def forget(self, generation: int) -> None:
@@ -165,8 +165,12 @@ class Row:
 def by_head(rows: Sequence[Row]) -> Vectors:
     """Return the heads' fitness (candidates, layers * kv_heads): weighted mean over tasks, samples and budgets."""
     total = sum(row.task.weight for row in rows)
+    measured = (evaluation.heads for row in rows for evaluation in row.evaluations if evaluation.heads is not None)
+    nothing = np.full(np.size(next(measured, ())), np.nan)  # for a candidate that could not be evaluated
     heads = [
-        row.task.weight / total * np.array([np.ravel(evaluation.heads or ()) for evaluation in row.evaluations])
+        row.task.weight
+        / total
+        * np.array([nothing if one.heads is None else np.ravel(one.heads) for one in row.evaluations])
         for row in rows
     ]
     return np.asarray(np.sum(heads, axis=0), dtype=np.float64)

@@ -19,10 +19,15 @@ Budget = int | float
 
 
 class ModelConfig(Settings):
-    """The frozen model: alias, folder or hub id, and the type of its weights."""
+    """The frozen model: alias, folder or hub id, the type of its weights, and how it is spread over devices.
+
+    ``device_map`` ("auto", or a mapping from modules to devices, as accelerate takes it) is for models that are too big
+    for one device.
+    """
 
     name: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device_map: str | dict[str, str | int] | None = None
 
 
 class TaskConfig(Settings):
@@ -127,6 +132,8 @@ class ExperimentConfig(Settings):
     chance_contexts : on so many training contexts per task the full cache must beat having read nothing, before the
         search begins; 0 leaves the check out.
     attempts : how often a failing evaluation is tried before the search stops.
+    threads : processor threads that an evaluation uses, in this process or in a worker. Part of the experiment because
+        another number moves results in the last digits; to use more cores, take more workers.
     """
 
     name: str = Field(min_length=1)
@@ -149,6 +156,7 @@ class ExperimentConfig(Settings):
     store_bytes: int = Field(default=2 * 2**30, ge=0)
     chance_contexts: int = Field(default=8, ge=0)
     attempts: int = Field(default=2, ge=1)
+    threads: int = Field(default=1, ge=1)
 
     _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
     _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))

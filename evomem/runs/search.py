@@ -20,8 +20,8 @@ from evomem.drivers.base import Array, Driver, Population
 from evomem.errors import FitnessError, RunError
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
-from evomem.runs.bench import Bench, BenchFactory, model_bench
-from evomem.runs.candidates import Judge, Measuring, Plan, UnitEvaluator
+from evomem.runs.bench import BenchFactory, model_bench
+from evomem.runs.candidates import Judge, Measuring, Plan
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.files import write_atomically, write_vector
@@ -29,13 +29,14 @@ from evomem.runs.final import choose
 from evomem.runs.fitness import Fitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
 from evomem.runs.journal import Record, read_journal
+from evomem.runs.remote import limited_threads, make_pool
 from evomem.runs.result import RunResult
 from evomem.runs.samples import Samples
 from evomem.search_space import SearchSpace
 from evomem.strict_json import as_float
 from evomem.tasks.base import Split
 from evomem.tracking.base import GenerationRecord, Tracker, Trackers, logger
-from evomem.workers.local import LocalPool
+from evomem.workers.base import WorkerOptions
 
 
 def search(
@@ -45,6 +46,7 @@ def search(
     *,
     resume: bool = False,
     tracker: Tracker | Sequence[Tracker] = (),
+    workers: WorkerOptions | None = None,
 ) -> RunResult:
     """Run a search in a folder, or go on with it.
 
@@ -55,6 +57,7 @@ def search(
     evaluator_factory : makes the bench that candidates are measured on; called only when there is work to do.
     resume : go on with what the folder holds (with nothing there, begin; a finished run gives its result again).
     tracker : who is told.
+    workers : where evaluations happen; this process if None. The result is the same to the bit.
 
     Raises
     ------
@@ -69,7 +72,8 @@ def search(
         if finished is not None:
             return RunResult.from_json(folder, finished)
         trackers = list(tracker) if isinstance(tracker, Sequence) else [tracker]
-        return Search(run, config, evaluator_factory(config), trackers).run()
+        with limited_threads(config.threads):
+            return Search(run, config, evaluator_factory, trackers, workers or WorkerOptions()).run()
 
 
 def check_objectives(config: ExperimentConfig) -> None:
@@ -81,11 +85,20 @@ def check_objectives(config: ExperimentConfig) -> None:
 class Search:
     """One search, from the state of its folder to its result."""
 
-    def __init__(self, run: RunFolder, config: ExperimentConfig, bench: Bench, trackers: Sequence[Tracker]) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        config: ExperimentConfig,
+        factory: BenchFactory,
+        trackers: Sequence[Tracker],
+        workers: WorkerOptions,
+    ) -> None:
         self.run_folder = run
         self.path = run.path
         self.config = config
-        self.bench = bench
+        self.factory = factory
+        self.bench = bench = factory(config)
+        self.workers = workers
         self.plan = config.plan()
         self.generations = self.plan[-1].end
         self.samples = Samples(config, bench)
@@ -114,8 +127,10 @@ class Search:
         self._prepare_start()
         self._check_chance()
         driver, told = self._restore()
-        pool = LocalPool(UnitEvaluator(self.space, self.bench, self.samples))
-        measuring = Measuring(pool, journal, self._known_units(told), self.config.attempts)
+        pool = make_pool(
+            self.config, self.space, self.bench, self.samples, self.factory, self.workers, report=self.warn
+        )
+        measuring = Measuring(pool, journal, self._known_units(told))
         judge = Judge(measuring, self.samples, self.config.chunk)
         done = [self.records[g] for g in sorted(self.records) if g < told]
         self.trackers.start(self.config.resolved(), self.generations, done)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.evaluation.store import Readings
 from evomem.evaluation.types import Evaluation
 from evomem.tasks.base import Sample
 
@@ -55,21 +56,74 @@ class Unit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a unit: evaluations, one per candidate in order, or the error."""
+    """What came of a unit: evaluations, one per candidate in order, or the error of one attempt.
+
+    Attributes
+    ----------
+    unit : what was evaluated.
+    evaluations : one a candidate; empty with an error. A quarantined candidate's numbers are NaN.
+    seconds : wall time of the attempt.
+    error : what it raised.
+    again : with an error: whether the pool tries once more by itself.
+    quarantined : candidates that killed their worker whenever they were tried, as text for the user.
+    """
 
     unit: Unit
     evaluations: list[Evaluation]
     seconds: float
     error: Exception | None = None
+    again: bool = False
+    quarantined: tuple[str, ...] = ()
 
 
 class WorkerPool(Protocol):
     """Evaluates units, in any order, and never raises for a unit: its error is in the outcome."""
 
     def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        """Yield an outcome per unit as it is finished."""
+        """Yield an outcome per failed attempt, and in the end one per unit that is no more tried ``again``."""
         ...
 
     def close(self) -> None:
         """Release what the pool holds."""
         ...
+
+
+Evaluate = Callable[[Unit], list[Evaluation]]
+"""Evaluates a unit in the process that it is called in."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a process elsewhere makes its `Evaluate`.
+
+    Attributes
+    ----------
+    parts : large and read-only (the weights): nested dicts, lists and tuples of numpy arrays and small values; shared
+        once per machine.
+    build : called in the worker with the parts and the store for contexts; pickled by cloudpickle.
+    threads : processor threads of a worker's arithmetic.
+    """
+
+    parts: Mapping[str, Any]
+    build: Callable[[Mapping[str, Any], Readings], Evaluate]
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Where evaluations happen. Nothing here moves a result: it may change between a run and its resumption.
+
+    Attributes
+    ----------
+    count : worker processes; 0: this process.
+    address : of a running Ray cluster ("auto", "HOST:PORT"); None: Ray is started on this machine, for this run.
+    cpus : processor cores that a worker asks of Ray; None: as many as it has threads.
+    gpus : GPUs that a worker asks of Ray; None: one each if the cluster has GPUs.
+    timeout : seconds after which a worker that has not answered is taken for hanging; None: judged by the others.
+    """
+
+    count: int = 0
+    address: str | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+    timeout: float | None = None

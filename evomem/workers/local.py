@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
-from evomem.evaluation.types import Evaluation
-from evomem.workers.base import Outcome, Unit
+from evomem.workers.base import Evaluate, Outcome, Unit
 
 
 class LocalPool:
@@ -15,20 +15,27 @@ class LocalPool:
     Parameters
     ----------
     evaluate : what to do with a unit.
+    attempts : how often a unit that raises is tried.
     """
 
-    def __init__(self, evaluate: Callable[[Unit], list[Evaluation]]) -> None:
+    def __init__(self, evaluate: Evaluate, attempts: int = 1) -> None:
         self._evaluate = evaluate
+        self._attempts = attempts
 
     def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        """Yield an outcome per unit, in order."""
-        for unit in units:
+        """Yield outcomes in order; units that raised are tried again after the others."""
+        waiting = deque((unit, 1) for unit in units)
+        while waiting:
+            unit, attempt = waiting.popleft()
             begin = time.perf_counter()
             try:
                 evaluations, error = self._evaluate(unit), None
             except Exception as caught:
                 evaluations, error = [], caught
-            yield Outcome(unit, evaluations, time.perf_counter() - begin, error)
+            again = error is not None and attempt < self._attempts
+            if again:
+                waiting.append((unit, attempt + 1))
+            yield Outcome(unit, evaluations, time.perf_counter() - begin, error, again)
 
     def close(self) -> None:
         """Nothing to release."""

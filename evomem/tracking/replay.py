@@ -1,0 +1,37 @@
+"""Run: tell a tracker about a run after the fact, from its journal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from evomem.errors import RunError
+
+if TYPE_CHECKING:  # runs know trackers; this is the one way back
+    from evomem.runs.opened import Run
+    from evomem.tracking.base import Tracker
+
+
+def replay(run: Run, tracker: Tracker) -> Mapping[str, Any]:
+    """Tell a tracker what it would have heard while the run went on; return the summary that it was given.
+
+    The run is only read and its lock is not taken: it may be running, finished or interrupted. Without a result the
+    summary's ``status`` is ``unfinished``: a journal cannot tell a run that goes on from one that was killed.
+
+    Raises
+    ------
+    RunError : the run has not finished a generation yet.
+    """
+    generations = run.generations()
+    if not generations:
+        raise RunError(f"{run.folder}: no generation is finished yet; there is nothing to tell")
+    result = run.result  # before anything is told: a damaged result leaves no half-told tracker
+    tracker.start(run.config.resolved(), run.config.plan()[-1].end, ())
+    for generation in generations:
+        tracker.log(generation)
+    summary: dict[str, Any] = {"status": "unfinished"}
+    if result is not None:
+        tracker.artifact("winner", run.folder / "winner")
+        summary = {"status": "finished", **result.to_json(), "lines": result.lines()}
+    tracker.finish(summary)
+    return summary
