@@ -7,9 +7,24 @@ from typing import Any
 from evomem.drivers.base import Array, Driver, Population, drivers
 from evomem.drivers.block_cmaes import BlockCMAES
 from evomem.drivers.cmaes import CMAES
+from evomem.drivers.evotorch_searchers import CEM, PGPE, SNES, XNES, EvoTorchCMAES
 from evomem.drivers.random_search import RandomSearch
 
-__all__ = ["CMAES", "Array", "BlockCMAES", "Driver", "Population", "RandomSearch", "build", "drivers"]
+__all__ = [
+    "CEM",
+    "CMAES",
+    "PGPE",
+    "SNES",
+    "XNES",
+    "Array",
+    "BlockCMAES",
+    "Driver",
+    "EvoTorchCMAES",
+    "Population",
+    "RandomSearch",
+    "build",
+    "drivers",
+]
 
 
 def build(name: str, dim: int, start: Array, seed: int, **options: Any) -> Driver:

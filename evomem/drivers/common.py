@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +38,16 @@ def parse_options(model: type[O], driver: str, options: dict[str, Any]) -> O:
         known = ", ".join(model.model_fields)
         lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors())
         raise ConfigError(f"driver {driver!r}: {lines}. Its options: {known}") from None
+
+
+def library(module: str, driver: str, extra: str = "search") -> Any:
+    """Return an optional library's module; raise `ConfigError` that says how to install it if it is missing."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"driver {driver!r} needs the package {error.name}, which is not installed: pip install 'evomem[{extra}]'"
+        ) from None
 
 
 def checked_start(dim: int, start: Array) -> Array:

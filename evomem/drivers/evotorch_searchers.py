@@ -1,0 +1,292 @@
+"""Driver: the searchers of EvoTorch (CMA-ES, SNES, XNES, PGPE, CEM), evaluated by us.
+
+EvoTorch's own evaluation (its Ray actors) is not used: it loses a generation with an actor, and its results depend on
+the number of actors. The library, which brings Ray with it, is imported when a driver is made.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+from pydantic import Field
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.common import (
+    DriverOptions,
+    check_told,
+    checked_start,
+    default_popsize,
+    filled,
+    library,
+    parse_options,
+    sampling_seeds,
+)
+from evomem.errors import ConfigError
+
+_MEMORY = 4 * 2**30
+"""Bytes that full CMA-ES of EvoTorch may take for its update: it holds an outer product per candidate."""
+
+O = TypeVar("O", bound=DriverOptions)  # noqa: E741
+
+
+class EvoTorchCMAESOptions(DriverOptions):
+    """Options of `EvoTorchCMAES`.
+
+    Attributes
+    ----------
+    diagonal : separable CMA-ES. Default: from 500 dimensions on, as in the driver ``cmaes``.
+    """
+
+    diagonal: bool | None = None
+
+
+class NESOptions(DriverOptions):
+    """Options of `SNES` and `XNES`.
+
+    Attributes
+    ----------
+    center_learning_rate : of the mean; 1 is the papers' value.
+    stdev_learning_rate : of the standard deviations, as a multiple of the papers' value for the dimension.
+    """
+
+    center_learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    stdev_learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class PGPEOptions(DriverOptions):
+    """Options of `PGPE`.
+
+    Attributes
+    ----------
+    optimizer : what follows the estimated gradient: ``clipup`` (a speed limit, hence no step longer than
+        ``max_speed``), ``adam``, ``sgd`` (with its own momentum), or ``none`` (plain steps).
+    center_learning_rate : of the optimizer. Default: for ``clipup`` half of ``max_speed``; ``sigma`` / 3 for the
+        others.
+    max_speed : of ``clipup``, length of the longest step. Default: a fifteenth of the first distribution's radius,
+        ``sigma`` sqrt(dim) (Toklu et al. 2020, section 3.2).
+    stdev_learning_rate : of the standard deviations.
+    stdev_max_change : the largest share by which a standard deviation changes in a generation.
+    """
+
+    optimizer: Literal["clipup", "adam", "sgd", "none"] = "clipup"
+    center_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_speed: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    stdev_learning_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    stdev_max_change: float = Field(default=0.2, gt=0, lt=1)
+
+
+class CEMOptions(DriverOptions):
+    """Options of `CEM`.
+
+    Attributes
+    ----------
+    parents : share of the population that the next distribution is fitted to (at least 2 candidates).
+    stdev_max_change : the largest share by which a standard deviation changes in a generation. Without such a limit
+        populations as small as ours collapse before they arrive.
+    """
+
+    parents: float = Field(default=0.25, gt=0, lt=1)
+    stdev_max_change: float | None = Field(default=0.1, gt=0, lt=1)
+
+
+class _EvoTorch(Generic[O]):
+    """What the drivers of this file share; a subclass makes the steps.
+
+    Parameters
+    ----------
+    dim, start, seed : length of a vector, first mean (dim,), seed of everything random.
+    options : of the subclass.
+    """
+
+    name: str
+    model: type[O]
+    smallest = 1
+
+    def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
+        if dim < self.smallest:
+            raise ConfigError(f"driver {self.name!r}: needs at least 2 dimensions, this space has {dim}")
+        self.dim = dim
+        self.options: O = parse_options(self.model, self.name, options)
+        self._seed = seed
+        self._popsize = self._population()
+        own = int(np.random.default_rng([seed, 4]).integers(0, 2**62))
+        with self._library().alone():
+            self._steps = self._make(checked_start(dim, start), own)
+        self._generation = 0
+        self._asked = False
+        self._stopped: str | None = None
+
+    def _library(self) -> Any:
+        return library("evomem.drivers.evotorch_steps", self.name)
+
+    def _population(self) -> int:
+        return self.options.popsize or default_popsize(self.dim)
+
+    def _make(self, start: Array, seed: int) -> Any:
+        raise NotImplementedError
+
+    def ask(self) -> Population:
+        """Return the next generation; the same one until it is told."""
+        self._asked = True
+        seeds = sampling_seeds(self._seed, self._generation, self._popsize)
+        return Population(self._generation, self._steps.vectors, seeds)
+
+    def tell(self, population: Population, fitness: Array) -> None:
+        """Learn; a candidate without a finite fitness counts as the worst."""
+        check_told(self.ask() if self._asked else None, population)
+        values = filled(fitness, self._popsize)
+        try:
+            with self._library().alone():
+                self._steps.tell(values)
+        except LinAlgError:
+            self._stopped = "the covariance is no longer positive definite"
+        self._asked = False
+        self._generation += 1
+        if not np.isfinite(self._steps.vectors).all():
+            self._stopped = "the search has diverged; take a smaller sigma or learning rate"
+        elif self.sigma < 1e-12 * self.options.sigma:
+            self._stopped = "the search has converged (standard deviations)"
+
+    @property
+    def mean(self) -> Array:
+        """Mean of the distribution (dim,)."""
+        mean: Array = self._steps.mean
+        return mean
+
+    @property
+    def sigma(self) -> float:
+        """Step size, in units of the vector: root mean square over the coordinates, or CMA-ES's sigma."""
+        return float(self._steps.sigma)
+
+    def stopped(self) -> str | None:
+        """Why there is nothing more to propose, or None."""
+        return self._stopped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that an exact resume needs, the searcher as pickled bytes."""
+        return {
+            "steps": pickle.dumps(self._steps),
+            "generation": self._generation,
+            "asked": self._asked,
+            "stopped": self._stopped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`. The bytes are unpickled: load only what this machine saved."""
+        self._steps = pickle.loads(state["steps"])
+        self._generation, self._asked, self._stopped = state["generation"], state["asked"], state["stopped"]
+
+
+@drivers.register("evotorch_cmaes")
+class EvoTorchCMAES(_EvoTorch[EvoTorchCMAESOptions]):
+    """CMA-ES as vectorised by EvoTorch: the fastest separable one in thousands of dimensions.
+
+    N. Hansen, arXiv 1604.00772; separable: Ros and Hansen, PPSN 2008. Options: `EvoTorchCMAESOptions`.
+    """
+
+    name, model, smallest = "evotorch_cmaes", EvoTorchCMAESOptions, 2
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the covariance is diagonal."""
+        return self.dim >= 500 if self.options.diagonal is None else self.options.diagonal
+
+    def _make(self, start: Array, seed: int) -> Any:
+        needed = self._popsize * self.dim**2 * 8
+        if not self.diagonal and needed > _MEMORY:
+            raise ConfigError(
+                f"driver 'evotorch_cmaes': a full covariance of {self.dim} dimensions takes {needed / 1e9:.0f} GB per "
+                "generation; take diagonal: true, or the driver cmaes"
+            )
+        make = self._library().cmaes_steps
+        return make(start, self.options.sigma, self._popsize, seed, diagonal=self.diagonal)
+
+
+class _NES(_EvoTorch[NESOptions]):
+    model = NESOptions
+
+    def _make(self, start: Array, seed: int) -> Any:
+        return self._library().gaussian_steps(
+            self.name, start, self.options.sigma, self._popsize, seed,
+            center_learning_rate=self.options.center_learning_rate,
+            stdev_learning_rate=self.options.stdev_learning_rate,
+        )  # fmt: skip
+
+
+@drivers.register("snes")
+class SNES(_NES):
+    """Separable natural evolution strategy: a step size per coordinate, linear in the dimension (EvoTorch).
+
+    Schaul, Glasmachers, Schmidhuber, "High dimensions and heavy tails for natural evolution strategies", GECCO 2011.
+    Options: `NESOptions`.
+    """
+
+    name = "snes"
+
+
+@drivers.register("xnes")
+class XNES(_NES):
+    """Exponential natural evolution strategy: a full covariance, for a few hundred dimensions (EvoTorch).
+
+    Glasmachers et al., "Exponential natural evolution strategies", GECCO 2010. Options: `NESOptions`.
+    """
+
+    name, smallest = "xnes", 2
+
+
+@drivers.register("pgpe")
+class PGPE(_EvoTorch[PGPEOptions]):
+    """Policy gradient with parameter exploration: mirrored pairs, steps of limited length by ClipUp (EvoTorch).
+
+    Sehnke et al., "Parameter-exploring policy gradients", Neural Networks 23(4), 2010; ClipUp: Toklu, Liskowski,
+    Srivastava, PPSN 2020 (arXiv 2008.02387). Options: `PGPEOptions`.
+    """
+
+    name, model = "pgpe", PGPEOptions
+
+    def _population(self) -> int:
+        size = self.options.popsize
+        if size is not None and size % 2:
+            raise ConfigError(
+                f"driver 'pgpe': candidates come in mirrored pairs; popsize {size} is odd, give {size + 1}"
+            )
+        return size or 2 * -(-default_popsize(self.dim) // 2)
+
+    def _make(self, start: Array, seed: int) -> Any:
+        options = self.options
+        clipup = options.optimizer == "clipup"
+        if options.max_speed is not None and not clipup:
+            raise ConfigError("driver 'pgpe': max_speed is an option of optimizer: clipup only")
+        speed = options.max_speed or options.sigma * self.dim**0.5 / 15
+        return self._library().gaussian_steps(
+            "pgpe", start, options.sigma, self._popsize, seed,
+            center_learning_rate=options.center_learning_rate or (speed / 2 if clipup else options.sigma / 3),
+            stdev_learning_rate=options.stdev_learning_rate,
+            stdev_max_change=options.stdev_max_change,
+            optimizer=None if options.optimizer == "none" else options.optimizer,
+            optimizer_config={"max_speed": speed} if clipup else None,
+        )  # fmt: skip
+
+
+@drivers.register("cem")
+class CEM(_EvoTorch[CEMOptions]):
+    """Cross-entropy method: a separable Gaussian, fitted to the best of each generation (EvoTorch).
+
+    Rubinstein, "The cross-entropy method for combinatorial and continuous optimization", 1999; Duan et al., ICML 2016.
+    Options: `CEMOptions`.
+    """
+
+    name, model = "cem", CEMOptions
+
+    def _make(self, start: Array, seed: int) -> Any:
+        # A deviation needs two parents, and EvoTorch rounds down.
+        if self._popsize < 3:
+            raise ConfigError("driver 'cem': popsize: give at least 3 candidates, 2 of them parents")
+        return self._library().gaussian_steps(
+            "cem", start, self.options.sigma, self._popsize, seed,
+            parenthood_ratio=max(self.options.parents, 2.5 / self._popsize),
+            stdev_max_change=self.options.stdev_max_change,
+        )  # fmt: skip
