@@ -78,6 +78,21 @@ class Listing(StrEnum):
     observations = "observations"
 
 
+class Sink(StrEnum):
+    """Whom a run can be told to after the fact."""
+
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+    jsonl = "jsonl"
+
+
+class WandbMode(StrEnum):
+    """Whether W&B is told over the network."""
+
+    offline = "offline"
+    online = "online"
+
+
 Model = Annotated[
     list[str] | None,
     typer.Option("--model", "-m", help="Alias, folder or hub id; may be repeated. [default: the subject's own]"),
@@ -156,6 +171,9 @@ def evolve(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME]")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that evaluate; 0: this one.")] = 0,
+    track: Annotated[
+        str, typer.Option(metavar="NAME[,NAME]", help="Who is told: terminal, jsonl, tensorboard, wandb[:online].")
+    ] = "terminal",
 ) -> None:
     """Search for a memory manager, compare the winner with the field on sealed samples, and save it as a plug-in.
 
@@ -171,10 +189,13 @@ def evolve(
     """
     words = ["evomem", "evolve", experiment, *[w for s in setting or [] for w in ("-s", s)]]
     words += [*(["--out", str(out)] if out is not None else []), "--resume"]
+    words += ["--track", track] if track != "terminal" else []
     with guarded(shlex.join(words)):
         from evomem.commands import evolve as command
 
-        command.evolve(experiment, setting or [], out, resume=resume, workers=workers, again=shlex.join(words))
+        command.evolve(
+            experiment, setting or [], out, resume=resume, workers=workers, track=track, again=shlex.join(words)
+        )
 
 
 @app.command()
@@ -263,6 +284,30 @@ def _again(context: typer.Context, json: str | None) -> str | None:
     if json is None or json == "-":
         return None
     return shlex.join(["evomem", *sys.argv[1:]]) if sys.argv[1:2] == [context.info_name] else "the same command"
+
+
+@app.command()
+def track(
+    run: Annotated[str, typer.Argument(help="Run folder: of a running, finished or interrupted run.")],
+    to: Annotated[Sink, typer.Option("--to", help="Who is told.")],
+    mode: Annotated[
+        WandbMode | None, typer.Option(help="W&B: write files for `wandb sync`, or send. [default: offline]")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="W&B: the project. [default: WANDB_PROJECT, else evomem]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write in. [default: RUN/tracked]")] = None,
+) -> None:
+    """Tell TensorBoard, W&B or a file about a run after the fact, from its journal; the run is only read.
+
+    [bold]Examples[/bold]
+
+      evomem track runs/demo --to tensorboard
+
+      evomem track runs/demo --to wandb --mode online --project memory
+    """
+    with guarded():
+        from evomem.commands import track as command
+
+        command.track(run, to.value, mode and mode.value, project, out)
 
 
 @app.command()

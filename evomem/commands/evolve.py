@@ -20,17 +20,25 @@ from evomem.runs.files import write_atomically
 from evomem.runs.plots import fitness_plot, memory_plot
 from evomem.runs.report import markdown, read_rows, sentences
 from evomem.tasks.base import Split
-from evomem.tracking import TerminalTracker
+from evomem.tracking import build_trackers
 
 
 def evolve(
-    experiment: str, settings: Sequence[str], out: Path | None, *, resume: bool, workers: int, again: str
+    experiment: str,
+    settings: Sequence[str],
+    out: Path | None,
+    *,
+    resume: bool,
+    workers: int,
+    again: str,
+    track: str = "terminal",
 ) -> None:
     """Search (or go on), compare, and write everything that a run folder holds.
 
     Parameters
     ----------
     again : the command that goes on with this run, for messages.
+    track : names of the trackers (`evomem.tracking.build_trackers`).
     """
     if workers:
         raise ConfigError(f"--workers {workers}: evaluations run in this process only; leave it at 0")
@@ -38,6 +46,7 @@ def evolve(
     folder = out if out is not None else Path("runs") / config.name
     if (folder / "config.yaml").exists() and not resume:
         raise RunError(f"{folder}: holds a run already. Go on with it: {again}\nor choose another folder with --out")
+    trackers = build_trackers(track, folder)
     console = wide_console()
     finished = (folder / "result.json").exists()
     held: dict[str, Bench] = {}
@@ -46,7 +55,7 @@ def evolve(
         held["bench"] = model_bench(config)
         return held["bench"]
 
-    result = search(config, folder, bench, resume=resume, tracker=TerminalTracker())
+    result = search(config, folder, bench, resume=resume, tracker=trackers)
     if finished:
         console.print(Text(f"{folder}: this run is finished", style="bold"))
         for line in result.lines():

@@ -46,7 +46,7 @@ class TensorBoardTracker:
         for old in self._folder.glob(f"events.out.tfevents.*{SUFFIX}"):
             old.unlink()
         # The purge tells a TensorBoard that is already open to drop what it has read from the old file.
-        self._writer = SummaryWriter(str(self._folder), purge_step=0, filename_suffix=SUFFIX)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self._folder), purge_step=0, filename_suffix=SUFFIX)
         self._before = None
         self._text("config", _fenced(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)), 0)
         for generation in done:
@@ -68,7 +68,7 @@ class TensorBoardTracker:
         numbers = "\n".join(f"{key}: {value}" for key, value in summary_numbers(summary).items())
         self._text("result", _fenced("\n".join([numbers, *summary.get("lines", ())])), self._step)
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
             self._writer = None
 
     @property
@@ -80,22 +80,22 @@ class TensorBoardTracker:
         if writer is None:
             return
         for name, value in scalars(generation, self._before).items():
-            writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, step)
         values = finite_fitness(generation)
         if values:
-            writer.add_histogram("fitness/all", np.array(values), step)  # type: ignore[no-untyped-call]
+            writer.add_histogram("fitness/all", np.array(values), step)
         if self._before is None or self._before.stage != generation.stage:
             self._text("stage", generation.stage, step)
         self._before = generation
 
     def _text(self, name: str, text: str, step: int) -> None:
         if self._writer is not None:
-            self._writer.add_text(name, text, step)  # type: ignore[no-untyped-call]
+            self._writer.add_text(name, text, step)
 
     def _flush(self) -> None:
         """Wait for the writer's thread: an error of the disk is raised here, not at some later call."""
         if self._writer is not None:
-            self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.flush()
 
 
 def _fenced(text: str) -> str:

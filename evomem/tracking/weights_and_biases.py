@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -35,9 +36,15 @@ class WandbTracker:
     mode : ``offline`` or ``online``.
     project : on W&B; by default what the variable WANDB_PROJECT says, else ``evomem``.
     out : folder in which W&B makes its folder ``wandb``; the run's by default.
+
+    Attributes
+    ----------
+    url : of the run's page, once it is online.
     """
 
-    def __init__(self, run: Path, *, mode: str = "offline", project: str | None = None, out: Path | None = None) -> None:
+    def __init__(
+        self, run: Path, *, mode: str = "offline", project: str | None = None, out: Path | None = None
+    ) -> None:
         if mode not in MODES:
             raise ConfigError(f"wandb: mode {mode!r} is unknown; take {' or '.join(MODES)}")
         self._folder, self._out = run, out if out is not None else run
@@ -49,6 +56,7 @@ class WandbTracker:
         self._artifacts: list[tuple[str, Path]] = []
         self._before: GenerationRecord | None = None
         self._run: WandbRun | None = None
+        self.url: str | None = None
 
     def start(self, config: Mapping[str, Any], generations: int, done: Sequence[GenerationRecord]) -> None:
         """Begin; online, also give W&B the finished generations that it lacks.
@@ -93,7 +101,7 @@ class WandbTracker:
             for name, path in self._artifacts:
                 for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                     if file.is_file():
-                        run.save(str(file), base_path=str(path.parent), policy="now")
+                        run.save(glob.escape(str(file)), base_path=str(path.parent), policy="now")
                 run.summary[f"artifact/{name}"] = str(path)
             run.summary.update(summary_numbers(summary))
             run.finish(exit_code={"failed": 1, "interrupted": 255}.get(str(summary.get("status")), 0))
@@ -118,11 +126,14 @@ class WandbTracker:
             finish_timeout_raises=True,
         )
         with _clear_errors(self._mode):
+            # Silent as a whole, not only this run: otherwise it says where it found a key, or asks for one.
+            wandb.setup(wandb.Settings(silent=True))
             self._run = wandb.init(
                 id=self._id, project=self._project, name=self._config.get("name"), config=self._config,
                 dir=str(self._out), mode=self._mode, resume="allow" if self._mode == "online" else None,
                 settings=settings,
             )  # fmt: skip
+            self.url = self._run.url
 
     def _send_kept(self) -> None:
         """Send the generations that are kept and that W&B does not have."""
@@ -162,13 +173,12 @@ def run_id(folder: Path) -> str:
 
 
 def _library() -> Any:
-    """Return the module `wandb`, told to be silent and never to ask for a key on the terminal."""
+    """Return the module `wandb`."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its reports about itself; read when it is imported
     try:
         import wandb
     except ImportError as error:
         raise ConfigError(f"wandb is not installed ({error}): pip install 'evomem[track]'") from None
-    wandb.setup(wandb.Settings(silent=True))
     return wandb
 
 
