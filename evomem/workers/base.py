@@ -50,8 +50,13 @@ class Unit:
     @property
     def digest(self) -> str:
         """Short hash of the candidates: a journal line counts only for the candidates that it was made with."""
-        content = self.seeds.tobytes() + (b"" if self.vectors is None else self.vectors.tobytes())
-        return hashlib.sha256(content).hexdigest()[:16]
+        return digest(self.vectors, self.seeds)
+
+
+def digest(vectors: NDArray[np.float64] | None, seeds: NDArray[np.int64]) -> str:
+    """Return the short hash of candidates: vectors (candidates, dim), or None for the full cache, and their seeds."""
+    content = seeds.tobytes() + (b"" if vectors is None else vectors.tobytes())
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
