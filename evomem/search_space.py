@@ -31,7 +31,7 @@ from torch import Tensor
 from evomem.config import Settings, merge, read_yaml, validate
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, managers
-from evomem.varying import Option
+from evomem.varying import Option, Variable
 
 Array = NDArray[np.float64]
 
@@ -186,6 +186,14 @@ class SearchSpace:
                     parts.setdefault(number, []).append(np.arange(begin, begin + width))
             place += parameter.numel()
         return [np.concatenate(parts[number]) for number in sorted(parts)]
+
+    def variables(self) -> list[Variable]:
+        """Return what the options' coordinates stand for; every other coordinate is a weight, an unbounded number."""
+        found, place = [], self._numbers
+        for option in self._options.values():
+            found.append(Variable(place, option.width, option.bounds, option.codes()))
+            place += option.width
+        return found
 
     # ---- vector and manager ---------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ ends; clipping has no slope outside.) A category is the largest of its coordinat
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from evomem.config import Settings
+from evomem.errors import ConfigError
 
 Array = NDArray[np.float64]
 
@@ -28,6 +30,42 @@ def _fold(u: float) -> float:
 def _unfold(share: float) -> float:
     """Inverse of `_fold` on [0, 1]."""
     return math.acos(min(1.0, max(-1.0, 1.0 - 2.0 * share))) / math.pi
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What some coordinates of a vector stand for, for drivers that treat kinds of variables differently.
+
+    Attributes
+    ----------
+    place, width : the coordinates are ``place`` to ``place + width - 1``.
+    bounds : of a number, the part of the line on which its encoding is one-to-one; None for a category.
+    codes : (values, width) of an integer (width 1, ascending) or a category: the coordinates that encode each value.
+        None for a real number.
+    """
+
+    place: int
+    width: int
+    bounds: tuple[float, float] | None
+    codes: Array | None
+
+    @property
+    def places(self) -> list[int]:
+        """The coordinates."""
+        return list(range(self.place, self.place + self.width))
+
+    def inside(self, x: float) -> float:
+        """Return the coordinate within ``bounds`` that decodes to the same number (`_fold` is even, with period 2)."""
+        if self.bounds is None:
+            return x
+        scale = 1.0 / self.bounds[1]
+        return abs((x * scale + 1.0) % 2.0 - 1.0) / scale
+
+    def nearest(self, vector: Array) -> int:
+        """Return the value (row of ``codes``) whose code is the nearest to a vector (dim,); the first of equals."""
+        if self.codes is None:
+            raise ConfigError("search space: a real variable has no list of values")
+        return int(np.argmin(((self.codes - vector[self.places]) ** 2).sum(axis=1)))
 
 
 class _Numeric(Settings):
@@ -58,6 +96,15 @@ class _Numeric(Settings):
         if not self.low <= value <= self.high:
             raise ValueError(f"{value!r} is outside [{self.low}, {self.high}]")
         return float(value)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Coordinates between which every value is met once."""
+        return 0.0, 1.0 / self.scale
+
+    def codes(self) -> Array | None:
+        """Return the coordinates of every value (values, 1), or None where values are not listed."""
+        return None
 
     def default(self) -> Any:
         """Return where to start when neither the space nor the manager says."""
@@ -127,6 +174,10 @@ class Integer(_Numeric):
                 raise ValueError(f"{name} {value} must be a whole number")
         return self
 
+    def codes(self) -> Array:
+        """Return the coordinates of every number (values, 1), ascending."""
+        return np.array([self.encode(value) for value in range(int(self.low), int(self.high) + 1)])
+
     def value(self, share: float) -> int:
         """Return the whole number in whose part of the range the share lies."""
         count = int(self.high) - int(self.low) + 1
@@ -158,6 +209,15 @@ class Categorical(Settings):
     def width(self) -> int:
         """Coordinates that the option takes in the vector."""
         return len(self.choices)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """None: its values are listed, and no coordinate stands for them alone."""
+        return None
+
+    def codes(self) -> Array:
+        """Return the coordinates of every choice (choices, choices)."""
+        return np.array([self.encode(choice) for choice in self.choices])
 
     def default(self) -> Any:
         """Return where to start when neither the space nor the manager says."""

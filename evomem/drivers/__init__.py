@@ -7,21 +7,28 @@ from typing import Any
 from evomem.drivers.base import Array, Driver, Population, drivers
 from evomem.drivers.block_cmaes import BlockCMAES
 from evomem.drivers.cmaes import CMAES
+from evomem.drivers.cmaes_library import LRACMA, CatCMA
 from evomem.drivers.evotorch_searchers import CEM, PGPE, SNES, XNES, EvoTorchCMAES
+from evomem.drivers.nsga2 import NSGA2
 from evomem.drivers.random_search import RandomSearch
+from evomem.drivers.warm import WarmStart
 
 __all__ = [
     "CEM",
     "CMAES",
+    "LRACMA",
+    "NSGA2",
     "PGPE",
     "SNES",
     "XNES",
     "Array",
     "BlockCMAES",
+    "CatCMA",
     "Driver",
     "EvoTorchCMAES",
     "Population",
     "RandomSearch",
+    "WarmStart",
     "build",
     "drivers",
 ]

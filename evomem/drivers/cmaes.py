@@ -23,10 +23,12 @@ from evomem.drivers.common import (
     checked_start,
     default_popsize,
     filled,
+    library,
     parse_options,
     sampling_seeds,
 )
 from evomem.drivers.restarts import RestartState, Strategy, first, following
+from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError
 
 # Fitness is an estimate from a few samples: a generation without differences, or a best value that does not improve,
@@ -73,15 +75,25 @@ class CMAESOptions(DriverOptions):
 
 
 def strategy(
-    mean: Array, sigma: float, popsize: int, seed: tuple[int, ...], *, diagonal: bool, mirrored: bool = False
+    mean: Array,
+    sigma: float,
+    popsize: int,
+    seed: tuple[int, ...],
+    *,
+    diagonal: bool,
+    mirrored: bool = False,
+    scales: Array | None = None,
 ) -> Any:
-    """Return a pycma strategy that neither touches global state nor stops for reasons of noise."""
-    import cma
+    """Return a pycma strategy that neither touches global state nor stops for reasons of noise.
 
+    ``scales`` (dim,) are the first standard deviations of the coordinates, in units of ``sigma``.
+    """
+    cma = library("cma", "cmaes")
     settings = {
         "popsize": popsize,
         "CMA_diagonal": diagonal,
         "CMA_mirrors": mirrored,
+        "CMA_stds": scales,
         "seed": np.nan,  # any number would seed numpy's global generator, and 0 means the time of day
         "randn": Gaussian(*seed),
         "tolflatfitness": _FLAT_GENERATIONS,
@@ -102,18 +114,26 @@ class CMAES:
     Parameters
     ----------
     dim, start, seed : length of a vector, first mean (dim,), seed of everything random.
+    warm : begin where another search's best candidates lie, with their mean and standard deviations; it takes the place
+        of ``start`` and ``sigma``.
     options : `CMAESOptions`.
     """
 
-    def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
+    takes_warm_start = True
+
+    def __init__(self, dim: int, start: Array, seed: int, *, warm: WarmStart | None = None, **options: Any) -> None:
         if dim < 2:
             raise ConfigError(f"driver 'cmaes': needs at least 2 dimensions, this space has {dim}; use random_search")
         self.dim = dim
         self.options = parse_options(CMAESOptions, "cmaes", options)
-        self._start = checked_start(dim, start)
+        self._start, self._sigma = checked_start(dim, start), self.options.sigma
+        self._scales: Array | None = None
+        if warm is not None:
+            warm.check(dim, "cmaes")
+            self._start, (self._sigma, self._scales) = warm.mean, warm.diagonal()
         self._seed = seed
         self._popsize = self.options.popsize or default_popsize(dim)
-        self._restart: RestartState = first(self._popsize, self.options.sigma)
+        self._restart: RestartState = first(self._popsize, self._sigma)
         self._strategy = self._descent()
         self._generation = 0
         self._asked: Population | None = None
@@ -131,10 +151,11 @@ class CMAES:
         mean = self._start
         if number > 1:
             draw = np.random.default_rng([self._seed, number, 3]).standard_normal(self.dim)
-            mean = self._start + self.options.restart_spread * self.options.sigma * draw
+            spread = self.options.restart_spread * self._sigma
+            mean = self._start + spread * draw * (1.0 if self._scales is None else self._scales)
         return strategy(
             mean, regime.sigma, regime.popsize, (self._seed, number), diagonal=self.diagonal,
-            mirrored=self.options.mirrored,
+            mirrored=self.options.mirrored, scales=self._scales,
         )  # fmt: skip
 
     def ask(self) -> Population:
@@ -167,7 +188,7 @@ class CMAES:
         if self._ended is None or self._level > self._ended[0]:
             self._ended = (self._level, self._running_mean())
         used = int(self._strategy.countevals)
-        restart = following(self.options.restarts, self._restart, used, self._popsize, self.options.sigma, self._seed)
+        restart = following(self.options.restarts, self._restart, used, self._popsize, self._sigma, self._seed)
         if restart is None:
             self._stopped = f"CMA-ES has converged ({reason})"
             return

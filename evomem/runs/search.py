@@ -10,12 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
 
-from evomem import drivers
 from evomem.drivers.base import Array, Driver, Population
 from evomem.errors import FitnessError, RunError
 from evomem.runs import checkpoint as checkpoints
@@ -24,6 +22,7 @@ from evomem.runs.bench import BenchFactory, model_bench
 from evomem.runs.candidates import Judge, Measuring, Plan
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.config import ExperimentConfig, Stage
+from evomem.runs.driving import make_driver
 from evomem.runs.files import write_atomically, write_vector
 from evomem.runs.final import choose
 from evomem.runs.fitness import Fitness, objective_of, preflight
@@ -187,14 +186,7 @@ class Search:
 
     def _restore(self) -> tuple[Driver, int]:
         """Return the driver in the state of the newest checkpoint, and how many generations it has been told."""
-        options: dict[str, Any] = {
-            "sigma": self.config.driver.sigma or self.space.sigma,
-            "popsize": self.config.driver.population,
-            **self.config.driver.options,
-        }
-        if getattr(drivers.drivers.get(self.config.driver.name), "takes_blocks", False):
-            options["blocks"] = self.space.blocks()
-        driver = drivers.build(self.config.driver.name, self.space.dim, self.start, self.config.seed, **options)
+        driver = make_driver(self.config, self.space, self.start, self.path)
         for record in read_journal(self.run_folder.journal.path):
             if record["kind"] == "generation":
                 self.records[record["generation"]] = generation_record(record)

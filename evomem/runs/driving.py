@@ -1,0 +1,155 @@
+"""Run: its driver: made from the configuration, started warm from another run, or run again on recorded fitness.
+
+A run folder holds no populations, and needs none: a driver is a pure function of its seed and of the fitness that it is
+told, and the journal has every generation's fitness. So the vectors that a run has evaluated are found by running its
+driver again; the hashes in the journal say whether they are the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from evomem import drivers
+from evomem.config import Settings, validate
+from evomem.drivers.base import Array, Driver, Population
+from evomem.drivers.warm import WarmStart
+from evomem.errors import ConfigError, RunError
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.files import write_vector
+from evomem.runs.fitness import objective_of
+from evomem.search_space import SearchSpace
+from evomem.workers.base import digest
+
+if TYPE_CHECKING:
+    from evomem.runs.opened import Run
+
+
+class WarmStartOption(Settings):
+    """The option ``warm_start`` of a driver; a string stands for ``run``.
+
+    Attributes
+    ----------
+    run : folder of another run in the same search space, finished or not.
+    gamma : share of the candidates that it has evaluated, the best ones, that this search begins around.
+    alpha : standard deviation, in units of the vector, added in every direction (`WarmStart`).
+    """
+
+    run: str
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    alpha: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+
+
+def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, folder: Path) -> Driver:
+    """Return the run's driver as it is before the first generation.
+
+    Parameters
+    ----------
+    start : (dim,) first vector.
+    folder : of the run; what a warm start found is kept in ``start/warm.npy``, so that the run depends on no other.
+
+    Raises
+    ------
+    ConfigError : options that the driver does not have; a warm start from a run that does not fit.
+    RunError : the other run is none, or cannot be followed.
+    """
+    options: dict[str, Any] = {
+        "sigma": config.driver.sigma or space.sigma,
+        "popsize": config.driver.population,
+        **config.driver.options,
+    }
+    kind = drivers.drivers.get(config.driver.name)
+    if getattr(kind, "takes_blocks", False):
+        options["blocks"] = space.blocks()
+    if getattr(kind, "takes_variables", False):
+        options["variables"] = space.variables()
+    wanted = options.pop("warm_start", None)
+    if wanted is not None:
+        if not getattr(kind, "takes_warm_start", False):
+            able = [name for name in drivers.drivers if getattr(drivers.drivers.get(name), "takes_warm_start", False)]
+            raise ConfigError(f"driver {config.driver.name!r} has no option warm_start; it is one of {', '.join(able)}")
+        options["warm"] = _warm_start(wanted, config.driver.name, space.dim, folder)
+    return drivers.build(config.driver.name, space.dim, start, config.seed, **options)
+
+
+def _warm_start(wanted: Any, driver: str, dim: int, folder: Path) -> WarmStart:
+    values = {"run": wanted} if isinstance(wanted, str) else wanted
+    option = validate(WarmStartOption, values, "driver.options.warm_start")
+    kept = folder / "start" / "warm.npy"
+    if not kept.exists():
+        from evomem.runs.opened import open_run  # it imports the search, which imports this
+
+        run = open_run(option.run)
+        if run.space.dim != dim:
+            raise ConfigError(
+                f"driver {driver!r}: warm_start: {run.folder} searched {run.space.dim} dimensions, this search has "
+                f"{dim}; only a run in the same search space can be followed"
+            )
+        write_vector(kept, best_vectors(run, option.gamma))
+    return WarmStart(np.load(kept, allow_pickle=False), option.alpha)
+
+
+def best_vectors(run: Run, gamma: float) -> Array:
+    """Return the best share ``gamma`` of a run's candidates (candidates, dim), best first; at least one.
+
+    Those without finite fitness do not count. If the run has stages, only those of the last one that it reached do:
+    fitness of different stages is of different things. Within it, fitness is compared as it was measured, on each
+    generation's own samples.
+
+    Raises
+    ------
+    RunError : see `replay`.
+    """
+    told = [(population.generation, population.vectors, fitness) for population, fitness in replay(run)]
+    begin = max(stage.begin for stage in run.config.plan() if stage.begin <= told[-1][0])
+    vectors = np.concatenate([vectors for generation, vectors, _ in told if generation >= begin])
+    fitness = np.concatenate([fitness for generation, _, fitness in told if generation >= begin])
+    order = np.argsort(-np.where(np.isfinite(fitness), fitness, -np.inf), kind="stable")
+    count = int(np.isfinite(fitness).sum() * gamma)
+    return np.asarray(vectors[order[: max(1, count)]])
+
+
+def replay(run: Run) -> Iterator[tuple[Population, Array]]:
+    """Yield every generation that a run has finished, with its fitness (candidates,), by running its driver again.
+
+    Raises
+    ------
+    RunError : the run has finished no generation; it has a fitness per head, which its journal keeps with every sample
+        only; or the driver does not propose what the journal says was evaluated (another version of its library).
+    """
+    start = run.folder / "start" / "vector.npy"
+    generations = run.generations()
+    if not generations or not start.exists():
+        raise RunError(f"{run.folder}: has not finished a generation yet; there is nothing to follow")
+    driver = make_driver(run.config, run.space, np.load(start, allow_pickle=False), run.folder)
+    if hasattr(driver, "enter") and any(objective_of(stage.fitness).headwise for stage in run.config.plan()):
+        raise RunError(
+            f"{run.folder}: its driver {run.config.driver.name!r} learned from a fitness per head, which is not kept "
+            "per generation; start from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
+        )
+    evaluated: dict[int, set[str]] = {}
+    for record in run.records():
+        if record["kind"] == "unit" and record["phase"] == "train":
+            evaluated.setdefault(record["generation"], set()).add(record["candidates"])
+    for told in generations:
+        if hasattr(driver, "enter"):
+            driver.enter(headwise=False)
+        population = driver.ask()
+        if evaluated.get(told.generation, set()).isdisjoint(_digests(population, run.config.chunk)):
+            raise RunError(
+                f"{run.folder}: generation {told.generation} cannot be reproduced: with these versions of the "
+                f"libraries, driver {run.config.driver.name!r} proposes other candidates than the run evaluated. Start "
+                "from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
+            )
+        fitness = np.array(told.fitness, dtype=np.float64)
+        driver.tell(population, fitness)
+        yield population, fitness
+
+
+def _digests(population: Population, chunk: int) -> set[str]:
+    parts = [slice(begin, begin + chunk) for begin in range(0, len(population.vectors), chunk)]
+    return {digest(population.vectors[part], population.seeds[part]) for part in parts}
