@@ -15,9 +15,11 @@ import pytest
 import wandb
 from synthetic_search import ToyEvaluator, experiment, factory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli import world  # noqa: F401 (a fixture)
 from test_runs import SMALL, Interrupted, Stop, outcome, same
 from typer.testing import CliRunner
 from wandb.proto.wandb_internal_pb2 import Record
+from wandb_server import Server
 
 from evomem.cli import app
 from evomem.errors import ConfigError, EvomemError
@@ -140,16 +142,15 @@ def on_wandb(out, identity):
 
 
 def expected(folder):
-    """Names and values per generation, straight from the journal's lines."""
+    """Names and values per generation, straight from the journal's lines; there, what is no number is a string."""
     seconds, found = 0.0, []
     for line in (folder / "journal.jsonl").read_text().splitlines():
         record = json.loads(line)
         if record["kind"] == "generation":
-            found.append(
-                {f"fitness/{name}": record[name] for name in ("best", "mean", "spread", "noise", "failed")}
-                | {"driver/sigma": record["sigma"], "spent/seconds_per_generation": record["seconds"] - seconds}
-                | {f"spent/{name}": record[name] for name in ("evaluations", "tokens", "seconds")}
-            )
+            values = {f"fitness/{name}": record[name] for name in ("best", "mean", "spread", "noise", "failed")}
+            values |= {"driver/sigma": record["sigma"], "spent/seconds_per_generation": record["seconds"] - seconds}
+            values |= {f"spent/{name}": record[name] for name in ("evaluations", "tokens", "seconds")}
+            found.append({name: value for name, value in values.items() if not isinstance(value, str)})
             seconds = record["seconds"]
     return found
 
@@ -297,6 +298,41 @@ def test_wandb_offline_is_written_whole_at_every_end(tmp_path):
     assert len(expected(folder)) == 3
 
 
+@pytest.fixture
+def server(monkeypatch):
+    made = Server()
+    monkeypatch.setenv("WANDB_BASE_URL", made.url)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_wandb_online_has_every_generation_once_after_an_interruption(tmp_path, server, lost, capfd):
+    """Also when W&B has not received everything that the journal of a killed run holds."""
+    folder, trackers = tmp_path / "run", []
+
+    def make():
+        for place in sorted(server.history)[len(server.history) - lost if trackers else 0 :]:
+            del server.history[place]
+        trackers.append(WandbTracker(folder, mode="online", project="memory"))
+        return trackers[-1]
+
+    broken_and_resumed(folder, make)
+    assert server.exits == [255, 0]
+    lines = expected(folder)
+    assert [line["_step"] for line in server.lines()] == [0, 1, 2]
+    for line, wanted in zip(server.lines(), lines, strict=True):
+        assert {name: line[name] for name in wanted} == pytest.approx(wanted)
+    assert server.files["winner/vector.npy"] == (folder / "winner" / "vector.npy").read_bytes()
+    assert trackers[-1].url.endswith(f"/runs/{run_id(folder)}")
+    said = b"".join(server.asked)
+    assert b'"project":"memory"' in said
+    for private in (socket.gethostname(), str(tmp_path), sys.argv[0], os.environ.get("USER") or "root"):
+        assert f'"{private}'.encode() not in said
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_run_keeps_its_id_when_it_moves_and_shares_it_with_none(tmp_path, finished):
     whole(tmp_path / "run")
     before = run_id(tmp_path / "run")
@@ -335,13 +371,16 @@ class FullDisk(TensorBoardTracker):
         ("wandb missing", "wandb is not installed"),
         ("wandb no key", "log in with `wandb login`"),
         ("wandb dead network", "W&B cannot be reached"),
+        ("wandb lost network", "W&B cannot be reached"),
     ],
 )
-def test_no_sink_can_stop_a_run_and_each_says_so_once(what, message, tmp_path, undisturbed, monkeypatch, caplog, capfd):
+def test_no_sink_can_stop_a_run_and_each_says_so_once(
+    what, message, tmp_path, undisturbed, monkeypatch, caplog, capfd, request
+):
     sink, _, fault = what.partition(" ")
     (tmp_path / "file").write_text("")
     where = tmp_path / "file" / "x" if fault == "folder" else tmp_path / "out"
-    online = fault in ("no key", "dead network")
+    online = fault in ("no key", "dead network", "lost network")
     make = {
         "jsonl": lambda: JsonlTracker(where),
         "tensorboard": lambda: (FullDisk if fault == "full" else TensorBoardTracker)(where),
@@ -353,6 +392,10 @@ def test_no_sink_can_stop_a_run_and_each_says_so_once(what, message, tmp_path, u
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setattr(weights_and_biases, "INIT_SECONDS", 1.0)
     after = Recording()
+    if fault == "lost network":
+        server = request.getfixturevalue("server")
+        monkeypatch.setattr(weights_and_biases, "FINISH_SECONDS", 1.0)
+        after.log = lambda generation: (server.close(), after.heard.append(("log", generation)))
     whole(tmp_path / "run", make[sink](), after)
     assert caplog.text.count("the run goes on without it") == 1
     assert message in caplog.text
@@ -423,3 +466,17 @@ def test_trackers_by_name(tmp_path):
     assert "Did you mean 'tensorboard'" in result.stderr
     assert not (tmp_path / "run").exists()
     assert issubclass(ConfigError, EvomemError)
+
+
+def test_evolve_tells_those_that_it_is_asked_to(tmp_path, world):  # noqa: F811
+    words = ["evolve", str(world / "small.yaml"), "--out", str(tmp_path / "run"), "--track", "jsonl,tensorboard,wandb"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "generation 1/2" not in result.stderr  # the terminal was not asked for
+    check_events(tmp_path / "run", tmp_path / "run" / "tensorboard")
+    check_wandb(tmp_path / "run", tmp_path / "run", 2)
+    heard = [json.loads(line)["event"] for line in (tmp_path / "run" / "track.jsonl").read_text().splitlines()]
+    assert heard == ["start", "generation", "generation", "artifact", "finish"]
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 2
+    assert "--resume --track jsonl,tensorboard,wandb" in again.stderr

@@ -53,7 +53,7 @@ class WandbTracker:
         self._config: dict[str, Any] = {}
         self._id = ""
         self._kept: list[GenerationRecord] = []
-        self._artifacts: list[tuple[str, Path]] = []
+        self._artifacts: list[Path] = []
         self._before: GenerationRecord | None = None
         self._run: WandbRun | None = None
         self.url: str | None = None
@@ -85,7 +85,7 @@ class WandbTracker:
 
     def artifact(self, name: str, path: Path) -> None:
         """Keep in mind a file or folder; it is copied at the end."""
-        self._artifacts.append((name, path))
+        self._artifacts.append(path)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write how it ended, and wait until W&B has everything (offline: on the disk)."""
@@ -98,11 +98,10 @@ class WandbTracker:
         if run is None:
             return
         with _clear_errors(self._mode):
-            for name, path in self._artifacts:
+            for path in self._artifacts:
                 for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                     if file.is_file():
                         run.save(glob.escape(str(file)), base_path=str(path.parent), policy="now")
-                run.summary[f"artifact/{name}"] = str(path)
             run.summary.update(summary_numbers(summary))
             run.finish(exit_code={"failed": 1, "interrupted": 255}.get(str(summary.get("status")), 0))
 
@@ -114,6 +113,7 @@ class WandbTracker:
             reinit="create_new",  # leaves alone a run of W&B that the calling program may have
             symlink=False,  # copies: the offline folder is whole and can be moved
             allow_val_change=True,
+            program="evomem",  # otherwise the path of the script
             disable_git=True,
             disable_code=True,
             save_code=False,
