@@ -161,11 +161,7 @@ class Log(_Numeric):
         return math.log(value / self.low) / math.log(self.high / self.low)
 
 
-class Integer(_Numeric):
-    """A whole number between two bounds (both included), each with an equal part of the range."""
-
-    kind: Literal["integer"]
-
+class _Whole(_Numeric):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         for name in ("low", "high", "start"):
@@ -174,9 +170,21 @@ class Integer(_Numeric):
                 raise ValueError(f"{name} {value} must be a whole number")
         return self
 
+    def whole(self, value: float) -> float:
+        """Return the value; raise ValueError unless it is a whole number."""
+        if value != int(value):
+            raise ValueError(f"{value!r} is not a whole number")
+        return value
+
     def codes(self) -> Array:
         """Return the coordinates of every number (values, 1), ascending."""
         return np.array([self.encode(value) for value in range(int(self.low), int(self.high) + 1)])
+
+
+class Integer(_Whole):
+    """A whole number between two bounds (both included), each with an equal part of the range."""
+
+    kind: Literal["integer"]
 
     def value(self, share: float) -> int:
         """Return the whole number in whose part of the range the share lies."""
@@ -185,9 +193,29 @@ class Integer(_Numeric):
 
     def share(self, value: float) -> float:
         """Return the middle of the number's part of the range."""
-        if value != int(value):
-            raise ValueError(f"{value!r} is not a whole number")
-        return (value - self.low + 0.5) / (self.high - self.low + 1)
+        return (self.whole(value) - self.low + 0.5) / (self.high - self.low + 1)
+
+
+class LogInteger(_Whole):
+    """A positive whole number whose orders of magnitude matter: n has the part from log n to log(n + 1)."""
+
+    kind: Literal["log_integer"]
+
+    @model_validator(mode="after")
+    def _positive(self) -> Self:
+        if self.low < 1:
+            raise ValueError(f"low {self.low} must be at least 1 on a logarithmic scale")
+        return self
+
+    def value(self, share: float) -> int:
+        """Return the whole number in whose part of the range the share lies."""
+        number = int(self.low * ((self.high + 1) / self.low) ** share)
+        return min(int(self.high), max(int(self.low), number))
+
+    def share(self, value: float) -> float:
+        """Return the middle of the number's part of the range."""
+        middle = math.sqrt(self.whole(value) * (value + 1))
+        return math.log(middle / self.low) / math.log((self.high + 1) / self.low)
 
 
 class Categorical(Settings):
@@ -236,4 +264,4 @@ class Categorical(Settings):
         return x
 
 
-Option = Annotated[Bounded | Log | Integer | Categorical, Field(discriminator="kind")]
+Option = Annotated[Bounded | Log | Integer | LogInteger | Categorical, Field(discriminator="kind")]

@@ -17,7 +17,7 @@ from evomem.errors import ConfigError
 from evomem.plugins import load, save
 from evomem.resources import list_resources
 from evomem.search_space import SearchSpace, SpaceConfig, load_space
-from evomem.varying import Bounded, Categorical, Integer, Log
+from evomem.varying import Bounded, Categorical, Integer, Log, LogInteger
 
 MIXED = {
     "manager": {"name": "toy", "options": {"budget": 5, "sinks": 3}},
@@ -94,6 +94,22 @@ def test_both_ends_are_reached_and_integers_get_equal_parts():
     assert [choice.decode(choice.encode(v)) for v in ("a", None, 3)] == ["a", None, 3]
 
 
+@given(st.integers(1, 60), st.integers(1, 900), st.floats(0.3, 3))
+def test_whole_numbers_on_a_logarithmic_scale(low, more, scale):
+    option = LogInteger(kind="log_integer", low=low, high=low + more, scale=scale)
+    numbers = range(low, low + more + 1)
+    assert [option.decode(option.encode(n)) for n in numbers] == list(numbers)
+    assert [option.decode(np.array([x / scale])) for x in (0.0, 1.0)] == [low, low + more]
+    # Between the numbers' codes lie no others, and the share of n is log((n + 1) / n).
+    shares = np.linspace(0, 1, 2001)
+    found = np.array([option.value(share) for share in shares])
+    assert (np.diff(found) >= 0).all()
+    middle = (low + low + more) // 2
+    assert np.mean(found <= middle) == pytest.approx(
+        math.log((middle + 1) / low) / math.log((low + more + 1) / low), abs=2e-3
+    )
+
+
 def test_what_does_not_vary_stays():
     part = space(weights=[{"match": "second"}], options={})
     with torch.no_grad():
@@ -155,6 +171,8 @@ def test_a_resumed_space_is_the_same():
         ({"options": {"rate": {"kind": "bounded", "low": 1, "high": 0}}}, "low 1.0 must be below high"),
         ({"options": {"rate": {"kind": "log", "low": 0, "high": 1}}}, "must be above 0"),
         ({"options": {"sinks": {"kind": "integer", "low": 0.5, "high": 3}}}, "whole number"),
+        ({"options": {"sinks": {"kind": "log_integer", "low": 0, "high": 3}}}, "at least 1"),
+        ({"options": {"sinks": {"kind": "log_integer", "low": 1, "high": 3.5}}}, "whole number"),
         ({"options": {"rate": {"kind": "bounded", "low": 1, "high": 2}}}, "options.rate: 0.5 is outside"),
         ({"start": {"vector": [1.0]}}, "vector of 11 numbers is expected"),
         ({"start": {"vector": "nowhere.npy"}}, "nowhere.npy"),
