@@ -1,0 +1,353 @@
+"""Evaluation: the pool that evaluates in Ray's worker processes, on this machine or on a cluster.
+
+`Schedule` decides who does what; this file carries its decisions out and tells it what happened. Ray restarts nothing
+and retries nothing by itself: the ledger is here, so that every unit counts once, whatever dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from evomem.errors import EvomemError, WorkerError
+from evomem.evaluation.types import Evaluation
+from evomem.workers.base import Outcome, Recipe, Unit, WorkerOptions
+from evomem.workers.exchange import Directory
+from evomem.workers.ray_cluster import Connection
+from evomem.workers.ray_worker import Answer, Order, RayWorker, pickled
+from evomem.workers.schedule import Job, Lease, Policy, Quarantined, Result, Schedule
+
+STARTS = 3
+"""Workers that may fail to start one after the other before the pool gives up."""
+STARVED = 600.0
+"""Seconds without any worker after which the pool gives up."""
+QUICK = 0.05
+"""Seconds: a worker that is found dead so soon after work was sent to it had died before."""
+
+
+@dataclass
+class Member:
+    """A worker process: its actor, the reference that says that it is ready, and where it is."""
+
+    actor: Any
+    ready: Any
+    node: str = ""
+    pid: int = 0
+    host: str = ""
+
+
+@dataclass
+class Running:
+    """A lease that was sent: references to its answers and to the readings that come with them."""
+
+    lease: Lease
+    answers: Any
+    read: Any
+
+
+class RayPool:
+    """Evaluates units in worker processes; the results are those of `LocalPool`, to the bit.
+
+    Parameters
+    ----------
+    recipe : how a worker makes its evaluator.
+    options : how many workers, and where.
+    attempts : how often a unit that raises is tried.
+    store_bytes : contexts that were read and are shared between workers, at most.
+    report : told, in a sentence, what happens to workers.
+    policy : for tests; otherwise made from the options.
+
+    Raises
+    ------
+    WorkerError : Ray cannot be started or reached, or has not the resources; no worker can start.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: WorkerOptions,
+        *,
+        attempts: int = 1,
+        store_bytes: int = 1 << 30,
+        report: Callable[[str], None] = lambda message: None,
+        policy: Policy | None = None,
+    ) -> None:
+        self._options, self._report, self._threads = options, report, recipe.threads
+        self._connection = Connection(options, recipe.threads, store_bytes + _nbytes(recipe.parts))
+        self._ray = self._connection.ray
+        self._schedule = Schedule(policy or _policy(attempts, options.timeout))
+        self._directory = Directory(store_bytes)
+        self._members: dict[str, Member] = {}
+        self._joined: set[str] = set()
+        self._running: dict[int, Running] = {}
+        self._units: dict[str, Unit] = {}
+        self._quick: dict[str, int] = {}
+        self._started = self._failed_starts = self._calls = 0
+        self._starved_since: float | None = None
+        try:
+            self._build = pickled(recipe)
+            self._parts = self._ray.put(dict(recipe.parts))
+            remote = self._ray.remote(
+                num_cpus=self._connection.cpus, num_gpus=self._connection.gpus, max_restarts=0, max_task_retries=0
+            )
+            self._actor = remote(RayWorker)
+            for _ in range(options.count):
+                self._start()
+            while not self._joined:
+                self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- what a search calls ----------------------------------------------------------------------------------------
+
+    def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
+        """Yield an outcome per failed attempt, and in the end one per unit that is no more tried ``again``."""
+        self._calls += 1
+        named = {f"{self._calls}:{place}:{unit.key}": unit for place, unit in enumerate(units)}
+        self._units.update(named)
+        self._schedule.add(Job(key, unit.candidates, affinity(unit)) for key, unit in named.items())
+        missing, spent = set(named), dict.fromkeys(named, 0.0)
+        while missing:
+            self._send()
+            raised: list[tuple[str, Exception]] = []
+            for key, answer in self._wait():
+                if key in spent:  # not a duplicate of an earlier call's unit
+                    spent[key] += answer.seconds
+                    if answer.error is not None:
+                        raised.append((key, answer.error))
+            results = {result.key: result for result in self._schedule.results()}
+            for key, error in raised:
+                final = results.get(key)
+                if key in missing and (final is None or final.error is not error):
+                    yield Outcome(named[key], [], spent[key], error, again=True)
+            for key, result in results.items():
+                if key in missing:
+                    missing.discard(key)
+                    del self._units[key]
+                    yield _outcome(named[key], result, spent[key])
+
+    def close(self) -> None:
+        """End the workers, and Ray if this pool has started it."""
+        for member in self._members.values():
+            with contextlib.suppress(Exception):
+                self._ray.kill(member.actor, no_restart=True)
+        self._members.clear()
+        self._joined.clear()
+        self._running.clear()
+        self._connection.close()
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What happened so far: see `evomem.workers.terms.Stats`; and how many workers were started."""
+        return {**asdict(self._schedule.stats), "workers_started": self._started}
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Return name, process and machine of every worker that is ready."""
+        joined = ((name, self._members[name]) for name in sorted(self._joined))
+        return [{"name": name, "pid": m.pid, "node": m.node, "host": m.host} for name, m in joined]
+
+    def memory(self) -> list[dict[str, int]]:
+        """Return what `RayWorker.memory` says for every worker; only between calls of `evaluate`."""
+        found: list[dict[str, int]] = self._ray.get([self._members[n].actor.memory.remote() for n in self._joined])
+        return found
+
+    # ---- sending ----------------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        for lease in self._schedule.assign(time.monotonic()):
+            orders = []
+            for piece in lease.pieces:
+                unit = self._units[piece.key]
+                orders.append(Order(unit, piece.place, self._directory.offers(affinity(unit))))
+            actor = self._members[lease.worker].actor
+            answers, read = actor.evaluate.options(num_returns=2).remote(orders)
+            self._running[lease.id] = Running(lease, answers, read)
+
+    # ---- waiting ----------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> list[tuple[str, Answer]]:
+        """Wait until something happens; take it in. Return the answers that came, with their units' keys."""
+        leases = {running.answers: running for running in self._running.values()}
+        starting = {m.ready: name for name, m in self._members.items() if name not in self._joined}
+        due = self._schedule.next_check(time.monotonic())
+        timeout = min(1.0, due) if due is not None else 1.0
+        waiting = [*leases, *starting]
+        ready: list[Any] = []
+        if waiting:
+            ready, _ = self._ray.wait(waiting, num_returns=1, timeout=timeout, fetch_local=False)
+            if ready:  # and all the others that are there already
+                ready, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+        else:
+            time.sleep(timeout)
+        answers: list[tuple[str, Answer]] = []
+        for reference in ready:
+            if reference in starting:
+                self._joins(starting[reference])
+            elif reference in leases and leases[reference].lease.id in self._running:
+                answers.extend(self._take(leases[reference]))
+        for name in self._schedule.expired(time.monotonic()):
+            self._ray.kill(self._members[name].actor, no_restart=True)
+            self._lost(name, "it did not answer in time and was ended", blame=True)
+        self._check_starved()
+        return answers
+
+    def _take(self, running: Running) -> list[tuple[str, Answer]]:
+        """Take in the answers of a lease, or the death of its worker."""
+        lease = running.lease
+        try:
+            answers: list[Answer] = self._ray.get(running.answers)
+        except self._ray.exceptions.RayTaskError as error:  # the call itself failed: what was sent cannot be read there
+            del self._running[lease.id]
+            now = time.monotonic()
+            for piece in lease.pieces:
+                self._schedule.failed(lease.id, piece, error, now)
+            return [(piece.key, Answer(None, error, now - lease.since, {})) for piece in lease.pieces]
+        except self._ray.exceptions.RayError as error:
+            self._died(lease, error)
+            return []
+        del self._running[lease.id]
+        self._failed_starts = 0
+        now, taken = time.monotonic(), []
+        for place, (piece, answer) in enumerate(zip(lease.pieces, answers, strict=True)):
+            if answer.error is None:
+                self._schedule.finished(lease.id, piece, answer.evaluations, now, answer.seconds)
+            else:
+                self._schedule.failed(lease.id, piece, answer.error, now, final=isinstance(answer.error, EvomemError))
+            unit = self._units.get(piece.key)
+            for key, size in answer.sizes.items() if unit is not None else ():
+                # The entry's place is part of what is offered: one object holds the readings of all its orders.
+                if unit is not None and self._directory.add(affinity(unit), key, (running.read, place, key), size):
+                    self._schedule.read(affinity(unit))
+            taken.append((piece.key, answer))
+        return taken
+
+    # ---- workers that come and go -----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._started += 1
+        actor = self._actor.remote([self._parts], self._build, self._threads)
+        self._members[f"w{self._started}"] = Member(actor, actor.where.remote())
+
+    def _joins(self, name: str) -> None:
+        """Let a worker that is ready begin, or take note that it could not start."""
+        member = self._members[name]
+        try:
+            facts = self._ray.get(member.ready)
+        except self._ray.exceptions.RayError as error:
+            del self._members[name]
+            self._failed_starts += 1
+            cause = _cause(error)
+            if isinstance(cause, EvomemError):
+                raise cause from error
+            if self._failed_starts >= STARTS:
+                raise WorkerError(
+                    f"{STARTS} workers in a row could not start; the last one: {_reason(error)}. What is finished is "
+                    "kept: mend the cause and resume the run, or resume with --workers 0"
+                ) from error
+            self._report(f"worker {name} could not start ({_reason(error)}); another one is started")
+            self._start()
+            return
+        member.node, member.pid, member.host = facts["node"], facts["pid"], facts["host"]
+        self._joined.add(name)
+        self._schedule.join(name, member.node)
+
+    def _died(self, lease: Lease, error: Exception) -> None:
+        """Take note of a worker's death, and decide whether what it did may be the cause."""
+        member = self._members[lease.worker]
+        gone = "node has died" in str(error) or self._connection.node_is_dead(member.node)
+        first = lease.pieces[0].key
+        early = time.monotonic() - lease.since < QUICK and self._quick.get(first, 0) < STARTS
+        if early:
+            self._quick[first] = self._quick.get(first, 0) + 1
+        where = f"its machine {member.host} is gone" if gone else _reason(error)
+        self._lost(lease.worker, where, blame=not (gone or early))
+
+    def _lost(self, name: str, reason: str, *, blame: bool) -> None:
+        """Drop a worker, give its work to others, and start another one in its place."""
+        member = self._members.pop(name)
+        self._joined.discard(name)
+        for number in [n for n, running in self._running.items() if running.lease.worker == name]:
+            del self._running[number]
+        self._schedule.leave(name, time.monotonic(), blame=blame, reason=reason)
+        self._report(f"worker {name} (process {member.pid}) is lost: {reason}. Its work is done by another one")
+        self._start()
+
+    def _check_starved(self) -> None:
+        """Give up if there has been no worker for long: the cluster has no room, or no machine, for any."""
+        now = time.monotonic()
+        if self._joined:
+            self._starved_since = None
+            return
+        if self._starved_since is None:
+            self._starved_since = now
+        elif now - self._starved_since > STARVED:
+            raise WorkerError(
+                f"for {STARVED:.0f} seconds there was no worker, and none could be started: the cluster has no room "
+                "for one. What is finished is kept: add machines and resume the run"
+            )
+
+
+def affinity(unit: Unit) -> str:
+    """Return the name of what units of the same sample share: its context."""
+    return f"{unit.task}/{unit.sample.id}"
+
+
+def _policy(attempts: int, timeout: float | None) -> Policy:
+    if timeout is None:
+        return Policy(attempts=attempts)
+    return Policy(attempts=attempts, hang=0.0, hang_floor=timeout, hang_first=timeout)
+
+
+def _outcome(unit: Unit, result: Result, seconds: float) -> Outcome:
+    """Return the final outcome of a unit."""
+    if result.error is not None:
+        return Outcome(unit, [], seconds, result.error)
+    if not result.isolated:
+        return Outcome(unit, result.value, seconds)
+    evaluations, told = [], []
+    for place, value in enumerate(result.value):
+        if isinstance(value, Quarantined):
+            evaluations.append(nothing(unit))
+            told.append(
+                f"candidate {place} of unit {unit.key} is quarantined: alone, it ended its worker {value.deaths} times "
+                f"({value.reason}). It counts as the worst; the search goes on"
+            )
+        else:
+            evaluations.append(value[0])
+    return Outcome(unit, evaluations, seconds, quarantined=tuple(told))
+
+
+def nothing(unit: Unit) -> Evaluation:
+    """Return the evaluation of a candidate that cannot be evaluated: no number, the worst fitness."""
+    nan = float("nan")
+    return Evaluation(unit.sample.id, nan, None, nan, nan, nan, 0, 0.0)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what a worker raised, from inside what Ray makes of it."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _reason(error: BaseException) -> str:
+    """Return Ray's long message in one line: what matters is how the process ended."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in lines:
+        if "Worker exit detail:" in line:
+            return line.split("Worker exit detail:", 1)[1].split("Some common causes", 1)[0].strip().rstrip(".")
+    return lines[-1] if lines else type(error).__name__
+
+
+def _nbytes(parts: Any) -> int:
+    """Bytes of all arrays in nested containers."""
+    if isinstance(parts, np.ndarray):
+        return parts.nbytes
+    if isinstance(parts, dict):
+        return sum(map(_nbytes, parts.values()))
+    return sum(map(_nbytes, parts)) if isinstance(parts, list | tuple) else 0
