@@ -107,6 +107,24 @@ def strategy(
         return cma.CMAEvolutionStrategy(mean, sigma, settings)
 
 
+def restored(content: bytes) -> Any:
+    """Return a strategy from its pickle.
+
+    pycma files what it injected (mirrors) under Python's hash of the bytes, which is another one in every process. So
+    that it finds it again, it is filed anew.
+    """
+    one = pickle.loads(content)
+    for name in ("sent_solutions", "_injected_solutions_archive"):
+        old = getattr(one, name)
+        new = type(old)()
+        for key, last in old.items():
+            for value in (*old.data_with_same_key.get(key, ()), last):
+                new[old._unhashed_keys[key]] = value
+        new.last_iteration = old.last_iteration
+        setattr(one, name, new)
+    return one
+
+
 @drivers.register("cmaes")
 class CMAES:
     """CMA-ES; maximises, survives NaN, continues bit-exactly from `state_dict`.
@@ -228,7 +246,7 @@ class CMAES:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`. The bytes are unpickled: load only what this machine saved."""
-        self._strategy = pickle.loads(state["strategy"])
+        self._strategy = restored(state["strategy"])
         self._restart = state["restart"]
         self._generation = state["generation"]
         self._asked = state["asked"]
