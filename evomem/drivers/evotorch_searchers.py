@@ -62,7 +62,7 @@ class PGPEOptions(DriverOptions):
     Attributes
     ----------
     optimizer : what follows the estimated gradient: ``clipup`` (a speed limit, hence no step longer than
-        ``max_speed``), ``adam``, ``sgd`` (with its own momentum), or ``none`` (plain steps).
+        ``max_speed``; near an optimum it circles), ``adam``, or ``sgd`` (plain steps).
     center_learning_rate : of the optimizer. Default: for ``clipup`` half of ``max_speed``; ``sigma`` / 3 for the
         others.
     max_speed : of ``clipup``, length of the longest step. Default: a fifteenth of the first distribution's radius,
@@ -71,7 +71,7 @@ class PGPEOptions(DriverOptions):
     stdev_max_change : the largest share by which a standard deviation changes in a generation.
     """
 
-    optimizer: Literal["clipup", "adam", "sgd", "none"] = "clipup"
+    optimizer: Literal["clipup", "adam", "sgd"] = "clipup"
     center_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_speed: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     stdev_learning_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
@@ -266,7 +266,7 @@ class PGPE(_EvoTorch[PGPEOptions]):
             center_learning_rate=options.center_learning_rate or (speed / 2 if clipup else options.sigma / 3),
             stdev_learning_rate=options.stdev_learning_rate,
             stdev_max_change=options.stdev_max_change,
-            optimizer=None if options.optimizer == "none" else options.optimizer,
+            optimizer=options.optimizer,
             optimizer_config={"max_speed": speed} if clipup else None,
         )  # fmt: skip
 

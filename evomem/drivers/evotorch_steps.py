@@ -45,14 +45,15 @@ from evotorch.algorithms.searchalgorithm import SearchAlgorithm  # noqa: E402
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, torch computes on one thread, and EvoTorch's warnings are silent.
+    """Inside, torch computes on one thread, EvoTorch's warnings are silent, and torch's generator is put back.
 
-    The last digits depend on the number of threads, and steps as small as a search's gain nothing from them.
+    The last digits depend on the number of threads, and steps as small as a search's gain nothing from them. EvoTorch
+    draws from the problem's generator, but moves the global one too.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             yield
     finally:
