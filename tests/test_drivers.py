@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import synthetic_search  # noqa: F401  (registers the manager "toy")
+import torch
 
 from evomem.drivers import build, drivers
 from evomem.drivers.restarts import first, following
 from evomem.errors import ConfigError, FitnessError, UnknownNameError
+from evomem.search_space import SearchSpace, SpaceConfig
+from evomem.varying import Bounded, Categorical, Integer, Variable
+
+KINDS = [
+    Bounded(kind="bounded", low=-1, high=1, scale=0.4),
+    Integer(kind="integer", low=0, high=6, scale=0.5),
+    Categorical(kind="categorical", choices=["a", "b", "c"]),
+]
+MIXED = [Variable(place, kind.width, kind.bounds, kind.codes()) for place, kind in enumerate(KINDS)]
 
 VARIANTS = [
     ("cmaes", {}),
@@ -19,6 +34,13 @@ VARIANTS = [
     ("cmaes", {"restarts": "ipop", "popsize": 5}),
     ("cmaes", {"restarts": "bipop", "popsize": 6, "diagonal": True}),
     ("random_search", {}),
+    ("evotorch_cmaes", {}),
+    ("evotorch_cmaes", {"diagonal": True, "popsize": 9}),
+    ("snes", {"stdev_learning_rate": 2.0, "popsize": 7}),
+    ("pgpe", {}),
+    ("pgpe", {"optimizer": "adam", "popsize": 10}),
+    ("catcma", {}),
+    ("catcma", {"variables": MIXED, "popsize": 12}),
 ]
 # Whatever else is registered must do the same with its defaults.
 VARIANTS += [(name, {}) for name in drivers.names() if name not in dict(VARIANTS)]
@@ -47,7 +69,8 @@ def test_asks_what_it_is_told_to(name, options):
         assert np.array_equal(asked.seeds, again.seeds)
         assert asked.vectors.shape == (options.get("popsize", 4 + int(3 * np.log(5))), 5)
         assert asked.vectors.dtype == np.float64
-        assert len(np.unique(asked.vectors, axis=0)) == len(asked.vectors)
+        distinct = len(np.unique(asked.vectors, axis=0))
+        assert distinct == len(asked.vectors) or (distinct > 1 and "variables" in options)
         assert len(set(asked.seeds.tolist())) == len(asked.seeds)
         driver.tell(asked, sphere(asked.vectors))
     with pytest.raises(ConfigError, match="tell"):
@@ -82,15 +105,21 @@ def test_resumes_bit_exactly_between_ask_and_tell_and_after(name, options):
 
 @every_driver
 def test_same_seed_same_search_other_seed_another(name, options):
-    def search(seed):
-        driver = new(name, options, seed=seed)
-        for _ in range(5):
-            population = driver.ask()
-            driver.tell(population, sphere(population.vectors))
+    def search(seed, others):
+        """``others`` seeds the generators that belong to everybody."""
+        before = np.random.get_state()  # noqa: NPY002
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(others)
+            np.random.seed(others)  # noqa: NPY002
+            driver = new(name, options, seed=seed)
+            for _ in range(5):
+                population = driver.ask()
+                driver.tell(population, sphere(population.vectors))
+        np.random.set_state(before)  # noqa: NPY002
         return driver.ask().vectors
 
-    assert np.array_equal(search(0), search(0))
-    assert not np.array_equal(search(0), search(1))
+    assert np.array_equal(search(0, 0), search(0, 1))
+    assert not np.array_equal(search(0, 0), search(1, 0))
 
 
 @every_driver
@@ -105,19 +134,121 @@ def test_a_generation_without_any_fitness_is_refused_and_nothing_is_lost(name, o
     driver.tell(population, sphere(population.vectors))
 
 
+def world():
+    """What no driver may change: everybody's generators, and how many threads torch uses."""
+    legacy = np.random.get_state()  # noqa: NPY002
+    return (
+        (legacy[1].tobytes(), *legacy[2:]),
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        torch.get_num_threads(),
+    )
+
+
 @every_driver
-def test_leaves_the_world_alone(name, options, tmp_path, monkeypatch, capfd):
+def test_leaves_the_world_alone(name, options, tmp_path, monkeypatch, capfd, recwarn):
     monkeypatch.chdir(tmp_path)
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    before = world()
     (tmp_path / "cma_signals.in").write_text("{'timeout': 0}")
     driver = new(name, options)
     for _ in range(30):
         population = driver.ask()
         driver.tell(population, np.round(sphere(population.vectors)))
-    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+        driver.load_state_dict(driver.state_dict())
+    assert world() == before
     assert os.listdir(tmp_path) == ["cma_signals.in"]
     assert driver.stopped() is None
     assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+@every_driver
+def test_what_a_caller_does_to_its_arrays_is_not_the_drivers(name, options):
+    """Vectors, mean and start belong to whoever got or gave them."""
+    start = np.full(5, 1.5)
+    careful, careless = new(name, options), build(name, 5, start, 3, **options)
+    start[:] = 7.0
+    for _ in range(4):
+        population, other = careful.ask(), careless.ask()
+        assert np.array_equal(population.vectors, other.vectors)
+        fitness = sphere(other.vectors)
+        careful.tell(population, fitness.copy())
+        careless.tell(other, fitness)
+        fitness[:] = np.nan
+        careless.mean[:] = np.nan
+        other.vectors[:] = np.nan
+
+
+IN_ANOTHER_PROCESS = """
+import pickle, sys
+from evomem.drivers import build
+assert not {"evotorch", "ray", "cma", "cmaes"} & set(sys.modules), "a library is imported before it is needed"
+cases = pickle.loads(sys.stdin.buffer.read())
+found = []
+for arguments, options, state, fitness in cases:
+    driver = build(*arguments, **options)
+    driver.load_state_dict(pickle.loads(state))
+    driver.tell(driver.ask(), fitness)
+    found.append((driver.mean, driver.ask().vectors))
+sys.__stdout__.buffer.write(pickle.dumps(found))
+"""
+
+
+def test_another_process_continues_bit_exactly_and_in_silence():
+    """One process for all drivers: the libraries take seconds to import."""
+    cases, expected = [], []
+    for name, options in VARIANTS:
+        driver = new(name, options)
+        for _ in range(7):
+            population = driver.ask()
+            driver.tell(population, sphere(population.vectors))
+        population = driver.ask()
+        fitness, state = sphere(population.vectors), pickle.dumps(driver.state_dict())
+        cases.append(((name, 5, np.full(5, 1.5), 3), options, state, fitness))
+        driver.tell(population, fitness)
+        expected.append((driver.mean, driver.ask().vectors))
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS],
+        input=pickle.dumps(cases),
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        check=False,
+    )
+    assert done.stderr == b""
+    found = pickle.loads(done.stdout)  # nothing else was printed
+    for (name, options), (mean, vectors), (same_mean, same_vectors) in zip(VARIANTS, expected, found, strict=True):
+        assert np.array_equal(mean, same_mean), (name, options)
+        assert np.array_equal(vectors, same_vectors), (name, options)
+
+
+@pytest.mark.parametrize("name", drivers.names())
+def test_whatever_is_asked_decodes_within_the_bounds(name):
+    """With steps far wider than the options' ranges."""
+    space = SearchSpace(
+        SpaceConfig(
+            manager={"name": "toy"},
+            options={
+                "sinks": {"kind": "integer", "low": 1, "high": 7, "scale": 0.5},
+                "rate": {"kind": "bounded", "low": -0.25, "high": 0.5},
+                "mode": {"kind": "categorical", "choices": ["soft", "hard", "none"]},
+            },
+        )
+    )
+    options = {"variables": space.variables()} if getattr(drivers.get(name), "takes_variables", False) else {}
+    driver = build(name, space.dim, space.start + 5.0, 0, sigma=4.0, **options)
+    seen = []
+    for _ in range(6):
+        population = driver.ask()
+        for vector in [*population.vectors, driver.mean]:
+            chosen = space.decode(vector).options
+            seen.append((chosen.sinks, chosen.mode))
+            assert isinstance(chosen.sinks, int)
+            assert 1 <= chosen.sinks <= 7
+            assert -0.25 <= chosen.rate <= 0.5
+        driver.tell(population, sphere(population.vectors))
+    assert len(set(seen)) > 6
 
 
 @pytest.mark.parametrize("options", [options for name, options in VARIANTS if name == "cmaes"])
@@ -213,11 +344,39 @@ def test_restart_regimes():
         ("cmaes", {"popsize": 1}, "popsize"),
         ("cmaes", {"restart": "ipop"}, "restarts"),
         ("random_search", {"diagonal": True}, "diagonal"),
+        ("snes", {"center_learning_rate": 0.0}, "center_learning_rate"),
+        ("pgpe", {"popsize": 7}, "give 8"),
+        ("pgpe", {"optimizer": "adam", "max_speed": 0.1}, "clipup"),
+        ("cem", {"parents": 1.0}, "parents"),
+        ("cem", {"popsize": 2}, "at least 3"),
+        ("catcma", {"popsize": 3}, "at least 4"),
+        ("catcma", {"variables": [MIXED[1], MIXED[1]]}, "overlap"),
+        ("lra_cma", {"lr_adapt": False}, "lr_adapt"),
     ],
 )
 def test_wrong_options_are_named(name, options, message):
     with pytest.raises(ConfigError, match=message):
         new(name, options)
+
+
+@pytest.mark.parametrize("name", drivers.names())
+def test_one_dimension_is_searched_or_refused_with_a_message(name):
+    try:
+        driver = build(name, 1, np.ones(1), 0)
+    except ConfigError as error:
+        assert "2 dimensions" in str(error)  # noqa: PT017
+        return
+    for _ in range(5):
+        population = driver.ask()
+        driver.tell(population, sphere(population.vectors))
+    assert driver.mean.shape == (1,)
+
+
+@pytest.mark.parametrize("name", drivers.names())
+def test_every_driver_has_a_line_for_the_list(name):
+    line = (drivers.get(name).__doc__ or "").strip().splitlines()[0]
+    assert 20 <= len(line) <= 118
+    assert line.endswith(".")
 
 
 def test_unknown_driver_and_bad_start():
