@@ -170,7 +170,26 @@ def evolve(
         bool, typer.Option("--resume", help="Go on with the run in the folder; begin if there is none.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME]")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that evaluate; 0: this one.")] = 0,
+    workers: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Processes that evaluate, through Ray; 0: this one; auto: as many as the cores allow. The result is "
+            "the same to the bit.",
+        ),
+    ] = "0",
+    address: Annotated[
+        str | None, typer.Option(metavar="auto|HOST:PORT", help="Evaluate on a running Ray cluster.")
+    ] = None,
+    cpus_per_worker: Annotated[
+        float | None, typer.Option(min=0.01, help="Cores that a worker asks for. [default: the experiment's threads]")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0.0, help="GPUs that a worker asks for. [default: 1 where there are GPUs]")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds after which a silent worker is replaced. [default: judged]")
+    ] = None,
     track: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", help="Who is told: terminal, jsonl, tensorboard, wandb[:online].")
     ] = "terminal",
@@ -186,15 +205,25 @@ def evolve(
       evomem evolve experiments/demo.yaml --resume
 
       evomem evolve demo -s seed=1 -s driver.population=32 --out runs/demo-1
+
+      evomem evolve demo --workers auto            all cores of this machine
+
+      evomem evolve demo --address auto --workers 64           a Ray cluster that this machine belongs to
     """
     words = ["evomem", "evolve", experiment, *[w for s in setting or [] for w in ("-s", s)]]
     words += [*(["--out", str(out)] if out is not None else []), "--resume"]
     words += ["--track", track] if track != "terminal" else []
+    words += ["--workers", workers] if workers != "0" else []
+    words += ["--address", address] if address is not None else []
+    asked = {"--cpus-per-worker": cpus_per_worker, "--gpus-per-worker": gpus_per_worker, "--timeout": timeout}
+    words += [word for name, value in asked.items() if value is not None for word in (name, f"{value:g}")]
     with guarded(shlex.join(words)):
         from evomem.commands import evolve as command
+        from evomem.workers import WorkerOptions
 
+        options = WorkerOptions(command.count_of(workers, address), address, cpus_per_worker, gpus_per_worker, timeout)
         command.evolve(
-            experiment, setting or [], out, resume=resume, workers=workers, track=track, again=shlex.join(words)
+            experiment, setting or [], out, resume=resume, workers=options, track=track, again=shlex.join(words)
         )
 
 
@@ -314,17 +343,26 @@ def track(
 def export(
     run: Annotated[str, typer.Argument(help="Run folder, or a plug-in.")],
     folder: Annotated[Path, typer.Argument(help="Where the plug-in goes; a plug-in that is there is replaced.")],
+    place: Annotated[
+        int | None, typer.Option(min=0, help="Of a run with a front: its member at this place, 0 is the smallest.")
+    ] = None,
+    size: Annotated[
+        float | None,
+        typer.Option("--bytes", min=1, help="Of a run with a front: its largest member within so many bytes of cache."),
+    ] = None,
 ) -> None:
     """Copy a run's winner as a plug-in: config.json, model.safetensors, provenance.json, README.md.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       evomem export runs/demo my-manager
+
+      evomem export runs/pareto_smollm2 my-manager --bytes 2e6
     """
     with guarded():
         from evomem.commands import evolve as command
 
-        command.export(run, folder)
+        command.export(run, folder, place, size)
 
 
 @app.command("list")

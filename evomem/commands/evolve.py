@@ -11,16 +11,19 @@ from rich.text import Text
 
 from evomem import plugins
 from evomem.commands.compare import ProgressBar, keep_rows, load, partial_file, places_of, run_label, show
+from evomem.commands.front import compared_budgets, draw_front, front_notes, front_table, member_plugin
 from evomem.commands.listing import wide_console
 from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.compare import NamedManager, compare
 from evomem.evaluation.rows import Budget, Row
 from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
 from evomem.runs.files import write_atomically
+from evomem.runs.pareto import Member, read_front
 from evomem.runs.plots import fitness_plot, memory_plot
 from evomem.runs.report import markdown, read_rows, sentences
 from evomem.tasks.base import Split
 from evomem.tracking import build_trackers
+from evomem.workers import WorkerOptions
 
 
 def evolve(
@@ -29,7 +32,7 @@ def evolve(
     out: Path | None,
     *,
     resume: bool,
-    workers: int,
+    workers: WorkerOptions,
     again: str,
     track: str = "terminal",
 ) -> None:
@@ -40,8 +43,6 @@ def evolve(
     again : the command that goes on with this run, for messages.
     track : names of the trackers (`evomem.tracking.build_trackers`).
     """
-    if workers:
-        raise ConfigError(f"--workers {workers}: evaluations run in this process only; leave it at 0")
     config = load_experiment(experiment, settings)
     folder = out if out is not None else Path("runs") / config.name
     if (folder / "config.yaml").exists() and not resume:
@@ -55,32 +56,55 @@ def evolve(
         held["bench"] = model_bench(config)
         return held["bench"]
 
-    result = search(config, folder, bench, resume=resume, tracker=trackers)
+    result = search(config, folder, bench, resume=resume, tracker=trackers, workers=workers)
     if finished:
         console.print(Text(f"{folder}: this run is finished", style="bold"))
         for line in result.lines():
             console.print(Text(line))
     run = open_run(folder)
-    rows = _comparison(run, held.get("bench"))
+    front = read_front(folder)
+    if front:
+        console.print(front_table(front))
+        for note in front_notes(front):
+            console.print(Text(note, style="dim"))
+    rows = _comparison(run, held.get("bench"), front)
     _write_report(run, result, rows)
+    if front:
+        draw_front(run, front, rows)
     show(rows, console)
-    _print_end(run, console)
+    _print_end(run, console, front)
 
 
-def _comparison(run: Run, bench: Bench | None) -> list[Row]:
+def count_of(workers: str, address: str | None) -> int | None:
+    """Return the number that ``--workers`` names; None: as many as there is room for.
+
+    Raises
+    ------
+    ConfigError : it is neither a number nor ``auto``.
+    """
+    if workers == "auto" or (workers == "0" and address is not None):
+        return None
+    if not workers.isdigit():
+        raise ConfigError(f"--workers {workers}: give a whole number, 0 for this process, or auto for all cores")
+    return int(workers)
+
+
+def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[Row]:
     """Return the winner's comparison with the field on the sealed split; from the folder if it is there."""
     path = run.folder / "comparison.json"
     if path.exists():
         return read_rows(path)
     config, stage = run.config, run.config.plan()[-1]
+    # Reports are in full precision, whatever the search used; but a front was measured in its search's own type, in
+    # which the bytes are others, and the field stands beside it.
+    dtype = config.model.dtype if front else "float32"
     loaded = None
     if bench is not None:
         evaluator: Any = bench.evaluator
         evaluator.store.close()
-        # Reports are in full precision, whatever the search used.
-        loaded = evaluator.loaded if config.model.dtype == "float32" else None
-    places = places_of(loaded or load(config.model.name, "float32"), stage.tasks, config.protocol)
-    budgets: Sequence[Budget] = stage.budgets or (run.winner.options.budget,)
+        loaded = evaluator.loaded if config.model.dtype == dtype else None
+    places = places_of(loaded or load(config.model.name, dtype), stage.tasks, config.protocol)
+    budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
     with ProgressBar("comparing") as bar:
         comparison = compare(
             [NamedManager(run_label(config.name), run.winner)],
@@ -117,13 +141,16 @@ def _write_report(run: Run, result: RunResult, rows: Sequence[Row]) -> None:
         plugins.save(run.winner, run.plugin, told)
 
 
-def _print_end(run: Run, console: Console) -> None:
+def _print_end(run: Run, console: Console, front: Sequence[Member]) -> None:
     """Say where things are, and three things that a user may want to do next."""
     folder, plugin = run.folder, run.plugin
     config = run.config
     console.print(Text(f"report: {folder}/comparison.md, {folder}/plots; plug-in: {plugin}", style="dim"))
     console.print(Text("next:"))
     console.print(Text(f"  evomem export {folder} {config.name}-manager"))
+    if front:
+        place = len(front) // 2
+        console.print(Text(f"  evomem export {folder} {config.name}-{place} --place {place}   (or --bytes 2e6)"))
     console.print(Text(f"  evomem compare {folder} --budgets 32,64,128 --task passkey:length=500"))
     console.print(Text(f"  python: {snippet(plugin)}"))
 
@@ -136,12 +163,22 @@ def snippet(folder: Path) -> str:
     )
 
 
-def export(source: str, folder: Path) -> None:
-    """Write a run's winner, or another plug-in, as a plug-in into ``folder``."""
+def export(source: str, folder: Path, place: int | None = None, size: float | None = None) -> None:
+    """Write a run's winner, a member of its front, or another plug-in, as a plug-in into ``folder``.
+
+    Parameters
+    ----------
+    place, size : of the member of a front (`evomem.runs.pareto.member_of`); the winner if neither is given.
+    """
     path = Path(source).expanduser()
-    plugin = open_run(path).plugin if (path / "config.yaml").is_file() else path
     if not path.exists():
         raise EvomemError(f"{source}: no such run or plug-in")
+    if (path / "config.yaml").is_file():
+        plugin = member_plugin(open_run(path), place, size)
+    elif place is None and size is None:
+        plugin = path
+    else:
+        raise ConfigError(f"{source}: is a plug-in; --place and --bytes are for a run that has a front")
     found = plugins.read(plugin)
     plugins.save(found.manager, folder, found.provenance)
     console = wide_console()

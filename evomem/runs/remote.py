@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from evomem.runs.candidates import UnitEvaluator
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.samples import Samples
 from evomem.search_space import SearchSpace
-from evomem.workers.base import Evaluate, Recipe, WorkerOptions, WorkerPool
+from evomem.workers.base import Evaluate, Recipe, WorkerOptions, WorkerPool, cores
 from evomem.workers.local import LocalPool
 
 
@@ -34,6 +35,7 @@ def make_pool(
     ------
     WorkerError : Ray cannot be started or reached, or has not the resources.
     """
+    options = counted(options, config.threads)
     if options.count == 0:
         return LocalPool(UnitEvaluator(space, bench, samples), config.attempts)
     from evomem.workers.ray_pool import RayPool
@@ -44,6 +46,17 @@ def make_pool(
     build = partial(unit_evaluator, config, safetensors.torch.save(state), make)
     recipe = Recipe(parts, build, config.threads)
     return RayPool(recipe, options, attempts=config.attempts, store_bytes=config.store_bytes, report=report)
+
+
+def counted(options: WorkerOptions, threads: int) -> WorkerOptions:
+    """Return the options with the number of workers that this machine has room for, if none is given.
+
+    A machine with room for one has no use for Ray. A cluster is asked when it is joined.
+    """
+    if options.count is not None or options.address is not None:
+        return options
+    room = int(cores() / (options.cpus or threads))
+    return replace(options, count=room if room > 1 else 0)
 
 
 def unit_evaluator(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -120,15 +121,20 @@ class WorkerOptions:
 
     Attributes
     ----------
-    count : worker processes; 0: this process.
+    count : worker processes; 0: this process; None: as many as there is room for.
     address : of a running Ray cluster ("auto", "HOST:PORT"); None: Ray is started on this machine, for this run.
     cpus : processor cores that a worker asks of Ray; None: as many as it has threads.
     gpus : GPUs that a worker asks of Ray; None: one each if the cluster has GPUs.
     timeout : seconds after which a worker that has not answered is taken for hanging; None: judged by the others.
     """
 
-    count: int = 0
+    count: int | None = 0
     address: str | None = None
     cpus: float | None = None
     gpus: float | None = None
     timeout: float | None = None
+
+
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

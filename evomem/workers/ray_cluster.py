@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 from evomem.errors import WorkerError
-from evomem.workers.base import WorkerOptions
+from evomem.workers.base import WorkerOptions, cores
 
 MEGABYTE = 1 << 20
 REACH_SECONDS = 5.0
@@ -28,6 +28,7 @@ class Connection:
     ----------
     ray : the library.
     cpus, gpus : what every worker asks for.
+    count : how many workers there are to be.
 
     Raises
     ------
@@ -40,24 +41,24 @@ class Connection:
         self._own = False
         if not self.ray.is_initialized():
             if options.address is None:
-                self._check_cores(options.count)
+                self._check_cores(options.count or 1)
                 self._start(shared_bytes)
             else:
                 self._join(options.address)
         try:
-            self.gpus = self._check_resources(options)
+            self.gpus, self.count = self._check_resources(options)
         except BaseException:
             self.close()
             raise
 
     def _check_cores(self, count: int) -> None:
         """Refuse more workers than this machine has cores: Ray would wait for them for ever, in silence."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if count * self.cpus > cores + 1e-9:
+        there = cores()
+        if count * self.cpus > there + 1e-9:
             raise WorkerError(
-                f"{count} workers of {self.cpus:g} cores need {count * self.cpus:g} cores; this machine has {cores}. "
-                f"Take at most --workers {max(int(cores // self.cpus), 0)}, let them share cores "
-                f"(--cpus-per-worker {cores / count:.2g}), or join a cluster (--address)"
+                f"{count} workers of {self.cpus:g} cores need {count * self.cpus:g} cores; this machine has {there}. "
+                f"Take at most --workers {max(int(there // self.cpus), 0)}, let them share cores "
+                f"(--cpus-per-worker {there / count:.2g}), or join a cluster (--address)"
             )
 
     def _start(self, shared_bytes: int) -> None:
@@ -92,9 +93,12 @@ class Connection:
             raise WorkerError(f"--address {address}: no Ray cluster could be joined: {reason}; {advice}") from error
         self._own = True
 
-    def _check_resources(self, options: WorkerOptions) -> float:
+    def _check_resources(self, options: WorkerOptions) -> tuple[float, int]:
         there = self.ray.cluster_resources()
         gpus = options.gpus if options.gpus is not None else (1.0 if there.get("GPU", 0) >= 1 else 0.0)
+        if options.count is None:
+            room = there.get("CPU", 0.0) / self.cpus
+            return gpus, max(1, int(min(room, there["GPU"] / gpus) if gpus else room))
         for name, each in (("CPU", self.cpus), ("GPU", gpus)):
             if options.count * each > there.get(name, 0.0) + 1e-9:
                 most = int(there.get(name, 0.0) // each)
@@ -103,7 +107,7 @@ class Connection:
                     f"{there.get(name, 0.0):g}. Take at most --workers {most}, ask for less with "
                     f"--{name.lower()}s-per-worker, or add machines to the cluster"
                 )
-        return gpus
+        return gpus, options.count
 
     def node_is_dead(self, node: str) -> bool:
         """Tell whether Ray knows a machine to be gone."""

@@ -96,7 +96,7 @@ class RayPool:
                 num_cpus=self._connection.cpus, num_gpus=self._connection.gpus, max_restarts=0, max_task_retries=0
             )
             self._actor = remote(RayWorker)
-            for _ in range(options.count):
+            for _ in range(self._connection.count):
                 self._start()
             while not self._joined:
                 self._wait()
