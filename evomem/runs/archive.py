@@ -63,6 +63,16 @@ class Archive:
             distinct.setdefault(finalist.vector.tobytes(), finalist)
         return list(distinct.values())
 
+    def chosen(self, scores: Array, held: Array) -> list[int]:
+        """Return the places of the finalists to report, the winner last: here the best alone, the first of equals.
+
+        Parameters
+        ----------
+        scores, held : (finalists,) fitness and measured bytes on `select`. Without a finite score there is no winner.
+        """
+        finite = np.isfinite(scores)
+        return [int(np.argmax(np.where(finite, scores, -np.inf)))] if finite.any() else []
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that an exact resume needs."""
         return {"best": list(self.best), "means": list(self.means)}

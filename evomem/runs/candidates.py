@@ -176,6 +176,12 @@ def by_head(rows: Sequence[Row]) -> Vectors:
     return np.asarray(np.sum(heads, axis=0), dtype=np.float64)
 
 
+def by_bytes(rows: Sequence[Row]) -> Vectors:
+    """Return the measured bytes (candidates,): weighted mean over tasks, samples and budgets."""
+    held = [[evaluation.bytes_mean for evaluation in row.evaluations] for row in rows]
+    return np.asarray(np.average(held, axis=0, weights=[row.task.weight for row in rows]), dtype=np.float64)
+
+
 class Judge:
     """Gives candidates their fitness.
 
@@ -215,7 +221,7 @@ class Judge:
             TaskValues(task.weight, np.stack([np.mean(sample, axis=0) for sample in values[place]], axis=1))
             for place, task in enumerate(plan.stage.tasks)
         ]
-        fitness = combine(tasks)
+        fitness = replace(combine(tasks), held=by_bytes(rows))
         if objective_of(plan.stage.fitness).headwise:
             fitness = replace(fitness, heads=by_head(rows))
         return fitness, rows

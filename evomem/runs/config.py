@@ -97,7 +97,8 @@ class SelectConfig(Settings):
     Attributes
     ----------
     contexts : samples per task, the same for all finalists.
-    top : candidates with the largest fitness of the run (noisy, each on its own generation's samples).
+    top : candidates with the largest fitness of the run (noisy, each on its own generation's samples); for a driver
+        that searches a front, members of the front over all generations, besides the last generation's.
     snapshots : means of the distribution at so many evenly spaced earlier generations (a long search overfits).
     """
 

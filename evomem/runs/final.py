@@ -10,9 +10,10 @@ import numpy as np
 
 from evomem.drivers.base import Driver
 from evomem.runs.archive import Finalist
-from evomem.runs.candidates import Judge, Plan
+from evomem.runs.candidates import Judge, Plan, Row
 from evomem.runs.files import write_atomically, write_vector
-from evomem.runs.result import RunResult, Score
+from evomem.runs.pareto import FrontArchive, Member, front_json, plugin_folder
+from evomem.runs.result import RunResult, Score, by_sample
 from evomem.strict_json import to_json
 from evomem.tasks.base import Split
 
@@ -23,18 +24,25 @@ if TYPE_CHECKING:
 def choose(search: Search, judge: Judge, driver: Driver) -> RunResult:
     """Re-evaluate the finalists on `select`, report the best on `sealed` once, and write winner and result.
 
+    For a driver that searches a front, the front on `select` takes the place of the best; the winner is its member with
+    the best score.
+
     Raises
     ------
     FitnessError : no finalist has a finite fitness.
     """
     config = search.config
     finalists = search.archive.finalists(driver.mean, search.start)
-    scores = _scores(search, judge, "select", Split.SELECT, config.select.contexts, finalists)
+    scores, _ = _scores(search, judge, "select", Split.SELECT, config.select.contexts, finalists)
     fitness = np.array([score.fitness for score in scores])
-    if not np.isfinite(fitness).any():
+    chosen = search.archive.chosen(fitness, np.array([score.bytes_mean for score in scores]))
+    if not chosen:
         raise search.all_failed("select", None, f"select: all {len(finalists)} finalists")
-    best = int(np.argmax(np.where(np.isfinite(fitness), fitness, -np.inf)))
+    best = chosen[-1]
     winner = finalists[best]
+    sealed, rows = _scores(
+        search, judge, "sealed", Split.SEALED, config.sealed.contexts, [finalists[place] for place in chosen]
+    )
     train = min(config.select.contexts, search.plan[-1].train_contexts)
     result = RunResult(
         folder=search.path,
@@ -43,26 +51,61 @@ def choose(search: Search, judge: Judge, driver: Driver) -> RunResult:
         generations=len(search.records),
         stopped=driver.stopped(),
         finalists={finalist.label: score for finalist, score in zip(finalists, scores, strict=True)},
-        train=_scores(search, judge, "check", Split.TRAIN, train, [winner])[0],
+        train=_scores(search, judge, "check", Split.TRAIN, train, [winner])[0][0],
         select=scores[best],
-        sealed=_scores(search, judge, "sealed", Split.SEALED, config.sealed.contexts, [winner])[0],
+        sealed=sealed[-1],
         spent=asdict(search.run_folder.journal.totals),
+        front=len(chosen) if isinstance(search.archive, FrontArchive) else 0,
     )
+    if result.front:
+        front = [finalists[place] for place in chosen]
+        _write_front(search, result, front, [scores[place] for place in chosen], sealed, rows)
     _write(search, result)
     return result
 
 
 def _scores(
     search: Search, judge: Judge, phase: str, split: Split, contexts: int, finalists: list[Finalist]
-) -> list[Score]:
-    """Return the finalists' scores, all on the same samples of a split, as the last stage measures."""
+) -> tuple[list[Score], list[Row]]:
+    """Return the finalists' scores, all on the same samples of a split, as the last stage measures; and the rows."""
     stage = search.plan[-1]
     samples = tuple(tuple(search.samples.pool(task, split, contexts)) for task in stage.tasks)
     exact = split is Split.SEALED and search.config.sealed.exact
     vectors = np.stack([finalist.vector for finalist in finalists])
     seeds = np.arange(len(finalists), dtype=np.int64)
     fitness, rows = judge.judge(Plan(phase, None, stage, samples, exact), vectors, seeds)
-    return [Score.of(float(fitness.values[place]), rows, place) for place in range(len(finalists))]
+    return [Score.of(float(fitness.values[place]), rows, place) for place in range(len(finalists))], rows
+
+
+def _write_front(
+    search: Search, result: RunResult, front: list[Finalist], select: list[Score], sealed: list[Score], rows: list[Row]
+) -> None:
+    """Write the members of a front as plug-ins, then the list of them."""
+    from evomem.evaluation.statistics import bootstrap_mean
+    from evomem.plugins import save
+
+    members = []
+    known = provenance(search, result)
+    for place, (finalist, chosen, reported) in enumerate(zip(front, select, sealed, strict=True)):
+        manager = search.space.decode(finalist.vector)
+        interval = bootstrap_mean(by_sample(rows, place)).bounds()
+        member = Member(
+            place=place,
+            label=finalist.label,
+            budget=manager.options.budget,
+            select=chosen,
+            sealed=reported,
+            interval=None if interval is None else (interval[0], interval[1]),
+        )
+        told = {
+            **known,
+            "winner": finalist.label,
+            "front": {"place": place, "members": len(front)},
+            "scores": {"select": asdict(chosen), "sealed": asdict(reported)},
+        }
+        save(manager, plugin_folder(search.path, place), told)
+        members.append(member)
+    write_atomically(search.path / "front.json", front_json(members))
 
 
 def _write(search: Search, result: RunResult) -> None:

@@ -89,12 +89,15 @@ class Fitness:
     failed : how many of them are NaN.
     noise : standard error of a candidate's fitness relative to the others', from the samples' paired differences, root
         mean square over candidates; NaN when a task has one sample only.
+    heads : (candidates, layers * kv_heads) fitness of every head, where the objective has one.
+    held : (candidates,) measured bytes, `Evaluation.bytes_mean` averaged like the fitness.
     """
 
     values: Array
     failed: int
     noise: float
     heads: Array | None = None
+    held: Array = field(default_factory=lambda: np.zeros(0))
 
     @property
     def best(self) -> float:

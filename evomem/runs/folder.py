@@ -7,6 +7,7 @@
     checkpoints/      the last two states of the search
     start/            vector.npy and state.safetensors of the manager that the search started from; provenance.json
     winner/           vector.npy, and the plug-in in plugin/
+    front.json        of a search for a front: its members, and their plug-ins in front/ (`evomem.runs.pareto`)
     result.json       written last: a run that has it is finished
     run.lock          held by the process that works in the folder; owner.json says which that is
 """

@@ -12,6 +12,7 @@ import numpy as np
 
 from evomem.errors import EvomemError
 from evomem.evaluation.rows import Row
+from evomem.runs.pareto import Member
 from evomem.runs.report import best_heuristic
 from evomem.runs.result import RunResult
 from evomem.tracking.base import GenerationRecord
@@ -88,12 +89,7 @@ def memory_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     for manager in sorted({row.manager for row in rows}, key=lambda name: name in named):
         mine = sorted((row for row in rows if row.manager == manager), key=lambda row: row.bytes_mean)
         if mine[0].role == "full":
-            axes.axhline(mine[0].loglik, color=_INK, linewidth=1, linestyle="--", zorder=1)
-            label = f"full cache ({mine[0].bytes_mean / 1024:,.0f} KiB)"
-            axes.annotate(
-                label, (0.5, mine[0].loglik), xycoords=("axes fraction", "data"), xytext=(0, 4),
-                textcoords="offset points", color=_INK, fontsize=9, ha="center",
-            )  # fmt: skip
+            _full_line(axes, mine[0])
             continue
         color = named.get(manager, _GREY)
         x = [row.bytes_mean / 1024 * shift.get(manager, 1.0) for row in mine]
@@ -113,6 +109,67 @@ def memory_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.set_ylabel("log-likelihood, nats per answer token")
     _label_ends(axes, ends)
     _save(figure, path)
+
+
+def front_plot(path: Path, members: Sequence[Member], rows: Sequence[Row], title: str) -> None:
+    """Draw a front, the log-likelihood on `sealed` against the measured bytes, and the field of a comparison beside it.
+
+    Parameters
+    ----------
+    members : of the front.
+    rows : of a comparison on the same samples, in the same type of numbers; other subjects than the front's are drawn
+        like the field. Without any the front stands alone.
+    """
+    figure, (axes,) = _figure(title)
+    ends: list[tuple[float, float, str, str]] = []
+    named = _named(rows)
+    for manager in dict.fromkeys(row.manager for row in rows):
+        mine = sorted((row for row in rows if row.manager == manager), key=lambda row: row.bytes_mean)
+        if mine[0].role == "full":
+            _full_line(axes, mine[0])
+            continue
+        subject = mine[0].role == "subject"
+        color = _SUBJECT if subject else named.get(manager, _GREY)
+        x, y = [row.bytes_mean / 1024 for row in mine], [row.loglik for row in mine]
+        axes.plot(
+            x, y, color=color, marker="o", markersize=3.5, linewidth=1.2 if manager in named else 0.7,
+            linestyle=":" if subject else "-", alpha=1.0 if manager in named else 0.5, zorder=2,
+        )  # fmt: skip
+        ends.append((x[-1], y[-1], manager, color))
+    x = [member.sealed.bytes_mean / 1024 for member in members]
+    y = [member.sealed.loglik for member in members]
+    spans = [member.interval or (value, value) for member, value in zip(members, y, strict=True)]
+    bars = [[max(0.0, value - low) for value, (low, _) in zip(y, spans, strict=True)],
+            [max(0.0, high - value) for value, (_, high) in zip(y, spans, strict=True)]]  # fmt: skip
+    axes.errorbar(
+        x,
+        y,
+        yerr=bars,
+        color=_SUBJECT,
+        marker="D",
+        markersize=5.5,
+        linewidth=2.2,
+        elinewidth=1.2,
+        capsize=2.5,
+        zorder=4,
+    )
+    ends.append((x[-1], y[-1], f"front ({len(members)})", _SUBJECT))
+    sizes = [*x, *(row.bytes_mean / 1024 for row in rows if row.role != "full")]
+    axes.set_xscale("log")
+    _plain_ticks(axes, sizes)
+    axes.set_xlabel("KiB of cache per sequence, mean (log)")
+    axes.set_ylabel("log-likelihood, nats per answer token")
+    _label_ends(axes, ends)
+    _save(figure, path)
+
+
+def _full_line(axes: Any, row: Row) -> None:
+    """Draw the full cache, whose size would stretch the picture, as a line."""
+    axes.axhline(row.loglik, color=_INK, linewidth=1, linestyle="--", zorder=1)
+    axes.annotate(
+        f"full cache ({row.bytes_mean / 1024:,.0f} KiB)", (0.5, row.loglik), xycoords=("axes fraction", "data"),
+        xytext=(0, 4), textcoords="offset points", color=_INK, fontsize=9, ha="center",
+    )  # fmt: skip
 
 
 def _named(rows: Sequence[Row]) -> dict[str, str]:

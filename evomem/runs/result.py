@@ -42,11 +42,7 @@ class Score:
         """Return the score of the candidate at ``place`` of the rows' evaluations."""
         mine = [row.evaluations[place] for row in rows]
         exact = [evaluation.exact for evaluation in mine if evaluation.exact is not None]
-        # Budgets of the same sample are no independent measurements: the error is over samples.
-        by_sample: dict[tuple[str, str], list[float]] = {}
-        for row, evaluation in zip(rows, mine, strict=True):
-            by_sample.setdefault((row.task.label, evaluation.sample), []).append(evaluation.loglik)
-        logliks = [sum(values) / len(values) for values in by_sample.values()]
+        logliks = by_sample(rows, place)
         count = len(logliks)
         with np.errstate(invalid="ignore"):  # a likelihood may be -inf
             deviation = float(np.std(logliks, ddof=1)) if count > 1 else math.nan
@@ -69,6 +65,18 @@ class Score:
         return cls(contexts=int(data["contexts"]), exact=exact, **numbers)
 
 
+def by_sample(rows: Sequence[Row], place: int) -> list[float]:
+    """Return the log-likelihood on every sample, of the candidate at ``place`` of the rows' evaluations.
+
+    Budgets of the same sample are no independent measurements: they are averaged.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        evaluation = row.evaluations[place]
+        found.setdefault((row.task.label, evaluation.sample), []).append(evaluation.loglik)
+    return [_mean(values) for values in found.values()]
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -87,6 +95,8 @@ class RunResult:
     finalists : scores on `select` by label, the winner among them.
     train, select, sealed : the winner's scores; ``train`` is on contexts that the search has used.
     spent : evaluations by phase, tokens, seconds, failed attempts (`evomem.runs.journal.Totals`).
+    front : members of the front of which the winner has the best score (`evomem.runs.pareto`); 0: the search had one
+        objective.
     """
 
     folder: Path
@@ -99,6 +109,7 @@ class RunResult:
     select: Score
     sealed: Score
     spent: dict[str, Any]
+    front: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the vector and the folder, JSON-serialisable."""
@@ -120,15 +131,12 @@ class RunResult:
             select=Score.from_json(data["select"]),
             sealed=Score.from_json(data["sealed"]),
             spent=data["spent"],
+            front=data.get("front", 0),
         )
 
     def lines(self) -> list[str]:
         """Return the result as text: the finalists, and what the winner lost from split to split."""
-        finalists = sorted(self.finalists.items(), key=lambda item: -_order(item[1].fitness))
-        text = [f"select ({self.select.contexts} contexts):"]
-        for label, score in finalists:
-            mark = "  <- winner" if label == self.winner else ""
-            text.append(f"  {label:<20} fitness {score.fitness:8.4f}  loglik {score.loglik:8.4f}{mark}")
+        text = self._finalist_lines() if not self.front else [self._front_line()]
         train, select, sealed = self.train.fitness, self.select.fitness, self.sealed.fitness
         text.append(
             f"winner's fitness: train {train:.4f}, select {select:.4f} ({select - train:+.4f}), "
@@ -139,9 +147,23 @@ class RunResult:
             f"sealed ({self.sealed.contexts} contexts): loglik {self.sealed.loglik:.4f} +- {self.sealed.error:.4f}"
             f"{exact}, {self.sealed.slots:.1f} slots a head, {self.sealed.bytes_mean / 1e6:.2f} MB"
         )
-        if self.winner == "start":
+        if self.winner == "start" and not self.front:
             text.append("no candidate was better than the start on select: the search has found nothing")
         return text
+
+    def _finalist_lines(self) -> list[str]:
+        finalists = sorted(self.finalists.items(), key=lambda item: -_order(item[1].fitness))
+        lines = [f"select ({self.select.contexts} contexts):"]
+        for label, score in finalists:
+            mark = "  <- winner" if label == self.winner else ""
+            lines.append(f"  {label:<20} fitness {score.fitness:8.4f}  loglik {score.loglik:8.4f}{mark}")
+        return lines
+
+    def _front_line(self) -> str:
+        return (
+            f"front: {self.front} of {len(self.finalists)} finalists, by score against measured bytes on select "
+            f"({self.select.contexts} contexts); the winner is the largest, {self.winner}"
+        )
 
 
 def _order(fitness: float) -> float:

@@ -28,6 +28,7 @@ from evomem.runs.final import choose
 from evomem.runs.fitness import Fitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
 from evomem.runs.journal import Record, read_journal
+from evomem.runs.pareto import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
 from evomem.runs.remote import limited_threads, make_pool
 from evomem.runs.result import RunResult
 from evomem.runs.samples import Samples
@@ -76,9 +77,10 @@ def search(
 
 
 def check_objectives(config: ExperimentConfig) -> None:
-    """Raise `UnknownNameError` if a stage's objective does not exist: before anything is loaded."""
+    """Raise `ConfigError` if a stage measures what does not exist, or not what its driver needs."""
     for stage in config.plan():
         objective_of(stage.fitness)
+    check_bytes_may_vary(config)
 
 
 class Search:
@@ -105,7 +107,11 @@ class Search:
         self.space: SearchSpace
         self.start: Array
         self.records: dict[int, GenerationRecord] = {}
-        self.archive = Archive(config.select.top, evenly_spaced(self.generations, config.select.snapshots))
+        self.archive: Archive | FrontArchive = Archive(
+            config.select.top, evenly_spaced(self.generations, config.select.snapshots)
+        )
+        if wants_bytes(config):
+            self.archive = FrontArchive(config.select.top)
 
     def warn(self, message: str) -> None:
         """Tell the user and the journal."""
@@ -236,11 +242,7 @@ class Search:
             plan = Plan("train", generation, stage, samples)
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
             self._check(fitness, population, stage)
-            if headwise:
-                driver.tell(population, fitness.values, fitness.heads)  # type: ignore[call-arg]
-            else:
-                driver.tell(population, fitness.values)
-            self.archive.update(population, fitness.values, driver.mean)
+            self._tell(driver, population, fitness, headwise=headwise)
             self._record(generation, stage, fitness, driver)
             self._checkpoint(driver, generation + 1, asked=False)
             measuring.forget(generation)
@@ -256,6 +258,18 @@ class Search:
         driver.enter(headwise=headwise)
         return headwise
 
+    def _tell(self, driver: Driver, population: Population, fitness: Fitness, *, headwise: bool) -> None:
+        """Tell the driver what it wants to know, and the archive."""
+        if isinstance(self.archive, FrontArchive):
+            driver.tell(population, fitness.values, fitness.held)  # type: ignore[call-arg]
+            self.archive.update(population, fitness.values, fitness.held)
+            return
+        if headwise:
+            driver.tell(population, fitness.values, fitness.heads)  # type: ignore[call-arg]
+        else:
+            driver.tell(population, fitness.values)
+        self.archive.update(population, fitness.values, driver.mean)
+
     def _check(self, fitness: Fitness, population: Population, stage: Stage) -> None:
         if fitness.failed == len(fitness.values):
             raise self.all_failed(
@@ -263,9 +277,12 @@ class Search:
             )
         if population.generation == 0 and 0 not in self.records:
             sigma = self.config.driver.sigma or self.space.sigma
-            message = preflight(fitness, sigma, stage.samples_per_generation * len(stage.tasks))
-            if message is not None:
-                self.warn(message)
+            messages = [preflight(fitness, sigma, stage.samples_per_generation * len(stage.tasks))]
+            if wants_bytes(self.config):
+                messages.append(preflight_bytes(fitness))
+            for message in messages:
+                if message is not None:
+                    self.warn(message)
 
     def _record(self, generation: int, stage: Stage, fitness: Fitness, driver: Driver) -> None:
         """Write the generation's line, unless a killed process has done so already."""
