@@ -88,7 +88,10 @@ class WandbTracker:
         self._artifacts.append(path)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write how it ended, and wait until W&B has everything (offline: on the disk)."""
+        """Write how it ended, and wait until W&B has everything.
+
+        Offline that is W&B's own process, which writes the last bytes a moment later, and before this process ends.
+        """
         if self._run is None:
             for old in (self._out / "wandb").glob(f"offline-run-*-{self._id}"):
                 shutil.rmtree(old)
@@ -195,3 +198,5 @@ def _clear_errors(mode: str) -> Iterator[None]:
         raise ConfigError(f"W&B refuses: {error}{hint}") from None
     except (wandb.errors.CommError, TimeoutError) as error:
         raise RunError(f"W&B cannot be reached ({str(error).splitlines()[0]}); {later}") from None
+    except Exception as error:  # its errors have no common base
+        raise RunError(f"W&B failed ({type(error).__name__}: {error}); {later}") from error
