@@ -345,6 +345,30 @@ def test_a_run_is_not_begun_twice_and_not_resumed_as_another(tmp_path):
         search(experiment(*SMALL), tmp_path / "letters", factory(ToyEvaluator()), resume=True)
 
 
+@pytest.mark.parametrize("after", [40, None])
+def test_a_run_of_an_older_version_is_resumed_with_todays_defaults(tmp_path, undisturbed, after):
+    """Its configuration lacks what has been added since, at the top and within; it may be finished."""
+    folder = tmp_path / "run"
+    if after is None:
+        search(experiment(*SMALL), folder, factory(ToyEvaluator()))
+    else:
+        broken_off(folder, after)
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    del stored["threads"], stored["model"]["device_map"], stored["tasks"][0]["weight"]
+
+    def resume(*settings):
+        (folder / "config.yaml").write_text(yaml.safe_dump(stored))
+        search(experiment(*SMALL, *settings), folder, factory(ToyEvaluator()), resume=True)
+
+    with pytest.raises(RunError, match=r"threads: 1 -> 2\nResume"):
+        resume("threads=2")
+    resume()
+    same(outcome(folder), undisturbed)
+    stored["retired"] = 1
+    with pytest.raises(RunError, match=r"retired: 1 -> \(absent\)"):
+        resume()
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     with (
         RunFolder(tmp_path / "run", experiment(), resume=False),

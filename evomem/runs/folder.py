@@ -24,8 +24,8 @@ from typing import Any, Self
 import filelock
 import yaml
 
-from evomem.config import difference
-from evomem.errors import RunError
+from evomem.config import difference, validate
+from evomem.errors import ConfigError, RunError
 from evomem.runs.config import ExperimentConfig, to_yaml
 from evomem.runs.files import disk_errors, write_atomically
 from evomem.runs.journal import Journal
@@ -133,10 +133,22 @@ def check_same_config(stored: Path, resolved: dict[str, Any]) -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{stored}: cannot be read: {error}") from None
     # Through YAML and back, so that only differences in value count.
-    lines = difference(before or {}, yaml.safe_load(to_yaml(resolved)))
+    lines = difference(_with_defaults(before or {}), yaml.safe_load(to_yaml(resolved)))
     if lines:
         raise RunError(
             f"{stored.parent}: this run has another configuration (run -> now):\n  "
             + "\n  ".join(lines)
             + "\nResume it with its own configuration, or choose another folder."
         )
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with today's defaults for the fields that did not exist when it was written.
+
+    One that is no experiment any more is returned as it is, so that the difference shows what has changed.
+    """
+    try:
+        filled: dict[str, Any] = yaml.safe_load(to_yaml(validate(ExperimentConfig, stored, "run").resolved()))
+    except ConfigError:
+        return stored
+    return filled
