@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attention, compress_once, namm_shares, peak_memory, quarter_cache, streaming
+from benchmarks import ask_tell, attention, compress_once, namm_shares, peak_memory, quarter_cache, streaming
 from benchmarks.measuring import QUICK, Line, Setting, Sizes
 from evomem.errors import EvomemError
 from evomem.runs.files import write_atomically
@@ -32,6 +32,7 @@ TARGETS: dict[str, tuple[str, float]] = {
     "namm.decide_share": ("≤", 0.10),
     "namm.observe_share": ("≤", 0.35),
     "namm.peak_memory_ratio": ("≥", 3.0),
+    ask_tell.NAME: ("≤", 20.0),
 }
 """What is promised, by the name of the line."""
 
@@ -57,6 +58,7 @@ SUBJECTS = (
     Subject((quarter_cache.NAME,), quarter_cache.run),
     Subject((namm_shares.DECIDE, namm_shares.OBSERVE), namm_shares.run),
     Subject((peak_memory.NAME, "namm.peak_memory_stock", "namm.peak_memory_namm"), peak_memory.run),
+    Subject(ask_tell.NAMES, ask_tell.run),
 )
 
 
