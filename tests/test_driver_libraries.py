@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import synthetic_search as synthetic
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -272,6 +273,36 @@ def test_a_search_that_has_converged_says_so(name):
         if driver.stopped() is not None:
             break
     assert "converged" in driver.stopped()
+    assert np.isfinite(driver.mean).all()
+
+
+@pytest.mark.parametrize("name", ["evotorch_cmaes", "xnes", "lra_cma", "catcma", "cmaes"])
+def test_a_search_whose_distribution_degenerates_stops_with_a_finite_mean(name):
+    """Up along one axis for ever, ever more narrow across: some end with a covariance that cannot be computed with."""
+    driver = build(name, 4, np.ones(4), 0, popsize=10)
+    for _ in range(1500):
+        vectors = driver.ask().vectors
+        driver.tell(driver.ask(), vectors[:, 0] - 1e6 * np.abs(vectors[:, 1:]).sum(axis=1) ** 0.5)
+        assert np.isfinite(driver.mean).all()
+        if driver.stopped() is not None:
+            break
+    assert driver.stopped() is not None
+    resumed = build(name, 4, np.ones(4), 0, popsize=10)
+    resumed.load_state_dict(driver.state_dict())
+    assert resumed.stopped() == driver.stopped()
+    assert np.array_equal(resumed.mean, driver.mean)
+
+
+def test_a_covariance_that_cannot_be_decomposed_ends_the_search(monkeypatch):
+    """What EvoTorch's CMA-ES does now and then in single precision; in double it could not be provoked."""
+    driver = build("evotorch_cmaes", 3, np.ones(3), 0)
+    steps = sys.modules["evomem.drivers.evotorch_steps"]
+    singular = torch.zeros(3, 3, dtype=torch.float64)
+    monkeypatch.setattr(steps.CMAESSteps, "decompose_C", lambda self: torch.linalg.cholesky(singular))
+    for _ in range(10):
+        population = driver.ask()
+        driver.tell(population, population.vectors.sum(axis=1))
+    assert driver.stopped() == "the covariance is no longer positive definite"
     assert np.isfinite(driver.mean).all()
 
 

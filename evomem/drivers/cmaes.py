@@ -127,7 +127,7 @@ def restored(content: bytes) -> Any:
 
 @drivers.register("cmaes")
 class CMAES:
-    """CMA-ES; maximises, survives NaN, continues bit-exactly from `state_dict`.
+    """CMA-ES, the default: full covariance, separable from 500 dimensions on; restarts, mirrors, warm start (cma).
 
     Parameters
     ----------

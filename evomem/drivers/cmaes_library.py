@@ -47,6 +47,7 @@ class _Library:
         self._solutions: list[Any] = []  # what the strategy asked, in its own form
         self._asked: Population | None = None
         self._stopped: str | None = None
+        self._kept: Array | None = None  # the last finite mean of a search that has degenerated
 
     def _make(self, package: Any, seed: int) -> Any:
         raise NotImplementedError
@@ -67,7 +68,7 @@ class _Library:
     def tell(self, population: Population, fitness: Array) -> None:
         """Learn; a candidate without a finite fitness counts as the worst."""
         check_told(self._asked, population)
-        losses = -filled(fitness, self._popsize)
+        losses, before = -filled(fitness, self._popsize), self.mean
         try:
             with alone():
                 self._strategy.tell(list(zip(self._solutions, losses.tolist(), strict=True)))
@@ -78,11 +79,19 @@ class _Library:
         self._solutions, self._asked = [], None
         self._generation += 1
         if self._has_gaussian and not np.isfinite([self._strategy._sigma, *self._strategy._mean]).all():
-            self._stopped = "the search has diverged; take a smaller sigma"
+            self._stopped, self._kept = "the distribution is no longer finite", before
 
     @property
     def _has_gaussian(self) -> bool:
         return True
+
+    @property
+    def mean(self) -> Array:
+        """The distribution's centre (dim,), always finite."""
+        return self._centre() if self._kept is None else self._kept.copy()
+
+    def _centre(self) -> Array:
+        raise NotImplementedError
 
     @property
     def sigma(self) -> float:
@@ -105,6 +114,7 @@ class _Library:
             "solutions": pickle.dumps(self._solutions),
             "asked": self._asked,
             "stopped": self._stopped,
+            "kept": self._kept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -112,7 +122,7 @@ class _Library:
         self._strategy = object.__new__(type(self._strategy))
         vars(self._strategy).update(pickle.loads(state["strategy"]))
         self._solutions, self._asked = pickle.loads(state["solutions"]), state["asked"]
-        self._generation, self._stopped = state["generation"], state["stopped"]
+        self._generation, self._stopped, self._kept = state["generation"], state["stopped"], state["kept"]
 
 
 @drivers.register("lra_cma")
@@ -151,9 +161,7 @@ class LRACMA(_Library):
     def _vector(self, solution: Any) -> Array:
         return np.asarray(solution)
 
-    @property
-    def mean(self) -> Array:
-        """Mean of the distribution (dim,)."""
+    def _centre(self) -> Array:
         return np.array(self._strategy.mean, dtype=np.float64)
 
 
@@ -240,9 +248,8 @@ class CatCMA(_Library):
             vector[variable.places] = _codes(variable)[int(np.argmax(solution.c[number]))]
         return vector
 
-    @property
-    def mean(self) -> Array:
-        """The distribution's centre (dim,): mean of the numbers, nearest integers, most likely categories."""
+    def _centre(self) -> Array:
+        """Return the mean of the numbers, the nearest integers, the most likely categories."""
         vector = self._start.copy()
         if self._has_gaussian:
             mean = vector[self._gaussian] = np.array(self._strategy._mean, dtype=np.float64)

@@ -118,6 +118,7 @@ class _EvoTorch(Generic[O]):
         self._generation = 0
         self._asked = False
         self._stopped: str | None = None
+        self._kept: Array | None = None  # the last finite mean of a search that has degenerated
 
     def _library(self) -> Any:
         return library("evomem.drivers.evotorch_steps", self.name)
@@ -138,6 +139,7 @@ class _EvoTorch(Generic[O]):
         """Learn; a candidate without a finite fitness counts as the worst."""
         check_told(self.ask() if self._asked else None, population)
         values = filled(fitness, self._popsize)
+        before = self.mean
         try:
             with self._library().alone():
                 self._steps.tell(values)
@@ -145,15 +147,15 @@ class _EvoTorch(Generic[O]):
             self._stopped = "the covariance is no longer positive definite"
         self._asked = False
         self._generation += 1
-        if not np.isfinite(self._steps.vectors).all():
-            self._stopped = "the search has diverged; take a smaller sigma or learning rate"
+        if not np.isfinite([self._steps.mean, *self._steps.vectors]).all():
+            self._stopped, self._kept = "the distribution is no longer finite", before
         elif self.sigma < 1e-12 * self.options.sigma:
             self._stopped = "the search has converged (standard deviations)"
 
     @property
     def mean(self) -> Array:
-        """Mean of the distribution (dim,)."""
-        mean: Array = self._steps.mean
+        """Mean of the distribution (dim,), always finite."""
+        mean: Array = self._steps.mean if self._kept is None else self._kept.copy()
         return mean
 
     @property
@@ -172,12 +174,14 @@ class _EvoTorch(Generic[O]):
             "generation": self._generation,
             "asked": self._asked,
             "stopped": self._stopped,
+            "kept": self._kept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`. The bytes are unpickled: load only what this machine saved."""
         self._steps = pickle.loads(state["steps"])
-        self._generation, self._asked, self._stopped = state["generation"], state["asked"], state["stopped"]
+        self._generation, self._asked = state["generation"], state["asked"]
+        self._stopped, self._kept = state["stopped"], state["kept"]
 
 
 @drivers.register("evotorch_cmaes")
