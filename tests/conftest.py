@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
 import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,3 +34,24 @@ def _seeds() -> None:
 def smollm2() -> LoadedModel:
     """The real model. When its package is missing this fails: a skipped test of the main thing would hide it."""
     return load("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray for all tests with pools on this machine: it takes seconds to start, and a pool uses the one it finds."""
+    from evomem.workers.ray_cluster import library
+
+    places = [str(Path(__file__).parent), *(path for path in sys.path if path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(places))  # what workers import
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray = library()
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=256 << 20,
+        )
+        yield
+        ray.shutdown()

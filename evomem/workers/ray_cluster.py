@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 from typing import Any
@@ -36,7 +38,7 @@ class Connection:
     """
 
     def __init__(self, options: WorkerOptions, threads: int, shared_bytes: int) -> None:
-        self.ray = _import()
+        self.ray = library()
         self.cpus = float(threads) if options.cpus is None else options.cpus
         self._own = False
         if not self.ray.is_initialized():
@@ -123,16 +125,28 @@ class Connection:
             self.ray.shutdown()
 
 
-def _import() -> Any:
+def library() -> Any:
+    """Return the module `ray`, told what to leave.
+
+    Raises
+    ------
+    WorkerError : it is not installed.
+    """
     # Read when Ray is imported. No usage reports; no warning about accelerators that a worker does not ask for.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray gives its workers the lowest priority; but they are the run, as the process itself is with --workers 0.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray prints a paragraph for every worker that dies, whatever `log_to_driver` says. The pool says it in a line.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError:
         raise WorkerError("workers need Ray: pip install 'evomem[search]'") from None
+    with contextlib.suppress(ImportError, AttributeError):  # if something (EvoTorch) had imported Ray before
+        from ray._private.ray_logging import stdout_deduplicator
+
+        stdout_deduplicator.skip_re = re.compile(os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"])
     return ray
 
 

@@ -339,6 +339,8 @@ def _reason(error: BaseException) -> str:
     """Return Ray's long message in one line: what matters is how the process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in lines:
+        if "connection error code" in line:  # all that Ray knows of a process that ended without a word
+            return "its process ended unexpectedly (killed, out of memory, or crashed)"
         if "Worker exit detail:" in line:
             return line.split("Worker exit detail:", 1)[1].split("Some common causes", 1)[0].strip().rstrip(".")
     return lines[-1] if lines else type(error).__name__
