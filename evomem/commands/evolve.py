@@ -107,7 +107,8 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[
     budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
     with ProgressBar("comparing") as bar:
         comparison = compare(
-            [NamedManager(run_label(config.name), run.winner)],
+            # At the front's smaller sizes the winner's scorer stands beside their own members.
+            [NamedManager(f"{config.name} (winner)" if front else run_label(config.name), run.winner)],
             places,
             samples=config.sealed.contexts,
             budgets=budgets,

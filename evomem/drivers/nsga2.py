@@ -46,7 +46,8 @@ class NSGA2Options(DriverOptions):
         survivors then. Scores are estimates from a few samples: without it who was lucky once stays for ever. Turn it
         off where every generation has the same samples (``train_contexts`` equal to ``samples_per_generation``).
     tournament : candidates of which the best becomes a parent.
-    crossover : SBX's distribution index; the larger, the nearer are children to their parents.
+    crossover : SBX's distribution index; the larger, the nearer are children to their parents (15 to 20 is for long
+        searches).
     mutation : probability that a number of a child is mutated. The customary 1 / dim is for thousands of generations:
         in the few dozen that a model's evaluations allow, it hardly moves (in 41 dimensions and 25 generations of 24 it
         found 0.53 of a front's hypervolume, 0.3 found 0.67).
@@ -55,7 +56,7 @@ class NSGA2Options(DriverOptions):
     popsize: int | None = Field(default=None, ge=4)
     remeasure: bool = True
     tournament: int = Field(default=2, ge=1)
-    crossover: float = Field(default=15.0, ge=0, allow_inf_nan=False)
+    crossover: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     mutation: float = Field(default=0.3, gt=0, le=1)
 
 
@@ -84,10 +85,7 @@ class NSGA2:
         self._asked: Population | None = None
 
     def _make_library(self, seed: int) -> None:
-        library("evotorch", "nsga2")
-        from evomem.drivers import evotorch_steps  # first: it imports EvoTorch silently
-
-        self._alone = evotorch_steps.alone
+        self._alone = library("evomem.drivers.evotorch_steps", "nsga2").alone  # first: it imports EvoTorch silently
         from evotorch import Problem
         from evotorch.operators import GaussianMutation, SimulatedBinaryCrossOver
 
