@@ -76,8 +76,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the new tokens' keys and values (batch, kv_heads, tokens, head_dim); attention follows at once."""
-        self.cache.require_attached()
-        if self.index == 0:
+        if self.index == 0:  # every pass begins here, and what holds now holds for its other layers
+            self.cache.require_attached()
             self.cache.require_whole()
         self.is_initialized = True
         self.pending = (key_states, value_states)
