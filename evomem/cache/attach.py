@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import flash_attention_mask
 
 from evomem.cache.attention import IMPLEMENTATION, handover, managed_attention
 from evomem.errors import UnsupportedModelError
+
+if TYPE_CHECKING:  # seconds to import; whoever has a model has done so
+    from transformers import PreTrainedModel
 
 _lock = threading.RLock()
 _switched: dict[int, tuple[Any, int, str | None]] = {}
@@ -69,6 +70,8 @@ def is_attached(model: PreTrainedModel) -> bool:
 
 def _configurations(model: PreTrainedModel) -> list[Any]:
     """Every configuration object that a part of the model looks its attention up in, once."""
+    from transformers import PreTrainedModel
+
     return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
 
 
@@ -79,6 +82,9 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
     Blocks nest, also from several threads and with models that share a configuration: the last one to leave restores.
     Raises `UnsupportedModelError`.
     """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
     check_supported(model)
     configurations = _configurations(model)
     with _lock:

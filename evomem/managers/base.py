@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from evomem.cache import Decision, LayerView, SlotCache, attached
 from evomem.errors import ConfigError, PluginError
 from evomem.managers.selection import Selection, TopN
 from evomem.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 managers: Registry[type[MemoryManager]]
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from evomem.errors import ModelError
 from evomem.models.aliases import aliases
 from evomem.models.dequantised import cached_folders, damage, quiet
 from evomem.models.files import folder_digest
 from evomem.models.folders import resolve
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def load(
     ModelError
         The model is not there, incomplete, damaged, or not a causal language model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     if device_map is not None and device is not None:
         raise ModelError(f"model {name!r}: give either a device or a device_map, not both")
     folder = resolve(name, verify=verify)

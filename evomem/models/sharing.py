@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from evomem.errors import ModelError
 from evomem.models.loading import LoadedModel
@@ -73,6 +72,8 @@ def assemble(parts: Mapping[str, Any], device: torch.device | str | None = None)
     The module is made without memory (on torch's meta device) and given the arrays: a few milliseconds and
     megabytes, whatever the model's size.
     """
+    from transformers import AutoModelForCausalLM  # seconds to import
+
     dtype = getattr(torch, parts["dtype"])
     with torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config
