@@ -131,6 +131,18 @@ def test_a_run_with_catcma_is_told_the_variables(tmp_path):
         assert {tuple(row) for row in population.vectors[:, mode.places]} <= {tuple(code) for code in mode.codes}
 
 
+def test_catcma_begins_at_the_manager_that_the_start_stands_for():
+    """Also where a start lies, as other drivers' winners do, outside the bounds."""
+    space = SearchSpace(SpaceConfig(**MIXED))
+    for shift in (-3.3, 0.4, 1.7, 6.1):
+        start = space.encode(space.template) + shift
+        driver = build("catcma", space.dim, start, 1, variables=space.variables(), sigma=1e-6)
+        first, wanted = space.decode(driver.mean).options, space.decode(start).options
+        assert first.mode == wanted.mode
+        assert abs(first.sinks - wanted.sinks) <= 1  # a coordinate between two codes belongs to the nearer
+        assert first.rate == pytest.approx(wanted.rate)
+
+
 def test_categories_alone_are_searched():
     kind = Categorical(kind="categorical", choices=[0, 1, 2])
     variables = [variable(kind, 3 * place) for place in range(4)]
