@@ -225,10 +225,11 @@ def test_crop_follows_transformers(model) -> None:
 def test_crop_that_would_be_wrong_is_refused(model) -> None:
     with attached(model):
         cache = SlotCache.for_model(model, build("snapkv(window=4)", budget=8))
-        read(model, cache, batch_of(model, 10))
-        assert not cache.is_croppable
-        with pytest.raises(CacheError, match="window_attention:4"):
-            cache.crop(-1)
+        with cache.reading():
+            read(model, cache, batch_of(model, 10))
+            assert not cache.is_croppable
+            with pytest.raises(CacheError, match="window_attention:4"):
+                cache.crop(-1)
 
 
 @pytest.mark.parametrize("spec", ["knorm(budget=6)", "h2o(budget=9, every=8)", "expected_attention(budget=9, every=7)"])

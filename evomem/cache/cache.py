@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from evomem.cache.attention import IMPLEMENTATION
 from evomem.cache.layer import SlotLayer
-from evomem.cache.observe import Wanted
+from evomem.cache.observe import Recorder, Wanted
 from evomem.cache.rotary import Rotary, find_rotary
 from evomem.cache.view import Decision, LayerView
 from evomem.errors import CacheError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class SchedulePolicy(Protocol):
@@ -52,8 +50,9 @@ class CachePolicy(Protocol):
 class SlotCache(Cache):
     """A cache whose slots can be evicted per layer and head; made by ``manager.attach(model)`` or ``new_cache``.
 
-    A manager with the schedule *once* decides at the end of the first forward pass. To read a context in several
-    passes before the decision, do it inside ``with cache.reading():``.
+    A manager with the schedule *once* decides at the end of the first forward pass; what it observed is let go then,
+    and answers are generated without observing. To read a context in several passes before the decision, or to decide
+    again about a further context, read inside ``with cache.reading():``.
 
     Attributes
     ----------
@@ -100,9 +99,19 @@ class SlotCache(Cache):
                 "reset() it and read the context again"
             )
 
+    def require_observing(self, recorder: Recorder) -> None:
+        """Raise `CacheError` when a decision is wanted of a layer whose recorder has stopped."""
+        if recorder.wanted != self.wanted:
+            raise CacheError(
+                "the manager has made its one decision, at the end of the first forward pass, and what it observes is "
+                "no longer recorded; to decide again, read every context inside `with cache.reading():`, the first too"
+            )
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Read a context in any number of passes; a manager with schedule *once* decides when the block ends."""
+        if self.policy.schedule.every is None:
+            self.require_observing(self.layers[0].recorder)  # before anything is read
         before, self.decides_after_forward = self.decides_after_forward, False
         try:
             yield
@@ -191,6 +200,7 @@ class SlotCache(Cache):
         for mine, copy in zip(self.layers, other.layers, strict=True):
             state = {k: v for k, v in vars(mine).items() if k not in ("cache", "recorder")}
             vars(copy).update(state)
+            copy.recorder.wanted = mine.recorder.wanted
             # Recorded sums are added to in place, so they are the one thing that must be copied.
             copy.recorder.slotwise = {k: v.clone() for k, v in mine.recorder.slotwise.items()}
             copy.recorder.rowwise = {k: v.clone() for k, v in mine.recorder.rowwise.items()}

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from evomem.cache.attention import attention_probabilities, grouped_attention, handover
 from evomem.cache.masks import hides, slot_mask
-from evomem.cache.observe import Recorder, Wanted
+from evomem.cache.observe import Recorder
 from evomem.cache.spectrum import HOP
 from evomem.cache.turns import turns
 from evomem.cache.view import Decision, LayerView
@@ -52,7 +52,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` can be exact."""
-        return self.cache.policy.observes <= {"attention_sum"}
+        return not self.recorder.wanted.looks_back
 
     def reset(self) -> None:
         """Forget everything; the layer is as new."""
@@ -66,7 +66,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.dense = True  # slots are 0..seen-1 in every head of every row
         self.aligned = True  # no head has an empty slot
         self.pending: tuple[Tensor, Tensor] | None = None
-        self.recorder = Recorder(Wanted.parse(self.cache.policy.observes))
+        self.recorder = Recorder(self.cache.wanted)
         self.is_initialized = False
         self.bytes_peak, self._byte_tokens, self._read = 0, 0.0, 0
 
@@ -124,7 +124,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def crop(self, max_length: int) -> None:
         """Forget tokens at the end: -n the last n, 0 none, n all from index n on. What was evicted does not come back.
 
-        A recorded ``attention_sum`` keeps what cropped queries added. Raises `CacheError` where another observation is
+        A recorded ``attention_sum`` keeps what cropped queries added. Raises `CacheError` while another observation is
         recorded: the windows and frames that cropped queries entered cannot be taken back.
         """
         length = max(self.seen + max_length, 0) if max_length <= 0 else max_length
@@ -139,8 +139,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._gather(torch.arange(length, device=self.keys.device).expand(*self.keys.shape[:2], length))
         else:
             self.keep(self.slots < length)
-        self.seen = length
-        self.decided = min(self.decided, length)
+        self.seen, self.decided = length, min(self.decided, length)
+        if not length:
+            self.recorder = Recorder(self.cache.wanted)
 
     # ---- decisions ------------------------------------------------------------------------------------------------
 
@@ -149,11 +150,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.seen:
             raise CacheError("nothing has been read yet: there is no view of an empty layer")
         recorder, recorded = self.recorder, dict[str, Tensor]()
+        self.cache.require_observing(recorder)
         for name in ("attention_sum", "attention_spectrum"):
             if name in recorder.slotwise:
                 recorded[name] = recorder.slotwise[name]
-        for width in recorder.wanted.windows:
-            recorded[f"window_attention:{width}"] = self._window(width)
+        if recorder.wanted.windows:
+            held = self.keys, self.slots, self.start, self.seen
+            recorded.update(recorder.window_attention(*held, self.scale, self.decays, self.window, self.softcap))
         if recorder.wanted.query_statistics:
             recorded.update(recorder.query_statistics(self.cache.rotary))
         return LayerView(
@@ -184,17 +187,6 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             t.expand(rows, *t.shape[1:]) for t in (self.keys, self.values, self.slots, self.start)
         )
         self.starts = self.starts * rows
-
-    def _window(self, width: int) -> Tensor:
-        """Mean attention of each row's last ``width`` queries over the slots held now: (batch, kv_heads, slots)."""
-        query = self.recorder.rowwise["queries"][:, :, -width:]
-        indices = torch.arange(self.seen - query.shape[2], self.seen, device=query.device)
-        real = indices >= self.start[:, None]
-        mask = slot_mask(self.slots, indices, decays=self.decays, window=self.window)
-        attention = attention_probabilities(query, self.keys, self.scale, mask, self.softcap).mean(2)
-        # A query that nothing is left for, or that is padding, attends to nothing (the softmax of nothing is NaN).
-        attention = torch.where(real[:, None, :, None], attention, 0.0).nan_to_num(nan=0.0)
-        return attention.sum(2) / real.sum(1).clamp(min=1)[:, None, None]
 
     def decide(self, rows: Tensor | None = None) -> None:
         """Let the policy decide about this layer now; ``rows`` (batch,) bool limits it to some rows."""
@@ -276,6 +268,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._account(before, end - at)
             if rows is not None:
                 self.decide(None if bool(rows.all()) else rows)
+                if self.cache.policy.schedule.every is None:
+                    self.recorder.stop()  # that was the manager's one decision
             at = end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

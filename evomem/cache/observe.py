@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from evomem.cache.attention import attention_probabilities
+from evomem.cache.masks import slot_mask
 from evomem.cache.rotary import Rotary, future_rotation, unrotate
 from evomem.cache.spectrum import BINS, HOP, advance
 from evomem.errors import ConfigError
@@ -59,6 +61,11 @@ class Wanted:
     def every_query(self) -> bool:
         """Whether the attention of all queries is needed, not only of the last few."""
         return self.attention_sum or self.attention_spectrum
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what a query added cannot be told apart afterwards from what other queries added."""
+        return self.attention_spectrum or self.query_statistics or bool(self.windows)
 
 
 @dataclass
@@ -177,6 +184,23 @@ class Recorder:
         rotation = future_rotation(rotary, self.rowwise["newest"], total.shape[-1], FUTURE, total)
         return {"query_mean": mean, "query_covariance": covariance, "future_rotation": rotation}
 
+    def window_attention(
+        self, keys: Tensor, slots: Tensor, start: Tensor, seen: int,
+        scale: float, decays: Tensor | None, window: int | None, softcap: float | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Return the mean attention of each row's last queries over the slots held now; arguments as in `SlotLayer`."""
+        found = {}
+        for width in self.wanted.windows:
+            query = self.rowwise["queries"][:, :, -width:]
+            indices = torch.arange(seen - query.shape[2], seen, device=query.device)
+            real = indices >= start[:, None]
+            mask = slot_mask(slots, indices, decays=decays, window=window)
+            attention = attention_probabilities(query, keys, scale, mask, softcap).mean(2)
+            # A query that nothing is left for, or that is padding, attends to nothing (the softmax of nothing is NaN).
+            attention = torch.where(real[:, None, :, None], attention, 0.0).nan_to_num(nan=0.0)
+            found[f"window_attention:{width}"] = attention.sum(2) / real.sum(1).clamp(min=1)[:, None, None]
+        return found
+
     def gather(self, index: Tensor) -> None:
         """Follow a compaction: index (batch, kv_heads, kept) into the slots."""
         for name, state in self.slotwise.items():
@@ -188,6 +212,10 @@ class Recorder:
         for states in (self.slotwise, self.rowwise):
             for name, state in states.items():
                 states[name] = state.index_select(0, index.to(state.device))
+
+    def stop(self) -> None:
+        """Record nothing more, and let go of everything recorded."""
+        self.wanted, self.slotwise, self.rowwise = Wanted(), {}, {}
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
