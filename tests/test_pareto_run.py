@@ -214,12 +214,14 @@ def everything(folder):
 @pytest.mark.parametrize("every", [3, 11, 17])
 def test_killed_again_and_again(tmp_path, every):
     """With SIGKILL, in a process of its own, at every so many evaluations: in all phases."""
-    search(configured(*SMALL), tmp_path / "whole", factory(Curve()))
+    small = (*SMALL, "select.top=1")  # so that the last generation's own front matters
+    search(configured(*small), tmp_path / "whole", factory(Curve()))
+    assert len(read_front(tmp_path / "whole")) > 2
     folder, kills = tmp_path / "run", 0
     while True:
         child = os.fork()
         if child == 0:
-            search(configured(*SMALL), folder, factory(Curve(stop_after=every)), resume=True)
+            search(configured(*small), folder, factory(Curve(stop_after=every)), resume=True)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
@@ -324,6 +326,17 @@ def test_budgets_and_a_memory_that_cannot_vary(tmp_path, caplog):
     search(config, tmp_path / "run", factory(Curve()))
     assert "there is no front to find" in caplog.text
     assert len(read_front(tmp_path / "run")) == 1
+
+
+def test_another_search_begins_at_a_member_and_not_in_the_middle_of_a_front(found, tmp_path):
+    options = f"driver={{name: cmaes, population: 6, options: {{warm_start: {found}}}}}"
+    with pytest.raises(RunError, match="member of its front"):
+        search(configured(*SMALL, options), tmp_path / "warm", factory(Curve()))
+    start = f"space.start={{plugin: {plugin_folder(found, 0)}}}"
+    search(configured(*SMALL, "driver={name: cmaes, population: 6}", start), tmp_path / "run", factory(Curve()))
+    assert np.allclose(
+        to_vector(plugins.load(plugin_folder(found, 0))), to_vector(open_run(tmp_path / "run").space.template)
+    )
 
 
 @settings(max_examples=3, deadline=None)

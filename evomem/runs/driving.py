@@ -22,6 +22,7 @@ from evomem.errors import ConfigError, RunError
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.files import write_vector
 from evomem.runs.fitness import objective_of
+from evomem.runs.pareto import wants_bytes
 from evomem.search_space import SearchSpace
 from evomem.workers.base import digest
 
@@ -119,7 +120,8 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
     Raises
     ------
     RunError : the run has finished no generation; it has a fitness per head, which its journal keeps with every sample
-        only; or the driver does not propose what the journal says was evaluated (another version of its library).
+        only, or learned from the bytes too; or the driver does not propose what the journal says was evaluated (another
+        version of its library).
     """
     start = run.folder / "start" / "vector.npy"
     generations = run.generations()
@@ -130,6 +132,11 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
         raise RunError(
             f"{run.folder}: its driver {run.config.driver.name!r} learned from a fitness per head, which is not kept "
             "per generation; start from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
+        )
+    if wants_bytes(run.config):
+        raise RunError(
+            f"{run.folder}: its driver {run.config.driver.name!r} learned from the measured bytes too, which are not "
+            "kept per generation; start from a member of its front instead (space.start: {plugin: RUN/front/NN})"
         )
     evaluated: dict[int, set[str]] = {}
     for record in run.records():
