@@ -435,19 +435,48 @@ def test_what_was_lost_goes_first():
 
 def test_a_straggler_is_duplicated_when_somebody_idles_and_the_first_result_wins():
     jobs = [Job(str(n), 1, "") for n in range(4)]
-    schedule, leases = started(jobs, "abcd")
+    schedule, leases = started(jobs, "abcd", Policy(straggler=2.0, copies=3))
     for lease in leases[1:]:
         schedule.finished(lease.id, lease.pieces[0], lease.pieces[0].key, 1.0)
     assert schedule.assign(1.9) == []
     assert schedule.next_check(1.9) == pytest.approx(0.1)
     (copy,) = schedule.assign(2.0)
-    assert copy.duplicate
-    assert copy.pieces == leases[0].pieces
-    assert schedule.assign(60.0) == []  # never more than two copies
-    schedule.finished(copy.id, copy.pieces[0], "copy", 3.0)
-    schedule.finished(leases[0].id, leases[0].pieces[0], "first", 4.0)
+    assert schedule.assign(3.9) == []  # the copy has its time, too
+    (further,) = schedule.assign(4.0)
+    assert schedule.assign(60.0) == []  # never more copies than that
+    for lease in (copy, further):
+        assert lease.duplicate
+        assert lease.pieces == leases[0].pieces
+    schedule.finished(copy.id, copy.pieces[0], "copy", 61.0)
+    schedule.finished(leases[0].id, leases[0].pieces[0], "first", 64.0)
     assert {result.key: result.value for result in schedule.results()} == {"0": "copy", "1": "1", "2": "2", "3": "3"}
-    assert (schedule.stats.dropped, schedule.stats.wasted_seconds, schedule.done) == (1, 4.0, True)
+    assert (schedule.stats.dropped, schedule.stats.wasted_seconds, schedule.done) == (1, 64.0, True)
+
+
+def test_when_a_copy_dies_the_straggler_gets_another():
+    schedule, leases = started([Job(str(n), 1, "") for n in range(3)], "abc", Policy(straggler=2.0, copies=2))
+    for lease in leases[1:]:
+        schedule.finished(lease.id, lease.pieces[0], None, 1.0)
+    (copy,) = schedule.assign(2.0)
+    schedule.leave(copy.worker, 3.0, blame=True)
+    assert schedule.pending == 0
+    (again,) = schedule.assign(3.0)
+    assert again.pieces == leases[0].pieces
+
+
+def test_a_quarantine_is_final_even_if_a_copy_answers_late():
+    schedule, (lease,) = started([Job("a", 2, "")], ["x"], Policy(deaths=1))
+    schedule.leave("x", 1.0, blame=True)
+    schedule.join("y")
+    (part,) = schedule.assign(1.0)
+    schedule.leave("y", 2.0, blame=True, reason="killed")
+    schedule.finished(part.id, part.pieces[0], "late", 3.0)
+    schedule.join("z")
+    (other,) = schedule.assign(3.0)
+    schedule.finished(other.id, other.pieces[0], "other", 4.0)
+    (result,) = schedule.results()
+    assert result.value == [Quarantined(0, 1, "killed"), "other"]
+    assert lease.id != part.id
 
 
 def test_the_second_copy_goes_to_another_node():

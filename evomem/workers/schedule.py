@@ -279,14 +279,12 @@ class Schedule:
             if median > 0:
                 count = max(1, min(count, int(self.policy.batch_seconds / median)))
         works: list[Work] = []
-        while len(works) < count:
+        while len(works) < count and not (works and works[0].alone):
             work = self._queue.first(worker.known)
             if work is None or (works and work.alone):
                 break
             self._queue.remove(work)
             works.append(work)
-            if work.alone:
-                break
         return works
 
     def _lease(self, name: str, works: list[Work], now: float, *, duplicate: bool) -> Lease:
@@ -306,22 +304,26 @@ class Schedule:
         return lease
 
     def _may_be_duplicated(self, running: Running) -> None:
-        if any(len(work.leases) < self.policy.copies for work in running.left.values()):
-            heapq.heappush(self._single, (running.lease.since, running.lease.id))
+        heapq.heappush(self._single, (running.lease.since, running.lease.id))
 
     def _straggler(self) -> tuple[float, Running, Work] | None:
-        """Return when the oldest lease that may be duplicated is to be, it, and the piece on which it is stuck."""
+        """Return when the next lease is to be duplicated, which, and the piece on which it is stuck."""
         median = self._durations.median
         if median is None or len(self._durations) < min(len(self._leases), WINDOW):
             return None
         while self._single:
             since, number = self._single[0]
             running = self._leases.get(number)
-            if running is not None:
-                for work in running.left.values():
-                    if not work.closed and len(work.leases) < self.policy.copies:
-                        return since + self.policy.straggler * median * len(running.lease.pieces), running, work
+            if running is not None and (work := self._stuck(running)) is not None:
+                return since + self.policy.straggler * median * len(running.lease.pieces), running, work
             heapq.heappop(self._single)
+        return None
+
+    def _stuck(self, running: Running) -> Work | None:
+        """Return the first piece of a lease that may have a further copy, if the lease is the newest that does it."""
+        for work in running.left.values():
+            if not work.closed and len(work.leases) < self.policy.copies and running.lease.id == max(work.leases):
+                return work
         return None
 
     def _elsewhere(self, node: str) -> str:
@@ -343,8 +345,8 @@ class Schedule:
         if work.affinity in running.reads:
             running.reads.discard(work.affinity)
             self._queue.reading(work.affinity, -1)
-        for number in work.leases:  # the copy that is left may be duplicated again
-            self._may_be_duplicated(self._leases[number])
+        if work.leases:  # the copy that is left may be duplicated again
+            self._may_be_duplicated(self._leases[max(work.leases)])
 
     # ---- jobs -------------------------------------------------------------------------------------------------------
 

@@ -65,10 +65,11 @@ class Policy:
     attempts : how often a piece that raises is tried.
     deaths : deaths of its workers after which a job is taken apart into its candidates, and after which one of these,
         alone, is quarantined. A job of one candidate goes the same way.
-    straggler : the oldest lease is duplicated when it has run longer than this times the median duration of finished
-        pieces, a worker idles, nothing waits, and at least as many pieces have finished as leases run (the first to
-        finish are the short ones: their median says little).
-    copies : at most so many leases of a piece at a time.
+    straggler : the lease that has waited longest for a copy is duplicated when it has run longer than this times the
+        median duration of finished pieces, a worker idles, nothing waits, and at least as many pieces have finished as
+        leases run (the first to finish are the short ones: their median says little).
+    copies : at most so many leases of a piece at a time. Every further copy waits as long as the second: copies
+        straggle, too, and a generation waits for the last of its thousands of pieces.
     hang : a lease that has run longer than this times the longest duration so far is given up.
     hang_floor : but not before so many seconds.
     hang_first : the same limit in seconds as long as nothing has finished.
@@ -78,8 +79,8 @@ class Policy:
 
     attempts: int = 2
     deaths: int = 3
-    straggler: float = 2.0
-    copies: int = 2
+    straggler: float = 1.5
+    copies: int = 4
     hang: float = 20.0
     hang_floor: float = 120.0
     hang_first: float = 3600.0
