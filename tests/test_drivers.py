@@ -82,7 +82,7 @@ def test_resumes_bit_exactly_between_ask_and_tell_and_after(name, options):
     """Save at every point of a search whose fitness has holes; what follows is what would have followed."""
     whole = new(name, options)
     saved, trace = [], []
-    for generation in range(30):
+    for generation in range(24):
         population = whole.ask()
         saved.append((generation, population, pickle.dumps(whole.state_dict())))
         fitness = sphere(population.vectors)
