@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evomem.cache import Decision, LayerView, SlotCache, attached
-from evomem.errors import CacheError, ConfigError
+from evomem.errors import CacheError, ConfigError, UnsupportedModelError
 from evomem.managers import Schedule, build
 from evomem.testing.comparing import random_rows, read
+from evomem.testing.conformance import check_evicted_is_hidden, check_row_alone
 from evomem.testing.models import FAMILIES, tiny
 from evomem.testing.reference import Batch, Tracing, explicit_biases, explicit_pass
 
@@ -156,6 +158,56 @@ def test_future_rotation_is_the_mean_of_the_next_rotations() -> None:
         turned, _ = apply_rotary_pos_emb(vector.expand(1, 1, 512, 16), vector, cos, sin)
         got = view.recorded["future_rotation"][row] @ vector.flatten()
         torch.testing.assert_close(got, turned.mean(2).flatten(), atol=1e-5, rtol=0)
+
+
+def gemma3():
+    """One full and two sliding layers, whose rotations have other frequencies."""
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=None, sliding_window=64, initializer_range=0.3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False).train(False)
+
+
+@pytest.mark.parametrize("pieces", [[50], [2, 1, 30, 17]])
+def test_a_rotary_embedding_per_layer_type(pieces: list[int]) -> None:
+    """Gemma 3 normalises the projection; what comes out of that is the query before rotation."""
+    model, caught = gemma3(), dict[int, list[torch.Tensor]]({0: [], 1: [], 2: []})
+    batch = Batch.of(random_rows(model, [50, 33], 6))
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.q_norm.register_forward_hook(lambda _, __, out, n=number: caught[n].append(out.detach()))
+    _, views = observe(model, Dropping(drop=False), batch, pieces)
+    for view, kind in zip(views, model.config.layer_types, strict=True):
+        queries = torch.cat(caught[view.layer], 2).double().numpy()
+        for row, read_tokens in enumerate((50, 33)):
+            own = queries[row, :, int(batch.start[row]) + 4 :]
+            mean, covariance = (view.recorded[f"query_{name}"][row].numpy() for name in ("mean", "covariance"))
+            np.testing.assert_allclose(mean, own.mean(1), atol=1e-4)
+            for head in range(4):
+                np.testing.assert_allclose(covariance[head], np.cov(own[head].T, bias=True), atol=1e-3)
+            vector, positions = torch.randn(1, 1, 1, 16), torch.arange(read_tokens, read_tokens + 512)[None]
+            cos, sin = model.model.rotary_emb(vector, positions, kind)
+            turned, _ = apply_rotary_pos_emb(vector.expand(1, 1, 512, 16), vector, cos, sin)
+            got = view.recorded["future_rotation"][row] @ vector.flatten()
+            torch.testing.assert_close(got, turned.mean(2).flatten(), atol=1e-5, rtol=0)
+    check_evicted_is_hidden(build("expected_attention(budget=9)"), model)
+    check_row_alone(build("expected_attention(budget=9)"), model)
+
+
+def test_frequencies_that_cannot_be_told_apart_are_refused() -> None:
+    model = gemma3()
+    model.model.rotary_emb.register_buffer("third_inv_freq", torch.ones(8))
+    for kind in ("full_attention", "sliding_attention"):
+        delattr(model.model.rotary_emb, f"{kind}_inv_freq")
+    with pytest.raises(UnsupportedModelError, match="expected_attention"):
+        build("expected_attention(budget=9)").new_cache(model)
+    build("knorm(budget=9)").new_cache(model)
 
 
 def test_padding_and_batch_leave_observations_alone() -> None:

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from evomem.cache.attention import IMPLEMENTATION
 from evomem.cache.layer import SlotLayer
 from evomem.cache.observe import Recorder, Wanted
-from evomem.cache.rotary import Rotary, find_rotary
+from evomem.cache.rotary import Rotary, find_rotaries
 from evomem.cache.view import Decision, LayerView
 from evomem.errors import CacheError
 
@@ -63,11 +63,16 @@ class SlotCache(Cache):
     layers: list[SlotLayer]  # type: ignore[assignment]
 
     def __init__(
-        self, layers: int, policy: CachePolicy, *, rotary: Rotary | None = None, model: PreTrainedModel | None = None
+        self,
+        layers: int,
+        policy: CachePolicy,
+        *,
+        rotaries: tuple[Rotary | None, ...] | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
         self.policy = policy
         self.wanted = Wanted.parse(policy.observes)
-        self.rotary = rotary
+        self.rotaries = rotaries or (None,) * layers
         self.depth = layers
         self.decides_after_forward = True
         self._model = None if model is None else ref(model)
@@ -80,8 +85,9 @@ class SlotCache(Cache):
         """Return an empty cache for ``model``; raises `UnsupportedModelError`."""
         from evomem.cache.attach import check_supported
 
-        rotary = find_rotary(model) if "query_statistics" in policy.observes else None
-        return cls(check_supported(model), policy, rotary=rotary, model=model)
+        layers = check_supported(model)
+        rotaries = find_rotaries(model, layers) if "query_statistics" in policy.observes else None
+        return cls(layers, policy, rotaries=rotaries, model=model)
 
     def require_attached(self) -> None:
         """Raise `CacheError` when the model would run stock attention over this cache."""
@@ -194,11 +200,11 @@ class SlotCache(Cache):
 
     def clone(self) -> SlotCache:
         """Return an independent continuation of this cache; tensors are shared until one of the two changes them."""
-        other = SlotCache(self.depth, self.policy, rotary=self.rotary)
+        other = SlotCache(self.depth, self.policy, rotaries=self.rotaries)
         other._model, other.bytes_peak = self._model, self.bytes_peak
         other.decides_after_forward = self.decides_after_forward
         for mine, copy in zip(self.layers, other.layers, strict=True):
-            state = {k: v for k, v in vars(mine).items() if k not in ("cache", "recorder")}
+            state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder")}
             vars(copy).update(state)
             copy.recorder.wanted = mine.recorder.wanted
             # Recorded sums are added to in place, so they are the one thing that must be copied.

@@ -158,7 +158,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             held = self.keys, self.slots, self.start, self.seen
             recorded.update(recorder.window_attention(*held, self.scale, self.decays, self.window, self.softcap))
         if recorder.wanted.query_statistics:
-            recorded.update(recorder.query_statistics(self.cache.rotary))
+            recorded.update(recorder.query_statistics(self.cache.rotaries[self.index]))
         return LayerView(
             self.keys, self.values, self.slots, self.start, self.seen, self._fresh(),
             self.index, self.cache.depth, recorded,
@@ -263,8 +263,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._append(keys[:, :, piece], values[:, :, piece], part)
             outputs.append(self._attend(query[:, :, piece], part, padding, window))
             self.recorder.queried(
-                query[:, :, piece].detach(), None if positions is None else positions[:, piece], part, self.cache.rotary
-            )
+                query[:, :, piece].detach(), None if positions is None else positions[:, piece], part,
+                self.cache.rotaries[self.index],
+            )  # fmt: skip
             self._account(before, end - at)
             if rows is not None:
                 self.decide(None if bool(rows.all()) else rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evomem.errors import UnsupportedModelError
 
@@ -23,15 +24,34 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def find_rotary(model: PreTrainedModel) -> Rotary | None:
-    """Return the model's rotary module as ``(x, position_ids) -> (cos, sin)``; None for a model without one.
+def find_rotaries(model: PreTrainedModel, layers: int) -> tuple[Rotary | None, ...]:
+    """Return every layer's rotary embedding as ``(x, position_ids) -> (cos, sin)``; None for a layer without one.
 
-    Raises `UnsupportedModelError` for rotary variants whose pairs are interleaved.
+    Most models have one for all layers; some (Gemma 3, OLMo 3) keep frequencies per layer type in one module, which is
+    called with the type.
+
+    Raises `UnsupportedModelError` for rotary variants whose pairs are interleaved, and where it is not plain which
+    frequencies a layer has.
     """
-    modules = [m for m in model.modules() if hasattr(m, "inv_freq")]
-    if not modules:
-        return None
-    source = sys.modules[type(modules[0]).__module__]
+    types: list[str] = list(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    for module in model.modules():
+        typed = {kind for kind in types if hasattr(module, f"{kind}_inv_freq")}
+        if hasattr(module, "inv_freq"):
+            _check_pattern(model, module)
+            return (module,) * layers
+        if typed:
+            _check_pattern(model, module)
+            return tuple(partial(module, layer_type=kind) if kind in typed else None for kind in types[:layers])
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: which rotary frequencies a layer has cannot be told; managers that need the "
+                "queries before rotation (expected_attention) cannot be used with it"
+            )
+    return (None,) * layers
+
+
+def _check_pattern(model: PreTrainedModel, rotary: nn.Module) -> None:
+    source = sys.modules[type(rotary).__module__]
     theirs: Any = getattr(source, "rotate_half", None)
     probe = torch.arange(4.0)
     if theirs is None or not torch.equal(theirs(probe), rotate_half(probe)):
@@ -39,8 +59,6 @@ def find_rotary(model: PreTrainedModel) -> Rotary | None:
             f"{type(model).__name__} rotates queries in another pattern than Llama's; managers that need the "
             "queries before rotation (expected_attention) cannot be used with it"
         )
-    rotary: Rotary = modules[0]
-    return rotary
 
 
 def unrotate(query: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
