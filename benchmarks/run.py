@@ -15,7 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ask_tell, attention, compress_once, namm_shares, peak_memory, quarter_cache, streaming
+from benchmarks import (
+    ask_tell,
+    attention,
+    compress_once,
+    namm_shares,
+    peak_memory,
+    quarter_cache,
+    ray_workers,
+    streaming,
+)
 from benchmarks.measuring import QUICK, Line, Setting, Sizes
 from evomem.errors import EvomemError
 from evomem.runs.files import write_atomically
@@ -32,6 +41,11 @@ TARGETS: dict[str, tuple[str, float]] = {
     "namm.decide_share": ("≤", 0.10),
     "namm.observe_share": ("≤", 0.35),
     "namm.peak_memory_ratio": ("≥", 3.0),
+    "ray.bit_identical": ("≥", 1.0),
+    "ray.scaling_efficiency": ("≥", 0.90),
+    "ray.dispatch_overhead_ms": ("≤", 30.0),
+    "ray.worker_memory_mb": ("≤", 350.0),
+    "ray.recovery_s": ("≤", 2.0),
     ask_tell.NAME: ("≤", 20.0),
 }
 """What is promised, by the name of the line."""
@@ -58,6 +72,10 @@ SUBJECTS = (
     Subject((quarter_cache.NAME,), quarter_cache.run),
     Subject((namm_shares.DECIDE, namm_shares.OBSERVE), namm_shares.run),
     Subject((peak_memory.NAME, "namm.peak_memory_stock", "namm.peak_memory_namm"), peak_memory.run),
+    Subject((ray_workers.BITS,), ray_workers.bit_identical),
+    Subject((ray_workers.SCALING, ray_workers.MEMORY), ray_workers.scaling),
+    Subject((ray_workers.DISPATCH,), ray_workers.dispatch),
+    Subject((ray_workers.RECOVERY,), ray_workers.recovery),
     Subject(ask_tell.NAMES, ask_tell.run),
 )
 

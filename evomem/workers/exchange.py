@@ -12,8 +12,8 @@ from evomem.cache import LayerView
 from evomem.evaluation.store import Reading
 from evomem.models.sharing import to_array, to_tensor
 
-HELD = 2
-"""Readings that a worker keeps as its own; what others may want is in the memory that all workers share."""
+HELD = 1
+"""Readings that a worker keeps as its own; all others are in the memory that all workers share."""
 
 
 class SharedReadings:
@@ -126,13 +126,15 @@ class Directory:
         return {key: where for key, (where, _) in entries.items()}
 
     def add(self, affinity: str, key: str, where: Any, size: int) -> bool:
-        """Note where a reading is, unless it is known or too large; return whether the sample can be offered now."""
+        """Note where a reading is; return whether the sample can be offered now: it is not if it is too large.
+
+        What was known of the key is replaced: who had to read it again did not find it there.
+        """
         entries = self._entries.setdefault(affinity, {})
         self._entries.move_to_end(affinity)
-        if key in entries:
-            return True
+        _, before = entries.get(key, (None, 0))
         entries[key] = (where, size)
-        self.held += size
+        self.held += size - before
         while self.held > self._limit and self._entries:
             _, dropped = self._entries.popitem(last=False)
             self.held -= sum(size for _, size in dropped.values())

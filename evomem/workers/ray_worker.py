@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import pickle
 import time
@@ -17,6 +19,8 @@ from evomem.workers.base import Evaluate, Recipe, Unit
 from evomem.workers.exchange import SharedReadings, nbytes
 
 FETCH_SECONDS = 60.0
+TRIM_SECONDS = 0.2
+"""After so much work a worker gives freed memory back to the system, which takes a few milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class RayWorker:
             answer, fresh = self._carry_out(order)
             answers.append(answer)
             read.append(fresh)
+        if sum(answer.seconds for answer in answers) > TRIM_SECONDS:
+            give_back()
         return answers, read
 
     def _carry_out(self, order: Order) -> tuple[Answer, dict[str, Any]]:
@@ -112,14 +118,18 @@ class RayWorker:
         return Answer(found, error, time.perf_counter() - begin, sizes), fresh
 
     def memory(self) -> dict[str, int]:
-        """Return bytes of this process: ``private`` (nobody else's), ``resident`` (with what it shares)."""
-        totals = {"Private_Clean": 0, "Private_Dirty": 0, "Rss": 0}
+        """Return bytes of this process: ``private`` (nobody else's), ``resident`` (with what it shares).
+
+        Private is what Linux calls anonymous. Its other count, of pages that only one process has mapped, would also
+        take in shared contexts that no other worker has happened to look at.
+        """
+        totals = {"Anonymous": 0, "Rss": 0}
         with open("/proc/self/smaps_rollup", encoding="ascii") as file:
             for line in file:
                 name, _, value = line.partition(":")
                 if name in totals:
                     totals[name] = int(value.split()[0]) * 1024
-        return {"private": totals["Private_Clean"] + totals["Private_Dirty"], "resident": totals["Rss"]}
+        return {"private": totals["Anonymous"], "resident": totals["Rss"]}
 
 
 def alone(unit: Unit, place: int | None) -> Unit:
@@ -141,6 +151,12 @@ def portable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
+
+
+def give_back() -> None:
+    """Return freed memory to the system: the C library would keep the peak of every worker for itself."""
+    with contextlib.suppress(OSError, AttributeError):  # there is no such call outside glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pickled(recipe: Recipe) -> bytes:
