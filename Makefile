@@ -16,7 +16,7 @@ help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
 
 demo: $(READY)  ## evolve a memory manager for SmolLM2-135M and compare it with the field (20 minutes on two cores)
-	@$(BIN)/evomem evolve experiments/demo.yaml --resume
+	@$(BIN)/evomem evolve experiments/demo.yaml --resume --workers auto
 
 test: export OMP_NUM_THREADS ?= 2
 test: $(READY)  ## formatting, lint, types, tests
