@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, index: int, cache: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
-        self.cache = cache
+        # Weak, because the cache holds its layers: a ring would keep all slots in memory until a garbage collection.
+        self._cache = weakref.ref(cache)
         self.reset()
+
+    @property
+    def cache(self) -> SlotCache:
+        """The cache that this layer is part of; it must be alive."""
+        cache = self._cache()
+        if cache is None:
+            raise CacheError("this layer's cache is gone: keep the cache, not only its layers")
+        return cache
 
     # ---- what transformers calls ----------------------------------------------------------------------------------
 
