@@ -217,7 +217,7 @@ def test_directory_against_a_plain_list(limit, events):
             plain.remove(found)
         if what == "add":
             found = found or (affinity, {})
-            found[1].setdefault(key, size)
+            found[1][key] = size
             plain.append(found)
             while sum(sum(sizes.values()) for _, sizes in plain) > limit:
                 plain.pop(0)

@@ -77,6 +77,7 @@ class Measuring:
     def __init__(self, pool: WorkerPool, journal: Journal, known: Iterable[Record]) -> None:
         self._pool = pool
         self._journal = journal
+        self._told: set[str] = set()
         self._known = {(record["key"], record["candidates"]): record for record in known}
 
     def evaluate(self, units: Sequence[Unit]) -> dict[str, list[Evaluation]]:
@@ -98,9 +99,11 @@ class Measuring:
         for outcome in self._pool.evaluate(missing):
             key = outcome.unit.key
             if outcome.error is None:
-                for told in outcome.quarantined:
-                    logger.warning(told)
-                    self._journal.event("quarantined", key=key, message=told)
+                for told, candidate in zip(outcome.quarantined, outcome.digests, strict=True):
+                    if candidate not in self._told:
+                        logger.warning(told)
+                        self._told.add(candidate)
+                    self._journal.event("quarantined", key=key, candidate=candidate, message=told)
                 record = unit_record(outcome)
                 self._journal.append(record)
                 if outcome.unit.generation is None:  # units outside a generation are asked for again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,8 +28,12 @@ def make_pool(
     factory: BenchFactory,
     options: WorkerOptions,
     report: Callable[[str], None],
+    quarantined: Sequence[str] = (),
 ) -> WorkerPool:
-    """Return the pool that the options ask for; ``report`` is told what happens to workers.
+    """Return the pool that the options ask for.
+
+    ``report`` is told what happens to workers; ``quarantined`` names candidates that ended theirs before the run was
+    resumed (`evomem.workers.casebook.candidate_digest`).
 
     Raises
     ------
@@ -37,7 +41,7 @@ def make_pool(
     """
     options = counted(options, config.threads)
     if options.count == 0:
-        return LocalPool(UnitEvaluator(space, bench, samples), config.attempts)
+        return LocalPool(UnitEvaluator(space, bench, samples), config.attempts, quarantined)
     from evomem.workers.ray_pool import RayPool
 
     state = {name: value.contiguous() for name, value in space.template.state_dict().items()}
@@ -45,7 +49,14 @@ def make_pool(
     make = bench.elsewhere.make if bench.elsewhere is not None else partial(_by_factory, factory)
     build = partial(unit_evaluator, config, safetensors.torch.save(state), make)
     recipe = Recipe(parts, build, config.threads)
-    return RayPool(recipe, options, attempts=config.attempts, store_bytes=config.store_bytes, report=report)
+    return RayPool(
+        recipe,
+        options,
+        attempts=config.attempts,
+        store_bytes=config.store_bytes,
+        report=report,
+        quarantined=quarantined,
+    )
 
 
 def counted(options: WorkerOptions, threads: int) -> WorkerOptions:

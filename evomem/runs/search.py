@@ -133,7 +133,14 @@ class Search:
         self._check_chance()
         driver, told = self._restore()
         pool = make_pool(
-            self.config, self.space, self.bench, self.samples, self.factory, self.workers, report=self.warn
+            self.config,
+            self.space,
+            self.bench,
+            self.samples,
+            self.factory,
+            self.workers,
+            report=self.warn,
+            quarantined=self._quarantined(),
         )
         measuring = Measuring(pool, journal, self._known_units(told))
         judge = Judge(measuring, self.samples, self.config.chunk)
@@ -218,6 +225,11 @@ class Search:
                 failed = (record["phase"], record["generation"])
                 known = [unit for unit in known if (unit["phase"], unit["generation"]) != failed]
         return known
+
+    def _quarantined(self) -> list[str]:
+        """Return the candidates that ended their workers in earlier processes of this run."""
+        records = read_journal(self.run_folder.journal.path)
+        return [r["candidate"] for r in records if r["kind"] == "event" and r["event"] == "quarantined"]
 
     def all_failed(self, phase: str, generation: int | None, what: str) -> FitnessError:
         """Note that nothing of a phase has a finite fitness; return the error to raise."""

@@ -72,6 +72,7 @@ class Outcome:
     error : what it raised.
     again : with an error: whether the pool tries once more by itself.
     quarantined : candidates that killed their worker whenever they were tried, as text for the user.
+    digests : of these candidates: `evomem.workers.casebook.candidate_digest`.
     """
 
     unit: Unit
@@ -80,6 +81,7 @@ class Outcome:
     error: Exception | None = None
     again: bool = False
     quarantined: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
 
 
 class WorkerPool(Protocol):

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from evomem.errors import EvomemError, WorkerError
-from evomem.evaluation.types import Evaluation
 from evomem.workers.base import Outcome, Recipe, Unit, WorkerOptions
+from evomem.workers.casebook import Barred, Casebook, affinity
 from evomem.workers.exchange import Directory
 from evomem.workers.ray_cluster import Connection
 from evomem.workers.ray_worker import Answer, Order, RayWorker, pickled
-from evomem.workers.schedule import Job, Lease, Policy, Quarantined, Result, Schedule
+from evomem.workers.schedule import Lease, Piece, Policy, Schedule
 
 STARTS = 3
 """Workers that may fail to start one after the other before the pool gives up."""
@@ -43,9 +43,10 @@ class Member:
 
 @dataclass
 class Running:
-    """A lease that was sent: references to its answers and to the readings that come with them."""
+    """A lease, what was sent of it, and references to the answers and to the readings that come with them."""
 
     lease: Lease
+    pieces: tuple[Piece, ...]
     answers: Any
     read: Any
 
@@ -60,6 +61,7 @@ class RayPool:
     attempts : how often a unit that raises is tried.
     store_bytes : contexts that were read and are shared between workers, at most.
     report : told, in a sentence, what happens to workers.
+    quarantined : candidates that are not to be evaluated (`evomem.workers.casebook.candidate_digest`).
     policy : for tests; otherwise made from the options.
 
     Raises
@@ -75,6 +77,7 @@ class RayPool:
         attempts: int = 1,
         store_bytes: int = 1 << 30,
         report: Callable[[str], None] = lambda message: None,
+        quarantined: Iterable[str] = (),
         policy: Policy | None = None,
     ) -> None:
         self._options, self._report, self._threads = options, report, recipe.threads
@@ -85,9 +88,9 @@ class RayPool:
         self._members: dict[str, Member] = {}
         self._joined: set[str] = set()
         self._running: dict[int, Running] = {}
-        self._units: dict[str, Unit] = {}
+        self._cases = Casebook(quarantined)
         self._quick: dict[str, int] = {}
-        self._started = self._failed_starts = self._calls = 0
+        self._started = self._failed_starts = 0
         self._starved_since: float | None = None
         try:
             self._build = pickled(recipe)
@@ -108,29 +111,22 @@ class RayPool:
 
     def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         """Yield an outcome per failed attempt, and in the end one per unit that is no more tried ``again``."""
-        self._calls += 1
-        named = {f"{self._calls}:{place}:{unit.key}": unit for place, unit in enumerate(units)}
-        self._units.update(named)
-        self._schedule.add(Job(key, unit.candidates, affinity(unit)) for key, unit in named.items())
-        missing, spent = set(named), dict.fromkeys(named, 0.0)
-        while missing:
+        self._cases.forget()  # what an earlier call, broken off, has left
+        self._schedule.add(self._cases.open(units))
+        while len(self._cases):
             self._send()
-            raised: list[tuple[str, Exception]] = []
-            for key, answer in self._wait():
-                if key in spent:  # not a duplicate of an earlier call's unit
-                    spent[key] += answer.seconds
-                    if answer.error is not None:
-                        raised.append((key, answer.error))
-            results = {result.key: result for result in self._schedule.results()}
+            raised = [(key, answer.error) for key, answer in self._wait() if answer.error is not None]
+            results = self._schedule.results()
+            errors = {result.key: result.error for result in results}
             for key, error in raised:
-                final = results.get(key)
-                if key in missing and (final is None or final.error is not error):
-                    yield Outcome(named[key], [], spent[key], error, again=True)
-            for key, result in results.items():
-                if key in missing:
-                    missing.discard(key)
-                    del self._units[key]
-                    yield _outcome(named[key], result, spent[key])
+                unit, seconds = self._cases.spent(key)
+                if unit is not None and errors.get(key) is not error:
+                    yield Outcome(unit, [], seconds, error, again=True)
+            for result in results:
+                outcome, jobs = self._cases.close(result)
+                self._schedule.add(jobs)
+                if outcome is not None:
+                    yield outcome
 
     def close(self) -> None:
         """End the workers, and Ray if this pool has started it."""
@@ -140,6 +136,8 @@ class RayPool:
         self._members.clear()
         self._joined.clear()
         self._running.clear()
+        self._directory = Directory(0)  # with the last references the shared memory is free
+        self._parts = None
         self._connection.close()
 
     @property
@@ -160,14 +158,24 @@ class RayPool:
     # ---- sending ----------------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        for lease in self._schedule.assign(time.monotonic()):
-            orders = []
-            for piece in lease.pieces:
-                unit = self._units[piece.key]
-                orders.append(Order(unit, piece.place, self._directory.offers(affinity(unit))))
+        while leases := self._schedule.assign(time.monotonic()):
+            for lease in leases:
+                self._send_lease(lease)
+
+    def _send_lease(self, lease: Lease) -> None:
+        sent, orders = [], []
+        for piece in lease.pieces:
+            try:
+                unit, place = self._cases.order(piece)
+            except Barred as error:
+                self._schedule.failed(lease.id, piece, error, time.monotonic(), final=True)
+                continue
+            sent.append(piece)
+            orders.append(Order(unit, place, self._directory.offers(affinity(unit))))
+        if orders:
             actor = self._members[lease.worker].actor
             answers, read = actor.evaluate.options(num_returns=2).remote(orders)
-            self._running[lease.id] = Running(lease, answers, read)
+            self._running[lease.id] = Running(lease, tuple(sent), answers, read)
 
     # ---- waiting ----------------------------------------------------------------------------------------------------
 
@@ -205,21 +213,20 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:  # the call itself failed: what was sent cannot be read there
             del self._running[lease.id]
             now = time.monotonic()
-            for piece in lease.pieces:
+            for piece in running.pieces:
                 self._schedule.failed(lease.id, piece, error, now)
-            return [(piece.key, Answer(None, error, now - lease.since, {})) for piece in lease.pieces]
+            return [(piece.key, Answer(None, error, now - lease.since, {})) for piece in running.pieces]
         except self._ray.exceptions.RayError as error:
             self._died(lease, error)
             return []
         del self._running[lease.id]
-        self._failed_starts = 0
         now, taken = time.monotonic(), []
-        for place, (piece, answer) in enumerate(zip(lease.pieces, answers, strict=True)):
+        for place, (piece, answer) in enumerate(zip(running.pieces, answers, strict=True)):
             if answer.error is None:
                 self._schedule.finished(lease.id, piece, answer.evaluations, now, answer.seconds)
             else:
                 self._schedule.failed(lease.id, piece, answer.error, now, final=isinstance(answer.error, EvomemError))
-            unit = self._units.get(piece.key)
+            unit, _ = self._cases.spent(piece.key, answer.seconds)
             for key, size in answer.sizes.items() if unit is not None else ():
                 # The entry's place is part of what is offered: one object holds the readings of all its orders.
                 if unit is not None and self._directory.add(affinity(unit), key, (running.read, place, key), size):
@@ -242,26 +249,34 @@ class RayPool:
         except self._ray.exceptions.RayError as error:
             del self._members[name]
             self._failed_starts += 1
-            cause = _cause(error)
-            if isinstance(cause, EvomemError):
-                raise cause from error
-            if self._failed_starts >= STARTS:
-                raise WorkerError(
-                    f"{STARTS} workers in a row could not start; the last one: {_reason(error)}. What is finished is "
-                    "kept: mend the cause and resume the run, or resume with --workers 0"
-                ) from error
-            self._report(f"worker {name} could not start ({_reason(error)}); another one is started")
-            self._start()
+            self._not_started(name, error)
             return
+        self._failed_starts = 0
         member.node, member.pid, member.host = facts["node"], facts["pid"], facts["host"]
         self._joined.add(name)
         self._schedule.join(name, member.node)
+
+    def _not_started(self, name: str, error: Exception) -> None:
+        """Try another one, or go on with the others; without any, give up."""
+        cause, reason = _cause(error), _reason(error)
+        if isinstance(cause, EvomemError) and not self._joined:
+            raise cause from error
+        if self._failed_starts < STARTS:
+            self._report(f"worker {name} could not start: {reason}. Another one is started")
+            self._start()
+        elif self._members:
+            self._report(f"worker {name} could not start: {reason}. The run goes on with {len(self._members)}")
+        else:
+            raise WorkerError(
+                f"{STARTS} workers in a row could not start; the last one: {reason}. What is finished is kept: mend "
+                "the cause and resume the run, or resume with --workers 0"
+            ) from error
 
     def _died(self, lease: Lease, error: Exception) -> None:
         """Take note of a worker's death, and decide whether what it did may be the cause."""
         member = self._members[lease.worker]
         gone = "node has died" in str(error) or self._connection.node_is_dead(member.node)
-        first = lease.pieces[0].key
+        first = self._running[lease.id].pieces[0].key
         early = time.monotonic() - lease.since < QUICK and self._quick.get(first, 0) < STARTS
         if early:
             self._quick[first] = self._quick.get(first, 0) + 1
@@ -293,40 +308,10 @@ class RayPool:
             )
 
 
-def affinity(unit: Unit) -> str:
-    """Return the name of what units of the same sample share: its context."""
-    return f"{unit.task}/{unit.sample.id}"
-
-
 def _policy(attempts: int, timeout: float | None) -> Policy:
     if timeout is None:
         return Policy(attempts=attempts)
     return Policy(attempts=attempts, hang=0.0, hang_floor=timeout, hang_first=timeout)
-
-
-def _outcome(unit: Unit, result: Result, seconds: float) -> Outcome:
-    """Return the final outcome of a unit."""
-    if result.error is not None:
-        return Outcome(unit, [], seconds, result.error)
-    if not result.isolated:
-        return Outcome(unit, result.value, seconds)
-    evaluations, told = [], []
-    for place, value in enumerate(result.value):
-        if isinstance(value, Quarantined):
-            evaluations.append(nothing(unit))
-            told.append(
-                f"candidate {place} of unit {unit.key} is quarantined: alone, it ended its worker {value.deaths} times "
-                f"({value.reason}). It counts as the worst; the search goes on"
-            )
-        else:
-            evaluations.append(value[0])
-    return Outcome(unit, evaluations, seconds, quarantined=tuple(told))
-
-
-def nothing(unit: Unit) -> Evaluation:
-    """Return the evaluation of a candidate that cannot be evaluated: no number, the worst fitness."""
-    nan = float("nan")
-    return Evaluation(unit.sample.id, nan, None, nan, nan, nan, 0, 0.0)
 
 
 def _cause(error: BaseException) -> BaseException:
