@@ -424,6 +424,12 @@ def test_two_workers_do_not_read_the_same_context_and_each_stays_with_its_own():
     assert order == {"x": ["a0", "a1", "a2"], "y": ["b0", "b1", "b2"]}
 
 
+def test_a_context_whose_reader_failed_is_read_by_nobody():
+    schedule, leases = started([Job(key, 1, key[0]) for key in ("a0", "b0", "b1", "a1")], ["x", "y"])
+    schedule.failed(leases[0].id, Piece("a0"), RuntimeError("no"), 1.0, final=True)
+    assert [lease.pieces[0].key for lease in schedule.assign(1.0)] == ["a1"]
+
+
 def test_what_was_lost_goes_first():
     jobs = [Job(str(n), 1, "") for n in range(6)]
     schedule, (lease, other) = started(jobs, ["x", "y"])

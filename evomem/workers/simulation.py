@@ -261,6 +261,8 @@ class _Simulation:
         self._newcomer()
 
     def _on_check(self, time: float, what: None) -> None:
+        if time != self._check:
+            return  # an earlier one was asked for meanwhile
         self._check = math.inf
         for name in self._schedule.expired(self._now):
             self._on_gone(self._now, (name, True))
