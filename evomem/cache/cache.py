@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from evomem.cache.attention import IMPLEMENTATION
@@ -18,6 +17,9 @@ from evomem.cache.observe import Recorder, Wanted
 from evomem.cache.rotary import Rotary, find_rotaries
 from evomem.cache.view import Decision, LayerView
 from evomem.errors import CacheError
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedModel
 
 
 class SchedulePolicy(Protocol):
