@@ -118,7 +118,7 @@ def scaling(setting: Setting) -> Iterator[Line]:
 
         for pool in (one, two):
             work(pool)  # contexts are read, as they are after a search's first generations
-        seconds = in_turns(SCALING, {"one": lambda: work(one), "two": lambda: work(two)}, setting.rounds(5))
+        seconds = in_turns(SCALING, {"one": lambda: work(one), "two": lambda: work(two)}, setting.rounds(3))
         yield line(SCALING, ratios(seconds["one"], seconds["two"], 0.5))
         private = [use["private"] / 2**20 for pool in (one, two) for use in pool.memory()]
         yield line(MEMORY, private, "MiB")
