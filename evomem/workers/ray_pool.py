@@ -147,7 +147,7 @@ class RayPool:
 
     def workers(self) -> list[dict[str, Any]]:
         """Return name, process and machine of every worker that is ready."""
-        joined = ((name, self._members[name]) for name in sorted(self._joined))
+        joined = [(name, member) for name, member in list(self._members.items()) if name in self._joined]
         return [{"name": name, "pid": m.pid, "node": m.node, "host": m.host} for name, m in joined]
 
     def memory(self) -> list[dict[str, int]]:
