@@ -113,10 +113,12 @@ class Report:
 
     @property
     def bound(self) -> str:
-        """What keeps utilisation down: messages, if the driver is busy two thirds of the time, or too few units."""
+        """What keeps utilisation below 0.95: the driver (busy for two thirds), too few units, or the last ones."""
+        if self.utilisation >= 0.95:
+            return ""
         if self.driver > 2 / 3:
             return "driver"
-        return "few units" if self.units_per_worker < 8 else "stragglers"
+        return "few units" if self.units_per_worker < 8 else "last units"
 
 
 def simulate(
