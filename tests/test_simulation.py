@@ -45,9 +45,9 @@ def test_without_chance_it_is_arithmetic(workers, population, samples, parts, re
 
 
 def test_a_context_is_read_by_those_who_begin_before_it_is_there_and_by_nobody_after():
-    # Eight workers begin with the first sample and two units of the second; the context of the four left is there then.
+    # Six workers begin with five units of the first sample and one of the second, whose context is there for the others.
     cluster = replace(CALM, reading_seconds=2.0)
-    report = simulate(8, Generation(6, 2, 1), generations=3, cluster=cluster)
+    report = simulate(6, Generation(6, 2, 1), generations=3, cluster=cluster)
     assert report.seconds == pytest.approx(2.0 + 2 * 0.75 + cluster.step_seconds)
 
 
