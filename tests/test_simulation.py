@@ -45,7 +45,7 @@ def test_without_chance_it_is_arithmetic(workers, population, samples, parts, re
 
 
 def test_a_context_is_read_by_those_who_begin_before_it_is_there_and_by_nobody_after():
-    # Six workers begin with five units of the first sample and one of the second, whose context is there for the others.
+    # Six workers begin with five units of one sample and one of the other; nobody reads for the six that are left.
     cluster = replace(CALM, reading_seconds=2.0)
     report = simulate(6, Generation(6, 2, 1), generations=3, cluster=cluster)
     assert report.seconds == pytest.approx(2.0 + 2 * 0.75 + cluster.step_seconds)
