@@ -42,7 +42,7 @@ def test_a_model_search_is_the_same_with_shared_weights_and_contexts(tmp_path):
         found = Counter(name for _, _, name in entries(log) if name.startswith("read/"))
         assert found.keys() == read.keys()
         assert max(found.values()) <= count  # who has nothing else to do reads what another one is just reading
-        assert len({pid for _, pid, _ in entries(log)}) == count
+        assert len({pid for _, pid, _ in entries(log)}) <= count  # on a busy machine one may start when all is done
 
 
 def test_contexts_are_read_once_and_a_pool_leaves_nothing_behind(tmp_path):
