@@ -15,6 +15,8 @@ from evomem.workers.base import WorkerOptions, cores
 
 MEGABYTE = 1 << 20
 REACH_SECONDS = 5.0
+_SETTINGS = b"\x04"  # HTTP/2's type of frame; a frame begins with its length (3 bytes) and type
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 
 
 class Connection:
@@ -67,7 +69,11 @@ class Connection:
         memory = _object_store(shared_bytes)
         try:
             self.ray.init(
-                include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=memory
+                address="local",  # a cluster that happens to run here is joined only by its address
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=memory,
             )
         except Exception as error:
             raise WorkerError(
@@ -163,17 +169,24 @@ def _object_store(shared_bytes: int) -> int:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise `WorkerError` unless something listens at HOST:PORT: Ray itself would try for minutes."""
+    """Raise `WorkerError` unless something at HOST:PORT speaks Ray's protocol: Ray itself would try for minutes.
+
+    Ray's servers speak gRPC, which is HTTP/2 (RFC 9113): after the client's preface the server sends its settings.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise WorkerError(f"--address {address}: not an address; give auto, or HOST:PORT of the cluster's head node")
+    hint = "Is the head node running (ray start --head), is this its port, and is it open to this machine?"
     try:
-        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
-    except OSError as error:
-        raise WorkerError(
-            f"--address {address}: nothing answers there ({error}). Is the head node running (ray start --head), and "
-            "its port open to this machine?"
-        ) from error
+        with socket.create_connection((host, int(port)), timeout=REACH_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return
+            connection.sendall(_PREFACE)
+            answer = connection.recv(9)
+    except (OSError, OverflowError) as error:
+        raise WorkerError(f"--address {address}: nothing answers there ({error}). {hint}") from error
+    if answer[3:4] != _SETTINGS:
+        raise WorkerError(f"--address {address}: what answers there is not Ray. {hint}")
 
 
 def _first_line(error: BaseException) -> str:
