@@ -275,7 +275,9 @@ class Schedule:
         median = self._durations.median
         count = 1
         if median is not None and median < self.policy.batch_seconds:
-            count = math.ceil(len(self._queue) / (2 * len(self._workers)))
+            count = math.ceil(len(self._queue) / len(self._workers))
+            if count * median > self.policy.batch_seconds:  # or else nobody waits long for the last one
+                count = math.ceil(count / 2)
             if median > 0:
                 count = max(1, min(count, int(self.policy.batch_seconds / median)))
         works: list[Work] = []

@@ -74,7 +74,7 @@ class Policy:
     hang_floor : but not before so many seconds.
     hang_first : the same limit in seconds as long as nothing has finished.
     batch_seconds : pieces shorter than this are sent several at a time: as many as fill it by the median duration, but
-        at most ceil(waiting / (2 workers)).
+        at most half of a worker's even share of what waits, or the whole share if it takes no longer than this.
     """
 
     attempts: int = 2
