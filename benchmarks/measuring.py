@@ -70,7 +70,7 @@ class Sizes:
     namm_budget: int = 1024
     ray_context: int = 500
     ray_population: int = 32
-    ray_samples: int = 4
+    ray_samples: int = 8
 
 
 QUICK = Sizes(
