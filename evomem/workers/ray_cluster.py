@@ -176,6 +176,12 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise WorkerError(f"--address {address}: not an address; give auto, or HOST:PORT of the cluster's head node")
+    with contextlib.suppress(
+        ImportError, AttributeError
+    ):  # Ray never asks at 127.0.0.1, but at the machine's own address
+        from ray._private.services import resolve_ip_for_localhost
+
+        host = resolve_ip_for_localhost(host)
     hint = "Is the head node running (ray start --head), is this its port, and is it open to this machine?"
     try:
         with socket.create_connection((host, int(port)), timeout=REACH_SECONDS) as connection:

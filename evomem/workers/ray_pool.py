@@ -89,7 +89,7 @@ class RayPool:
         self._joined: set[str] = set()
         self._running: dict[int, Running] = {}
         self._cases = Casebook(quarantined)
-        self._quick: dict[str, int] = {}
+        self._doubts: dict[str, int] = {}
         self._started = self._failed_starts = 0
         self._starved_since: float | None = None
         try:
@@ -200,7 +200,6 @@ class RayPool:
             elif reference in leases and leases[reference].lease.id in self._running:
                 answers.extend(self._take(leases[reference]))
         for name in self._schedule.expired(time.monotonic()):
-            self._ray.kill(self._members[name].actor, no_restart=True)
             self._lost(name, "it did not answer in time and was ended", blame=True)
         self._check_starved()
         return answers
@@ -275,18 +274,25 @@ class RayPool:
     def _died(self, lease: Lease, error: Exception) -> None:
         """Take note of a worker's death, and decide whether what it did may be the cause."""
         member = self._members[lease.worker]
+        reason = _reason(error)
         gone = "node has died" in str(error) or self._connection.node_is_dead(member.node)
+        # Found dead at once, or out of reach, as a machine is that has just died: not the work's fault, so far.
         first = self._running[lease.id].pieces[0].key
-        early = time.monotonic() - lease.since < QUICK and self._quick.get(first, 0) < STARTS
-        if early:
-            self._quick[first] = self._quick.get(first, 0) + 1
-        where = f"its machine {member.host} is gone" if gone else _reason(error)
-        self._lost(lease.worker, where, blame=not (gone or early))
+        unreachable = isinstance(error, self._ray.exceptions.ActorUnavailableError)
+        doubtful = unreachable or time.monotonic() - lease.since < QUICK
+        if doubtful and not gone:
+            self._doubts[first] = self._doubts.get(first, 0) + 1
+            doubtful = self._doubts[first] <= STARTS
+        if gone or unreachable:
+            reason = f"its machine {member.host} is {'gone' if gone else 'out of reach'}"
+        self._lost(lease.worker, reason, blame=not (gone or doubtful))
 
     def _lost(self, name: str, reason: str, *, blame: bool) -> None:
         """Drop a worker, give its work to others, and start another one in its place."""
         member = self._members.pop(name)
         self._joined.discard(name)
+        with contextlib.suppress(Exception):  # it may live on, out of reach
+            self._ray.kill(member.actor, no_restart=True)
         for number in [n for n, running in self._running.items() if running.lease.worker == name]:
             del self._running[number]
         self._schedule.leave(name, time.monotonic(), blame=blame, reason=reason)

@@ -1,0 +1,182 @@
+"""What the tests run in processes of their own: `python ray_program.py NAME ARGUMENT...`, everything told as JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from faulty_search import SETTINGS, Logged, logged, note
+from synthetic_search import ToyTask, experiment
+
+from evomem.cache import LayerView
+from evomem.errors import EvomemError
+from evomem.evaluation.store import Reading
+from evomem.runs import Bench, search
+from evomem.runs.bench import Elsewhere
+from evomem.workers import Recipe, WorkerOptions
+
+
+def drive(folder, log):
+    """A search that has a Ray of its own."""
+    search(experiment(*SETTINGS), Path(folder), logged(log, 0.05), workers=WorkerOptions(2, cpus=0.5))
+
+
+# ---- a cluster that loses a machine ---------------------------------------------------------------------------------
+
+
+class Reads(Logged):
+    """Reads a context of 1 MB before it evaluates, as a model does."""
+
+    def __init__(self, log, readings):
+        super().__init__(log, 0.03)
+        self.readings = readings
+
+    def evaluate(self, candidates, sample, task, *, exact=False):
+        number = float(len(sample.id))
+        view = self.readings.get(sample.id, lambda: self.read(sample, number)).views[0]
+        assert (view.keys == number).all()
+        return super().evaluate(candidates, sample, task, exact=exact)
+
+    def read(self, sample, number):
+        note(self.log.with_suffix(".reads"), sample.id)
+        keys = torch.full((1, 1, 1 << 17, 2), number)
+        slots, start = torch.zeros((1, 1, 1), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        return Reading((LayerView(keys, keys[:, :, :1], slots, start, 1, 1, 0, 1),), 1)
+
+
+class ReadingBench:
+    """Makes the bench here and, with the store of contexts, in workers."""
+
+    def __init__(self, log):
+        self.log = Path(log)
+
+    def __call__(self, config):
+        return self.make(config, {}, None, Elsewhere(dict, self.make))
+
+    def make(self, config, parts, readings, elsewhere=None):
+        provenance = {"model_digest": "none"}
+        return Bench(
+            Reads(self.log, readings), lambda task: ToyTask(task.spec), provenance=provenance, elsewhere=elsewhere
+        )
+
+
+def lose_a_node(folder, log):
+    """Two machines with a worker each; the second one vanishes, and later a third one comes."""
+    from ray.cluster_utils import Cluster
+
+    from evomem.workers import ray_pool
+    from evomem.workers.ray_cluster import library
+
+    ray, pools, told = library(), [], {}
+    quickly = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 200,
+        "health_check_timeout_ms": 2000,
+        "health_check_failure_threshold": 10,
+    }
+    machine = {"num_cpus": 1, "object_store_memory": 128 << 20, "include_dashboard": False}
+    cluster = Cluster(True, head_node_args={**machine, "_system_config": quickly})
+    second = cluster.add_node(**machine)
+
+    class Seen(ray_pool.RayPool):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            pools.append(self)
+
+    ray_pool.RayPool = Seen
+
+    def run():
+        options = WorkerOptions(2, address=cluster.address, cpus=1.0)
+        search(experiment("generations=8", *SETTINGS[1:]), Path(folder), ReadingBench(log), workers=options)
+
+    try:
+        ray.__version__, version = "1.0.0", ray.__version__
+        told["clash"] = error_of(WorkerOptions(1, address=cluster.address))
+        ray.__version__ = version
+        told["too many"] = error_of(WorkerOptions(3, address=cluster.address, cpus=1.0))
+        running = threading.Thread(target=run, daemon=True)
+        running.start()
+        wait_for(lambda: pools and len(pools[0].workers()) == 2 and lines(folder) > 20)
+        told["nodes"] = [worker["node"] for worker in pools[0].workers()]
+        told["lost"], told["workers"] = time.time(), pools[0].workers()
+        cluster.remove_node(second, allow_graceful=False)
+        wait_for(lambda: len(pools[0].workers()) == 1)
+        told["noticed"] = time.time()
+        cluster.add_node(**machine)
+        running.join(120)
+        told["stats"] = pools[0].stats
+    finally:
+        cluster.shutdown()
+    print(json.dumps(told))
+
+
+def lines(folder):
+    journal = Path(folder) / "journal.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def wait_for(condition, seconds=90.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def errors(folder):
+    """Every way in which there is no Ray: the message, and how long it took."""
+    told = {}
+    sys.modules["ray"] = None  # as if it were not installed
+    told["missing"] = error_of(WorkerOptions(1))
+    del sys.modules["ray"]
+    from ray._private import services
+
+    services.find_gcs_addresses = functools.cache(set)  # others may run Ray on this machine
+    os.environ["RAY_TMPDIR"] = folder
+    silent, web = socket.create_server(("", 0)), socket.create_server(("", 0))
+
+    def serve():
+        while True:
+            connection, _ = web.accept()
+            connection.recv(100)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    closed = socket.create_server(("", 0))
+    port = closed.getsockname()[1]
+    closed.close()
+    addresses = {
+        "auto": "auto",
+        "client": "ray://127.0.0.1:10001",
+        "nonsense": "nonsense",
+        "closed": f"127.0.0.1:{port}",
+        "silent": f"127.0.0.1:{silent.getsockname()[1]}",
+        "web": f"127.0.0.1:{web.getsockname()[1]}",
+    }
+    told |= {name: error_of(WorkerOptions(1, address=address)) for name, address in addresses.items()}
+    told["64"] = error_of(WorkerOptions(64))
+    print(json.dumps(told))
+
+
+def error_of(options):
+    """Return the message of making a pool, its class, and seconds."""
+    from evomem.workers.ray_pool import RayPool
+
+    begin = time.monotonic()
+    try:
+        RayPool(Recipe({}, lambda parts, readings: None), options).close()
+    except EvomemError as error:
+        return [str(error), type(error).__name__, time.monotonic() - begin]
+    return ["no error", "", 0.0]
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
