@@ -1,4 +1,4 @@
-"""Casebook: whatever dies, a unit is what it is whole; beside a quarantined candidate others are what they are alone."""
+"""Casebook: whatever dies, a unit is what it is whole; beside a quarantined candidate the others are as if alone."""
 
 from __future__ import annotations
 
