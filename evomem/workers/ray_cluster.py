@@ -33,6 +33,7 @@ class Connection:
     ray : the library.
     cpus, gpus : what every worker asks for.
     count : how many workers there are to be.
+    node : Ray's name of this machine.
 
     Raises
     ------
@@ -51,6 +52,7 @@ class Connection:
                 self._join(options.address)
         try:
             self.gpus, self.count = self._check_resources(options)
+            self.node: str = self.ray.get_runtime_context().get_node_id()
         except BaseException:
             self.close()
             raise

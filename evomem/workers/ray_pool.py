@@ -280,6 +280,10 @@ class RayPool:
         first = self._running[lease.id].pieces[0].key
         unreachable = isinstance(error, self._ray.exceptions.ActorUnavailableError)
         doubtful = unreachable or time.monotonic() - lease.since < QUICK
+        if gone and member.node == self._connection.node:
+            message = "Ray has ended on this machine. What is finished is kept: resume the run"
+            self._report(message)  # now, for Ray will soon end this process without a word
+            raise WorkerError(message)
         if doubtful and not gone:
             self._doubts[first] = self._doubts.get(first, 0) + 1
             doubtful = self._doubts[first] <= STARTS
@@ -328,13 +332,15 @@ def _cause(error: BaseException) -> BaseException:
 
 def _reason(error: BaseException) -> str:
     """Return Ray's long message in one line: what matters is how the process ended."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the memory of its machine was full, and Ray ended it"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in lines:
         if "connection error code" in line:  # all that Ray knows of a process that ended without a word
             return "its process ended unexpectedly (killed, out of memory, or crashed)"
         if "Worker exit detail:" in line:
             return line.split("Worker exit detail:", 1)[1].split("Some common causes", 1)[0].strip().rstrip(".")
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _nbytes(parts: Any) -> int:
