@@ -104,7 +104,7 @@ class NAMM(MemoryManager):
     def features(self, view: LayerView) -> Tensor:
         """Return what the scorer sees: (batch, kv_heads, slots, 25) fp32, the age first, finite at empty slots."""
         raw = view.once("namm_features", lambda: raw_features(view))
-        age, spectrum = raw.split((2 * AGE_FREQUENCIES, BINS), dim=-1)
+        age, spectrum = raw[..., : 2 * AGE_FREQUENCIES], raw[..., 2 * AGE_FREQUENCIES :]
         return torch.cat([age, (spectrum - self.spectrum_mean) / self.spectrum_var.sqrt().clamp(min=1e-7)], dim=-1)
 
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
