@@ -47,6 +47,7 @@ def ray_here() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         ray = library()
         ray.init(
+            address="local",  # whatever else runs on this machine
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
