@@ -20,7 +20,7 @@ from evomem.errors import EvomemError
 from evomem.evaluation.store import Reading
 from evomem.runs import Bench, search
 from evomem.runs.bench import Elsewhere
-from evomem.workers import Recipe, WorkerOptions
+from evomem.workers import Recipe, WorkerOptions, ray_cluster
 
 
 def drive(folder, log):
@@ -94,7 +94,7 @@ def lose_a_node(folder, log):
 
     def run():
         options = WorkerOptions(2, address=cluster.address, cpus=1.0)
-        search(experiment("generations=8", *SETTINGS[1:]), Path(folder), ReadingBench(log), workers=options)
+        search(experiment("generations=5", *SETTINGS[1:]), Path(folder), ReadingBench(log), workers=options)
 
     try:
         ray.__version__, version = "1.0.0", ray.__version__
@@ -134,6 +134,7 @@ def wait_for(condition, seconds=90.0):
 def errors(folder):
     """Every way in which there is no Ray: the message, and how long it took."""
     told = {}
+    ray_cluster.REACH_SECONDS = 1.0
     sys.modules["ray"] = None  # as if it were not installed
     told["missing"] = error_of(WorkerOptions(1))
     del sys.modules["ray"]

@@ -89,7 +89,7 @@ def test_a_driver_that_is_killed_takes_its_workers_along_and_is_resumed(tmp_path
     assert workers < family.keys()
     # Two of Ray's own agents wait a minute for the head that died with the driver.
     until(lambda: not alive(pid for pid, name in family.items() if "Agent" not in name), 20)
-    search(experiment(*SETTINGS), folder, logged(log), resume=True, workers=WorkerOptions(2, cpus=0.5))
+    search(experiment(*SETTINGS), folder, logged(log), resume=True, workers=WorkerOptions(1))
     same(outcome(folder), outcome(tmp_path / "whole"))
     nothing_again(log, names, dict.fromkeys(finished, now))
     assert max(begun(log).values()) <= 2
@@ -152,7 +152,7 @@ def test_a_machine_that_vanishes_and_one_that_comes(tmp_path):
     log = tmp_path / "log"
     with tempfile.TemporaryDirectory(prefix="evomem-ray-") as ray_folder:  # where nobody else looks for a cluster
         process = begin(tmp_path, *PROGRAM, "lose_a_node", tmp_path / "run", log, RAY_TMPDIR=ray_folder)
-        search(experiment("generations=8", *SETTINGS[1:]), tmp_path / "whole", logged(tmp_path / "log0"))
+        search(experiment("generations=5", *SETTINGS[1:]), tmp_path / "whole", logged(tmp_path / "log0"))
         names = names_of_units(tmp_path / "whole", tmp_path / "log0")
         facts = told(tmp_path, process)
     same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
@@ -194,6 +194,6 @@ def test_no_ray(tmp_path):
     for name, pattern in MESSAGES.items():
         message, kind, seconds = found[name]
         assert kind == "WorkerError"
-        assert seconds < 8
+        assert seconds < 4
         with pytest.raises(ValueError, match=pattern):
             raise ValueError(message)

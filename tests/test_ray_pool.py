@@ -23,9 +23,9 @@ from evomem.workers.schedule import Policy
 pytestmark = pytest.mark.usefixtures("ray_here")
 
 
-def test_the_toy_search_is_the_same_with_any_number_of_workers(tmp_path):
+def test_the_toy_search_is_the_same_with_one_worker_and_with_more_than_cores(tmp_path):
     search(experiment(*SETTINGS), tmp_path / "0", factory(ToyEvaluator()))
-    for count in (1, 2, 3):
+    for count in (1, 3):
         options = WorkerOptions(count, cpus=0.5)
         search(experiment(*SETTINGS), tmp_path / str(count), factory(ToyEvaluator()), workers=options)
         same(outcome(tmp_path / str(count)), outcome(tmp_path / "0"))
@@ -35,14 +35,13 @@ def test_a_model_search_is_the_same_with_shared_weights_and_contexts(tmp_path):
     """Objectives attention (block_cmaes) and loglik."""
     search(configured(), tmp_path / "0", bench(tmp_path / "log0"))
     read = Counter(name for _, _, name in entries(tmp_path / "log0") if name.startswith("read/"))
-    for count in (2, 3):
-        log, folder = tmp_path / f"log{count}", tmp_path / str(count)
-        search(configured(), folder, bench(log), workers=WorkerOptions(count, cpus=0.5))
-        same(without_tokens(outcome(folder)), without_tokens(outcome(tmp_path / "0")))
-        found = Counter(name for _, _, name in entries(log) if name.startswith("read/"))
-        assert found.keys() == read.keys()
-        assert max(found.values()) <= count  # who has nothing else to do reads what another one is just reading
-        assert len({pid for _, pid, _ in entries(log)}) <= count  # on a busy machine one may start when all is done
+    log, folder = tmp_path / "log2", tmp_path / "2"
+    search(configured(), folder, bench(log), workers=WorkerOptions(2, cpus=0.5))
+    same(without_tokens(outcome(folder)), without_tokens(outcome(tmp_path / "0")))
+    found = Counter(name for _, _, name in entries(log) if name.startswith("read/"))
+    assert found.keys() == read.keys()
+    assert max(found.values()) <= 2  # who has nothing else to do reads what another one is just reading
+    assert len({pid for _, pid, _ in entries(log)}) == 2
 
 
 def test_contexts_are_read_once_and_a_pool_leaves_nothing_behind(tmp_path):
@@ -89,9 +88,11 @@ def unit(place, context):
 
 
 def plasma_megabytes():
+    import ray
     from ray._private.internal_api import memory_summary
 
-    return float(re.search(r"Plasma memory usage (\d+) MiB", memory_summary(stats_only=True)).group(1))
+    said = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+    return float(re.search(r"Plasma memory usage (\d+) MiB", said).group(1))
 
 
 def until(condition, seconds=20.0):

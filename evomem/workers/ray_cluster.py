@@ -53,6 +53,9 @@ class Connection:
         try:
             self.gpus, self.count = self._check_resources(options)
             self.node: str = self.ray.get_runtime_context().get_node_id()
+        except self.ray.exceptions.RayError as error:
+            self.close()
+            raise WorkerError(f"Ray, which ran already, does not answer: {_first_line(error)}") from error
         except BaseException:
             self.close()
             raise

@@ -94,15 +94,16 @@ class RayPool:
         self._starved_since: float | None = None
         try:
             self._build = pickled(recipe)
-            self._parts = self._ray.put(dict(recipe.parts))
-            remote = self._ray.remote(
-                num_cpus=self._connection.cpus, num_gpus=self._connection.gpus, max_restarts=0, max_task_retries=0
-            )
-            self._actor = remote(RayWorker)
-            for _ in range(self._connection.count):
-                self._start()
-            while not self._joined:
-                self._wait()
+            with self._ray_errors():
+                self._parts = self._ray.put(dict(recipe.parts))
+                remote = self._ray.remote(
+                    num_cpus=self._connection.cpus, num_gpus=self._connection.gpus, max_restarts=0, max_task_retries=0
+                )
+                self._actor = remote(RayWorker)
+                for _ in range(self._connection.count):
+                    self._start()
+                while not self._joined:
+                    self._wait()
         except BaseException:
             self.close()
             raise
@@ -110,7 +111,16 @@ class RayPool:
     # ---- what a search calls ----------------------------------------------------------------------------------------
 
     def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        """Yield an outcome per failed attempt, and in the end one per unit that is no more tried ``again``."""
+        """Yield an outcome per failed attempt, and in the end one per unit that is no more tried ``again``.
+
+        Raises
+        ------
+        WorkerError : Ray has failed as a whole, or no worker can be started.
+        """
+        with self._ray_errors():
+            yield from self._evaluate(units)
+
+    def _evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         self._cases.forget()  # what an earlier call, broken off, has left
         self._schedule.add(self._cases.open(units))
         while len(self._cases):
@@ -127,6 +137,14 @@ class RayPool:
                 self._schedule.add(jobs)
                 if outcome is not None:
                     yield outcome
+
+    @contextlib.contextmanager
+    def _ray_errors(self) -> Iterator[None]:
+        """Tell in a sentence that Ray itself has failed."""
+        try:
+            yield
+        except self._ray.exceptions.RayError as error:
+            raise WorkerError(f"Ray has failed: {_reason(error)}. What is finished is kept: resume the run") from error
 
     def close(self) -> None:
         """End the workers, and Ray if this pool has started it."""
