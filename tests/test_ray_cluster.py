@@ -109,7 +109,7 @@ def test_an_interrupted_command_ends_cleanly_and_is_resumed(tmp_path):
         "tasks": [f"file:{tmp_path}/task.jsonl"],
         "driver": {"name": "cmaes", "population": 6},
         "chunk": 2,
-        "generations": 150,  # so many that the signal comes before the end
+        "generations": 100,  # so many that the signal comes before the end
         "samples_per_generation": 1,
         "train_contexts": 2,
         "budgets": [16],
