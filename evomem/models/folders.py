@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from evomem.errors import ModelError
-from evomem.models.aliases import aliases
+from evomem.models.aliases import Shipped, aliases
 from evomem.models.dequantised import dequantised_folder
 from evomem.models.files import WEIGHTS
 
@@ -30,7 +30,8 @@ def resolve(name: str, *, verify: bool = False) -> Path:
         Nothing has that name, or its folder is incomplete; the message says what was tried and what to do.
     """
     if name in aliases:
-        return dequantised_folder(aliases[name], verify=verify)
+        alias = aliases[name]
+        return shipped_folder(alias) if isinstance(alias, Shipped) else dequantised_folder(alias, verify=verify)
     path = Path(name).expanduser()
     if path.exists():
         missing = missing_files(path)
@@ -40,6 +41,14 @@ def resolve(name: str, *, verify: bool = False) -> Path:
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"model {name!r}: no such folder, and not a hub id (owner/name) either. {_known(name)}")
     return _from_hub(name)
+
+
+def shipped_folder(alias: Shipped) -> Path:
+    """Return the folder of a model that comes with evomem; raise `ModelError` when it is not there."""
+    folder = alias.source()
+    if folder is None:
+        raise ModelError(f"model {alias.name!r}: this installation of evomem lacks its folder. Run: {alias.install}")
+    return folder
 
 
 def missing_files(folder: Path) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from evomem.errors import ModelError
-from evomem.models.aliases import aliases
+from evomem.models.aliases import Shipped, aliases
 from evomem.models.dequantised import cached_folders, damage, quiet
 from evomem.models.files import folder_digest
 from evomem.models.folders import resolve
@@ -106,8 +106,8 @@ class ModelInfo:
     ----------
     name : the alias.
     about : what it is.
-    state : ``ready`` (dequantised and cached), ``installed`` (dequantised at its first use) or ``missing``.
-    where : the cached folder, or else the GGUF file; None when missing.
+    state : ``ready`` (a folder to load from), ``installed`` (dequantised at its first use) or ``missing``.
+    where : the folder that comes with evomem, or the cached one, or else the GGUF file; None when missing.
     bytes : what ``where`` takes on disk; 0 when missing.
     install : the command that brings a missing one.
     """
@@ -125,7 +125,10 @@ def available() -> list[ModelInfo]:
     found = []
     for alias in aliases.values():
         source = alias.source()
-        folder = next((path for path in cached_folders(alias) if damage(path) is None), None)
+        if isinstance(alias, Shipped):
+            folder = source
+        else:
+            folder = next((path for path in cached_folders(alias) if damage(path) is None), None)
         if folder is not None:
             size = sum(path.stat().st_size for path in folder.iterdir())
             found.append(ModelInfo(alias.name, alias.about, "ready", folder, size, alias.install))
