@@ -1,0 +1,99 @@
+"""Run: the options that commands share, and the words that they take."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Protocol(StrEnum):
+    """Whether a manager decides before or after it has seen the question."""
+
+    query_agnostic = "query_agnostic"
+    query_aware = "query_aware"
+
+
+class Splits(StrEnum):
+    """Splits of a task."""
+
+    train = "train"
+    select = "select"
+    sealed = "sealed"
+
+
+class Dtype(StrEnum):
+    """Types of a model's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Listing(StrEnum):
+    """What can be listed."""
+
+    managers = "managers"
+    tasks = "tasks"
+    drivers = "drivers"
+    spaces = "spaces"
+    experiments = "experiments"
+    observations = "observations"
+
+
+class Sink(StrEnum):
+    """Whom a run can be told to after the fact."""
+
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+    jsonl = "jsonl"
+
+
+class WandbMode(StrEnum):
+    """Whether W&B is told over the network."""
+
+    offline = "offline"
+    online = "online"
+
+
+Model = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", help="Alias, folder or hub id; may be repeated. [default: the subject's own]"),
+]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task", "-t",
+        help="Task with options, e.g. passkey:length=1000, file:mine.jsonl; may be repeated. [default: the subject's]",
+    ),
+]  # fmt: skip
+Budgets = Annotated[
+    str | None,
+    typer.Option(help="Slots per head (64,128) or shares of the tokens read (0.25). [default: the subject's own]"),
+]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option("--protocol", help="compress_once, or streaming[:N]: decide every N tokens. [default: the subject's]"),
+]
+Mode = Annotated[Protocol | None, typer.Option(help="Decide before (agnostic) or after the question is read.")]
+SplitOption = Annotated[Splits, typer.Option("--split", help="Samples that are measured on.")]
+Samples = Annotated[
+    int | None, typer.Option("--samples", "-n", min=1, help="Samples per task. [default: the experiment's, else 50]")
+]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact/--no-exact", help="Also generate text, for the exact score (slower)."),
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Refuse a task at which the full cache is no better than no context."),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE",
+        help="Write the rows as JSON; - for standard output. With a file, a killed comparison goes on where it was.",
+    ),
+]  # fmt: skip
