@@ -253,7 +253,7 @@ def test_the_card_says_how_to_use_it_and_what_was_measured(tmp_path):
     card = (tmp_path / "p" / "README.md").read_text()
     assert "from_pretrained" in card
     assert "It wins." in card
-    assert "| m | t | **mine** | 64 | -1.250 | - | 2 | - - |" in card
+    assert "| m | t | **mine** | 64 | -1.250 | - | 2 |  |" in card
     assert "| m | t | keydiff | 64 | -1.250 | - | 2 | 0.500 [0.250, 0.750] |" in card
     plugins.save(build("keydiff", budget=64), tmp_path / "p", {}, card="mine\n")
     assert (tmp_path / "p" / "README.md").read_text() == "mine\n"

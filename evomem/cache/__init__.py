@@ -1,7 +1,30 @@
 """Cache: a frozen model's KV memory as slots; each slot remembers which token it holds."""
 
-from evomem.cache.attach import attached, check_supported
-from evomem.cache.cache import CachePolicy, SlotCache
-from evomem.cache.view import Decision, LayerView, masked_mean
+from __future__ import annotations
 
-__all__ = ["CachePolicy", "Decision", "LayerView", "SlotCache", "attached", "check_supported", "masked_mean"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from evomem.cache.attach import attached, check_supported
+from evomem.cache.view import Decision, LayerView, layer_view, masked_mean
+
+if TYPE_CHECKING:
+    from evomem.cache.cache import CachePolicy, SlotCache
+
+__all__ = [
+    "CachePolicy",
+    "Decision",
+    "LayerView",
+    "SlotCache",
+    "attached",
+    "check_supported",
+    "layer_view",
+    "masked_mean",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use what needs transformers: a manager that scores another engine's tensors does without."""
+    if name in ("CachePolicy", "SlotCache"):
+        return getattr(import_module("evomem.cache.cache"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

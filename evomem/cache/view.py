@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from evomem.errors import CacheError
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,90 @@ def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
     """Mean over the slots that hold a token: x, valid (batch, kv_heads, slots) -> (batch, kv_heads, 1)."""
     count = valid.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(valid, x, 0.0).sum(-1, keepdim=True) / count
+
+
+def layer_view(
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor | None = None,
+    *,
+    recorded: Mapping[str, Tensor] | None = None,
+    observes: Iterable[str] = (),
+    start: Tensor | None = None,
+    seen: int | None = None,
+    fresh: int | None = None,
+    layer: int = 0,
+    layers: int = 1,
+) -> LayerView:
+    """Return the view of a layer whose keys and values another engine holds; no transformers needed.
+
+    >>> view = layer_view(keys, values, recorded={"attention_sum": sums})            # doctest: +SKIP
+    >>> keep = manager.decide(view).keep                                             # doctest: +SKIP
+
+    Parameters
+    ----------
+    keys, values : (batch, kv_heads, slots, head_dim), keys rotated; see `LayerView`.
+    positions : index of the token that every slot holds, ascending; -1 = empty, and the empty ones come first. (slots,)
+        or (batch, slots) where the heads hold the same tokens, else (batch, kv_heads, slots). None: 0, 1, 2, …
+    recorded : observations by name, see `evomem.cache.observe`.
+    observes : what has to be recorded: the manager's ``observes``, to hear at once what is missing.
+    start : (batch,) index of every row's first real token (its left padding); None: 0.
+    seen : tokens read so far; None: up to the newest slot's.
+    fresh : tokens that arrived since the last decision; None: all of them.
+    layer, layers : which layer this is, of how many.
+
+    Raises
+    ------
+    CacheError : shapes that do not fit, positions that do not ascend, an observation that is missing.
+    """
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+        raise CacheError(
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)}; give (batch, kv_heads, slots, head_dim) each"
+        )
+    if not 0 <= layer < layers:
+        raise CacheError(f"layer {layer} of {layers}; count layers from 0")
+    shape = keys.shape[:3]
+    recorded = dict(recorded or {})
+    _check_recorded(recorded, observes, shape)
+    slots = _expanded(positions, keys)
+    newest = int(slots.max()) + 1 if slots.numel() else 0
+    seen = newest if seen is None else seen
+    if seen < newest:
+        raise CacheError(f"positions reach {newest - 1}, but only {seen} tokens were seen")
+    start = torch.zeros(shape[0], dtype=torch.int64, device=keys.device) if start is None else start
+    if start.shape != shape[:1]:
+        raise CacheError(f"start has shape {tuple(start.shape)}; give one index a row: ({shape[0]},)")
+    return LayerView(keys, values, slots, start, seen, seen if fresh is None else fresh, layer, layers, recorded)
+
+
+def _expanded(positions: Tensor | None, keys: Tensor) -> Tensor:
+    """Return the positions (batch, kv_heads, slots), checked."""
+    batch, heads, count, _ = keys.shape
+    if positions is None:
+        positions = torch.arange(count, device=keys.device)
+    if positions.is_floating_point() or positions.dim() > 3:
+        raise CacheError(f"positions: {positions.dtype} of shape {tuple(positions.shape)}; give token indices")
+    wide = positions[:, None] if positions.dim() == 2 else positions
+    try:
+        slots = wide.to(torch.int64).expand(batch, heads, count)
+    except RuntimeError:
+        raise CacheError(
+            f"positions have shape {tuple(positions.shape)}; give ({count},), ({batch}, {count}) or "
+            f"({batch}, {heads}, {count}), as the keys have it"
+        ) from None
+    rising = (slots[..., 1:] > slots[..., :-1]) | (slots[..., :-1] == -1)
+    if (slots < -1).any() or not rising.all():
+        raise CacheError("positions must ascend from slot to slot; -1 marks empty slots, which come first")
+    return slots
+
+
+def _check_recorded(recorded: Mapping[str, Tensor], observes: Iterable[str], shape: torch.Size) -> None:
+    for name in sorted(observes):
+        parts = ("query_mean", "query_covariance", "future_rotation") if name == "query_statistics" else (name,)
+        for part in parts:
+            if part not in recorded:
+                raise CacheError(f"recorded has no {part!r}, which the manager observes (see evomem.cache.observe)")
+    for name, tensor in recorded.items():
+        slotwise = name.startswith(("attention_", "window_attention:"))
+        if slotwise and tensor.shape[:3] != shape:
+            raise CacheError(f"recorded {name!r} has shape {tuple(tensor.shape)}; its first axes are {tuple(shape)}")

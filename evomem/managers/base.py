@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from evomem.cache import Decision, LayerView, SlotCache, attached
+from evomem.cache import Decision, LayerView, attached
 from evomem.errors import ConfigError, PluginError
 from evomem.managers.selection import Selection, TopN
 from evomem.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from evomem.cache import SlotCache
 
 managers: Registry[type[MemoryManager]]
 
@@ -51,7 +54,7 @@ class ManagerOptions(BaseModel):
     )
 
 
-class MemoryManager(nn.Module, ABC):
+class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     """Base of all managers.
 
     A manager is pure in its parameters: `score`, `admit` and `decay` are functions of (parameters, view), so that
@@ -63,6 +66,11 @@ class MemoryManager(nn.Module, ABC):
     head_parameters : names of parameters whose first axes are (layer, kv head) and which act on that head only; a
         driver may search every head's part by itself.
     Options : pydantic model of its options; ``manager.options`` holds the validated values.
+
+    Attributes
+    ----------
+    provenance, pictures : what its plug-in says about where it comes from, and the card's pictures by file name; empty
+        for a manager that was not loaded. They are saved again with it.
     """
 
     name: ClassVar[str]
@@ -71,6 +79,8 @@ class MemoryManager(nn.Module, ABC):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        self.provenance: Mapping[str, Any] = {}
+        self.pictures: Mapping[str, bytes] = {}
         try:
             self.options = self.Options(**options)
         except ValidationError as error:
@@ -143,17 +153,39 @@ class MemoryManager(nn.Module, ABC):
 
     def new_cache(self, model: PreTrainedModel) -> SlotCache:
         """Return an empty cache for further sequences; ``model`` must be attached while it is used."""
+        from evomem.cache import SlotCache  # needs transformers; scoring another engine's tensors does not
+
         return SlotCache.for_model(model, policy=self)
 
     def with_options(self, **changes: Any) -> Self:
         """Return a manager with the same parameters and buffers and some options changed (for example the budget)."""
         other = type(self)(**{**self.options.model_dump(), **changes})
         other.load_state_dict(self.state_dict())
+        other.provenance, other.pictures = self.provenance, self.pictures
         return other.to(next((t.device for t in self.state_dict().values()), torch.device("cpu")))
 
+    # ---- to and from plug-ins: the methods of huggingface_hub's mixin ------------------------------------------------
+    # Its own would read config.json before anything is checked, take pickles, and write a configuration and a card that
+    # are not ours; what stays of it is how a folder is pushed.
+
     @classmethod
-    def from_pretrained(cls, folder_or_repo: str | Path) -> Self:
-        """Return the manager of a plug-in: a folder, or a repository on the hub.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Return the manager of a plug-in: a folder, or a repository on the hub (``owner/name``).
+
+        Parameters
+        ----------
+        force_download, token, cache_dir, local_files_only, revision : for the hub, see `evomem.plugins.load`.
+        **options : options to change, for example ``budget=128``; see `with_options`.
 
         Raises
         ------
@@ -161,19 +193,56 @@ class MemoryManager(nn.Module, ABC):
         """
         from evomem.plugins import load
 
-        manager = load(folder_or_repo)
+        manager = load(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
         if not isinstance(manager, cls):
             raise PluginError(
-                f"{folder_or_repo}: config.json: manager: {manager.name!r} is no {cls.__name__}; "
+                f"{pretrained_model_name_or_path}: config.json: manager: {manager.name!r} is no {cls.__name__}; "
                 "MemoryManager.from_pretrained loads any kind"
             )
-        return manager
+        return manager.with_options(**options).requires_grad_(False) if options else manager
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the manager as a plug-in folder (`evomem.plugins.save`, which also takes a provenance)."""
+    def save_pretrained(
+        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **hub: Any
+    ) -> str | None:
+        """Write the manager as a plug-in folder, with its provenance (`evomem.plugins.save` takes another).
+
+        Parameters
+        ----------
+        push_to_hub : also push it, to ``repo_id`` (by default named like the folder); ``hub`` is for `push_to_hub`.
+
+        Returns
+        -------
+        The commit's address if it was pushed.
+        """
         from evomem.plugins import save
 
-        save(self, folder, {})
+        if hub.pop("config", None) is not None or hub.pop("model_card_kwargs", None) is not None:
+            raise ConfigError("save_pretrained: config and model_card_kwargs: a plug-in's are made from the manager")
+        save(self, save_directory)
+        return self.push_to_hub(repo_id or Path(save_directory).name, **hub) if push_to_hub else None
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Push the manager to a repository on the hub, which is made if there is none; return the commit's address.
+
+        Parameters
+        ----------
+        **hub : commit_message, private, token, branch, create_pr, … of ``huggingface_hub``'s ``push_to_hub``.
+
+        Raises
+        ------
+        PluginError : the hub refuses, or cannot be reached; the hub client's own error is its cause.
+        """
+        from evomem.plugins.hub import telling
+
+        with telling(repo_id):
+            return super().push_to_hub(repo_id, **hub)
 
     def describe(self) -> dict[str, Any]:
         """Return ``{"name": ..., "options": ...}``, JSON-serialisable: the record of an experiment."""

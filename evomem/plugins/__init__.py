@@ -1,5 +1,6 @@
 """Plug-in: how a winner leaves, a folder of four plain files that anyone can load."""
 
-from evomem.plugins.folder import FILES, SCHEMA_VERSION, Plugin, is_plugin, load, read, save
+from evomem.plugins.folder import SCHEMA_VERSION, Plugin, is_plugin, load, read, save
+from evomem.plugins.untrusted import FILES
 
 __all__ = ["FILES", "SCHEMA_VERSION", "Plugin", "is_plugin", "load", "read", "save"]

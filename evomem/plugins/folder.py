@@ -1,38 +1,54 @@
 """Plug-in: a manager as a folder of four files, written whole or not at all, and read with suspicion.
 
+How suspicious, and the limits: `evomem.plugins.untrusted`.
+
 ::
 
     config.json        schema_version, manager kind, options with all defaults, observations, schedule, budget
     model.safetensors  the manager's tensors, buffers included, and nothing else
     provenance.json    where it comes from: model and its hash, search space, driver, seed, what was spent, scores
     README.md          the model card
+    assets/*.png       the card's pictures, if there are any
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors.torch
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.managers import MemoryManager, managers
 from evomem.plugins.card import render_card
 from evomem.plugins.hub import download
+from evomem.plugins.untrusted import (
+    CARD,
+    CONFIG,
+    LIMITS,
+    PICTURES,
+    PROVENANCE,
+    TENSORS,
+    checked_picture,
+    read_object,
+    read_pictures,
+    read_tensors,
+    shown,
+)
 from evomem.strict_json import to_json
 
 SCHEMA_VERSION = 1
-CONFIG, TENSORS, PROVENANCE, CARD = FILES = ("config.json", "model.safetensors", "provenance.json", "README.md")
+_NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}", re.ASCII)
 _FIELDS = ("schema_version", "manager", "options", "observes", "schedule", "budget")
 
 
@@ -44,13 +60,22 @@ class Plugin:
     ----------
     manager : ready to attach.
     provenance : contents of ``provenance.json``.
+    pictures : of the card, by file name.
     """
 
     manager: MemoryManager
-    provenance: dict[str, Any]
+    provenance: Mapping[str, Any]
+    pictures: Mapping[str, bytes]
 
 
-def save(manager: MemoryManager, folder: str | Path, provenance: Mapping[str, Any], *, card: str | None = None) -> None:
+def save(
+    manager: MemoryManager,
+    folder: str | Path,
+    provenance: Mapping[str, Any] | None = None,
+    *,
+    card: str | None = None,
+    pictures: Mapping[str, bytes] | None = None,
+) -> None:
     """Write a manager as a plug-in.
 
     The folder appears whole: it is written beside its place, flushed to disk, and renamed. A plug-in that is there
@@ -59,14 +84,19 @@ def save(manager: MemoryManager, folder: str | Path, provenance: Mapping[str, An
     Parameters
     ----------
     folder : its parents are made.
-    provenance : JSON-serialisable; see `evomem.runs.final.provenance` for what a search gives.
+    provenance : JSON-serialisable; see `evomem.runs.final.provenance` for what a search gives. None: the manager's own,
+        which it has if it was loaded.
     card : text of ``README.md``; by default the model card is made from the provenance.
+    pictures : PNG files by name, which the card shows; None: the manager's own.
 
     Raises
     ------
-    PluginError : a tensor has NaN or infinite values; the folder holds something that is no plug-in; the disk is full.
+    PluginError : a tensor has NaN or infinite values; something could not be loaded again (too large, or a constructor
+        that needs real tensors); the folder holds something that is no plug-in; the disk is full.
     """
     folder = Path(folder)
+    provenance = manager.provenance if provenance is None else provenance
+    pictures = manager.pictures if pictures is None else pictures
     config = _describe(manager)
     tensors = {name: value.detach().cpu().contiguous() for name, value in manager.state_dict().items()}
     for name, value in tensors.items():
@@ -75,8 +105,14 @@ def save(manager: MemoryManager, folder: str | Path, provenance: Mapping[str, An
         CONFIG: _pretty(config),
         TENSORS: safetensors.torch.save(tensors, {"format": "pt"}),
         PROVENANCE: _pretty(provenance),
-        CARD: (card if card is not None else render_card(folder.name, config, provenance)).encode(),
+        CARD: (card if card is not None else render_card(folder.name, config, provenance, sorted(pictures))).encode(),
     }
+    for name, content in contents.items():
+        if len(content) > LIMITS[name]:
+            raise PluginError(f"{folder}: {name}: would have {len(content):,} bytes; at most {LIMITS[name]:,} are read")
+    _expected(folder / CONFIG, config)
+    for name, content in pictures.items():
+        contents[f"{PICTURES}/{name}"] = checked_picture(folder / PICTURES / name, content)
     if folder.exists() and not _replaceable(folder):
         raise PluginError(f"{folder}: exists and is no plug-in; choose another folder")
     try:
@@ -85,32 +121,45 @@ def save(manager: MemoryManager, folder: str | Path, provenance: Mapping[str, An
         raise PluginError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def load(folder_or_repo: str | Path) -> MemoryManager:
+def load(folder_or_repo: str | Path, **hub: Any) -> MemoryManager:
     """Return the manager of a plug-in folder, or of a repository on the hub (``owner/name``).
 
-    Only ``config.json`` and ``model.safetensors`` are read; nothing in them is executed.
+    Nothing of the files is executed. The manager keeps its provenance and the card's pictures, to be saved with it
+    again; a plug-in without these loads too.
+
+    Parameters
+    ----------
+    **hub : revision, token, cache_dir, force_download, local_files_only; see `evomem.plugins.hub.download`.
 
     Raises
     ------
-    PluginError : there is none, or it is damaged, incomplete or of an unknown version; names file and field.
+    PluginError : there is none, or it is damaged, incomplete, too large or of an unknown version; names file and field.
     """
-    folder = _located(folder_or_repo)
+    folder = _located(folder_or_repo, hub)
     config = _read_config(folder / CONFIG)
+    expected = _expected(folder / CONFIG, config)
+    tensors = read_tensors(folder / TENSORS)
+    _check_tensors(folder / TENSORS, config["manager"], tensors, expected)
+    # Only now is anything of the size that the options ask for: it is the size of the file.
     manager = _build(folder / CONFIG, config)
-    _load_tensors(manager, folder / TENSORS)
+    manager.load_state_dict(tensors)
+    if (folder / PROVENANCE).exists():
+        manager.provenance = read_object(folder / PROVENANCE)
+    manager.pictures = read_pictures(folder)
     return manager.requires_grad_(False)
 
 
-def read(folder_or_repo: str | Path) -> Plugin:
-    """Return the manager and its provenance; see `load`."""
-    folder = _located(folder_or_repo)
-    return Plugin(load(folder), _read_object(folder / PROVENANCE))
+def read(folder_or_repo: str | Path, **hub: Any) -> Plugin:
+    """Return the manager, its provenance, which must be there, and its pictures; see `load`."""
+    folder = _located(folder_or_repo, hub)
+    manager = load(folder)
+    return Plugin(manager, read_object(folder / PROVENANCE), manager.pictures)
 
 
 def is_plugin(folder: str | Path) -> bool:
     """Whether a folder looks like a plug-in: its ``config.json`` has a schema version."""
     with suppress(EvomemError):
-        return "schema_version" in _read_object(Path(folder) / CONFIG)
+        return "schema_version" in read_object(Path(folder) / CONFIG)
     return False
 
 
@@ -146,6 +195,7 @@ def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         partial.mkdir()
         for name, content in contents.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             with (partial / name).open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -198,43 +248,23 @@ def _sync(folder: Path) -> None:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def _located(folder_or_repo: str | Path) -> Path:
+def _located(folder_or_repo: str | Path, hub: Mapping[str, Any]) -> Path:
     folder = Path(folder_or_repo).expanduser()
     if folder.exists():
         if not folder.is_dir():
             raise PluginError(f"{folder}: is a file; give the plug-in's folder")
         return folder
-    return download(str(folder_or_repo), FILES)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda text: _not_json(path, text))
-    except FileNotFoundError:
-        raise PluginError(f"{path}: is missing; a plug-in folder holds {', '.join(FILES)}") from None
-    except OSError as error:
-        raise PluginError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, PluginError):
-            raise
-        raise PluginError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise PluginError(f"{path}: an object is expected, this is {type(data).__name__}")
-    return data
-
-
-def _not_json(path: Path, text: str) -> NoReturn:
-    raise PluginError(f"{path}: holds {text}, which is no JSON number")
+    return download(str(folder_or_repo), LIMITS, **hub)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_object(path)
+    config = read_object(path)
     if "schema_version" not in config:
         raise PluginError(f"{path}: schema_version: is missing; this is not the configuration of a plug-in")
     version = config["schema_version"]
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise PluginError(
-            f"{path}: schema_version: {version!r} is unknown; this evomem reads version {SCHEMA_VERSION}. "
+            f"{path}: schema_version: {shown(version)} is unknown; this evomem reads version {SCHEMA_VERSION}. "
             "Update evomem, or save the plug-in again"
         )
     for name in _FIELDS:
@@ -242,11 +272,27 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise PluginError(f"{path}: {name}: is missing")
     for name in config:
         if name not in _FIELDS:
-            raise PluginError(f"{path}: {name}: is an unknown field; known are {', '.join(_FIELDS)}")
+            raise PluginError(f"{path}: {shown(name)}: is an unknown field; known are {', '.join(_FIELDS)}")
     for name, kind in (("manager", str), ("options", dict), ("observes", list), ("schedule", dict)):
         if not isinstance(config[name], kind):
-            raise PluginError(f"{path}: {name}: {config[name]!r} is not a {kind.__name__}")
+            raise PluginError(f"{path}: {name}: {shown(config[name])} is not a {kind.__name__}")
+    if not _NAME.fullmatch(config["manager"]):
+        raise PluginError(f"{path}: manager: {shown(config['manager'])} is no name of a manager")
     return config
+
+
+def _expected(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors that the configuration asks for, without memory behind them, having checked it all."""
+    with torch.device("meta"):
+        manager = _build(path, config)
+    # Three fields repeat what the options say, for readers that have no evomem; they must not contradict it.
+    found = _describe(manager)
+    for field in ("budget", "schedule", "observes"):
+        if config[field] != found[field]:
+            raise PluginError(
+                f"{path}: {field}: {shown(config[field])} contradicts the options, which give {shown(found[field])}"
+            )
+    return manager.state_dict()
 
 
 def _build(path: Path, config: Mapping[str, Any]) -> MemoryManager:
@@ -261,7 +307,7 @@ def _build(path: Path, config: Mapping[str, Any]) -> MemoryManager:
     for option in options:
         if option not in kind.Options.model_fields:
             known = ", ".join(sorted(kind.Options.model_fields))
-            raise PluginError(f"{path}: options.{option}: manager {name!r} has no such option; it has: {known}")
+            raise PluginError(f"{path}: options.{shown(option)}: manager {name!r} has no such option; it has: {known}")
     try:
         kind.Options.model_validate(options)
         with torch.random.fork_rng(devices=[]):
@@ -269,41 +315,32 @@ def _build(path: Path, config: Mapping[str, Any]) -> MemoryManager:
     except ValidationError as error:
         fault = error.errors()[0]
         field = ".".join(map(str, ("options", *fault["loc"])))
-        raise PluginError(f"{path}: {field}: {fault['msg']} (got {fault['input']!r})") from None
+        raise PluginError(f"{path}: {shown(field)}: {shown(fault['msg'], 400)} (got {shown(fault['input'])})") from None
     except ConfigError as error:
-        raise PluginError(f"{path}: options: {error}") from None
-    # Three fields repeat what the options say, for readers that have no evomem; they must not contradict it.
-    found = _describe(manager)
-    for field in ("budget", "schedule", "observes"):
-        if config[field] != found[field]:
-            raise PluginError(
-                f"{path}: {field}: {config[field]!r} contradicts the options, which give {found[field]!r}"
-            )
+        raise PluginError(f"{path}: options: {shown(str(error), 400)}") from None
+    except Exception as error:  # a constructor's own: sizes beyond all integers, code of other packages
+        said = shown(f"{type(error).__name__}: {error}", 200)
+        raise PluginError(
+            f"{path}: options: manager {name!r} cannot be built from them: {said}. (A constructor must also work "
+            "inside `with torch.device('meta')`: sizes are checked before there is memory behind them.)"
+        ) from None
     return manager
 
 
-def _load_tensors(manager: MemoryManager, path: Path) -> None:
-    if not path.is_file():
-        raise PluginError(f"{path}: is missing; a plug-in folder holds {', '.join(FILES)}")
-    try:
-        found = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise PluginError(f"{path}: is damaged: {error}") from None
-    expected = manager.state_dict()
-    for name, tensor in expected.items():
-        if name not in found:
-            raise PluginError(f"{path}: {name}: is missing")
-        if found[name].shape != tensor.shape:
+def _check_tensors(path: Path, name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for field, tensor in expected.items():
+        if field not in found:
+            raise PluginError(f"{path}: {field}: is missing")
+        if found[field].shape != tensor.shape:
             raise PluginError(
-                f"{path}: {name}: has shape {tuple(found[name].shape)}, {tuple(tensor.shape)} is expected"
+                f"{path}: {field}: has shape {tuple(found[field].shape)}, {tuple(tensor.shape)} is expected"
             )
-        if found[name].dtype != tensor.dtype:
-            raise PluginError(f"{path}: {name}: has type {found[name].dtype}, {tensor.dtype} is expected")
-        _check_finite(found[name], str(path), name)
-    for name in found:
-        if name not in expected:
-            raise PluginError(f"{path}: {name}: is not a tensor of manager {manager.name!r}")
-    manager.load_state_dict(found)
+        if found[field].dtype != tensor.dtype:
+            raise PluginError(f"{path}: {field}: has type {found[field].dtype}, {tensor.dtype} is expected")
+        _check_finite(found[field], str(path), field)
+    for field in found:
+        if field not in expected:
+            raise PluginError(f"{path}: {shown(field)}: is not a tensor of manager {name!r}")
 
 
 def _check_finite(tensor: Tensor, where: str, name: str) -> None:

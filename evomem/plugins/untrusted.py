@@ -1,0 +1,193 @@
+"""Plug-in: files that somebody else wrote: bounded before they are read, strict, and nothing in them is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from evomem.errors import PluginError
+
+CONFIG, TENSORS, PROVENANCE, CARD = FILES = ("config.json", "model.safetensors", "provenance.json", "README.md")
+PICTURES = "assets"
+LIMITS = {
+    CONFIG: 64 << 10,
+    TENSORS: 64 << 20,
+    PROVENANCE: 4 << 20,
+    CARD: 1 << 20,
+    f"{PICTURES}/*.png": 1 << 20,
+}
+"""Bytes that each file may have. A manager is some kilobytes; what is much larger is none, or means harm."""
+
+HEADER, DEPTH, PICTURE_COUNT, INTEGER = 1 << 20, 32, 8, 2**63 - 1
+"""Bytes of a safetensors header, levels of nested JSON, pictures, and the largest integer of a configuration."""
+
+_PICTURE = re.compile(r"[A-Za-z0-9][\w-]{0,63}\.png", re.ASCII)
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def shown(text: object, length: int = 80) -> str:
+    """Return something that a file says as it may stand in a message: short, and without control characters."""
+    plain = text if isinstance(text, str) and text.isprintable() else repr(text)
+    return plain if len(plain) <= length else plain[: length - 3] + "..."
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the contents of a regular file of a plug-in's folder.
+
+    Raises
+    ------
+    PluginError : it is missing, larger than ``limit`` bytes, no regular file, or a link that leads elsewhere. Links
+        into the ``blobs`` of the hub's cache, where the snapshots' files really are, are followed.
+    """
+    try:
+        folder, target = path.parent.resolve(), path.resolve()
+        snapshot = next((place for place in folder.parents if place.name == "snapshots"), None)
+        if target.parent != folder and (snapshot is None or target.parent != snapshot.parent / "blobs"):
+            raise PluginError(f"{path}: is a link that leads out of the plug-in's folder")
+        # Opening a pipe would wait for somebody to write into it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise PluginError(f"{path}: is no regular file")
+            content = b"" if status.st_size > limit else file.read(limit + 1)
+            if status.st_size > limit or len(content) > limit:
+                raise PluginError(f"{path}: has {status.st_size:,} bytes; a plug-in's has at most {limit:,}")
+            return content
+    except FileNotFoundError:
+        raise PluginError(f"{path}: is missing; a plug-in folder holds {', '.join(FILES)}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise PluginError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+# ---- JSON ----------------------------------------------------------------------------------------------------------
+
+
+class _NotStrictError(ValueError):
+    """What strict JSON does not allow and Python's parser does."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object: UTF-8, no key twice, numbers finite, at most `DEPTH` levels deep.
+
+    Raises
+    ------
+    PluginError : it is none; see also `read_bytes`.
+    """
+    content = read_bytes(path, LIMITS[path.name])
+    try:
+        data = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_number, parse_float=_finite
+        )
+    except _NotStrictError as error:
+        raise PluginError(f"{path}: {error}") from None
+    except RecursionError:
+        raise PluginError(f"{path}: is nested more than {DEPTH} levels deep") from None
+    except ValueError as error:
+        raise PluginError(f"{path}: is not JSON: {shown(str(error))}") from None
+    if not isinstance(data, dict):
+        raise PluginError(f"{path}: an object is expected, this is {type(data).__name__}")
+    for field, value in data.items():
+        _check_value(f"{path}: {shown(field)}", value, bounded=path.name == CONFIG)
+    return data
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _NotStrictError(f"{shown(name)}: is given twice")
+        _check_text(name)
+        found[name] = value
+    return found
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _NotStrictError(f"{shown(text)}: holds half a character, which no text has") from None
+
+
+def _no_number(text: str) -> NoReturn:
+    raise _NotStrictError(f"holds {text}, which is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if abs(value) != float("inf") else _no_number(shown(text))
+
+
+def _check_value(where: str, value: Any, *, bounded: bool) -> None:
+    """Check depth, texts and, if ``bounded``, integers. Not by recursion, which is what a deep file is made against."""
+    waiting = [(value, 1)]
+    while waiting:
+        one, depth = waiting.pop()
+        if isinstance(one, str):
+            try:
+                _check_text(one)
+            except _NotStrictError as error:
+                raise PluginError(f"{where}: {error}") from None
+        elif isinstance(one, dict | list):
+            if depth >= DEPTH:
+                raise PluginError(f"{where}: is nested more than {DEPTH} levels deep")
+            waiting += [(part, depth + 1) for part in (one.values() if isinstance(one, dict) else one)]
+        elif bounded and isinstance(one, int) and abs(one) > INTEGER:
+            raise PluginError(f"{where}: {shown(str(one))} is beyond the integers of tensors")
+
+
+# ---- tensors and pictures ------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises
+    ------
+    PluginError : it is damaged, or none; see also `read_bytes`.
+    """
+    if not path.exists() and (path.parent / "pytorch_model.bin").exists():
+        raise PluginError(f"{path}: is missing; pytorch_model.bin is a pickle, which could run code and is never read")
+    # Into memory: a mapped file that shrinks while it is read would end the process.
+    content = read_bytes(path, LIMITS[path.name])
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise PluginError(f"{path}: is damaged: a header of {length:,} bytes in a file of {len(content):,}")
+    if length > HEADER:
+        raise PluginError(f"{path}: is damaged: a header of {length:,} bytes; a plug-in's has at most {HEADER:,}")
+    try:
+        return safetensors.torch.load(content)
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise PluginError(f"{path}: is damaged: {shown(str(error), 200)}") from None
+
+
+def read_pictures(folder: Path) -> dict[str, bytes]:
+    """Return the card's pictures by file name; what cannot be read, or is none, is left out."""
+    found: dict[str, bytes] = {}
+    place = folder / PICTURES
+    if place.is_symlink():
+        return {}
+    for path in sorted(place.glob("*.png")):
+        if len(found) == PICTURE_COUNT:
+            break
+        with suppress(PluginError):
+            found[path.name] = checked_picture(path, read_bytes(path, LIMITS[f"{PICTURES}/*.png"]))
+    return found
+
+
+def checked_picture(path: Path, content: bytes) -> bytes:
+    """Return the contents of a picture; raise `PluginError` if it is none that a plug-in may have."""
+    limit = LIMITS[f"{PICTURES}/*.png"]
+    if not _PICTURE.fullmatch(path.name) or not content.startswith(_PNG) or len(content) > limit:
+        raise PluginError(f"{path}: is no PNG picture of at most {limit:,} bytes with a plain name like fitness.png")
+    return content
