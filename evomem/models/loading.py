@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,9 @@ from evomem.models.folders import resolve
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OWN = {"evomem_decision_transformer": "evomem.models.decision"}
+"""Model types that transformers does not know, and the module of ours that makes them known."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,9 @@ def load(
     if device_map is not None:
         options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     try:
+        own = OWN.get(json.loads((folder / "config.json").read_text())["model_type"])
+        if own is not None:
+            import_module(own)
         with quiet():
             config = AutoConfig.from_pretrained(folder, **safe)
             model: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,6 @@
 """Task: samples with a context, a question and an answer, by name (`build`)."""
 
-from evomem.tasks import book, file, needles, passkey, recall
+from evomem.tasks import book, episodes, file, needles, passkey, recall
 from evomem.tasks.base import Sample, Split, Task, Tokenizer, tasks
 from evomem.tasks.building import build, parse
 from evomem.tasks.chance import ChanceReport, check
@@ -14,6 +14,7 @@ __all__ = [
     "book",
     "build",
     "check",
+    "episodes",
     "file",
     "needles",
     "parse",

@@ -1,0 +1,122 @@
+"""Task: act at the end of an episode that was read, for models that read episodes (`evomem.models.decision`).
+
+The context is the episode so far, three words a step: return-to-go, observation, action. The question is the next
+return-to-go and observation, the answer the action of somebody who knows. Needs ``gymnasium``.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from evomem.errors import TaskError
+from evomem.tasks.base import Sample, Split, tasks
+from evomem.tasks.generated import GeneratedTask, TaskOptions
+
+if TYPE_CHECKING:
+    from evomem.tasks.codebook import Episode
+
+WORDS = 3
+"""Words of a step, each one token of the models that read episodes."""
+
+
+class EpisodeOptions(TaskOptions):
+    """Options of the tasks made of episodes."""
+
+    length: int = Field(default=480, ge=6, description="words of context, question and answer, three a step")
+
+    @property
+    def step(self) -> int:
+        """The step whose action is asked for, counted from 0."""
+        return self.length // WORDS - 1
+
+
+class _Episodes(GeneratedTask[Any]):
+    """What both tasks share: an episode, cut where its action is asked for."""
+
+    def episode(self, random: Random, split: Split) -> Episode:
+        """Return an episode with more steps than the one that is asked for."""
+        raise NotImplementedError
+
+    def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
+        """Return one sample."""
+        episode, step = self.episode(random, split), self.options.step
+        answer = f"a{episode.intended[step]}"
+        return Sample(
+            id=identity,
+            context=episode.text(step),
+            question=" " + episode.asked(step),
+            answer=" " + answer,
+            references=(answer,),
+            max_new_tokens=self.counts.exact(answer),
+            meta={"step": step},
+        )
+
+    def score(self, sample: Sample, output: str) -> float:
+        """Return 1 if the first word of the output is the right action, else 0."""
+        return float(tuple(output.split()[:1]) == sample.references)
+
+
+class TMazeOptions(EpisodeOptions):
+    """Options of the maze."""
+
+    cues: int = Field(default=6, ge=1, le=8, description="doors whose arrows must be remembered, of different colours")
+
+
+@tasks.register("tmaze")
+class TMaze(_Episodes):
+    """Which exit did the arrow on the door of this colour point to? A corridor of distractions lies between."""
+
+    name: ClassVar[str] = "tmaze"
+    Options = TMazeOptions
+    options: TMazeOptions
+    uniform_chance = 0.25
+
+    def episode(self, random: Random, split: Split) -> Episode:
+        """Return an episode whose corridor ends where the action is asked for."""
+        if self.options.step < self.options.cues:
+            raise TaskError(
+                f"task {self.name}: a corridor of {self.options.step} steps has no place for {self.options.cues} cues; "
+                f"ask for a length of at least {WORDS * (self.options.cues + 1)}, or for fewer cues"
+            )
+        episode: Episode = environments().maze_episode(random, split, self.options.step, self.options.cues)
+        return episode
+
+
+class CartPoleOptions(EpisodeOptions):
+    """Options of the cart."""
+
+    length: int = Field(default=480, ge=6, le=600, description="words of context, question and answer, three a step")
+
+
+@tasks.register("cartpole")
+class CartPole(_Episodes):
+    """Which way does the controller push the cart now? It sees velocities, the episode does not show them."""
+
+    name: ClassVar[str] = "cartpole"
+    Options = CartPoleOptions
+    options: CartPoleOptions
+    uniform_chance = 0.5
+
+    def episode(self, random: Random, split: Split) -> Episode:
+        """Return an episode in which the pole stands long enough."""
+        while True:
+            episode: Episode = environments().cart_episode(random, split)
+            if len(episode) > self.options.step:
+                return episode
+
+
+def environments() -> Any:
+    """Return `evomem.tasks.environments`, which needs gymnasium.
+
+    Raises
+    ------
+    TaskError : it is not installed.
+    """
+    try:
+        from evomem.tasks import environments
+    except ImportError as error:
+        raise TaskError("this task's episodes come from gymnasium: pip install 'evomem[tasks]'") from error
+    return environments
