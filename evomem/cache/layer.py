@@ -77,6 +77,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.aligned = True  # no head has an empty slot
         self.pending: tuple[Tensor, Tensor] | None = None
         self.recorder = Recorder(self.cache.wanted)
+        self.scale = 1.0  # this and the next two are the model's, known from the first attention on
+        self.softcap: float | None = None
+        self.window: int | None = None
         self.is_initialized = False
         self.bytes_peak, self._byte_tokens, self._read = 0, 0.0, 0
 
@@ -159,16 +162,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """What a manager sees now."""
         if not self.seen:
             raise CacheError("nothing has been read yet: there is no view of an empty layer")
-        recorder, recorded = self.recorder, dict[str, Tensor]()
-        self.cache.require_observing(recorder)
-        for name in ("attention_sum", "attention_spectrum"):
-            if name in recorder.slotwise:
-                recorded[name] = recorder.slotwise[name]
-        if recorder.wanted.windows:
-            held = self.keys, self.slots, self.start, self.seen
-            recorded.update(recorder.window_attention(*held, self.scale, self.decays, self.window, self.softcap))
-        if recorder.wanted.query_statistics:
-            recorded.update(recorder.query_statistics(self.cache.rotaries[self.index]))
+        self.cache.require_observing(self.recorder)
+        recorded = self.recorder.recorded(
+            self.keys, self.slots, self.start, self.seen,
+            scale=self.scale, decays=self.decays, window=self.window, softcap=self.softcap,
+            rotary=self.cache.rotaries[self.index],
+        )  # fmt: skip
         return LayerView(
             self.keys, self.values, self.slots, self.start, self.seen, self._fresh(),
             self.index, self.cache.depth, recorded,

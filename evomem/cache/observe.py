@@ -201,6 +201,19 @@ class Recorder:
             found[f"window_attention:{width}"] = attention.sum(2) / real.sum(1).clamp(min=1)[:, None, None]
         return found
 
+    def recorded(
+        self, keys: Tensor, slots: Tensor, start: Tensor, seen: int, *,
+        scale: float, decays: Tensor | None, window: int | None, softcap: float | None, rotary: Rotary | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Return everything wanted, as in ``LayerView.recorded``; arguments as in `SlotLayer`."""
+        names = ("attention_sum", "attention_spectrum")
+        found: dict[str, Tensor] = {name: self.slotwise[name] for name in names if name in self.slotwise}
+        if self.wanted.windows:
+            found.update(self.window_attention(keys, slots, start, seen, scale, decays, window, softcap))
+        if self.wanted.query_statistics:
+            found.update(self.query_statistics(rotary))
+        return found
+
     def gather(self, index: Tensor) -> None:
         """Follow a compaction: index (batch, kv_heads, kept) into the slots."""
         for name, state in self.slotwise.items():
