@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from evomem.errors import ConfigError, UnknownNameError
@@ -40,14 +40,36 @@ class Registry(Generic[T]):
         return file
 
     def get(self, name: str) -> T:
-        """Return the class called ``name``; raise `UnknownNameError` with the known names otherwise."""
+        """Return the class called ``name``.
+
+        Raises
+        ------
+        UnknownNameError : nobody knows the name; lists the known ones.
+        ConfigError : another package offers it, but it cannot be imported, or registers no such class.
+        """
         if name not in self._classes and self.group is not None:
             for point in entry_points(group=self.group):
                 if point.name == name:
-                    self._classes[name] = point.load()
+                    self._load(point)
         if name not in self._classes:
             raise UnknownNameError(self.kind, name, self.names())
         return self._classes[name]
+
+    def _load(self, point: EntryPoint) -> None:
+        """Import what another package offers; its decorator registers it."""
+        package = point.dist.name if point.dist is not None else "another package"
+        try:
+            found = point.load()
+        except Exception as error:  # whatever that package does when it is imported
+            raise ConfigError(
+                f"{self.kind} {point.name!r} of {package} cannot be imported from {point.value!r}: "
+                f"{type(error).__name__}: {error}. Update or uninstall {package}"
+            ) from error
+        if self._classes.get(point.name) is not found:
+            raise ConfigError(
+                f"{self.kind} {point.name!r} of {package}: {point.value!r} is no {self.kind} registered as "
+                f"{point.name!r}; its class needs the decorator @register({point.name!r})"
+            )
 
     def names(self) -> list[str]:
         """Return every name that `get` accepts, sorted."""

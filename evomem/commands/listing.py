@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from evomem.errors import ConfigError
+from evomem.registry import Registry
 from evomem.resources import list_resources, resource_path
 
 Entries = dict[str, str]
@@ -18,23 +20,23 @@ Entries = dict[str, str]
 
 def managers() -> Entries:
     """Managers by name."""
-    from evomem.managers import names, summary
+    from evomem.managers import managers as registry
 
-    return {name: summary(name) for name in names()}
+    return _registered(registry)
 
 
 def tasks() -> Entries:
     """Tasks by name."""
     from evomem.tasks import tasks as registry
 
-    return {name: _first_line(registry.get(name)) for name in registry.names()}
+    return _registered(registry)
 
 
 def drivers() -> Entries:
     """Drivers by name."""
     from evomem.drivers import drivers as registry
 
-    return {name: _first_line(registry.get(name)) for name in registry.names()}
+    return _registered(registry)
 
 
 def observations() -> Entries:
@@ -111,9 +113,16 @@ def wide_console(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 140))
 
 
-def _first_line(kind: type) -> str:
-    lines = (kind.__doc__ or "").strip().splitlines()
-    return lines[0] if lines else ""
+def _registered(registry: Registry[Any]) -> Entries:
+    """Return what is registered; what another package offers and breaks is listed with the reason."""
+    found = {}
+    for name in registry.names():
+        try:
+            lines = (registry.get(name).__doc__ or "").strip().splitlines()
+            found[name] = lines[0] if lines else ""
+        except ConfigError as error:
+            found[name] = f"cannot be used: {error}"
+    return found
 
 
 def _comment(kind: str, name: str) -> str:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 managers: Registry[type[MemoryManager]]
 
+TOKENS = 2**31 - 1
+"""More tokens than any model reads; slots, spans and budgets are at most this, so that int64 arithmetic holds."""
+NEIGHBOURS = 4096
+"""The largest window of queries or slots that a manager looks at; attention or pooling of more would fill memory."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -50,7 +55,7 @@ class ManagerOptions(BaseModel):
         description="slots per KV head that a decision keeps: a whole number, or a share of the tokens read in (0, 1]",
     )
     every: int | None = Field(
-        default=None, ge=1, description="decide every that many tokens; none: once, after the context"
+        default=None, ge=1, le=TOKENS, description="decide every that many tokens; none: once, after the context"
     )
 
 
@@ -258,6 +263,8 @@ def check_budget(budget: int | float | None) -> None:
     """Raise `ConfigError` unless the budget is None, a positive whole number, or a share in (0, 1]."""
     if budget is None:
         return
+    if budget > TOKENS:
+        raise ConfigError(f"budget: {budget!r} slots per head; at most {TOKENS}")
     if isinstance(budget, bool) or (isinstance(budget, int) and budget < 1):
         raise ConfigError(f"budget: {budget!r} slots per head keep nothing; give a whole number >= 1")
     if isinstance(budget, float) and not 0 < budget <= 1:
@@ -273,6 +280,8 @@ def register(name: str) -> Any:
     file = managers.register(name)
 
     def decorate(cls: type[MemoryManager]) -> type[MemoryManager]:
+        if not issubclass(cls, MemoryManager):
+            raise ConfigError(f"manager {name!r}: {cls.__qualname__} is no subclass of MemoryManager")
         cls.name = name
         return file(cls)
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from evomem.cache.view import LayerView
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import TOKENS, ManagerOptions, MemoryManager, register
 from evomem.managers.selection import Selection, TopN
 
 
@@ -17,7 +17,7 @@ class ExpectedAttentionOptions(ManagerOptions):
     """Options of `ExpectedAttention`."""
 
     epsilon: float = Field(default=0.02, ge=0, description="added to the expected attention before the value's norm")
-    sinks: int = Field(default=4, ge=0, description="tokens kept at the beginning")
+    sinks: int = Field(default=4, ge=0, le=TOKENS, description="tokens kept at the beginning")
 
 
 @register("expected_attention")

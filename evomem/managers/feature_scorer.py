@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evomem.cache import LayerView
 from evomem.errors import ConfigError
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import TOKENS, ManagerOptions, MemoryManager, register
 from evomem.managers.features import LINEAR_20, features, parse, required
 from evomem.managers.selection import Selection, TopN, slots_of_budget
 
@@ -69,14 +69,16 @@ class FeatureScorer(MemoryManager):
     class Options(ManagerOptions):
         """Options of `FeatureScorer`."""
 
-        features: tuple[str, ...] = Field(LINEAR_20, description="what each slot is described by; see `evomem list`")
+        features: tuple[str, ...] = Field(
+            LINEAR_20, max_length=1024, description="what each slot is described by; see `evomem list`"
+        )
         knots: int = Field(2, ge=1, description="points of depth at which the weights are given")
         hidden: int = Field(0, ge=0, description="units of a nonlinear part; 0: linear")
         allocation: int = Field(0, ge=0, description="points of depth for the layers' shares of the budget; 0: equal")
         layers: int = Field(0, ge=0, description="layers with weights of their own per head; 0: none")
         heads: int = Field(0, ge=0, description="KV heads with weights of their own per layer; 0: none")
-        sinks: int = Field(4, ge=0, description="first tokens that are always kept")
-        recent: int = Field(8, ge=0, description="newest tokens that are always kept")
+        sinks: int = Field(4, ge=0, le=TOKENS, description="first tokens that are always kept")
+        recent: int = Field(8, ge=0, le=TOKENS, description="newest tokens that are always kept")
 
         @field_validator("features")
         @classmethod

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from evomem.cache import LayerView, masked_mean
 from evomem.errors import ConfigError
+from evomem.managers.base import NEIGHBOURS
 
 TINY = 1e-6
 """Added before a logarithm of attention: less than the attention of one query to one of a million keys."""
@@ -95,20 +96,28 @@ def parse(name: str) -> tuple[str, int, str, str]:
     how, width = "", 0
     if parts[0] in ("mean", "max"):
         how = parts.pop(0)
-        if not parts or not parts[0].isdigit() or int(parts[0]) % 2 == 0:
-            raise ConfigError(f"feature {name!r}: {how} wants an odd number of slots, as in {how}:7:keydiff")
+        if not parts or _number(parts[0]) % 2 == 0:
+            raise ConfigError(
+                f"feature {name!r}: {how} wants an odd number of slots, at most {NEIGHBOURS}, as in {how}:7:keydiff"
+            )
         width = int(parts.pop(0))
     observation = parts.pop(0) if parts else ""
     argument = parts.pop(0) if parts else ""
     if observation not in OBSERVATIONS or parts:
         raise ConfigError(f"feature {name!r}: unknown observation {observation!r}; known: {', '.join(OBSERVATIONS)}")
-    if observation == "window" and not (argument.isdigit() and int(argument) > 0):
-        raise ConfigError(f"feature {name!r}: window wants a number of queries, as in window:32")
-    if observation == "spectrum" and not (argument.isdigit() and int(argument) <= 16):
+    if observation == "window" and not _number(argument):
+        raise ConfigError(f"feature {name!r}: window wants a number of queries, at most {NEIGHBOURS}, as in window:32")
+    if observation == "spectrum" and not (argument.isdecimal() and int(argument) <= 16):
         raise ConfigError(f"feature {name!r}: spectrum wants a bin from 0 to 16, as in spectrum:4")
     if argument and observation not in ("window", "spectrum"):
         raise ConfigError(f"feature {name!r}: {observation} takes no argument")
     return how, width, observation, argument
+
+
+def _number(text: str) -> int:
+    """Return a number from 1 to `NEIGHBOURS`; 0 for any other text."""
+    small = text.isascii() and text.isdecimal() and len(text) <= len(str(NEIGHBOURS))
+    return int(text) if small and int(text) <= NEIGHBOURS else 0
 
 
 def required(names: tuple[str, ...]) -> frozenset[str]:

@@ -10,15 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from evomem.cache.view import LayerView
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import NEIGHBOURS, ManagerOptions, MemoryManager, register
 from evomem.managers.selection import TopN
 
 
 class SnapKVOptions(ManagerOptions):
     """Options of `SnapKV`."""
 
-    window: int = Field(default=32, ge=1, description="last queries that are observed; their tokens are kept")
-    kernel: int = Field(default=5, ge=1, description="neighbouring slots over which the attention is averaged; odd")
+    window: int = Field(
+        default=32, ge=1, le=NEIGHBOURS, description="last queries that are observed; their tokens are kept"
+    )
+    kernel: int = Field(
+        default=5, ge=1, le=NEIGHBOURS, description="neighbouring slots over which the attention is averaged; odd"
+    )
 
     @field_validator("kernel")
     @classmethod

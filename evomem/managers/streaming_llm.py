@@ -6,14 +6,14 @@ from pydantic import Field
 from torch import Tensor
 
 from evomem.cache.view import LayerView
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import TOKENS, ManagerOptions, MemoryManager, register
 from evomem.managers.selection import Selection, TopN
 
 
 class StreamingLLMOptions(ManagerOptions):
     """Options of `StreamingLLM`."""
 
-    sinks: int = Field(default=4, ge=0, description="tokens kept at the beginning")
+    sinks: int = Field(default=4, ge=0, le=TOKENS, description="tokens kept at the beginning")
 
 
 @register("streaming_llm")

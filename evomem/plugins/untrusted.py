@@ -27,8 +27,10 @@ LIMITS = {
 }
 """Bytes that each file may have. A manager is some kilobytes; what is much larger is none, or means harm."""
 
-HEADER, DEPTH, PICTURE_COUNT, INTEGER = 1 << 20, 32, 8, 2**63 - 1
-"""Bytes of a safetensors header, levels of nested JSON, pictures, and the largest integer of a configuration."""
+HEADER, DEPTH, PICTURE_COUNT = 1 << 20, 32, 8
+"""Bytes of a safetensors header, levels of nested JSON, and pictures."""
+ENTRIES, INTEGER = 4096, 2**63 - 1
+"""Entries of a list and size of an integer in ``config.json``."""
 
 _PICTURE = re.compile(r"[A-Za-z0-9][\w-]{0,63}\.png", re.ASCII)
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -129,7 +131,7 @@ def _finite(text: str) -> float:
 
 
 def _check_value(where: str, value: Any, *, bounded: bool) -> None:
-    """Check depth, texts and, if ``bounded``, integers. Not by recursion, which is what a deep file is made against."""
+    """Check depth, texts and, if ``bounded``, sizes. Not by recursion, which is what a deep file is made against."""
     waiting = [(value, 1)]
     while waiting:
         one, depth = waiting.pop()
@@ -139,6 +141,8 @@ def _check_value(where: str, value: Any, *, bounded: bool) -> None:
             except _NotStrictError as error:
                 raise PluginError(f"{where}: {error}") from None
         elif isinstance(one, dict | list):
+            if bounded and len(one) > ENTRIES:
+                raise PluginError(f"{where}: has {len(one):,} entries; at most {ENTRIES:,}")
             if depth >= DEPTH:
                 raise PluginError(f"{where}: is nested more than {DEPTH} levels deep")
             waiting += [(part, depth + 1) for part in (one.values() if isinstance(one, dict) else one)]
