@@ -16,6 +16,7 @@ from evomem.errors import EvomemError
 from evomem.options import (
     Budgets,
     Check,
+    CheckpointVector,
     Dtype,
     DtypeOption,
     Exact,
@@ -25,6 +26,7 @@ from evomem.options import (
     Model,
     ProtocolOption,
     Samples,
+    Scorer,
     Sink,
     SplitOption,
     Splits,
@@ -289,6 +291,29 @@ def export(
         from evomem.commands import evolve as command
 
         command.export(run, folder, place, size)
+
+
+@app.command("import-namm")
+def import_namm(
+    file: Annotated[str, typer.Argument(help="Vector and normalisation: .npz, .safetensors, or a checkpoint (.pt).")],
+    out: Annotated[Path, typer.Option(help="Where the plug-in goes; a plug-in that is there is replaced.")],
+    scorer: Annotated[Scorer, typer.Option(help="Network that the vector is of.")] = Scorer.bam,
+    every: Annotated[int, typer.Option(min=0, help="Decide every that many tokens; 0: once, after the context.")] = 512,
+    budget: Annotated[int | None, typer.Option(min=1, help="Slots per head at most. [default: no cap]")] = None,
+    vector: Annotated[CheckpointVector, typer.Option(help="Which one of a checkpoint.")] = CheckpointVector.mean,
+) -> None:
+    """Make a plug-in of a NAMM that was searched elsewhere, in the layout of "An Evolved Universal Transformer Memory".
+
+    [bold]Examples[/bold]
+
+      evomem import-namm ckpt.pt --out namm --budget 1024
+
+      evomem import-namm namm_bam_update.npz --out namm --every 256
+    """
+    with guarded():
+        from evomem.commands import import_namm as command
+
+        command.import_namm(file, out, scorer.value, every or None, budget, vector.value)
 
 
 @app.command("list")

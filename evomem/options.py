@@ -42,6 +42,21 @@ class Listing(StrEnum):
     observations = "observations"
 
 
+class Scorer(StrEnum):
+    """Networks of a NAMM."""
+
+    bam = "bam"
+    mlp = "mlp"
+    linear = "linear"
+
+
+class CheckpointVector(StrEnum):
+    """Vectors that a search's checkpoint holds."""
+
+    mean = "mean"
+    best = "best"
+
+
 class Sink(StrEnum):
     """Whom a run can be told to after the fact."""
 
