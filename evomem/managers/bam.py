@@ -80,19 +80,19 @@ class BAMScorer(nn.Module):
 
         Empty slots come first, where no slot that holds a token attends: they need no mask of their own.
         """
-        # Seen from the newest slot backwards, "attends the later ones" is ordinary causal attention.
-        x = x.flip(-2)
-        # A bias as the weight of a constant input: in a population, adding it would cost as much as the product.
-        qkv = F.pad(x, (0, 1), value=1.0) @ torch.cat([self.qkv_weight, self.qkv_bias[None]])
+        # Seen from the newest slot backwards, "attends the later ones" is ordinary causal attention. A bias becomes the
+        # weight of a constant input: in a population, adding it would cost as much as the product.
+        x = F.pad(x.flip(-2), (0, 1), value=1.0)
+        qkv = x @ torch.cat([self.qkv_weight, self.qkv_bias[None]])
         attended = causal_attention(*qkv.chunk(3, dim=-1))
         # s = w.(x (1 + m) + r) + b with r = attended W_r + b_r and m = attended W_m + b_m, with w multiplied into the
-        # weights first: r and m themselves, as wide as the features, are then never formed.
+        # weights first: s = (attended W + c).[x 1] with W = [W_m w | W_r w'], c = [(1 + b_m) w | b_r w' + b].
         r_weight, m_weight = self.out_weight.chunk(2, dim=-1)
         r_bias, m_bias = self.out_bias.chunk(2)
         w = self.score_weight
-        from_m = ((attended @ (m_weight * w)) * x).sum(-1) + x @ (w * (1 + m_bias))
-        from_r = attended @ (r_weight @ w) + r_bias @ w
-        return (from_m + from_r + self.score_bias).flip(-1)
+        weight = torch.cat([m_weight * w, (r_weight @ w)[:, None]], dim=-1)
+        bias = torch.cat([(1 + m_bias) * w, (r_bias @ w)[None] + self.score_bias])
+        return ((attended @ weight + bias) * x).sum(-1).flip(-1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

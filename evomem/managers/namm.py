@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evomem.cache import LayerView
 from evomem.cache.spectrum import BINS
@@ -104,8 +105,10 @@ class NAMM(MemoryManager):
     def features(self, view: LayerView) -> Tensor:
         """Return what the scorer sees: (batch, kv_heads, slots, 25) fp32, the age first, finite at empty slots."""
         raw = view.once("namm_features", lambda: raw_features(view))
-        age, spectrum = raw[..., : 2 * AGE_FREQUENCIES], raw[..., 2 * AGE_FREQUENCIES :]
-        return torch.cat([age, (spectrum - self.spectrum_mean) / self.spectrum_var.sqrt().clamp(min=1e-7)], dim=-1)
+        # Of the age's numbers nothing is taken off, and they are divided by one: in place of taking both apart.
+        mean = F.pad(self.spectrum_mean, (2 * AGE_FREQUENCIES, 0))
+        deviation = F.pad(self.spectrum_var.sqrt().clamp(min=1e-7), (2 * AGE_FREQUENCIES, 0), value=1.0)
+        return (raw - mean) / deviation
 
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Set the standardisation of the spectrogram: mean and variance of every bin, (17,) each.

@@ -19,14 +19,14 @@ class Selection(Protocol):
         ...
 
 
-def rank(scores: Tensor) -> Tensor:
-    """Rank of every slot among its head's, 0 = largest; equal scores rank by position, the older token first.
+def best(scores: Tensor, n: Tensor) -> Tensor:
+    """Mark the ``n`` best slots of every head; of equal scores, the older token comes first.
 
-    scores : (..., slots) fp32 -> int64 of the same shape.
+    scores : (..., slots) fp32. n : (..., 1) int64 that broadcasts against them. Returns bool of the scores' shape.
     """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    places = torch.arange(scores.shape[-1], device=scores.device).expand(order.shape)
-    return torch.zeros_like(order).scatter(-1, order, places)
+    among = torch.arange(scores.shape[-1], device=scores.device) < n
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, among.expand(order.shape))
 
 
 def slots_of_budget(budget: int | float | None, view: LayerView) -> Tensor:
@@ -111,7 +111,7 @@ class TopN:
     def keep(self, scores: Tensor, view: LayerView) -> Tensor:
         """Return the keep-mask (batch, kv_heads, slots)."""
         n = self.limit(view)
-        return (rank(self._protected(scores, view, n)) < n) & view.valid
+        return best(self._protected(scores, view, n), n) & view.valid
 
 
 def pyramid_budget(mean: Tensor, read: Tensor, layer: int, layers: int, beta: float, window: int) -> Tensor:
@@ -197,7 +197,7 @@ class AcrossHeads:
         """Return the keep-mask (batch, kv_heads, slots)."""
         n = self.per_head.limit(view)
         scores = self.per_head.protected(scores, view)
-        safe = (rank(scores) < share_of(self.safeguard, n)) & view.valid
+        safe = best(scores, share_of(self.safeguard, n)) & view.valid
         # At most n a head are safe or protected (`TopN` sees to that), so all of them fit into the layer's total.
         ordered = torch.where(safe, torch.inf, scores)
         order = torch.sort(view.slots.flatten(-2), dim=-1, stable=True).indices
@@ -227,7 +227,7 @@ class Threshold:
         kept = scores >= 0
         if self.cap is None:
             return kept
-        return kept & (rank(scores) < slots_of_budget(self.cap, view))
+        return kept & best(scores, slots_of_budget(self.cap, view))
 
 
 @dataclass(frozen=True)
@@ -242,4 +242,4 @@ class Dense:
         """Return the keep-mask (batch, kv_heads, slots)."""
         scores = protect(scores, view, sinks=0, recent=1)
         most = (scores >= 0).sum(-1).amax()
-        return (rank(scores) < most) & view.valid
+        return best(scores, most) & view.valid
