@@ -15,7 +15,8 @@ from evomem.errors import ModelError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.store import PrefillStore
 from evomem.managers import build
-from evomem.models import LoadedModel
+from evomem.models import LoadedModel, load
+from evomem.models.loading import ALIGNMENT
 from evomem.models.sharing import assemble, dismantle, to_array, to_tensor
 from evomem.testing.models import FAMILIES, tiny, tiny_tokenizer
 from evomem.workers.exchange import HELD, Directory, SharedReadings, nbytes, to_arrays, to_reading
@@ -40,7 +41,10 @@ def elsewhere(parts):
     """What another process gets: the arrays lie in memory that it must not write to, everything else is a copy."""
     buffers = []
     frame = pickle.dumps(parts, protocol=5, buffer_callback=buffers.append)
-    shared = [np.frombuffer(bytes(buffer.raw()), dtype=np.uint8) for buffer in buffers]
+    # Ray's shared memory is aligned as PyTorch's is.
+    shared = [torch.frombuffer(bytearray(buffer.raw()), dtype=torch.uint8).clone().numpy() for buffer in buffers]
+    for memory in shared:
+        memory.flags.writeable = False
     return pickle.loads(frame, buffers=shared), shared
 
 
@@ -68,6 +72,17 @@ def test_a_model_put_together_again_is_the_same_to_the_bit(family, dtype):
     assert again.tokenizer.encode("the red cat") == model.tokenizer.encode("the red cat")
     settings = model.model.generation_config.to_dict()
     assert again.model.generation_config.to_dict() == settings
+
+
+def test_weights_of_a_mapped_file_and_shared_ones_lie_where_sums_go_in_the_same_order(tmp_path):
+    tiny("llama", layers=2).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = load(str(tmp_path), device="cpu")
+    again = assemble(elsewhere(dismantle(model))[0], "cpu")
+    for one in (model, again):
+        assert not any(weights.data_ptr() % ALIGNMENT for weights in one.model.parameters())
+    tokens = torch.randint(4, 120, (3, 41))
+    assert torch.equal(again.model(tokens).logits, model.model(tokens).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox"])

@@ -102,8 +102,24 @@ def load(
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if device_map is None:
         model.to(target)
+    align(model)
     model.eval().requires_grad_(False)
     return LoadedModel(name, model, tokenizer, folder_digest(folder))
+
+
+ALIGNMENT = 64
+"""Bytes: where PyTorch and Ray place numbers in memory."""
+
+
+def align(model: torch.nn.Module) -> None:
+    """Move weights that lie at odd addresses of a mapped file to even ones.
+
+    Vectorised sums go in another order at other addresses. So that a process with the mapped file and a worker with
+    shared memory compute the same bits, both must have their weights aligned.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomem.errors import ModelError
-from evomem.models.loading import LoadedModel
+from evomem.models.loading import LoadedModel, align
 
 # NumPy has no bfloat16: such tensors travel as their bits.
 _BITS = {torch.bfloat16: torch.int16}
@@ -95,5 +95,6 @@ def assemble(parts: Mapping[str, Any], device: torch.device | str | None = None)
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if missing:
         raise ModelError(f"model {parts['name']!r}: {', '.join(missing[:3])} is not among the shared parts")
+    align(model)
     model.generation_config = copy.deepcopy(parts["generation_config"])
     return LoadedModel(parts["name"], model.eval(), parts["tokenizer"], parts["digest"])
