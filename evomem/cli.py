@@ -199,6 +199,67 @@ def compare(
 
 
 @app.command()
+def transfer(
+    context: typer.Context,
+    plugins: Annotated[
+        list[str], typer.Argument(metavar="RUN_OR_PLUGIN...", help="Run, plug-in folder, hub id, or a heuristic.")
+    ],
+    models: Annotated[
+        list[str], typer.Option("--models", "--model", "-m", help="Test models: a,b,c; may be repeated.")
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            "--task",
+            "-t",
+            help="Task for all models, or MODEL=TASK for one; may be repeated. [default: the plug-ins' own]",
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="Heuristics, e.g. keydiff,snapkv(window=64); all; none.")] = None,
+    budgets: Budgets = None,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate", help="Also with a plug-in's statistics collected anew on each model (no search)."
+        ),
+    ] = False,
+    protocol: ProtocolOption = None,
+    mode: Mode = None,
+    split: SplitOption = Splits.sealed,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", min=1, help="Samples per cell. [default: 100]")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact/--no-exact", help="Also generate text (slower).")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Leave out tasks that a model cannot do with the full cache.")
+    ] = True,
+    dtype: DtypeOption = Dtype.float32,
+    json: Json = None,
+) -> None:
+    r"""Move managers to models that they were not found on: a matrix of found on x tested on.
+
+    Each cell is set against the full cache and against the heuristic that does best on that very model with no more
+    measured memory, with a paired bootstrap interval.
+
+    [bold]Examples[/bold]
+
+      evomem transfer runs/demo --models zoo-gpt2,zoo-qwen3 --tasks zoo_needle:length=512 --budgets 64,128
+
+      evomem transfer my-plugin runs/namm -m smollm2-135m -m ./other -t smollm2-135m=multikey_1:length=500 \
+          -t ./other=file:questions.jsonl --budgets 0.125 --recalibrate --json transfer.json
+    """
+    with guarded(_again(context, json)):
+        from evomem.commands import compare as words
+        from evomem.commands import transfer as command
+
+        wishes = words.Wishes(
+            models, tasks or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
+        )
+        command.transfer(plugins, against, wishes, json, recalibrate=recalibrate, check=check)
+
+
+@app.command()
 def evaluate(
     context: typer.Context,
     subject: Annotated[

@@ -204,14 +204,14 @@ def test_a_task_at_chance_is_refused(world, tmp_path):
 
 
 def test_what_is_written_on_the_command_line_is_read_as_it_is_meant():
-    from evomem.commands.compare import _against, parse_budgets, parse_protocol
+    from evomem.commands.compare import parse_budgets, parse_protocol, split_specs
 
-    assert _against("adakv(snapkv, safeguard=0.3),h2o, x(a=[1,2])") == [
+    assert split_specs("adakv(snapkv, safeguard=0.3),h2o, x(a=[1,2])") == [
         "adakv(snapkv, safeguard=0.3)",
         "h2o",
         "x(a=[1,2])",
     ]
-    assert (_against(None), _against("none"), _against("all")) == (None, [], ["all"])
+    assert (split_specs(None), split_specs("none"), split_specs("all")) == (None, [], ["all"])
     assert [repr(b) for b in parse_budgets("64, 0.25,1,1.0")] == ["64", "0.25", "1", "1.0"]
     default = EvaluationProtocol(kind="streaming", every=7, mode="query_aware")
     assert parse_protocol(None, None, default) == default

@@ -62,8 +62,8 @@ def bench(loaded, evaluator_class=Evaluator):
     def make(config):
         evaluator = evaluator_class(loaded, config.protocol)
 
-        def calibrate(manager, samples):
-            calibrate_spectrum(evaluator, manager, samples)
+        def calibrate(manager, chosen):
+            calibrate_spectrum(manager, [(evaluator, samples) for _, samples in chosen])
 
         return Bench(evaluator, lambda task: Words(loaded.tokenizer), calibrate, {"model_digest": loaded.digest})
 

@@ -60,7 +60,7 @@ class Subject:
     ----------
     name : in tables.
     source : what the user wrote.
-    model : that it was found on.
+    models : that it was found on.
     tasks : of the last stage.
     budgets : of the last stage, or its own.
     samples : sealed samples per task.
@@ -69,7 +69,7 @@ class Subject:
     name: str
     source: str
     manager: MemoryManager
-    model: str | None = None
+    models: tuple[str, ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
     protocol: EvaluationProtocol | None = None
     budgets: tuple[Budget, ...] = ()
@@ -80,9 +80,9 @@ def compare(
     sources: Sequence[str], against: str | None, wishes: Wishes, output: str | None, *, check: bool = True
 ) -> None:
     """Compare subjects with the field, print tables, and write rows; with ``check``, refuse tasks at chance."""
-    subjects = _distinct([resolve(source) for source in sources])
+    subjects = resolve_all(sources)
     budgets = _budgets(wishes, subjects)
-    field = _against(against)
+    field = split_specs(against)
     with ProgressBar("comparing") as bar:
         places = make_places(wishes, subjects)
         count = wishes.samples or subjects[0].samples or _SAMPLES
@@ -170,7 +170,7 @@ def _of_run(source: str, path: Path) -> Subject:
         name=run_label(config.name),
         source=source,
         manager=winner,
-        model=config.model.name,
+        models=tuple(model.name for model in config.all_models),
         tasks=stage.tasks,
         protocol=config.protocol,
         budgets=stage.budgets or _own_budget(winner),
@@ -188,13 +188,13 @@ def _of_plugin(source: str, folder: str | Path) -> Subject:
 
     plugin = plugins.read(folder)
     known, where = plugin.provenance, f"{folder}/provenance.json"
-    model = known.get("model")
+    models = known.get("models") or [known.get("model")]
     protocol = known.get("protocol")
     return Subject(
         name=run_label(str(known.get("experiment") or Path(source).name)),
         source=source,
         manager=plugin.manager,
-        model=model.get("name") if isinstance(model, dict) else model,
+        models=tuple(str(model["name"] if isinstance(model, dict) else model) for model in models if model),
         tasks=tuple(validate(TaskConfig, task, where) for task in known.get("tasks") or ()),
         protocol=validate(EvaluationProtocol, protocol, where) if protocol else None,
         budgets=tuple(known.get("budgets") or ()) or _own_budget(plugin.manager),
@@ -205,8 +205,9 @@ def _own_budget(manager: MemoryManager) -> tuple[Budget, ...]:
     return () if manager.options.budget is None else (manager.options.budget,)
 
 
-def _distinct(subjects: Sequence[Subject]) -> list[Subject]:
-    """Give subjects of the same name (seeds of one experiment) the names that the user wrote."""
+def resolve_all(sources: Sequence[str]) -> list[Subject]:
+    """Return the subjects that a user names; those of the same name (seeds) get the names that the user wrote."""
+    subjects = [resolve(source) for source in sources]
     taken = [subject.name for subject in subjects]
     return [
         Subject(**{**vars(subject), "name": subject.source}) if taken.count(subject.name) > 1 else subject
@@ -243,8 +244,8 @@ def parse_budgets(text: str | None) -> list[Budget]:
     return found
 
 
-def _against(text: str | None) -> list[str] | None:
-    """Split at the commas that are outside of brackets and quotation marks."""
+def split_specs(text: str | None) -> list[str] | None:
+    """Split managers' specs at the commas that are outside of brackets and quotation marks."""
     if text is None:
         return None
     if text.strip() in ("none", ""):
@@ -278,13 +279,15 @@ def make_places(wishes: Wishes, subjects: Sequence[Subject]) -> list[Place]:
     def first(values: Sequence[Any], otherwise: Any) -> Any:
         return next((value for value in values if value), otherwise)
 
-    models = wishes.models or [first([subject.model for subject in subjects], _MODEL)]
+    models = wishes.models or first([subject.models for subject in subjects], [_MODEL])
     tasks = [TaskConfig(spec=spec) for spec in wishes.tasks]
     tasks = tasks or list(first([subject.tasks for subject in subjects], ()))
     if not tasks:
         raise ConfigError("--task: say what to measure on, e.g. --task multikey_1:length=500 (evomem list tasks)")
     default = first([subject.protocol for subject in subjects], EvaluationProtocol())
     protocol = parse_protocol(wishes.protocol, wishes.mode, default)
+    if wishes.models and not wishes.tasks:  # the user's models do what others did in the search
+        tasks = list({task.title: task.for_all_models() for task in tasks}.values())
     return [place for name in models for place in places_of(load(name, wishes.dtype), tasks, protocol)]
 
 
@@ -298,13 +301,14 @@ def load(name: str, dtype: str) -> LoadedModel:
 
 
 def places_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: EvaluationProtocol) -> list[Place]:
-    """Return a place per task of a model; contexts are read once per sample and not kept."""
+    """Return a place per task that is for the model; contexts are read once per sample and not kept."""
     from evomem import tasks as registry
 
     evaluator = Evaluator(loaded, protocol, store=PrefillStore())
     return [
-        Place(loaded.name, t.label, evaluator, registry.build(t.spec, loaded.tokenizer, t.length, **t.options))
+        Place(loaded.name, t.title, evaluator, registry.build(t.spec, loaded.tokenizer, t.length, **t.options))
         for t in tasks
+        if t.model in (None, loaded.name)
     ]
 
 

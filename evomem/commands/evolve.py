@@ -97,13 +97,15 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[
     config, stage = run.config, run.config.plan()[-1]
     # Reports are in full precision, whatever the search used; but a front was measured in its search's own type, in
     # which the bytes are others, and the field stands beside it.
-    dtype = config.model.dtype if front else "float32"
-    loaded = None
-    if bench is not None:
-        evaluator: Any = bench.evaluator
-        evaluator.store.close()
-        loaded = evaluator.loaded if config.model.dtype == dtype else None
-    places = places_of(loaded or load(config.model.name, dtype), stage.tasks, config.protocol)
+    places = []
+    for model in config.all_models:
+        dtype = model.dtype if front else "float32"
+        loaded = None
+        if bench is not None:
+            evaluator: Any = bench.benches.get(model.name, bench).evaluator
+            evaluator.store.close()
+            loaded = evaluator.loaded if model.dtype == dtype else None
+        places += places_of(loaded or load(model.name, dtype), stage.tasks, config.protocol)
     budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
     with ProgressBar("comparing") as bar:
         comparison = compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from evomem.evaluation.statistics import bootstrap_mean, paired_bootstrap, recovered_share
 from evomem.evaluation.types import Evaluation
@@ -65,7 +65,7 @@ class Row:
         return {key: _plain(value) for key, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Row:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the row that `to_json` wrote; fields that it does not know are left out."""
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in data.items() if key in known}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,18 +40,25 @@ class Bench:
     ----------
     evaluator : measures managers on samples.
     make_task : builds the tasks of the experiment.
-    calibrate : sets statistics that a manager measures once, before the search, on some samples; None if none does.
+    calibrate : sets statistics that a manager measures once, before the search, on some samples of some tasks; None if
+        none does.
     check : compares the full cache with no context at all on some samples; None if nothing can be said.
     elsewhere : makes the same bench in another process; None: call the factory there.
     provenance : what the measurements depend on (model, hash of its weights); a run is resumed on the same only.
+    benches : with several models, the bench of each by name; this one is then the first of them.
     """
 
     evaluator: CandidateEvaluator
     make_task: Callable[[TaskConfig], Task]
-    calibrate: Callable[[MemoryManager, Sequence[Sample]], None] | None = None
+    calibrate: Callable[[MemoryManager, Sequence[tuple[TaskConfig, Sequence[Sample]]]], None] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[str, Task, Sequence[Sample], MemoryManager], ChanceReport] | None = None
     elsewhere: Elsewhere | None = None
+    benches: Mapping[str, Bench] = field(default_factory=dict)
+
+    def of(self, task: TaskConfig) -> Bench:
+        """Return the bench of the model that a task is done on."""
+        return self if task.model is None else self.benches.get(task.model, self)
 
 
 @dataclass(frozen=True)
@@ -74,15 +81,11 @@ BenchFactory = Callable[[ExperimentConfig], Bench]
 def model_bench(config: ExperimentConfig) -> Bench:
     """Return the bench of a real frozen model: loads it, and evaluates in this process."""
     from evomem.evaluation.store import PrefillStore
-    from evomem.models.sharing import dismantle
 
     loaded = _load(config)
     # A model that is spread over devices is too big to be copied: every worker loads its own.
-    shared = (
-        Elsewhere(dict, spread_bench)
-        if config.model.device_map
-        else Elsewhere(partial(dismantle, loaded), shared_bench)
-    )
+    spread = any(model.device_map for model in config.all_models)
+    shared = Elsewhere(dict, spread_bench) if spread else Elsewhere(partial(_dismantled, loaded), shared_bench)
     return _bench(config, loaded, PrefillStore(config.store_bytes), shared)
 
 
@@ -90,25 +93,49 @@ def shared_bench(config: ExperimentConfig, parts: Mapping[str, Any], readings: R
     """Return the bench of `model_bench` in another process, around the same weights."""
     from evomem.models.sharing import assemble
 
-    return _bench(config, assemble(parts), readings)
+    return _bench(config, [assemble(part) for part in parts["models"]], readings)
 
 
 def spread_bench(config: ExperimentConfig, parts: Mapping[str, Any], readings: Readings) -> Bench:
-    """Return the bench of `model_bench` in another process, with a model of its own."""
+    """Return the bench of `model_bench` in another process, with models of its own."""
     return _bench(config, _load(config), readings)
 
 
-def _load(config: ExperimentConfig) -> LoadedModel:
+def _dismantled(loaded: Sequence[LoadedModel]) -> Mapping[str, Any]:
+    from evomem.models.sharing import dismantle
+
+    return {"models": [dismantle(one) for one in loaded]}
+
+
+def _load(config: ExperimentConfig) -> list[LoadedModel]:
     import torch
 
     from evomem import models
 
-    return models.load(config.model.name, dtype=getattr(torch, config.model.dtype), device_map=config.model.device_map)
+    return [
+        models.load(model.name, dtype=getattr(torch, model.dtype), device_map=model.device_map)
+        for model in config.all_models
+    ]
 
 
 def _bench(
-    config: ExperimentConfig, loaded: LoadedModel, readings: Readings, elsewhere: Elsewhere | None = None
+    config: ExperimentConfig, loaded: Sequence[LoadedModel], readings: Readings, elsewhere: Elsewhere | None = None
 ) -> Bench:
+    benches = {one.name: _bench_of(config, one, readings) for one in loaded}
+    first = benches[config.model.name]
+    if len(benches) == 1:
+        return replace(first, elsewhere=elsewhere)
+    digests = [{"name": one.name, "model_digest": one.digest} for one in loaded]
+
+    def calibrate(manager: MemoryManager, chosen: Sequence[tuple[TaskConfig, Sequence[Sample]]]) -> None:
+        calibrate_spectrum(manager, [(benches[str(task.model)].evaluator, samples) for task, samples in chosen])
+
+    provenance = {**first.provenance, "model_digests": digests}
+    return replace(first, calibrate=calibrate, provenance=provenance, elsewhere=elsewhere, benches=benches)
+
+
+def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings) -> Bench:
+    """Return the bench of one model."""
     from evomem import tasks
     from evomem.evaluation.evaluator import Evaluator
 
@@ -117,11 +144,11 @@ def _bench(
     def make_task(task: TaskConfig) -> Task:
         return tasks.build(task.spec, loaded.tokenizer, task.length, **task.options)
 
-    def calibrate(manager: MemoryManager, samples: Sequence[Sample]) -> None:
-        calibrate_spectrum(evaluator, manager, samples)
+    def calibrate(manager: MemoryManager, chosen: Sequence[tuple[TaskConfig, Sequence[Sample]]]) -> None:
+        calibrate_spectrum(manager, [(evaluator, samples) for _, samples in chosen])
 
-    provenance = {"model": config.model.name, "model_digest": loaded.digest}
-    return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator), elsewhere)
+    provenance = {"model": loaded.name, "model_digest": loaded.digest}
+    return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator))
 
 
 def check_chance(
@@ -139,15 +166,23 @@ def check_chance(
     return check(label, (), task.uniform_chance, full, without)
 
 
-def calibrate_spectrum(evaluator: Any, manager: MemoryManager, samples: Sequence[Sample]) -> None:
-    """Set the spectrum statistics of a NAMM from contexts that the model read with everything kept.
+def calibrate_spectrum(manager: MemoryManager, chosen: Sequence[tuple[Any, Sequence[Sample]]]) -> None:
+    """Set the spectrum statistics of a NAMM from contexts that models read with everything kept.
 
     A manager without statistics is left as it is.
+
+    Parameters
+    ----------
+    chosen : evaluators, and samples that each of them reads; all are pooled.
     """
     from evomem.managers.namm import NAMM, collect_statistics
 
     if not isinstance(manager, NAMM):
         return
-    readings = (evaluator.reading(evaluator.tokens(sample).read, manager.observes) for sample in samples)
+    readings = (
+        evaluator.reading(evaluator.tokens(sample).read, manager.observes)
+        for evaluator, samples in chosen
+        for sample in samples
+    )
     views = (view for reading in readings for view in reading.views)
     manager.set_statistics(*collect_statistics((view.recorded["attention_spectrum"], view.valid) for view in views))

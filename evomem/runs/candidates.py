@@ -45,8 +45,8 @@ class UnitEvaluator:
 
     def __call__(self, unit: Unit) -> list[Evaluation]:
         """Return one evaluation a candidate."""
-        task = self._samples.tasks[unit.task]
-        found = self._bench.evaluator.evaluate(self._managers(unit), unit.sample, task, **unit.arguments)
+        task, evaluator = self._samples.tasks[unit.task], self._bench.of(self._samples.configs[unit.task]).evaluator
+        found = evaluator.evaluate(self._managers(unit), unit.sample, task, **unit.arguments)
         if len(found) != unit.candidates:
             raise RunError(f"unit {unit.key}: {unit.candidates} evaluations expected, {len(found)} came back")
         return found

@@ -31,17 +31,30 @@ class ModelConfig(Settings):
 
 
 class TaskConfig(Settings):
-    """One task of the fitness: its name (and options), context length in tokens, and weight in the sum."""
+    """One task of the fitness: its name (and options), context length in tokens, and weight in the sum.
+
+    ``model`` names the one of the experiment's models that it is done on; None: on each of them.
+    """
 
     spec: str
+    model: str | None = None
     length: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
+    def for_all_models(self) -> TaskConfig:
+        """Return the task, not limited to a model."""
+        return self.model_copy(update={"model": None})
+
+    @property
+    def title(self) -> str:
+        """Name in tables that say themselves which model it is done on."""
+        return self.spec if self.length is None else f"{self.spec}@{self.length}"
+
     @property
     def label(self) -> str:
-        """Name in tables and in the journal's keys."""
-        return self.spec if self.length is None else f"{self.spec}@{self.length}"
+        """Name in messages."""
+        return self.title if self.model is None else f"{self.title} on {self.model}"
 
 
 class DriverConfig(Settings):
@@ -64,7 +77,7 @@ class FitnessConfig(Settings):
     objective : a name of `evomem.runs.fitness.objectives`: ``loglik`` (nats per answer token) or ``exact``.
     price_per_megabyte : taken off per 10^6 bytes of mean memory, in units of the objective.
     normalise : ``full`` measures against the full cache on the same samples: its likelihood is subtracted (nats lost
-        to eviction), its exact score divides.
+        to eviction), its exact score divides. With several models it should be set: they differ in what they can do.
     """
 
     objective: str = "loglik"
@@ -120,6 +133,8 @@ class ExperimentConfig(Settings):
     Attributes
     ----------
     seed : of everything random: driver, minibatches, samples.
+    model, models : one model, or a list of several: then every task is done on each of them (`TaskConfig.model` limits
+        it to one), and all count alike. ``model`` is the first.
     tasks, samples_per_generation, train_contexts : each generation draws so many contexts per task from a pool of
         ``train_contexts``, the same for all candidates (common random numbers); every context is used once before any
         is used again.
@@ -140,6 +155,7 @@ class ExperimentConfig(Settings):
     name: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0)
     model: ModelConfig
+    models: list[ModelConfig] | None = Field(default=None, min_length=1)
     space: SpaceConfig
     tasks: list[TaskConfig] = Field(min_length=1)
     protocol: EvaluationProtocol = EvaluationProtocol()
@@ -162,10 +178,18 @@ class ExperimentConfig(Settings):
     _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
     _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_model(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("models"), list) or not values["models"]:
+            return values
+        models = [_by_name(value) for value in values["models"]]
+        return {"model": models[0], **values, "models": models}
+
     @field_validator("model", mode="before")
     @classmethod
     def _model_by_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        return _by_name(value)
 
     @field_validator("chance_contexts")
     @classmethod
@@ -173,6 +197,18 @@ class ExperimentConfig(Settings):
         if value == 1:
             raise ValueError("one context says nothing; give 2 or more, or 0 for no check")
         return value
+
+    @model_validator(mode="after")
+    def _models_hold(self) -> Self:
+        known = [model.name for model in self.all_models]
+        if self.model != self.all_models[0]:
+            raise ValueError(f"model: {self.model.name!r} is not the first of models; leave model out")
+        if len(set(known)) < len(known):
+            raise ValueError(f"models: {', '.join(known)}: one is given twice")
+        for task in [*self.tasks, *(task for stage in self.stages or () for task in stage.tasks or ())]:
+            if task.model is not None and task.model not in known:
+                raise ValueError(f"task {task.spec}: model {task.model!r} is none of: {', '.join(known)}")
+        return self
 
     @model_validator(mode="after")
     def _plan_holds(self) -> Self:
@@ -188,13 +224,24 @@ class ExperimentConfig(Settings):
                 )
         return self
 
+    @property
+    def all_models(self) -> tuple[ModelConfig, ...]:
+        """The models that candidates are measured on."""
+        return tuple(self.models or (self.model,))
+
     def plan(self) -> tuple[Stage, ...]:
-        """Return the stages with everything filled in, and the generations at which they begin and end."""
+        """Return the stages with everything filled in, and the generations at which they begin and end.
+
+        With several models, a task that is for all of them becomes one for each.
+        """
         stages, begin = [], 0
         for place, stage in enumerate(self.stages or [StageConfig(generations=self.generations)]):
             tasks = self.tasks if stage.tasks is None else stage.tasks
             if stage.length is not None:
                 tasks = [task.model_copy(update={"length": stage.length}) for task in tasks]
+            if len(self.all_models) > 1:
+                names = [model.name for model in self.all_models]
+                tasks = [t.model_copy(update={"model": n}) for t in tasks for n in names if t.model in (None, n)]
             stages.append(
                 Stage(
                     place=place,
@@ -228,6 +275,10 @@ class Stage(Settings):
     samples_per_generation: int
     train_contexts: int
     fitness: FitnessConfig
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _task_list(value: Any) -> Any:

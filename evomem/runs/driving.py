@@ -58,6 +58,11 @@ def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, fold
     ConfigError : options that the driver does not have; a warm start from a run that does not fit.
     RunError : the other run is none, or cannot be followed.
     """
+    if len(config.all_models) > 1 and any(objective_of(stage.fitness).headwise for stage in config.plan()):
+        raise ConfigError(
+            "fitness.objective: one that gives every head a fitness of its own is for one model: heads of different "
+            "models are not the same heads"
+        )
     options: dict[str, Any] = {
         "sigma": config.driver.sigma or space.sigma,
         "popsize": config.driver.population,

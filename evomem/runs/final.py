@@ -128,6 +128,10 @@ def _save_plugin(search: Search, folder: Path, result: RunResult) -> None:
     save(manager, folder, provenance(search, result))
 
 
+_TOLD = ("model", "space", "driver", "seed", "tasks", "protocol", "budgets", "stages")
+"""Parts of the experiment that a plug-in tells as they are."""
+
+
 def provenance(search: Search, result: RunResult) -> dict[str, Any]:
     """Return where the winner comes from: model, search space, driver, seed, what was spent, scores, fitness curve."""
     import evomem
@@ -140,7 +144,8 @@ def provenance(search: Search, result: RunResult) -> dict[str, Any]:
         "evomem_version": getattr(evomem, "__version__", "unknown"),
         "experiment": search.config.name,
         **dict(search.bench.provenance),
-        **{key: config[key] for key in ("model", "space", "driver", "seed", "tasks", "protocol", "budgets", "stages")},
+        **{key: config[key] for key in _TOLD},
+        **({"models": config["models"]} if config["models"] else {}),
         "winner": result.winner,
         "generations": result.generations,
         "spent": result.spent,

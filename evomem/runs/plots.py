@@ -46,7 +46,7 @@ def fitness_plot(path: Path, generations: Sequence[GenerationRecord], result: Ru
         _mark_winner(all_axes[-1], stages[-1], result)
     all_axes[0].set_ylabel("fitness")
     all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _mark_winner(axes: Any, records: Sequence[GenerationRecord], result: RunResult) -> None:
@@ -108,7 +108,7 @@ def memory_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.set_xlabel("KiB of cache per sequence, mean (log; equal ones side by side)")
     axes.set_ylabel("log-likelihood, nats per answer token")
     _label_ends(axes, ends)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def front_plot(path: Path, members: Sequence[Member], rows: Sequence[Row], title: str) -> None:
@@ -160,7 +160,7 @@ def front_plot(path: Path, members: Sequence[Member], rows: Sequence[Row], title
     axes.set_xlabel("KiB of cache per sequence, mean (log)")
     axes.set_ylabel("log-likelihood, nats per answer token")
     _label_ends(axes, ends)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _full_line(axes: Any, row: Row) -> None:
@@ -239,6 +239,13 @@ def _plain_ticks(axes: Any, sizes: Sequence[float]) -> None:
 
 def _figure(title: str, widths: Sequence[int] = (1,)) -> tuple[Any, list[Any]]:
     """Return a figure and its panels side by side, as wide as ``widths`` say, but none too narrow to read."""
+    return figure_with(title, ratios=[max(width, 0.4 * max(widths)) for width in widths])
+
+
+def figure_with(
+    title: str, *, rows: int = 1, ratios: Sequence[float] = (1,), size: tuple[float, float] = (8.6, 4.8)
+) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels in ``rows`` rows, columns as wide as ``ratios`` say; size in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -246,10 +253,9 @@ def _figure(title: str, widths: Sequence[int] = (1,)) -> tuple[Any, list[Any]]:
         raise EvomemError(
             "plots need matplotlib; install evomem with its extra: pip install 'evomem[search]'"
         ) from None
-    figure = Figure(figsize=(8.6, 4.8), dpi=150, layout="constrained")  # no pyplot: nothing global is touched
+    figure = Figure(figsize=size, dpi=150, layout="constrained")  # no pyplot: nothing global is touched
     FigureCanvasAgg(figure)
-    ratios = [max(width, 0.4 * max(widths)) for width in widths]
-    panels = list(figure.subplots(1, len(widths), width_ratios=ratios, squeeze=False)[0])
+    panels = list(figure.subplots(rows, len(ratios), width_ratios=list(ratios), squeeze=False).flat)
     panels[0].set_title(title, loc="left", fontsize=11)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -258,6 +264,7 @@ def _figure(title: str, widths: Sequence[int] = (1,)) -> tuple[Any, list[Any]]:
     return figure, panels
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

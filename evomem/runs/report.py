@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,8 @@ from rich.text import Text
 from evomem.errors import RunError
 from evomem.evaluation.rows import BYTES_TOLERANCE, Budget, Row
 from evomem.runs.files import write_atomically
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 _HEADINGS = ("manager", "loglik", "advantage [95 %]", "exact", "slots", "KiB", "recovered")
 
@@ -29,10 +32,10 @@ def rows_json(rows: Sequence[Row]) -> str:
     return f"[\n{lines}\n]\n"
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:  # type: ignore[assignment]
     """Return the rows that `write_rows` wrote; raise `RunError` if the file is damaged."""
     try:
-        return [Row.from_json(data) for data in json.loads(path.read_text(encoding="utf-8"))]
+        return [kind.from_json(data) for data in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path}: cannot be read as the rows of a comparison: {error}; delete it to compare again"
@@ -90,7 +93,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def best_heuristic(rows: Sequence[Row]) -> Row | None:
+def best_heuristic(rows: Sequence[AnyRow]) -> AnyRow | None:
     """Return the row of the field with the largest log-likelihood that holds no more memory than the subject.
 
     Where all hold more, the best of them.

@@ -29,6 +29,7 @@ class Samples:
         self._bench = bench
         self._names: dict[str, str] = {}
         self.tasks: dict[str, Task] = {}
+        self.configs: dict[str, TaskConfig] = {}
         self._pools: dict[tuple[str, Split], list[Sample]] = {}
         for stage in config.plan():
             for task in stage.tasks:
@@ -38,7 +39,8 @@ class Samples:
         """Return the task's short name in the journal; tasks that differ only in their weight are one."""
         name = self._names[_identity(task)]
         if name not in self.tasks:
-            self.tasks[name] = self._bench.make_task(task)
+            self.tasks[name] = self._bench.of(task).make_task(task)
+            self.configs[name] = task
         return name
 
     def pool(self, task: TaskConfig, split: Split, count: int) -> list[Sample]:

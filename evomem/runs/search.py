@@ -170,27 +170,29 @@ class Search:
         self.start = self.space.start
         if self.bench.calibrate is not None:
             stage = self.plan[0]
-            pool = self.samples.pool(stage.tasks[0], Split.TRAIN, stage.train_contexts)
-            self.bench.calibrate(self.space.template, pool[: max(8, stage.samples_per_generation)])
+            first = {task.model: task for task in reversed(stage.tasks)}  # one task a model
+            count = max(8, stage.samples_per_generation)
+            pools = [(t, self.samples.pool(t, Split.TRAIN, stage.train_contexts)[:count]) for t in first.values()]
+            self.bench.calibrate(self.space.template, pools)
         tensors = {name: value.contiguous() for name, value in self.space.template.state_dict().items()}
         write_atomically(state, safetensors.torch.save(tensors))
         write_vector(vector, self.start)  # last: it says that both are there
 
     def _check_chance(self) -> None:
         """Refuse a task that measures nothing on this model, before anything is spent on it; once per run."""
-        if self.bench.check is None or not self.config.chance_contexts:
+        if not self.config.chance_contexts:
             return
         journal = self.run_folder.journal
         records = read_journal(journal.path)
         passed = {r["task"] for r in records if r["kind"] == "event" and r["event"] == "chance" and r["passed"]}
         for stage in self.plan:
             for task in stage.tasks:
-                name = self.samples.name(task)
-                if name in passed:
+                name, check = self.samples.name(task), self.bench.of(task).check
+                if name in passed or check is None:
                     continue
                 count = min(self.config.chance_contexts, stage.train_contexts)
                 pool = self.samples.pool(task, Split.TRAIN, max(2, count))
-                report = self.bench.check(task.label, self.samples.tasks[name], pool, self.space.template)
+                report = check(task.label, self.samples.tasks[name], pool, self.space.template)
                 facts = report.to_json()
                 del facts["task"]
                 journal.event("chance", task=name, **facts)
