@@ -17,8 +17,8 @@ from urllib.parse import unquote, urlsplit
 class Server(ThreadingHTTPServer):
     """Attributes: commits (repository -> list of (sha, message, files by path)), asked (methods and paths).
 
-    lies ((repository, file) -> size that it is said to have), private (repository -> asked for when it was made), tokens
-    (may write; none: all).
+    lies ((repository, file) -> size that it is said to have), private (repository -> asked for when made),
+    tokens (may write; none: all).
     """
 
     daemon_threads = True

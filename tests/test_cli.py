@@ -99,7 +99,14 @@ def test_a_search_leaves_everything_in_its_folder(world):
         assert next(r["loglik"] for r in rows if r["manager"] == row) == pytest.approx(np.mean(values))
     provenance = json.loads((folder / "winner" / "plugin" / "provenance.json").read_text())
     assert provenance["comparison"] == rows
-    assert "**small**" in (folder / "winner" / "plugin" / "README.md").read_text()
+    assert {"model_digest", "space", "driver", "seed", "generations", "spent", "fitness_curve", "evomem_code"} <= set(
+        provenance
+    )
+    card = (folder / "winner" / "plugin" / "README.md").read_text()
+    assert "**small**" in card
+    for name, plot in (("fitness.png", "fitness.png"), ("comparison.png", "memory.png")):
+        assert f"](assets/{name})" in card
+        assert (folder / "winner/plugin/assets" / name).read_bytes() == (folder / "plots" / plot).read_bytes()
     assert "3 sealed samples" in said
     assert "winner's fitness: train" in said
     assert f"evomem export {folder}" in said
@@ -120,7 +127,7 @@ def test_a_finished_run_is_shown_again_and_another_one_refused(world):
 
 def test_a_run_compares_like_its_plug_in_and_like_its_own_report(world, tmp_path):
     run("export", world / "run", tmp_path / "plug")
-    assert sorted(path.name for path in (tmp_path / "plug").iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in (tmp_path / "plug").iterdir()) == sorted([*FILES, "assets"])
     rows = {}
     for subject in (world / "run", tmp_path / "plug"):
         outcome = run("compare", subject, "--against", "keydiff,random", "-n", 3, "--json", "-")

@@ -129,19 +129,22 @@ def _write_report(run: Run, result: RunResult, rows: Sequence[Row]) -> None:
     name = run.config.name
     write_atomically(run.folder / "comparison.md", markdown(rows, name).encode())
     fitness_plot(run.folder / "plots" / "fitness.png", run.generations(), result, f"{name}: fitness")
+    pictures = {"fitness.png": run.folder / "plots" / "fitness.png"}
     places = list(dict.fromkeys((row.model, row.task) for row in rows))
     for number, (model, task) in enumerate(places):
         here = [row for row in rows if (row.model, row.task) == (model, task)]
         title = f"{task} on {model}, {here[0].samples} {here[0].split} samples"
         file = "memory.png" if len(places) == 1 else f"memory-{number + 1}.png"
         memory_plot(run.folder / "plots" / file, here, title)
+        pictures[file.replace("memory", "comparison")] = run.folder / "plots" / file
     if plugins.is_plugin(run.plugin):
         known = dict(plugins.read(run.plugin).provenance)
     else:
         raise RunError(f"{run.plugin}: the winner's plug-in is missing; delete result.json and resume the run")
     told = {**known, "comparison": [row.to_json() for row in rows], "sentences": sentences(rows)}
     if told != known:
-        plugins.save(run.winner, run.plugin, told)
+        shown = {name: path.read_bytes() for name, path in list(pictures.items())[: plugins.PICTURE_COUNT]}
+        plugins.save(run.winner, run.plugin, told, pictures=shown)
 
 
 def _print_end(run: Run, console: Console, front: Sequence[Member]) -> None:

@@ -1,6 +1,6 @@
 """Plug-in: how a winner leaves, a folder of four plain files that anyone can load."""
 
 from evomem.plugins.folder import SCHEMA_VERSION, Plugin, is_plugin, load, read, save
-from evomem.plugins.untrusted import FILES
+from evomem.plugins.untrusted import FILES, LIMITS, PICTURE_COUNT
 
-__all__ = ["FILES", "SCHEMA_VERSION", "Plugin", "is_plugin", "load", "read", "save"]
+__all__ = ["FILES", "LIMITS", "PICTURE_COUNT", "SCHEMA_VERSION", "Plugin", "is_plugin", "load", "read", "save"]

@@ -62,10 +62,15 @@ def render_card(
             transfer=provenance.get("transfer") or [],
             sentences=provenance.get("sentences") or [],
             spent=provenance.get("spent") or {},
-            pictures=[(file, _CAPTIONS.get(file.removesuffix(".png"), file.removesuffix(".png"))) for file in pictures],
+            pictures=[(file, _caption(file)) for file in pictures],
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise PluginError(f"{name}: provenance: no model card can be made from it: {error}") from None
+
+
+def _caption(file: str) -> str:
+    stem = file.removesuffix(".png")
+    return _CAPTIONS.get(stem.partition("-")[0], stem)
 
 
 def _models(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,16 +134,37 @@ _TOLD = ("model", "space", "driver", "seed", "tasks", "protocol", "budgets", "st
 """Parts of the experiment that a plug-in tells as they are."""
 
 
+_CURVE = 2000
+"""Points of a fitness curve at most."""
+
+
+def code_digest() -> str:
+    """Return a hash of evomem's source files: which code it was, between two versions."""
+    import evomem
+
+    package = Path(evomem.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def provenance(search: Search, result: RunResult) -> dict[str, Any]:
-    """Return where the winner comes from: model, search space, driver, seed, what was spent, scores, fitness curve."""
+    """Return where the winner comes from: model, search space, driver, seed, what was spent, scores, fitness curve.
+
+    Of a long search the curve has every second, third, … generation: a plug-in stays small.
+    """
     import evomem
 
     config = search.config.resolved()
     curve = [
         {"generation": g, "best": r.best, "mean": r.mean, "spread": r.spread} for g, r in sorted(search.records.items())
     ]
+    step = -(-len(curve) // _CURVE)
     return {
-        "evomem_version": getattr(evomem, "__version__", "unknown"),
+        "evomem_version": evomem.__version__,
+        "evomem_code": code_digest(),
+        "libraries": {name: version(name) for name in ("torch", "transformers")},
         "experiment": search.config.name,
         **dict(search.bench.provenance),
         **{key: config[key] for key in _TOLD},
@@ -150,5 +173,5 @@ def provenance(search: Search, result: RunResult) -> dict[str, Any]:
         "generations": result.generations,
         "spent": result.spent,
         "scores": {split: asdict(getattr(result, split)) for split in ("train", "select", "sealed")},
-        "fitness_curve": curve,
+        "fitness_curve": curve[:: max(step, 1)],
     }
