@@ -1,6 +1,6 @@
 """Task: samples with a context, a question and an answer, by name (`build`)."""
 
-from evomem.tasks import book, episodes, file, needles, passkey, recall
+from evomem.tasks import book, episodes, file, needles, passkey, recall, zoo
 from evomem.tasks.base import Sample, Split, Task, Tokenizer, tasks
 from evomem.tasks.building import build, parse
 from evomem.tasks.chance import ChanceReport, check
@@ -21,4 +21,5 @@ __all__ = [
     "passkey",
     "recall",
     "tasks",
+    "zoo",
 ]
