@@ -30,10 +30,16 @@ def find_rotaries(model: PreTrainedModel, layers: int) -> tuple[Rotary | None, .
     Most models have one for all layers; some (Gemma 3, OLMo 3) keep frequencies per layer type in one module, which is
     called with the type.
 
-    Raises `UnsupportedModelError` for rotary variants whose pairs are interleaved, and where it is not plain which
-    frequencies a layer has.
+    Raises `UnsupportedModelError` for rotary variants whose pairs are interleaved or that have several positions a
+    token, and where it is not plain which frequencies a layer has.
     """
-    types: list[str] = list(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    text = model.config.get_text_config(decoder=True)
+    if "mrope_section" in (getattr(text, "rope_parameters", None) or ()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} rotates by three positions a token (time, height, width); managers that need the "
+            "queries before rotation (expected_attention) cannot be used with it"
+        )
+    types: list[str] = list(getattr(text, "layer_types", None) or ())
     for module in model.modules():
         typed = {kind for kind in types if hasattr(module, f"{kind}_inv_freq")}
         if hasattr(module, "inv_freq"):
