@@ -44,6 +44,7 @@ from evomem.runs.transfer import (
 )
 from evomem.tasks.base import Sample, Split
 
+_TITLE = "advantage in nats over the best heuristic of each model (bold: interval excludes 0; framed: at home)"
 _SAMPLES, _CHECKED, _CALIBRATED, _TIMED = 100, 8, 8, 3
 
 
@@ -205,5 +206,5 @@ def _deliver(rows: Sequence[TransferRow], skipped: Sequence[str], output: str | 
     path = Path(output)
     write_rows(path, rows)
     write_atomically(path.with_suffix(".md"), transfer_markdown(found, skipped).encode())
-    transfer_plot(path.with_suffix(".png"), found, "advantage over the best heuristic of each model, nats per token")
+    transfer_plot(path.with_suffix(".png"), found, _TITLE)
     console.print(Text(f"{path}, {path.with_suffix('.md').name}, {path.with_suffix('.png').name}", style="dim"))

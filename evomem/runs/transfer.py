@@ -142,7 +142,7 @@ def transfer_tables(found: Sequence[Cell]) -> list[Table]:
         table.add_column("manager (found on)")
         places = list(dict.fromkeys((cell.row.model, cell.row.task) for cell in here))
         for model, task in places:
-            table.add_column(f"{model}\n{task}", justify="right")
+            table.add_column(f"{_short(model)}\n{_short(task)}", justify="right")
         for subject in dict.fromkeys(cell.row.subject for cell in here):
             mine = {(cell.row.model, cell.row.task): cell for cell in here if cell.row.subject == subject}
             first = next(iter(mine.values()))
@@ -211,12 +211,12 @@ def _speed(row: TransferRow) -> str:
 def transfer_plot(path: Path, found: Sequence[Cell], title: str) -> None:
     """Draw the matrix, a panel per budget: the advantage over the best heuristic of each test model, in nats.
 
-    Colours end at +-1 nat. Bold numbers are intervals that exclude zero; framed cells are at home.
+    Orange is better, purple worse; colours end at +-1 nat. Bold: the interval excludes zero. Framed: at home.
     """
     budgets = list(dict.fromkeys(cell.row.budget for cell in found))
     subjects = list(dict.fromkeys(cell.row.subject for cell in found))
     places = list(dict.fromkeys((cell.row.model, cell.row.task) for cell in found))
-    size = (3.0 + 1.25 * len(places), 1.5 + len(budgets) * (0.9 + 0.42 * len(subjects)))
+    size = (max(7.5, 3.0 + 1.25 * len(places)), 1.5 + len(budgets) * (0.9 + 0.42 * len(subjects)))
     figure, panels = figure_with(title, rows=len(budgets), size=size)
     for axes, budget in zip(panels, budgets, strict=True):
         grid = [[math.nan] * len(places) for _ in subjects]
@@ -227,19 +227,24 @@ def transfer_plot(path: Path, found: Sequence[Cell], title: str) -> None:
             value = grid[down][across] = cell.best.difference
             axes.text(
                 across, down, f"{value:+.2f}", ha="center", va="center", fontsize=9,
-                color="white" if abs(value) > 0.7 else "#222222",
+                color="white" if abs(value) > 0.55 else "#222222",
                 fontweight="bold" if cell.verdict in ("wins", "loses") else "normal",
             )  # fmt: skip
             if cell.row.model in cell.row.train_model.split(" + "):
                 corner = (across - 0.46, down - 0.44)
                 axes.add_patch(_frame(corner))
         axes.imshow(grid, cmap="PuOr_r", vmin=-1, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(places)), [f"{model}\n{task}" for model, task in places], fontsize=8)
+        axes.set_xticks(range(len(places)), [f"{_short(model)}\n{_short(task)}" for model, task in places], fontsize=8)
         axes.set_yticks(range(len(subjects)), subjects, fontsize=9)
         axes.set_ylabel(f"budget {budget_text(budget)}", fontsize=9)
         axes.grid(visible=False)
         axes.tick_params(length=0)
     save_figure(figure, path)
+
+
+def _short(name: str) -> str:
+    """Of a path, the last part."""
+    return name.rpartition("/")[2]
 
 
 def _frame(corner: tuple[float, float]) -> Any:
