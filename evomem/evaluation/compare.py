@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -63,11 +63,13 @@ class Comparison:
     subject : name of the manager that the others are set against; None for a plain evaluation.
     rows : by model, task and budget, the largest log-likelihood first.
     evaluations : per row's key (model, task, manager, budget), its evaluations in the order of the samples.
+    measured : what the rows were made of.
     """
 
     subject: str | None
     rows: list[Row]
     evaluations: dict[tuple[str, str, str, Budget], list[Evaluation]]
+    measured: list[Measured]
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def compare(
     found = measure(
         entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
     )
-    return Comparison(subjects[0].name, _rows(subjects[0].name, entrants, places, found, split), found)
+    return _comparison(subjects[0].name, subjects[0].name, entrants, places, found, split)
 
 
 def evaluate(
@@ -161,7 +163,7 @@ def evaluate(
     found = measure(
         entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
     )
-    return Comparison(None, _rows(subject.name, entrants, places, found, split), found)
+    return _comparison(None, subject.name, entrants, places, found, split)
 
 
 def _entrants(members: Sequence[NamedManager], role: Role, budgets: Sequence[Budget]) -> list[_Entrant]:
@@ -292,16 +294,18 @@ def _fingerprint(
     }
 
 
-def _rows(
-    subject: str,
+def _comparison(
+    subject: str | None,
+    first: str,
     entrants: Sequence[_Entrant],
     places: Sequence[Place],
-    found: Mapping[tuple[str, str, str, Budget], Sequence[Evaluation]],
+    found: dict[tuple[str, str, str, Budget], list[Evaluation]],
     split: Split,
-) -> list[Row]:
+) -> Comparison:
     rows: list[Row] = []
+    measured: list[Measured] = []
     for place in places:
-        measured = [
+        here = [
             Measured(
                 model=place.model,
                 task=place.task,
@@ -314,5 +318,6 @@ def _rows(
             )
             for entrant in entrants
         ]
-        rows += rows_of(subject, measured)
-    return rows
+        rows += rows_of(first, here)
+        measured += here
+    return Comparison(subject, rows, found, measured)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from evomem.errors import RunError
 from evomem.evaluation.compare import Comparison
-from evomem.evaluation.rows import Budget, Measured, Row, budget_size, rows_of
+from evomem.evaluation.rows import Budget, Row, budget_size, rows_of
 from evomem.runs.plots import figure_with, save_figure
 from evomem.runs.report import best_heuristic, budget_text, read_rows
 
@@ -73,22 +73,9 @@ def transfer_rows(
     train_models : of every subject by name.
     speeds : tokens per second by manager and budget.
     """
-    measured = [
-        Measured(
-            model=row.model,
-            task=row.task,
-            manager=row.manager,
-            budget=row.budget,
-            protocol=row.protocol,
-            split=row.split,
-            role=row.role,
-            evaluations=comparison.evaluations[row.model, row.task, row.manager, row.budget],
-        )
-        for row in comparison.rows
-    ]
     found = []
     for subject, train_model in train_models.items():
-        own = [one for one in measured if one.role != "subject" or one.manager == subject]
+        own = [one for one in comparison.measured if one.role != "subject" or one.manager == subject]
         for row in rows_of(subject, own):
             speed = speeds.get((row.manager, row.budget))
             found.append(TransferRow(**asdict(row), subject=subject, train_model=train_model, tokens_per_second=speed))
