@@ -128,24 +128,30 @@ def meaning(word: str, codes: Codebook) -> tuple[int | None, int | None, bool]:
 
 
 @examples(max_examples=20)
-@given(length=st.integers(30, 600), cues=st.integers(1, 8), seed=st.integers(0, 50), split=st.sampled_from(Split))
-def test_what_the_maze_asks_for_is_said_once(words, length, cues, seed, split):
-    sample = build("tmaze", words, length, cues=cues).samples(split, 1, seed)[0]
+@given(
+    spare=st.integers(0, 400), cues=st.integers(1, 8), visits=st.integers(1, 3), seed=st.integers(0, 50),
+    split=st.sampled_from(Split),
+)  # fmt: skip
+def test_the_maze_asks_for_the_newest_arrow_of_a_colour(words, spare, cues, visits, seed, split):
+    length = 3 * (cues * visits + 1) + spare
+    sample = build("tmaze", words, length, cues=cues, visits=visits).samples(split, 1, seed)[0]
     text = (sample.context + sample.question + sample.answer).split()
     assert len(words.encode(sample.context + sample.question + sample.answer, add_special_tokens=False)) == len(text)
     assert length - 3 < len(text) <= length
     assert [word[0] for word in text] == ["r", "s", "a"] * (len(text) // 3)
     seen = [meaning(word, maze_codebook()) for word in text[1::3]]
+    # A later entry replaces an earlier one.
     told = {colour: arrow for colour, arrow, _ in seen if colour is not None and arrow is not None}
     *corridor, (asked, _, junction) = seen
     assert junction
     assert not any(at_junction for *_, at_junction in corridor)
-    assert len(told) == cues == sum(colour is not None and arrow is not None for colour, arrow, _ in seen)
+    assert len(told) == cues
+    assert sum(colour is not None and arrow is not None for colour, arrow, _ in seen) == cues * visits
     assert sample.answer.split() == [f"a{1 + told[asked]}"] == list(sample.references)
 
 
 def test_the_maze_pays_for_right_exits_only():
-    env = Maze(steps=9, cues=4)
+    env = Maze(steps=9, cues=4, visits=2)
     dice = Random(0)
     for seed in range(20):
         env.reset(seed=seed)
@@ -178,7 +184,7 @@ def test_layouts_are_divided_over_the_splits_whatever_the_length():
     layouts: dict[Split, set[str]] = {}
     for split in Split:
         for number in range(60):
-            episode = maze_episode(Random(number), split, 3 + number % 9, 3)
+            episode = maze_episode(Random(number), split, 6 + number % 9, 3, 2)
             doors = [meaning(f"s{code}", maze_codebook())[:2] for code in episode.states]
             layouts.setdefault(split, set()).add(str([door for door in doors if None not in door]))
     assert not set.intersection(*layouts.values())
@@ -198,7 +204,7 @@ def test_the_controller_sees_what_the_episode_does_not_show():
 
 
 def test_what_cannot_be_is_refused(words):
-    with pytest.raises(TaskError, match="at least 27"):
+    with pytest.raises(TaskError, match="at least 51"):
         build("tmaze", words, 20, cues=8).samples(Split.TRAIN, 1, 0)
     with pytest.raises(ConfigError, match="600"):
         build("cartpole", words, 601)

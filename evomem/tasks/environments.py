@@ -1,7 +1,8 @@
 """Task: two gymnasium environments in which one must remember, who acts in them, and episodes of theirs.
 
-`Maze`: doors of several colours, each with an arrow, are passed among distractions; at the end junctions ask for some
-colour's arrow. `cart`: CartPole-v1 whose velocities are hidden, so that they must be had from what was seen before.
+`Maze`: doors of several colours, each with an arrow, are passed among distractions; at the end junctions ask for the
+newest arrow of a colour. `cart`: CartPole-v1 whose velocities are hidden, so that they must be had from what was seen
+before.
 """
 
 from __future__ import annotations
@@ -38,32 +39,39 @@ TILT, PLACE = 0.05, 0.5
 STEPS = 200
 """The cart's episodes end after as many."""
 
+DISTURBED = {"low": -0.15, "high": 0.15}
+"""How far from rest place, speed, tilt and its speed are when an episode begins; farther than CartPole-v1's own."""
+
 
 class Maze(gymnasium.Env[Vector, np.int64]):
     """A corridor with doors, then junctions: a T-maze (Bakker 2001) with many cues and exits.
 
-    Action 0 walks on, action 1 + e takes exit e. At a junction the right exit is the one that the arrow on the door of
-    the junction's colour pointed to, and gives reward 1. Nothing else gives any, and every step leads on: how the
-    episode looks does not depend on what is done.
+    Action 0 walks on, action 1 + e takes exit e. At a junction the right exit is the one that the arrow on the last
+    door of the junction's colour pointed to, and gives reward 1. Nothing else gives any, and every step leads on: how
+    the episode looks does not depend on what is done.
 
     Parameters
     ----------
     steps : length of the corridor.
-    cues : doors with a colour and an arrow, all of different colours; as many junctions follow, in another order.
+    cues : colours of which there are doors; as many junctions follow, one of each colour.
+    visits : doors of each colour, with arrows that have nothing to do with each other.
 
     Attributes
     ----------
-    layout : the doors in their order, ``colour-exit`` each: what an episode is about.
+    layout : the doors in their order, ``colour-arrow`` each: what an episode is about.
     right : the action that gives the most now.
     """
 
     observation_space: spaces.Space[Vector]
     action_space: spaces.Space[np.int64]
 
-    def __init__(self, steps: int = 150, cues: int = 6) -> None:
-        if not 1 <= cues <= min(COLOURS, steps):
-            raise ConfigError(f"maze: {cues} cues; there can be 1 to {COLOURS}, and no more than steps ({steps})")
-        self.steps, self.cues = steps, cues
+    def __init__(self, steps: int = 150, cues: int = 6, visits: int = 2) -> None:
+        if not 1 <= cues <= COLOURS or visits < 1 or cues * visits > steps:
+            raise ConfigError(
+                f"maze: {cues} colours (cues) and {visits} doors of each in {steps} steps; there can be 1 to {COLOURS} "
+                "colours, and no more doors than steps"
+            )
+        self.steps, self.cues, self.visits = steps, cues, visits
         self.observation_space = spaces.Box(0.0, 1.0, (JUNCTION + 1,), np.float32)
         self.action_space = spaces.Discrete(1 + EXITS)
         self.layout = ""
@@ -75,16 +83,16 @@ class Maze(gymnasium.Env[Vector, np.int64]):
         """Lay out another maze."""
         super().reset(seed=seed)
         draw = self.np_random
-        colours = draw.permutation(COLOURS)[: self.cues]
-        exits = draw.integers(EXITS, size=self.cues)
-        places = np.sort(draw.choice(self.steps, self.cues, replace=False))
-        self.layout = " ".join(f"{colour}-{exit_}" for colour, exit_ in zip(colours, exits, strict=True))
+        colours = draw.permutation(COLOURS)[: self.cues].tolist()
+        doors = [(colour, int(draw.integers(EXITS))) for colour in draw.permutation(colours * self.visits).tolist()]
+        places = np.sort(draw.choice(self.steps, len(doors), replace=False))
+        self.layout = " ".join(f"{colour}-{arrow}" for colour, arrow in doors)
         self._seen = [self._distraction() for _ in range(self.steps)]
-        for place, colour, exit_ in zip(places, colours, exits, strict=True):
-            self._seen[place] = sight(colour=int(colour), arrow=int(exit_))
-        order = draw.permutation(self.cues)
-        self._seen += [sight(colour=int(colours[which]), junction=True) for which in order]
-        self._exits = [int(exits[which]) for which in order]
+        for place, (colour, arrow) in zip(places, doors, strict=True):
+            self._seen[place] = sight(colour=colour, arrow=arrow)
+        self._seen += [sight(colour=colour, junction=True) for colour in draw.permutation(colours).tolist()]
+        last = dict(doors)
+        self._exits = [last[int(seen[SIGHTS : SIGHTS + COLOURS].argmax())] for seen in self._seen[self.steps :]]
         self._now = 0
         return self._seen[0].copy(), {}
 
@@ -130,14 +138,19 @@ def maze_codebook() -> Codebook:
     return Codebook(np.arange(COLOURS + 1.0), np.stack(states), 1 + EXITS)
 
 
-def maze_episode(random: Random, split: Split, steps: int, cues: int) -> Episode:
-    """Return an episode of somebody who knows the way; layouts are divided over the splits."""
-    env = Maze(steps, cues)
+def maze_seed(random: Random, split: Split, env: Maze) -> int:
+    """Return a seed for ``env.reset``; layouts are divided over the splits."""
     while True:
         seed = random.getrandbits(32)
         env.reset(seed=seed)
         if split_of(env.layout) is split:
-            return play(env, lambda: (env.right, env.right), maze_codebook(), seed)
+            return seed
+
+
+def maze_episode(random: Random, split: Split, steps: int, cues: int, visits: int) -> Episode:
+    """Return an episode of somebody who knows the way."""
+    env = Maze(steps, cues, visits)
+    return play(env, lambda: (env.right, env.right), maze_codebook(), maze_seed(random, split, env))
 
 
 # ---- CartPole --------------------------------------------------------------------------------------------------------
@@ -186,21 +199,24 @@ def cart_action(env: Env, *, skilled: bool = True) -> int:
     return int(lean > 0)
 
 
-def cart_episode(random: Random, split: Split, *, skilled: bool = True, exploring: float = 0.1) -> Episode:
-    """Return an episode of a controller that acts at random in a share of the steps; seeds are divided over the splits.
-
-    It begins up to 0.15 away from rest in place, speed, tilt and its speed, farther than CartPole-v1 does by itself.
-    """
-    seed = random.getrandbits(32)
-    while split_of(f"cart {seed}") is not split:
+def cart_seed(random: Random, split: Split) -> int:
+    """Return a seed for ``env.reset``; seeds are divided over the splits."""
+    while True:
         seed = random.getrandbits(32)
+        if split_of(f"cart {seed}") is split:
+            return seed
+
+
+def cart_episode(random: Random, split: Split, *, skilled: bool = True, exploring: float = 0.1) -> Episode:
+    """Return an episode of a controller that acts at random in a share of the steps; it begins `DISTURBED`."""
+    seed = cart_seed(random, split)
     dice, env = Random(seed), cart()
 
     def policy() -> tuple[int, int]:
         intended = cart_action(env, skilled=skilled)
         return intended, dice.randrange(2) if dice.random() < exploring else intended
 
-    return play(env, policy, cart_codebook(), seed, {"low": -0.15, "high": 0.15})
+    return play(env, policy, cart_codebook(), seed, DISTURBED)
 
 
 def play(

@@ -62,12 +62,13 @@ class _Episodes(GeneratedTask[Any]):
 class TMazeOptions(EpisodeOptions):
     """Options of the maze."""
 
-    cues: int = Field(default=6, ge=1, le=8, description="doors whose arrows must be remembered, of different colours")
+    cues: int = Field(default=6, ge=1, le=8, description="colours of which there are doors")
+    visits: int = Field(default=2, ge=1, description="doors of each colour; the arrow on the newest counts")
 
 
 @tasks.register("tmaze")
 class TMaze(_Episodes):
-    """Which exit did the arrow on the door of this colour point to? A corridor of distractions lies between."""
+    """Which exit did the arrow on the last door of this colour point to? A corridor of distractions lies between."""
 
     name: ClassVar[str] = "tmaze"
     Options = TMazeOptions
@@ -76,12 +77,13 @@ class TMaze(_Episodes):
 
     def episode(self, random: Random, split: Split) -> Episode:
         """Return an episode whose corridor ends where the action is asked for."""
-        if self.options.step < self.options.cues:
+        step, cues, visits = self.options.step, self.options.cues, self.options.visits
+        if step < cues * visits:
             raise TaskError(
-                f"task {self.name}: a corridor of {self.options.step} steps has no place for {self.options.cues} cues; "
-                f"ask for a length of at least {WORDS * (self.options.cues + 1)}, or for fewer cues"
+                f"task {self.name}: a corridor of {step} steps has no place for {cues} times {visits} doors; ask for a "
+                f"length of at least {WORDS * (cues * visits + 1)}, or for fewer doors"
             )
-        episode: Episode = environments().maze_episode(random, split, self.options.step, self.options.cues)
+        episode: Episode = environments().maze_episode(random, split, step, cues, visits)
         return episode
 
 

@@ -55,9 +55,9 @@ def as_batch(config: DecisionStreamConfig, episodes: Sequence[Episode], hard: Ca
 
 def tmaze_batch(config: DecisionStreamConfig, random: Random, split: Split, count: int, longest: int) -> Batch:
     """Return mazes of one length, a corridor of up to ``longest`` steps; what counts are the junctions."""
-    cues = random.randint(3, 8)
-    steps = random.randint(max(cues, longest // 2), longest)
-    episodes = [maze_episode(random, split, steps, cues) for _ in range(count)]
+    cues, visits = random.randint(3, 8), random.randint(1, 3)
+    steps = random.randint(max(cues * visits, longest // 2), max(cues * visits, longest))
+    episodes = [maze_episode(random, split, steps, cues, visits) for _ in range(count)]
     return as_batch(config, episodes, lambda episode: [step >= steps for step in range(len(episode))])
 
 
@@ -99,9 +99,9 @@ RECIPES = {
     "tmaze": Recipe(
         maze_codebook(),
         tmaze_batch,
-        {**SHAPE, "hidden_size": 96, "max_ep_len": 256, "return_scale": 8.0},
-        lengths=(12, 24, 48, 96, 190),
-        steps=1200,
+        {**SHAPE, "hidden_size": 96, "max_ep_len": 168, "return_scale": 8.0},
+        lengths=(24, 48, 96, 160),
+        steps=1300,
     ),
     "cartpole": Recipe(
         cart_codebook(),
@@ -109,6 +109,7 @@ RECIPES = {
         {**SHAPE, "hidden_size": 64, "max_ep_len": STEPS, "return_scale": 100.0},
         lengths=(50, STEPS),
         steps=1000,
+        episodes=6,  # every step of an episode counts, and not only its end
         enough=0.75,
     ),
 }

@@ -86,7 +86,7 @@ def train(name: str, seed: int, state_file: Path) -> tuple[DecisionStream, dict[
             state["accuracy"] = 0.0
         if state["step"] % KEPT == 0 or state["step"] == recipe.steps:
             state["seconds"] = time.perf_counter() - begin
-            state["curve"].append([state["step"], longest, round(float(loss), 4), round(state["accuracy"], 4)])
+            state["curve"].append([state["step"], longest, round(float(loss.detach()), 4), round(state["accuracy"], 4)])
             print(*state["curve"][-1], f"{state['seconds']:.0f} s", flush=True)
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state_file.parent.mkdir(parents=True, exist_ok=True)
