@@ -5,16 +5,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomem import plugins
-from evomem.errors import PluginError
-from evomem.managers import FeatureScorer, KeyDiff, MemoryManager, build
+from evomem.cache import layer_view
+from evomem.errors import CacheError, ConfigError, PluginError
+from evomem.managers import FeatureScorer, KeyDiff, MemoryManager, build, managers
 from evomem.testing.models import tiny
 
 SPECS = (
@@ -257,3 +260,120 @@ def test_the_card_says_how_to_use_it_and_what_was_measured(tmp_path):
     assert "| m | t | keydiff | 64 | -1.250 | - | 2 | 0.500 [0.250, 0.750] |" in card
     plugins.save(build("keydiff", budget=64), tmp_path / "p", {}, card="mine\n")
     assert (tmp_path / "p" / "README.md").read_text() == "mine\n"
+
+
+GOLDEN = Path(__file__).with_name("data") / "plugin_v1"
+
+
+@pytest.mark.parametrize("name", ["feature_scorer", "namm"])
+def test_plug_ins_of_the_first_version_decide_as_they_did(name):
+    """Made when schema version 1 was new, with what they kept then: later versions of evomem are held to it."""
+    told = safetensors.torch.load_file(GOLDEN / f"{name}.safetensors")
+    found = plugins.read(GOLDEN / name)
+    assert found.provenance["experiment"] == name
+    recorded = {key.removeprefix("recorded."): t for key, t in told.items() if key.startswith("recorded.")}
+    for layer in range(3):
+        view = layer_view(
+            told["keys"], told["values"], told["positions"], recorded=recorded, observes=found.manager.observes,
+            layer=layer, layers=3,
+        )  # fmt: skip
+        assert torch.equal(found.manager.decide(view).keep, told[f"keep.{layer}"])
+        score = found.manager.score(view)[view.valid]
+        assert torch.allclose(score, told[f"score.{layer}"][view.valid], rtol=1e-4, atol=1e-5)
+    plain = json.loads((GOLDEN / name / "config.json").read_text())
+    assert plain["schema_version"] == 1
+
+
+def test_a_manager_keeps_where_it_comes_from(tmp_path):
+    told = {"experiment": "mine", "comparison": [{"manager": "mine", "role": "subject", "loglik": -1.25}], "seed": 3}
+    png = b"\x89PNG\r\n\x1a\n" + bytes(50)
+    plugins.save(randomised(SPECS[3]), tmp_path / "a", told, pictures={"fitness.png": png, "comparison.png": png})
+    first = MemoryManager.from_pretrained(tmp_path / "a", budget=5)
+    first.save_pretrained(tmp_path / "b")
+    again = plugins.read(tmp_path / "b")
+    assert again.manager.options.budget == 5
+    assert again.provenance == told
+    assert again.pictures == {"fitness.png": png, "comparison.png": png}
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "**mine**" in card
+    assert "](assets/comparison.png)" in card
+    assert "](assets/fitness.png)" in card
+    plugins.save(again.manager, tmp_path / "c", {}, pictures={})  # what is given comes first
+    assert plugins.read(tmp_path / "c").provenance == {}
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == sorted(plugins.FILES)
+    # Pictures are not needed, and a plug-in without a provenance still manages.
+    (tmp_path / "b" / "assets" / "fitness.png").write_bytes(b"GIF")
+    (tmp_path / "b" / "provenance.json").unlink()
+    bare = plugins.load(tmp_path / "b")
+    assert bare.provenance == {}
+    assert list(bare.pictures) == ["comparison.png"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pictures": {"../x.png": b"\x89PNG\r\n\x1a\n"}}, "is no PNG"),
+        ({"pictures": {"x.png": b"GIF89"}}, "is no PNG"),
+        ({"provenance": {"long": "x" * (4 << 20)}}, "provenance.json: would have"),
+        ({"card": "x" * (2 << 20)}, "README.md: would have"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(changes, message, tmp_path):
+    with pytest.raises(PluginError, match=message):
+        plugins.save(build("keydiff"), tmp_path / "plug", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_constructor_that_needs_real_tensors_is_told_when_it_saves(tmp_path):
+    class Counting(KeyDiff):
+        name = "counting"
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scale = float(torch.ones(3).sum())  # an item: on the meta device there is none
+
+    managers.register("counting")(Counting)
+    try:
+        with pytest.raises(PluginError, match=r"'counting' cannot be built.*torch\.device\('meta'\)"):
+            plugins.save(Counting(), tmp_path / "plug", {})
+    finally:
+        del managers._classes["counting"]
+
+
+def test_the_mixin_is_there_and_its_shortcuts_are_not(folder, tmp_path):
+    manager = MemoryManager.from_pretrained(folder)
+    assert isinstance(manager, PyTorchModelHubMixin)
+    with pytest.raises(ConfigError, match="config"):
+        manager.save_pretrained(tmp_path / "x", config={"budget": 3})
+    with pytest.raises(ConfigError, match="budgets"):
+        MemoryManager.from_pretrained(folder, budgets=3)
+
+
+def test_views_of_another_engine_are_checked(tmp_path):
+    keys, values = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 3)
+    view = layer_view(keys, values)
+    assert view.slots.shape == (2, 2, 6)
+    assert view.slots[1, 1].tolist() == list(range(6))
+    assert (view.seen, view.fresh, view.start.tolist()) == (6, 6, [0, 0])
+    rows = torch.tensor([[-1, 0, 3, 4, 5, 9], [0, 1, 2, 3, 4, 5]])
+    assert layer_view(keys, values, rows).slots[:, 1].tolist() == rows.tolist()
+    assert layer_view(keys, values, rows).seen == 10
+    for message, arguments in {
+        "give \\(batch, kv_heads, slots, head_dim\\) each": (keys, values[:, :1]),
+        "positions have shape \\(5,\\)": (keys, values, torch.arange(5)),
+        "must ascend": (keys, values, torch.tensor([0, 1, 1, 2, 3, 4])),
+        "-1 marks empty slots": (keys, values, torch.tensor([0, 1, -1, 2, 3, 4])),
+        "give token indices": (keys, values, torch.rand(6)),
+    }.items():
+        with pytest.raises(CacheError, match=message):
+            layer_view(*arguments)
+    for message, options in {
+        "no 'attention_sum'": {"observes": {"attention_sum"}},
+        "no 'query_mean'": {"observes": build("expected_attention").observes},
+        "first axes are \\(2, 2, 6\\)": {"recorded": {"attention_sum": torch.ones(2, 2, 5)}},
+        "only 3 tokens were seen": {"seen": 3},
+        "layer 4 of 4": {"layer": 4, "layers": 4},
+        "give one index a row": {"start": torch.zeros(3, dtype=torch.int64)},
+    }.items():
+        with pytest.raises(CacheError, match=message):
+            layer_view(keys, values, **options)

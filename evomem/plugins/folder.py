@@ -112,7 +112,7 @@ def save(
             raise PluginError(f"{folder}: {name}: would have {len(content):,} bytes; at most {LIMITS[name]:,} are read")
     _expected(folder / CONFIG, config)
     for name, content in pictures.items():
-        contents[f"{PICTURES}/{name}"] = checked_picture(folder / PICTURES / name, content)
+        contents[f"{PICTURES}/{name}"] = checked_picture(folder, name, content)
     if folder.exists() and not _replaceable(folder):
         raise PluginError(f"{folder}: exists and is no plug-in; choose another folder")
     try:

@@ -185,13 +185,15 @@ def read_pictures(folder: Path) -> dict[str, bytes]:
         if len(found) == PICTURE_COUNT:
             break
         with suppress(PluginError):
-            found[path.name] = checked_picture(path, read_bytes(path, LIMITS[f"{PICTURES}/*.png"]))
+            found[path.name] = checked_picture(folder, path.name, read_bytes(path, LIMITS[f"{PICTURES}/*.png"]))
     return found
 
 
-def checked_picture(path: Path, content: bytes) -> bytes:
+def checked_picture(folder: Path, name: str, content: bytes) -> bytes:
     """Return the contents of a picture; raise `PluginError` if it is none that a plug-in may have."""
     limit = LIMITS[f"{PICTURES}/*.png"]
-    if not _PICTURE.fullmatch(path.name) or not content.startswith(_PNG) or len(content) > limit:
-        raise PluginError(f"{path}: is no PNG picture of at most {limit:,} bytes with a plain name like fitness.png")
+    if not _PICTURE.fullmatch(name) or not content.startswith(_PNG) or len(content) > limit:
+        raise PluginError(
+            f"{folder}: picture {shown(name)}: is no PNG of at most {limit:,} bytes with a plain name like fitness.png"
+        )
     return content
