@@ -49,7 +49,8 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
     * Managers that keep equally many slots in every head and layer (a `TopN`) evict physically. Where heads or layers
       differ (NAMM, adakv, pyramidkv, shares of the budget per layer) kvpress has no room for it: what is evicted is
       hidden as by its AdaKVPress, by keys that get next to no attention, and not freed. Not with eager attention.
-    * kvpress compresses once; a manager that decides every so many tokens is refused.
+    * kvpress compresses once. Refused are a manager that decides every so many tokens, and a press around this one that
+      hands over a context in pieces.
     * Padded batches, windows of attention shorter than the context, and forgetting (decay) are refused.
 
     Parameters
@@ -148,7 +149,12 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
 
     def _view(self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, kwargs: Any) -> LayerView:
         """Return what the manager sees of the layer, its observations computed again from the hidden states."""
-        _require_whole(module, kwargs.get("attention_mask"), keys.shape[2])
+        _require_whole(module, kwargs.get("attention_mask"), hidden_states.shape[1])
+        if not hidden_states.shape[1] == keys.shape[2] == kwargs["position_embeddings"][0].shape[1]:
+            raise ConfigError(
+                f"{keys.shape[2]} keys of {hidden_states.shape[1]} tokens read: EvoMemPress judges whole contexts, and "
+                "the press around it hands over pieces (BlockPress, ChunkPress, DecodingPress); use it without that one"
+            )
         layer, observes = int(module.layer_idx), self.manager.observes
         recorded: dict[str, Tensor] = {}
         if observes:

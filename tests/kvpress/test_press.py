@@ -151,6 +151,9 @@ def test_what_kvpress_cannot_do_is_refused(model: PreTrainedModel, context: torc
 
     with pytest.raises(ConfigError, match="decay"):
         pressed(model, EvoMemPress(Fading(budget=9)), context)
+    inner = EvoMemPress(build("keydiff"), compression_ratio=RATIO)
+    with pytest.raises(ConfigError, match="pieces"):
+        pressed(model, kvpress.BlockPress(inner, block_size=16), context)
     padding = torch.ones_like(context)
     padding[:, :3] = 0
     with pytest.raises(ConfigError, match="padded"), EvoMemPress(build("keydiff", budget=9))(model):
