@@ -81,6 +81,7 @@ def numbers(responses: dict) -> list[float]:
     return found
 
 
+@pytest.mark.timeout(900)  # three starts of the command line
 def test_command_line_with_everything_kept_equals_hf(folder: Path, tmp_path: Path) -> None:
     tasks = "evomem_choice,evomem_text"
     theirs = harness(folder, "hf", tmp_path / "hf", tasks)
