@@ -162,7 +162,7 @@ def test_the_maze_pays_for_right_exits_only():
             _, reward, over, _, _ = env.step(action)
             total += reward
         assert total == wanted
-    right = play(env, lambda: (env.right, env.right), maze_codebook(), 3)
+    right = play(env, lambda: (env.right, env.right, True), maze_codebook(), 3)
     assert right.total == 4
     assert right.returns == (4,) * 9 + (4, 3, 2, 1)
 
@@ -189,6 +189,17 @@ def test_layouts_are_divided_over_the_splits_whatever_the_length():
             layouts.setdefault(split, set()).add(str([door for door in doors if None not in door]))
     assert not set.intersection(*layouts.values())
     assert sum(map(len, layouts.values())) == len(set.union(*layouts.values()))
+
+
+def test_no_close_call_is_asked_about():
+    tokenizer = stream_tokenizer(DecisionStreamConfig(return_codes=21, state_codes=637, act_dim=2))
+    task = build("cartpole:length=90", tokenizer)
+    for number, sample in enumerate(task.samples(Split.TRAIN, 12, seed=0)):
+        episode = task.episode(task._random(Split.TRAIN, 0, number), Split.TRAIN)
+        step = len(sample.context.split()) // 3
+        assert episode.clear[step]
+        assert not any(episode.clear[step + 1 : 30])
+        assert sample.references == (f"a{episode.intended[step]}",)
 
 
 def test_the_controller_sees_what_the_episode_does_not_show():

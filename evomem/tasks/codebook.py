@@ -42,6 +42,7 @@ class Episode:
     states : what was observed.
     actions : what was done.
     intended : what the policy meant to do; differs from ``actions`` where it explored.
+    clear : whether that was no close call.
     total : sum of all rewards.
     """
 
@@ -49,6 +50,7 @@ class Episode:
     states: tuple[int, ...]
     actions: tuple[int, ...]
     intended: tuple[int, ...]
+    clear: tuple[bool, ...]
     total: float
 
     def __len__(self) -> int:
@@ -56,9 +58,9 @@ class Episode:
 
     def first(self, steps: int) -> Episode:
         """Return the first ``steps`` steps, or all if there are fewer; the returns are those of the whole episode."""
-        return Episode(
-            self.returns[:steps], self.states[:steps], self.actions[:steps], self.intended[:steps], self.total
-        )
+        columns = (self.returns, self.states, self.actions, self.intended)
+        returns, states, actions, intended = (column[:steps] for column in columns)
+        return Episode(returns, states, actions, intended, self.clear[:steps], self.total)
 
     def text(self, steps: int) -> str:
         """Return the first ``steps`` steps as words: ``r3 s17 a0 r3 s42 a1``."""

@@ -36,6 +36,9 @@ DISTRACTION = 0.2
 TILT, PLACE = 0.05, 0.5
 """Radians and metres that are 1 in an observation of the cart."""
 
+CLOSE = 0.01
+"""Less lean than that, in radians, and it hardly matters which way the cart is pushed: no question is asked there."""
+
 STEPS = 200
 """The cart's episodes end after as many."""
 
@@ -150,7 +153,7 @@ def maze_seed(random: Random, split: Split, env: Maze) -> int:
 def maze_episode(random: Random, split: Split, steps: int, cues: int, visits: int) -> Episode:
     """Return an episode of somebody who knows the way."""
     env = Maze(steps, cues, visits)
-    return play(env, lambda: (env.right, env.right), maze_codebook(), maze_seed(random, split, env))
+    return play(env, lambda: (env.right, env.right, True), maze_codebook(), maze_seed(random, split, env))
 
 
 # ---- CartPole --------------------------------------------------------------------------------------------------------
@@ -189,14 +192,16 @@ def cart() -> Env:
     return Blurred(gymnasium.make("CartPole-v1", max_episode_steps=STEPS))
 
 
-def cart_action(env: Env, *, skilled: bool = True) -> int:
-    """Return what a linear controller does that sees everything; an unskilled one looks at the tilt only, and fails."""
+def cart_lean(env: Env, *, skilled: bool = True) -> float:
+    """Return how far, in radians, a controller that sees everything takes the pole to lean; it pushes to that side.
+
+    An unskilled one looks at the tilt only, and fails.
+    """
     bare = env.unwrapped
     if not isinstance(bare, CartPoleEnv) or bare.state is None:
         raise ConfigError("cart: this controller is for a CartPole that was reset")
     place, speed, tilt, turning = (float(value) for value in bare.state)
-    lean = 0.05 * place + 0.1 * speed + tilt + 0.25 * turning if skilled else tilt
-    return int(lean > 0)
+    return 0.05 * place + 0.1 * speed + tilt + 0.25 * turning if skilled else tilt
 
 
 def cart_seed(random: Random, split: Split) -> int:
@@ -212,27 +217,31 @@ def cart_episode(random: Random, split: Split, *, skilled: bool = True, explorin
     seed = cart_seed(random, split)
     dice, env = Random(seed), cart()
 
-    def policy() -> tuple[int, int]:
-        intended = cart_action(env, skilled=skilled)
-        return intended, dice.randrange(2) if dice.random() < exploring else intended
+    def policy() -> tuple[int, int, bool]:
+        lean = cart_lean(env, skilled=skilled)
+        intended = int(lean > 0)
+        return intended, dice.randrange(2) if dice.random() < exploring else intended, abs(lean) > CLOSE
 
     return play(env, policy, cart_codebook(), seed, DISTURBED)
 
 
 def play(
-    env: Env, policy: Callable[[], tuple[int, int]], codes: Codebook, seed: int, options: dict[str, Any] | None = None
+    env: Env,
+    policy: Callable[[], tuple[int, int, bool]],
+    codes: Codebook,
+    seed: int,
+    options: dict[str, Any] | None = None,
 ) -> Episode:
-    """Play one episode; the policy returns what it means to do and what it does."""
+    """Play one episode; the policy returns what it means to do, what it does, and whether that was no close call."""
     observation, _ = env.reset(seed=seed, options=options)
-    states, intended, actions, rewards, over = [], [], [], list[float](), False
+    states, choices, rewards, over = [], [], list[float](), False
     while not over:
-        wish, deed = policy()
+        choices.append(policy())
         states.append(codes.state_code(observation))
-        intended.append(wish)
-        actions.append(deed)
-        observation, reward, terminated, truncated, _ = env.step(deed)
+        observation, reward, terminated, truncated, _ = env.step(choices[-1][1])
         rewards.append(float(reward))
         over = terminated or truncated
     to_go = np.cumsum(rewards[::-1])[::-1]
     returns = tuple(codes.return_code(float(value)) for value in to_go)
-    return Episode(returns, tuple(states), tuple(actions), tuple(intended), float(to_go[0]))
+    intended, actions, clear = zip(*choices, strict=True)
+    return Episode(returns, tuple(states), actions, intended, clear, float(to_go[0]))

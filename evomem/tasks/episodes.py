@@ -25,24 +25,25 @@ WORDS = 3
 class EpisodeOptions(TaskOptions):
     """Options of the tasks made of episodes."""
 
-    length: int = Field(default=480, ge=6, description="words of context, question and answer, three a step")
+    length: int = Field(default=480, ge=6, description="words of context, question and answer, three a step, at most")
 
     @property
     def step(self) -> int:
-        """The step whose action is asked for, counted from 0."""
+        """The last step whose action can be asked for, counted from 0."""
         return self.length // WORDS - 1
 
 
 class _Episodes(GeneratedTask[Any]):
-    """What both tasks share: an episode, cut where its action is asked for."""
+    """What both tasks share: an episode, cut at the last step that fits and at which the action is no close call."""
 
     def episode(self, random: Random, split: Split) -> Episode:
-        """Return an episode with more steps than the one that is asked for."""
+        """Return an episode with such a step."""
         raise NotImplementedError
 
     def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
         """Return one sample."""
-        episode, step = self.episode(random, split), self.options.step
+        episode = self.episode(random, split)
+        step = self.last_clear(episode)
         answer = f"a{episode.intended[step]}"
         return Sample(
             id=identity,
@@ -53,6 +54,10 @@ class _Episodes(GeneratedTask[Any]):
             max_new_tokens=self.counts.exact(answer),
             meta={"step": step},
         )
+
+    def last_clear(self, episode: Episode) -> int:
+        """Return the step that is asked about; 0, before anything was read, if there is none."""
+        return max((step for step in range(self.options.step + 1) if episode.clear[step]), default=0)
 
     def score(self, sample: Sample, output: str) -> float:
         """Return 1 if the first word of the output is the right action, else 0."""
@@ -90,7 +95,9 @@ class TMaze(_Episodes):
 class CartPoleOptions(EpisodeOptions):
     """Options of the cart."""
 
-    length: int = Field(default=480, ge=6, le=600, description="words of context, question and answer, three a step")
+    length: int = Field(
+        default=480, ge=6, le=600, description="words of context, question and answer, three a step, at most"
+    )
 
 
 @tasks.register("cartpole")
@@ -106,7 +113,7 @@ class CartPole(_Episodes):
         """Return an episode in which the pole stands long enough."""
         while True:
             episode: Episode = environments().cart_episode(random, split)
-            if len(episode) > self.options.step:
+            if len(episode) > self.options.step and self.last_clear(episode):
                 return episode
 
 
