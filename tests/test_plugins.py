@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from huggingface_hub import PyTorchModelHubMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -307,6 +308,14 @@ def test_a_manager_keeps_where_it_comes_from(tmp_path):
     bare = plugins.load(tmp_path / "b")
     assert bare.provenance == {}
     assert list(bare.pictures) == ["comparison.png"]
+
+
+def test_the_head_of_a_card_names_base_models_that_are_repositories(tmp_path):
+    digests = [{"name": name, "model_digest": "0"} for name in ("owner/name", "smollm2-135m", "/a/b", "owner/true")]
+    plugins.save(build("keydiff"), tmp_path / "p", {"model": {"name": "owner/name"}, "model_digests": digests})
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["owner/name", "owner/true"]
+    assert all(f"| found on | {one['name']} " in card for one in digests)
 
 
 @pytest.mark.parametrize(

@@ -327,8 +327,7 @@ def test_what_a_provenance_says_is_text(plug, tmp_path):
     import yaml
 
     data = yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))
-    assert data["base_model"] == [head]
-    assert set(data) == {"library_name", "tags", "base_model"}
+    assert set(data) == {"library_name", "tags"}
     rows = [line for line in card.splitlines() if line.startswith("| ") and "a \\| b c" in line]
     assert len(rows) == 1
     assert rows[0].replace("\\|", "").count("|") == 9

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from evomem.errors import PluginError
+from evomem.plugins.hub import REPOSITORY
 
 _TEMPLATE = "card.md.jinja"
 _CAPTIONS = {
@@ -55,6 +56,8 @@ def render_card(
             name=provenance.get("experiment") or name,
             config=config,
             models=_models(provenance),
+            # The hub refuses a card whose base models are not repositories: an alias or a folder is none.
+            base_models=[model for model, _ in _models(provenance) if REPOSITORY.fullmatch(model)],
             provenance=provenance,
             scores=provenance.get("scores") or {},
             tasks=provenance.get("tasks") or [],
