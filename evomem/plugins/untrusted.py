@@ -21,7 +21,7 @@ PICTURES = "assets"
 LIMITS = {
     CONFIG: 64 << 10,
     TENSORS: 64 << 20,
-    PROVENANCE: 4 << 20,
+    PROVENANCE: 2 << 20,
     CARD: 1 << 20,
     f"{PICTURES}/*.png": 1 << 20,
 }
