@@ -132,22 +132,24 @@ def _finite(text: str) -> float:
 
 def _check_value(where: str, value: Any, *, bounded: bool) -> None:
     """Check depth, texts and, if ``bounded``, sizes. Not by recursion, which is what a deep file is made against."""
-    waiting = [(value, 1)]
-    while waiting:
-        one, depth = waiting.pop()
-        if isinstance(one, str):
-            try:
-                _check_text(one)
-            except _NotStrictError as error:
-                raise PluginError(f"{where}: {error}") from None
-        elif isinstance(one, dict | list):
-            if bounded and len(one) > ENTRIES:
-                raise PluginError(f"{where}: has {len(one):,} entries; at most {ENTRIES:,}")
-            if depth >= DEPTH:
-                raise PluginError(f"{where}: is nested more than {DEPTH} levels deep")
-            waiting += [(part, depth + 1) for part in (one.values() if isinstance(one, dict) else one)]
-        elif bounded and isinstance(one, int) and abs(one) > INTEGER:
-            raise PluginError(f"{where}: {shown(str(one))} is beyond the integers of tensors")
+    level, depth = [value], 1
+    while level:
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, str):
+                try:
+                    _check_text(one)
+                except _NotStrictError as error:
+                    raise PluginError(f"{where}: {error}") from None
+            elif isinstance(one, dict | list):
+                if bounded and len(one) > ENTRIES:
+                    raise PluginError(f"{where}: has {len(one):,} entries; at most {ENTRIES:,}")
+                if depth >= DEPTH:
+                    raise PluginError(f"{where}: is nested more than {DEPTH} levels deep")
+                below += one.values() if isinstance(one, dict) else one
+            elif bounded and isinstance(one, int) and abs(one) > INTEGER:
+                raise PluginError(f"{where}: {shown(str(one))} is beyond the integers of tensors")
+        level, depth = below, depth + 1
 
 
 # ---- tensors and pictures ------------------------------------------------------------------------------------------
