@@ -60,13 +60,13 @@ def train(name: str, seed: int, state_file: Path) -> tuple[DecisionStream, dict[
     recipe = RECIPES[name]
     model = new_model(recipe, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-    state: dict[str, Any] = {"step": 0, "stage": 0, "accuracy": 0.0, "seconds": 0.0, "curve": []}
+    state: dict[str, Any] = {"step": 0, "stage": 0, "accuracy": 0.0, "wall": 0.0, "processor": 0.0, "curve": []}
     if state_file.exists():
         kept = torch.load(state_file)
         model.load_state_dict(kept.pop("model"))
         optimizer.load_state_dict(kept.pop("optimizer"))
         state = kept
-    begin = time.perf_counter() - state["seconds"]
+    began = time.perf_counter() - state["wall"], time.process_time() - state["processor"]
     while state["step"] < recipe.steps:
         # A step's data follow from its number, so that a training that was killed sees what it would have seen.
         random = Random(f"{name}/{seed}/{state['step']}")
@@ -85,9 +85,9 @@ def train(name: str, seed: int, state_file: Path) -> tuple[DecisionStream, dict[
             state["stage"] += 1
             state["accuracy"] = 0.0
         if state["step"] % KEPT == 0 or state["step"] == recipe.steps:
-            state["seconds"] = time.perf_counter() - begin
+            state["wall"], state["processor"] = time.perf_counter() - began[0], time.process_time() - began[1]
             state["curve"].append([state["step"], longest, round(float(loss.detach()), 4), round(state["accuracy"], 4)])
-            print(*state["curve"][-1], f"{state['seconds']:.0f} s", flush=True)
+            print(*state["curve"][-1], f"{state['processor']:.0f} s", flush=True)
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state_file.parent.mkdir(parents=True, exist_ok=True)
             torch.save({**state, **parts}, state_file.with_suffix(".new"))
@@ -125,14 +125,15 @@ def main() -> None:
         "learning_rate": recipe.learning_rate,
         "lengths": recipe.lengths,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": round(state["seconds"]),
+        "wall_seconds": round(state["wall"]),
+        "processor_seconds": round(state["processor"]),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "select_accuracy": select_accuracy(model, given.name),
         "curve: step, longest episode, loss, running accuracy": state["curve"],
     }
     (out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{out}: accuracy {record['select_accuracy']:.3f} on the select split, {record['seconds']} s")
+    print(f"{out}: accuracy {record['select_accuracy']:.3f} on the select split, {record['wall_seconds']} s")
 
 
 if __name__ == "__main__":
