@@ -1,7 +1,8 @@
 """Task: needles and pairs in made-up prose of few words: what the models of the zoo are trained for.
 
 Any model can read it: it is plain lower-case English of common words. The training data of the zoo
-(``experiments/zoo/data.py``) is drawn with the same functions, from the train split.
+(``experiments/zoo/data.py``) is drawn with the same functions, from the train split. A value follows its key at once: a
+word between them is one more thing that a small model must find out before it recalls anything.
 
 A set of facts belongs to one split, by its hash: `draw_facts` draws until it has one of the split that is asked for. So
 no context of ``select`` or ``sealed`` states what any context of ``train`` states, whatever the seeds.
@@ -46,12 +47,12 @@ class Fact:
     @property
     def needle(self) -> str:
         """The sentence that states it in ``zoo_needle``."""
-        return f"magic {self.key} is {self.value}."
+        return f"magic {self.key} {self.value}."
 
     @property
     def pair(self) -> str:
         """What states it in a line of ``zoo_recall``."""
-        return f"{self.key}: {self.value}"
+        return f"{self.key} {self.value}"
 
 
 def digits(random: Random) -> str:
@@ -160,7 +161,7 @@ class ZooNeedleOptions(FittedOptions):
 
 @tasks.register("zoo_needle")
 class ZooNeedle(_ZooTask):
-    """Needles ``magic fox is 4 7 1 3.`` in made-up prose; the digits of one are asked for."""
+    """Needles ``magic fox 4 7 1 3.`` in made-up prose; the digits of one are asked for."""
 
     name: ClassVar[str] = "zoo_needle"
     Options = ZooNeedleOptions
@@ -175,7 +176,7 @@ class ZooNeedle(_ZooTask):
     def question(self, random: Random, facts: list[Fact]) -> tuple[Fact, str]:
         """Ask for one."""
         asked = random.choice(facts)
-        return asked, f" magic {asked.key} is"
+        return asked, f" magic {asked.key}"
 
 
 class ZooRecallOptions(FittedOptions):
@@ -188,7 +189,7 @@ class ZooRecallOptions(FittedOptions):
 
 @tasks.register("zoo_recall")
 class ZooRecall(_ZooTask):
-    """Pairs ``fox: coin, owl: lamp.`` in lines of four amid made-up prose; one key's value is asked for."""
+    """Pairs ``fox coin, owl lamp.`` in lines of four amid made-up prose; one key's value is asked for."""
 
     name: ClassVar[str] = "zoo_recall"
     Options = ZooRecallOptions
@@ -209,4 +210,4 @@ class ZooRecall(_ZooTask):
         """Say a few other pairs again, and ask for one."""
         asked, *reminders = random.sample(facts, min(len(facts), REMINDERS + 1))
         said = "".join(f" {fact.pair}," for fact in reminders)
-        return asked, f" again,{said} {asked.key}:"
+        return asked, f" again,{said} {asked.key}"

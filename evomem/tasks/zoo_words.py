@@ -48,7 +48,7 @@ DIGITS: tuple[str, ...] = tuple("0123456789")
 """What a needle of ``zoo_needle`` consists of."""
 
 OTHERS: tuple[str, ...] = ("magic", "is", "again", ".", ",", ":", "?")
-"""What statements and questions are worded with."""
+"""What statements and questions are worded with, and a few words and marks for other wordings."""
 
 VOCABULARY: tuple[str, ...] = (*OTHERS, *DIGITS, *KEYS, *VALUES, *FILLERS)
 """Every word of both tasks, once."""

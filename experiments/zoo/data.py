@@ -22,8 +22,8 @@ from evomem.tasks.zoo_words import DIGITS, VALUES, VOCABULARY
 SPECIAL = ("<pad>", "</s>", "<unk>")
 POSITIONS = 1152
 """Tokens that every model of the zoo can read: 1,024 and room to answer."""
-NEEDLE_TOKENS = 8
-PAIR_TOKENS = 4
+NEEDLE_TOKENS = 7
+PAIR_TOKENS = 3
 NEEDLES = (2, 12)
 """Fewest and most needles of a lesson."""
 TASKS = ("zoo_needle", "zoo_recall")

@@ -69,7 +69,11 @@ class Training:
         self.seed = seed
         self.lessons = Lessons(seed)
         self.model = new_model(recipe, self.lessons.tokenizer, seed).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98))
+        # A learned position is met in few batches; at the full rate Adam's momentum would make noise of it.
+        groups: list[dict[str, Any]] = [{"params": [], "share": share} for share in (1.0, 0.1)]
+        for name, parameter in self.model.named_parameters():
+            groups["wpe" in name]["params"].append(parameter)
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98))
         self.progress = Progress()
 
     @property
@@ -99,7 +103,7 @@ class Training:
         batch = self.lessons.batch(progress.step, length, recipe.tokens[length >= 256])
         loss, right = self._judge(batch, random)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+            group["lr"] = group["share"] * self.rate()
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -113,10 +117,9 @@ class Training:
     def _judge(self, batch: Batch, random: Random) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch (nats a token) and the share of right answer tokens, one a task (2,)."""
         length = batch.ids.shape[1]
-        begin = 0
+        places = torch.arange(length)[None]
         if self.recipe.anywhere:  # so that every learned position is trained by lessons of every length
-            begin = random.randrange(POSITIONS - length + 1)
-        places = torch.arange(begin, begin + length)[None]
+            places = places + torch.tensor([[random.randrange(POSITIONS - length + 1)] for _ in batch.ids])
         logits = self.model(input_ids=batch.ids, position_ids=places, use_cache=False).logits[:, :-1]
         following, real, answers = batch.ids[:, 1:], batch.real[:, 1:], batch.answers[:, 1:]
         losses = cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(following.shape)
