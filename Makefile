@@ -21,7 +21,7 @@ help:  ## say what there is
 demo: $(READY)  ## evolve a memory manager for SmolLM2-135M and compare it with the field (20 minutes on two cores)
 	@$(BIN)/evomem evolve experiments/demo.yaml --resume --workers auto
 
-test: export OMP_NUM_THREADS ?= 2
+test: export OMP_NUM_THREADS ?= 1
 test: $(READY)  ## formatting, lint, types, tests
 	@echo "make: ruff format"
 	@$(BIN)/ruff format --check --quiet . || { echo "make: run $(BIN)/ruff format ."; exit 1; }
@@ -30,7 +30,7 @@ test: $(READY)  ## formatting, lint, types, tests
 	@echo "make: mypy"
 	@$(BIN)/mypy --strict evomem
 	@echo "make: pytest"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
 
 # What evomem's own caches keep is recorded in .venv, and compared in the other environment.
 test-kvpress: $(READY) $(KVPRESS)/.evomem-ready  ## evomem inside kvpress, in an environment with kvpress's older transformers

@@ -23,6 +23,16 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+RAY = {"test_ray_pool.py", "test_ray_cluster.py", "test_faults.py", "test_several_models.py"}
+"""Files that start Ray: one after the other, because each Ray takes the whole machine for its own."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process of pytest-xdist, because they share what is slow to make."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.name in RAY else item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
