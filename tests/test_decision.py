@@ -90,7 +90,7 @@ def test_logits_are_those_of_transformers(tiny, steps, seed, pieces):
     assert float((torch.cat(parts, 1)[:, 1::3, -ACTIONS:] - own).abs().max()) <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("spec", ["h2o(budget=14, every=16)", "adakv(snapkv(window=8), budget=10)"])
+@pytest.mark.parametrize("spec", ["h2o(budget=14, every=16)"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_slot_cache_keeps_its_contract(tiny, check, spec):
     run_check(check, manager_of(spec), tiny)
@@ -170,11 +170,11 @@ def test_the_maze_pays_for_right_exits_only():
 @pytest.mark.parametrize("spec", ["tmaze:length=60", "cartpole:length=60"])
 def test_samples_are_repeatable_and_their_splits_disjoint(words, spec):
     task = build(spec, words)
-    found = {split: task.samples(split, 25, 0) for split in Split}
+    found = {split: task.samples(split, 12, 0) for split in Split}
     assert build(spec, words).samples(Split.TRAIN, 5, 0) == found[Split.TRAIN][:5]
     assert task.samples(Split.TRAIN, 5, 1) != found[Split.TRAIN][:5]
     texts = {split: {sample.context for sample in samples} for split, samples in found.items()}
-    assert len(set.union(*texts.values())) == 75
+    assert len(set.union(*texts.values())) == 36
     sample = found[Split.SEALED][0]
     assert task.score(sample, sample.answer + " a0") == 1
     assert task.score(sample, "") == 0

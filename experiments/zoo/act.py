@@ -1,7 +1,7 @@
 """Zoo: let a Decision Transformer act in sealed episodes with managed memory, and print what eviction costs in return.
 
 OMP_NUM_THREADS=1 python -m experiments.zoo.act tmaze --budgets 24,48
-OMP_NUM_THREADS=1 python -m experiments.zoo.act cartpole --budgets 8,24 knorm runs/mine/winner/plugin
+OMP_NUM_THREADS=1 python -m experiments.zoo.act cartpole knorm runs/mine/winner/plugin --budgets 8,24
 """
 
 from __future__ import annotations
