@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from evomem.tasks import Split, build
 from evomem.tasks.codebook import Codebook
 from evomem.tasks.environments import Maze, cart, cart_codebook, maze_codebook
 from evomem.testing.models import tiny, tiny_tokenizer
+from experiments.zoo import train_decision
 from experiments.zoo.episodes import RECIPES
 
 ZOO = Path(__file__).resolve().parent.parent / "experiments" / "zoo" / "models"
@@ -174,6 +176,28 @@ def test_other_processes_get_the_same_model_by_alias_and_by_its_parts(maze, tmp_
     ).stdout.split()
     logits = maze.model(ids).logits.double().sum().item().hex()
     assert shown == ["DecisionStream", maze.digest, logits] * 2
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    short = replace(RECIPES["tmaze"], steps=4, lengths=(24,), episodes=2)
+    monkeypatch.setitem(RECIPES, "tmaze", short)
+    monkeypatch.setattr(train_decision, "KEPT", 2)
+    whole, _ = train_decision.train("tmaze", 0, tmp_path / "whole.pt")
+
+    def killed(recipe, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return rate(recipe, step)
+
+    rate = train_decision.rate
+    monkeypatch.setattr(train_decision, "rate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_decision.train("tmaze", 0, tmp_path / "parts.pt")
+    monkeypatch.setattr(train_decision, "rate", rate)
+    again, state = train_decision.train("tmaze", 0, tmp_path / "parts.pt")
+    assert [step for step, *_ in state["curve"]] == [2, 4]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 def test_the_documentation_runs(tmp_path, monkeypatch):

@@ -112,7 +112,8 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="where to keep the state [default: runs/zoo/NAME.pt]")
     given = parser.parse_args()
     out = given.out or HERE / "models" / f"zoo-{given.name}"
-    model, state = train(given.name, given.seed, given.state or HERE.parents[1] / "runs" / "zoo" / f"{given.name}.pt")
+    kept = given.state or HERE.parents[1] / "runs" / "zoo" / f"{given.name}.pt"
+    model, state = train(given.name, given.seed, kept)
     model.eval()
     model.save_pretrained(out)
     stream_tokenizer(model.config).save_pretrained(out)
@@ -133,6 +134,7 @@ def main() -> None:
         "curve: step, longest episode, loss, running accuracy": state["curve"],
     }
     (out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
+    kept.unlink()
     print(f"{out}: accuracy {record['select_accuracy']:.3f} on the select split, {record['wall_seconds']} s")
 
 
