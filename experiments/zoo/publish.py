@@ -67,7 +67,8 @@ def publish(training: Training, name: str, models: Path = MODELS) -> Path:
         "sealed": {"samples": SAMPLES, "share_right_and_loglik": measured(fresh)},
     }
     write_json(fresh / RECORD, record)
-    (fresh / RECORD).chmod(0o644)
+    for path in fresh.iterdir():
+        path.chmod(0o644)  # safetensors and temporary files are private to their writer
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(fresh, folder)
     return folder
