@@ -44,7 +44,7 @@ from evomem.runs.transfer import (
 )
 from evomem.tasks.base import Sample, Split
 
-_TITLE = "advantage in nats over the best heuristic of each model (bold: interval excludes 0; framed: at home)"
+_TITLE = "advantage over the best heuristic there, nats (bold: 0 excluded)"
 _SAMPLES, _CHECKED, _CALIBRATED, _TIMED = 100, 8, 8, 3
 
 
