@@ -6,6 +6,7 @@ return-to-go and observation, the answer the action of somebody who knows. Needs
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,9 +37,9 @@ class EpisodeOptions(TaskOptions):
 class _Episodes(GeneratedTask[Any]):
     """What both tasks share: an episode, cut at the last step that fits and at which the action is no close call."""
 
+    @abstractmethod
     def episode(self, random: Random, split: Split) -> Episode:
         """Return an episode with such a step."""
-        raise NotImplementedError
 
     def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
         """Return one sample."""
