@@ -18,6 +18,7 @@ from evomem.managers.features import OBSERVATIONS, features, parse, required
 PLAIN = (
     "keydiff", "valuediff", "key_norm", "value_norm", "key_step", "value_step", "age", "position", "sink",
     "attention", "attention_per_query", "window:8", "window:32", "spectrum:0", "spectrum:16",
+    "last:8", "block_max:64", "block_min:64", "block_sum:64", "block_decayed:64",
 )  # fmt: skip
 POOLED = ("mean:3:keydiff", "mean:7:attention", "max:7:value_norm", "max:21:age", "mean:7:window:8", "max:3:spectrum:4")
 ALL = PLAIN + POOLED
@@ -28,7 +29,9 @@ def view_of(seed=0, **changes):
     view = make_view(seed, **changes)
     g = torch.Generator().manual_seed(seed + 100)
     spectrum = torch.rand(*view.slots.shape, 17, generator=g)
-    return replace(view, recorded={**view.recorded, "attention_spectrum": spectrum})
+    statistics = torch.rand(*view.slots.shape, 4, generator=g)
+    more = {"attention_spectrum": spectrum, "window_statistics:64": statistics}
+    return replace(view, recorded={**view.recorded, **more})
 
 
 def spoiled(view):
@@ -39,7 +42,7 @@ def spoiled(view):
         wide = empty.view(*empty.shape, *([1] * (x.dim() - 3)))
         return torch.where(wide, torch.tensor(7.7e3), x)
 
-    slotwise = {n: spoil(x) if "attention" in n else x for n, x in view.recorded.items()}
+    slotwise = {n: spoil(x) if n.startswith(("attention_", "window_")) else x for n, x in view.recorded.items()}
     return replace(view, keys=spoil(view.keys), values=spoil(view.values), recorded=slotwise, memo={})
 
 
@@ -85,6 +88,11 @@ def slow_observation(name, argument, view, b, h):
         return [math.log(a / (age + 1) + 1e-6) for a, age in zip(recorded("attention_sum"), ages, strict=True)]
     if name == "window":
         return [math.log(a + 1e-6) for a in slow_pool(recorded(f"window_attention:{argument}"), 5, max)]
+    if name == "last":
+        return [math.log(a * int(argument) + 1e-6) for a in recorded(f"window_attention:{argument}")]
+    if name.startswith("block_"):
+        which = ("block_max", "block_min", "block_sum", "block_decayed").index(name)
+        return [math.log(float(view.recorded[f"window_statistics:{argument}"][b, h, s, which]) + 1e-6) for s in held]
     bins = view.recorded["attention_spectrum"][b, h]
     return [math.log(float(bins[s, int(argument)]) + 1e-6) for s in held]
 
@@ -151,7 +159,7 @@ def test_features_do_not_depend_on_empty_slots_or_the_batch():
 
 def test_features_do_not_depend_on_scale_or_head_size():
     view = view_of()
-    names = tuple(name for name in ALL if "attention" not in name and "window" not in name and "spectrum" not in name)
+    names = tuple(name for name in ALL if not required((name,)))
     larger = replace(view, keys=view.keys * 37.0, values=view.values * 0.2, memo={})
     torch.testing.assert_close(features(larger, names), features(view, names), atol=2e-3, rtol=1e-3)
     wide = replace(view, keys=torch.cat((view.keys,) * 4, -1), values=torch.cat((view.values,) * 4, -1), memo={})
@@ -204,7 +212,7 @@ def test_wrong_features_are_named(name, message):
     argument=st.integers(1, 16),
 )
 def test_names_round_trip(how, width, observation, argument):
-    with_argument = observation in ("window", "spectrum")
+    with_argument = any(char.isdigit() for name in PLAIN if name.split(":")[0] == observation for char in name)
     name = f"{how}{f'{width}:' if how else ''}{observation}{f':{argument}' if with_argument else ''}"
     expected = (how.rstrip(":"), width if how else 0, observation, str(argument) if with_argument else "")
     assert parse(name) == expected

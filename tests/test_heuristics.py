@@ -81,8 +81,8 @@ def alone(view: LayerView, row: int) -> LayerView:
     def cut(x):
         return x[row : row + 1, :, first:].clone()
 
-    slotwise = {n: cut(x) for n, x in view.recorded.items() if "attention" in n}
-    rowwise = {n: x[row : row + 1] for n, x in view.recorded.items() if "attention" not in n}
+    slotwise = {n: cut(x) for n, x in view.recorded.items() if n.startswith(("attention_", "window_"))}
+    rowwise = {n: x[row : row + 1] for n, x in view.recorded.items() if n not in slotwise}
     slots = cut(view.slots)
     return replace(
         view,

@@ -18,7 +18,14 @@ from evomem.testing.conformance import check_evicted_is_hidden, check_row_alone
 from evomem.testing.models import FAMILIES, tiny
 from evomem.testing.reference import Batch, Tracing, explicit_biases, explicit_pass
 
-ALL = ("attention_sum", "attention_spectrum", "window_attention:5", "window_attention:1", "query_statistics")
+ALL = (
+    "attention_sum",
+    "attention_spectrum",
+    "window_attention:5",
+    "window_attention:1",
+    "window_statistics:5",
+    "query_statistics",
+)
 
 
 class Dropping:
@@ -102,10 +109,10 @@ def test_window_attention_is_the_softmax_over_the_slots_held_now(family: str, wi
         got = view.recorded["window_attention:5"].numpy()
         for row in range(2):
             for head in range(got.shape[1]):
-                total = np.zeros(view.slots.shape[2])
+                paid = np.zeros((5, view.slots.shape[2]))
                 for index in range(35, 40):
-                    logits = np.full(len(total), -np.inf)
-                    for at in range(len(total)):
+                    logits = np.full(paid.shape[1], -np.inf)
+                    for at in range(paid.shape[1]):
                         token = int(view.slots[row, head, at])
                         if 0 <= token <= index and (window is None or token > index - window):
                             product = query[row, head, index].double() @ view.keys[row, head, at].double()
@@ -113,8 +120,11 @@ def test_window_attention_is_the_softmax_over_the_slots_held_now(family: str, wi
                             logits[at] += 0.0 if layer.decays is None else float(layer.decays[row, head, at])
                     if np.isfinite(logits).any():
                         weights = np.exp(logits - logits.max())
-                        total += weights / weights.sum()
-                np.testing.assert_allclose(got[row, head], total / 5, atol=1e-5)
+                        paid[index - 35] = weights / weights.sum()
+                np.testing.assert_allclose(got[row, head], paid.sum(0) / 5, atol=1e-5)
+                fading = sum(0.9 ** (4 - n) * paid[n] for n in range(5))
+                slow = np.stack([paid.max(0), paid.min(0), paid.sum(0), fading], axis=-1)
+                np.testing.assert_allclose(view.recorded["window_statistics:5"][row, head], slow, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -251,7 +261,9 @@ def test_attention_sum_is_conserved() -> None:
         assert math.isclose(float(view.recorded["window_attention:5"].sum(-1).mean()), 1.0, abs_tol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["attention", "window_attention:0", "window_attention:W", "window_attention"])
+@pytest.mark.parametrize(
+    "name", ["attention", "window_attention:0", "window_attention:W", "window_attention", "window_statistics:0"]
+)
 def test_unknown_observation_is_named(name: str) -> None:
     class Asking(Dropping):
         observes = frozenset({name})

@@ -7,6 +7,8 @@ name                      what ``LayerView.recorded`` holds
 ``attention_spectrum``    (batch, kv_heads, slots, 17): moving average of the attention's spectrogram (NAMM)
 ``window_attention:W``    (batch, kv_heads, slots): mean attention of the row's last W queries, over the slots held
                           now (fewer queries while fewer were read)
+``window_statistics:W``   (batch, kv_heads, slots, 4): of the same attention the maximum, the minimum, the sum, and the
+                          sum in which the n-th query from the end (n = 0 is the last) counts 0.9^n
 ``query_statistics``      ``query_mean`` (batch, query_heads, head_dim), ``query_covariance`` (…, head_dim, head_dim) of
                           the queries before rotation, without a row's first 4; ``future_rotation`` (batch, head_dim,
                           head_dim), the mean rotation of the next 512 positions
@@ -29,7 +31,11 @@ from evomem.cache.rotary import Rotary, future_rotation, unrotate
 from evomem.cache.spectrum import BINS, HOP, advance
 from evomem.errors import ConfigError
 
-OBSERVATIONS = ("attention_sum", "attention_spectrum", "window_attention:W", "query_statistics")
+OBSERVATIONS = (
+    "attention_sum", "attention_spectrum", "window_attention:W", "window_statistics:W", "query_statistics",
+)  # fmt: skip
+FADING = 0.9
+"""Weight of a query against the next one in the last of the window's statistics."""
 SINKS, FUTURE = 4, 512
 """Queries left out of the statistics, and positions ahead, of Expected Attention (arXiv 2510.00636)."""
 
@@ -42,20 +48,30 @@ class Wanted:
     attention_spectrum: bool = False
     query_statistics: bool = False
     windows: tuple[int, ...] = ()
+    statistics: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, names: frozenset[str]) -> Wanted:
         """Parse names; raise `ConfigError` for one that does not exist."""
-        windows = []
+        windows: dict[str, list[int]] = {"window_attention": [], "window_statistics": []}
         for name in names:
             head, _, width = name.partition(":")
-            if head == "window_attention" and width.isdigit() and int(width) > 0:
-                windows.append(int(width))
-            elif name not in OBSERVATIONS or head == "window_attention":
+            if head in windows and width.isdigit() and int(width) > 0:
+                windows[head].append(int(width))
+            elif name not in OBSERVATIONS or head in windows:
                 raise ConfigError(f"unknown observation {name!r}; the cache records {', '.join(OBSERVATIONS)} (W >= 1)")
         return cls(
-            "attention_sum" in names, "attention_spectrum" in names, "query_statistics" in names, tuple(sorted(windows))
+            "attention_sum" in names,
+            "attention_spectrum" in names,
+            "query_statistics" in names,
+            tuple(sorted(windows["window_attention"])),
+            tuple(sorted(windows["window_statistics"])),
         )
+
+    @property
+    def queries(self) -> int:
+        """How many of the newest queries must be held."""
+        return max((*self.windows, *self.statistics), default=0)
 
     @property
     def every_query(self) -> bool:
@@ -65,7 +81,7 @@ class Wanted:
     @property
     def looks_back(self) -> bool:
         """Whether what a query added cannot be told apart afterwards from what other queries added."""
-        return self.attention_spectrum or self.query_statistics or bool(self.windows)
+        return self.attention_spectrum or self.query_statistics or bool(self.queries)
 
 
 @dataclass
@@ -148,8 +164,8 @@ class Recorder:
         query : (batch, query_heads, queries, head_dim). positions : (batch, queries) as rotated.
         real : (batch, queries) bool, None when nothing is padded.
         """
-        if self.wanted.windows:
-            width = self.wanted.windows[-1]
+        width = self.wanted.queries
+        if width:
             old = self.rowwise.get("queries")
             joined = query if old is None else torch.cat((old, query), dim=2)
             self.rowwise["queries"] = joined[:, :, -width:].clone() if joined.shape[2] > width else joined
@@ -188,9 +204,9 @@ class Recorder:
         self, keys: Tensor, slots: Tensor, start: Tensor, seen: int,
         scale: float, decays: Tensor | None, window: int | None, softcap: float | None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Return the mean attention of each row's last queries over the slots held now; arguments as in `SlotLayer`."""
+        """Return what is wanted of each row's last queries over the slots held now; arguments as in `SlotLayer`."""
         found = {}
-        for width in self.wanted.windows:
+        for width in sorted({*self.wanted.windows, *self.wanted.statistics}):
             query = self.rowwise["queries"][:, :, -width:]
             indices = torch.arange(seen - query.shape[2], seen, device=query.device)
             real = indices >= start[:, None]
@@ -198,7 +214,10 @@ class Recorder:
             attention = attention_probabilities(query, keys, scale, mask, softcap).mean(2)
             # A query that nothing is left for, or that is padding, attends to nothing (the softmax of nothing is NaN).
             attention = torch.where(real[:, None, :, None], attention, 0.0).nan_to_num(nan=0.0)
-            found[f"window_attention:{width}"] = attention.sum(2) / real.sum(1).clamp(min=1)[:, None, None]
+            if width in self.wanted.windows:
+                found[f"window_attention:{width}"] = attention.sum(2) / real.sum(1).clamp(min=1)[:, None, None]
+            if width in self.wanted.statistics:
+                found[f"window_statistics:{width}"] = window_statistics(attention, real)
         return found
 
     def recorded(
@@ -208,7 +227,7 @@ class Recorder:
         """Return everything wanted, as in ``LayerView.recorded``; arguments as in `SlotLayer`."""
         names = ("attention_sum", "attention_spectrum")
         found: dict[str, Tensor] = {name: self.slotwise[name] for name in names if name in self.slotwise}
-        if self.wanted.windows:
+        if self.wanted.queries:
             found.update(self.window_attention(keys, slots, start, seen, scale, decays, window, softcap))
         if self.wanted.query_statistics:
             found.update(self.query_statistics(rotary))
@@ -233,3 +252,15 @@ class Recorder:
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
         return [*self.slotwise.values(), *self.rowwise.values()]
+
+
+def window_statistics(attention: Tensor, real: Tensor) -> Tensor:
+    """Return maximum, minimum, sum and fading sum over the queries: (batch, kv_heads, slots, 4).
+
+    attention : (batch, kv_heads, queries, slots), zero for padded queries. real : (batch, queries) bool.
+    """
+    fading = FADING ** torch.arange(attention.shape[2] - 1, -1, -1, device=attention.device, dtype=attention.dtype)
+    smallest = torch.where(real[:, None, :, None], attention, torch.inf).amin(2)
+    smallest = torch.where(torch.isfinite(smallest), smallest, 0.0)  # no real query yet
+    parts = (attention.amax(2), smallest, attention.sum(2), torch.einsum("bhqs,q->bhs", attention, fading))
+    return torch.stack(parts, dim=-1)

@@ -171,6 +171,6 @@ def _check_recorded(recorded: Mapping[str, Tensor], observes: Iterable[str], sha
             if part not in recorded:
                 raise CacheError(f"recorded has no {part!r}, which the manager observes (see evomem.cache.observe)")
     for name, tensor in recorded.items():
-        slotwise = name.startswith(("attention_", "window_attention:"))
+        slotwise = name.startswith(("attention_", "window_"))
         if slotwise and tensor.shape[:3] != shape:
             raise CacheError(f"recorded {name!r} has shape {tuple(tensor.shape)}; its first axes are {tuple(shape)}")

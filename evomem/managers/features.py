@@ -16,6 +16,11 @@ sink                   1 for the row's first 4 tokens                           
 attention              log of the attention of all queries so far                     attention_sum
 attention_per_query    the same divided by the number of queries that saw the key     attention_sum
 window:W               log of the mean attention of the last W queries, max pool 5    window_attention:W
+last:W                 the same, a sum and not pooled                                window_attention:W
+block_max:W            log of the largest attention of the last W queries            window_statistics:W
+block_min:W            of the smallest                                               window_statistics:W
+block_sum:W            of the sum                                                    window_statistics:W
+block_decayed:W        of the sum in which the n-th query from the end counts .9^n   window_statistics:W
 spectrum:B             log of bin B (0-16) of the attention spectrogram's average     attention_spectrum
 =====================  ============================================================  ===================================
 
@@ -57,6 +62,17 @@ def _window(view: LayerView, argument: str) -> Tensor:
     return torch.log(pool(attention, view.valid, 5, "max") + TINY)
 
 
+def _last(view: LayerView, argument: str) -> Tensor:
+    return torch.log(view.recorded[f"window_attention:{argument}"] * int(argument) + TINY)
+
+
+def _block(which: int) -> Callable[[LayerView, str], Tensor]:
+    def of(view: LayerView, argument: str) -> Tensor:
+        return torch.log(view.recorded[f"window_statistics:{argument}"][..., which] + TINY)
+
+    return of
+
+
 def _per_query(view: LayerView, argument: str) -> Tensor:
     return torch.log(view.recorded["attention_sum"] / (view.age + 1).float() + TINY)
 
@@ -74,6 +90,11 @@ OBSERVATIONS: dict[str, tuple[Callable[[LayerView, str], Tensor], str]] = {
     "attention": (lambda view, _: torch.log(view.recorded["attention_sum"] + TINY), "attention_sum"),
     "attention_per_query": (_per_query, "attention_sum"),
     "window": (_window, "window_attention:{}"),
+    "last": (_last, "window_attention:{}"),
+    "block_max": (_block(0), "window_statistics:{}"),
+    "block_min": (_block(1), "window_statistics:{}"),
+    "block_sum": (_block(2), "window_statistics:{}"),
+    "block_decayed": (_block(3), "window_statistics:{}"),
     "spectrum": (
         lambda view, argument: torch.log(view.recorded["attention_spectrum"][..., int(argument)] + TINY),
         "attention_spectrum",
@@ -88,6 +109,9 @@ LINEAR_20 = (
     "mean:7:window:32", "mean:7:age",
 )  # fmt: skip
 """The twenty features of the first trial."""
+
+_WINDOWS = frozenset({"window", "last", "block_max", "block_min", "block_sum", "block_decayed"})
+"""Observations that take a number of queries."""
 
 
 def parse(name: str) -> tuple[str, int, str, str]:
@@ -105,11 +129,13 @@ def parse(name: str) -> tuple[str, int, str, str]:
     argument = parts.pop(0) if parts else ""
     if observation not in OBSERVATIONS or parts:
         raise ConfigError(f"feature {name!r}: unknown observation {observation!r}; known: {', '.join(OBSERVATIONS)}")
-    if observation == "window" and not _number(argument):
-        raise ConfigError(f"feature {name!r}: window wants a number of queries, at most {NEIGHBOURS}, as in window:32")
+    if observation in _WINDOWS and not _number(argument):
+        raise ConfigError(
+            f"feature {name!r}: {observation} wants a number of queries, at most {NEIGHBOURS}, as in {observation}:32"
+        )
     if observation == "spectrum" and not (argument.isdecimal() and int(argument) <= 16):
         raise ConfigError(f"feature {name!r}: spectrum wants a bin from 0 to 16, as in spectrum:4")
-    if argument and observation not in ("window", "spectrum"):
+    if argument and observation not in _WINDOWS | {"spectrum"}:
         raise ConfigError(f"feature {name!r}: {observation} takes no argument")
     return how, width, observation, argument
 
@@ -150,15 +176,38 @@ def standardise(x: Tensor, valid: Tensor) -> Tensor:
     return centred / deviation.clamp(min=1e-4)
 
 
-def features(view: LayerView, names: tuple[str, ...]) -> Tensor:
-    """Return the features (batch, kv_heads, slots, len(names)) fp32 of every slot."""
-    base: dict[tuple[str, str], Tensor] = {}
-    columns = []
+def column(view: LayerView, name: str) -> Tensor:
+    """Return an observation (batch, kv_heads, slots) fp32 as it is measured, neither pooled nor standardised.
+
+    A view that is made from a trace (`evomem.evaluation.traces`) has no keys and values, but these columns, in its memo
+    under ``column NAME``.
+    """
+    known: Tensor | None = view.memo.get(f"column {name}")
+    if known is not None:
+        return known
+    _, _, observation, argument = parse(name)
+    return OBSERVATIONS[observation][0](view, argument)
+
+
+def columns(view: LayerView, names: tuple[str, ...]) -> list[Tensor]:
+    """Return the features, pooled where their names say so, not standardised: (batch, kv_heads, slots) fp32 each."""
+    base: dict[str, Tensor] = {}
+    found = []
     for name in names:
         how, width, observation, argument = parse(name)
-        key = (observation, argument)
-        if key not in base:
-            base[key] = OBSERVATIONS[observation][0](view, argument)
-        column = base[key] if not how else pool(base[key], view.valid, width, how)
-        columns.append(standardise(column, view.valid))
-    return torch.stack(columns, dim=-1)
+        plain = f"{observation}:{argument}" if argument else observation
+        if plain not in base:
+            base[plain] = column(view, plain)
+        found.append(pool(base[plain], view.valid, width, how) if how else base[plain])
+    return found
+
+
+def base_columns(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the features without neighbourhoods from which all of these can be computed, sorted."""
+    parts = (parse(name) for name in names)
+    return tuple(sorted({f"{what}:{argument}" if argument else what for _, _, what, argument in parts}))
+
+
+def features(view: LayerView, names: tuple[str, ...]) -> Tensor:
+    """Return the features (batch, kv_heads, slots, len(names)) fp32 of every slot, standardised within each head."""
+    return torch.stack([standardise(column, view.valid) for column in columns(view, names)], dim=-1)
