@@ -11,7 +11,7 @@ from test_runs import Stop, outcome, same
 from evomem.evaluation.evaluator import Evaluator
 from evomem.models import LoadedModel
 from evomem.runs import Bench, open_run, search
-from evomem.runs.bench import calibrate_spectrum
+from evomem.runs.bench import calibrate_manager
 from evomem.runs.samples import Samples
 from evomem.tasks.base import Sample
 from evomem.testing.models import tiny, tiny_tokenizer
@@ -63,7 +63,7 @@ def bench(loaded, evaluator_class=Evaluator):
         evaluator = evaluator_class(loaded, config.protocol)
 
         def calibrate(manager, chosen):
-            calibrate_spectrum(manager, [(evaluator, samples) for _, samples in chosen])
+            calibrate_manager(manager, [(evaluator, samples) for _, samples in chosen])
 
         return Bench(evaluator, lambda task: Words(loaded.tokenizer), calibrate, {"model_digest": loaded.digest})
 

@@ -27,9 +27,9 @@ from evomem.evaluation.compare import Comparison, NamedManager, Place
 from evomem.evaluation.compare import compare as compare_managers
 from evomem.evaluation.rows import Budget
 from evomem.evaluation.types import EvaluationProtocol
-from evomem.managers import NAMM, build
+from evomem.managers import build
 from evomem.managers.base import MemoryManager
-from evomem.runs.bench import calibrate_spectrum, check_chance
+from evomem.runs.bench import calibrate_manager, check_chance
 from evomem.runs.config import TaskConfig
 from evomem.runs.files import write_atomically
 from evomem.runs.report import write_rows
@@ -142,10 +142,10 @@ def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> l
 
 def _recalibrated(manager: MemoryManager, place: Place) -> MemoryManager | None:
     """Return a copy whose statistics were collected on the place's training samples; None if it has none."""
-    if not isinstance(manager, NAMM):
+    if not manager.calibrates:
         return None
     other = manager.with_options()
-    calibrate_spectrum(other, [(place.evaluator, place.subject_task.samples(Split.TRAIN, _CALIBRATED, 0))])
+    calibrate_manager(other, [(place.evaluator, place.subject_task.samples(Split.TRAIN, _CALIBRATED, 0))])
     place.evaluator.store.close()
     return other
 

@@ -14,10 +14,12 @@ from evomem.cache.cache import CachePolicy
 from evomem.errors import TaskError
 from evomem.evaluation.attention import FutureAttention, retained_attention
 from evomem.evaluation.meter import Meter
-from evomem.evaluation.population import PopulationPolicy
+from evomem.evaluation.population import Deciding, PopulationPolicy
+from evomem.evaluation.rollouts import RolloutPolicy, sample_number
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.evaluation.types import Evaluation, EvaluationProtocol
 from evomem.managers.base import MemoryManager, Schedule
+from evomem.managers.stochastic import StochasticManager
 from evomem.models import LoadedModel
 from evomem.tasks.base import Sample, Task
 
@@ -98,7 +100,8 @@ class Evaluator:
         for members in self._batches(ready):
             begin = time.perf_counter()
             with attached(self.loaded.model):
-                batch = self._answered([ready[i] for i in members], tokens, sample, task, exact, observes)
+                policy = PopulationPolicy([ready[i] for i in members])
+                batch = self._answered(policy, tokens, sample, task, exact, observes)
             seconds = (time.perf_counter() - begin) / len(members)
             found.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
         return [found[i] for i in range(len(managers))]
@@ -115,17 +118,38 @@ class Evaluator:
             alike.setdefault(manager.observes, []).append(place)
         return list(alike.values())
 
-    def _answered(
+    @torch.no_grad()
+    def rollouts(
         self,
-        managers: Sequence[MemoryManager],
-        tokens: Tokens,
+        manager: StochasticManager,
         sample: Sample,
         task: Task,
-        exact: bool,
-        observes: frozenset[str],
+        seeds: Sequence[int],
+        *,
+        behaviour: StochasticManager | None = None,
+        reference: StochasticManager | None = None,
+        exact: bool = False,
+        listens: bool = False,
+        observes: frozenset[str] = frozenset(),
     ) -> list[Evaluation]:
-        """Read, decide and answer, the managers as rows of one batch."""
-        policy = PopulationPolicy(managers)
+        """Evaluate one stochastic policy on one sample several times, each time with decisions drawn by another seed.
+
+        Returns one `Evaluation` a seed, in order, with the decisions in `Evaluation.steps`. ``behaviour``,
+        ``reference`` and ``listens`` are `RolloutPolicy`'s; the rest is as in `evaluate`.
+        """
+        tokens = self.tokens(sample)
+        ready = [None if one is None else self.scheduled(one) for one in (manager, behaviour, reference)]
+        begin = time.perf_counter()
+        policy = RolloutPolicy(ready[0], list(seeds), sample_number(sample.id), ready[1], ready[2], listens)  # type: ignore[arg-type]
+        with attached(self.loaded.model):
+            batch = self._answered(policy, tokens, sample, task, exact, observes)
+        seconds = (time.perf_counter() - begin) / len(batch)
+        return [replace(one, seconds=seconds, steps=policy.steps(place)) for place, one in enumerate(batch)]
+
+    def _answered(
+        self, policy: Deciding, tokens: Tokens, sample: Sample, task: Task, exact: bool, observes: frozenset[str]
+    ) -> list[Evaluation]:
+        """Read, decide and answer, the policy's candidates as rows of one batch."""
         meter = Meter(policy)
         if self.protocol.kind == "compress_once":
             cache, shared, own = self._compress(policy, tokens, observes)
@@ -134,7 +158,7 @@ class Evaluator:
         slots = torch.stack([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
         texts: list[str] | None = None
         if exact and task.has_exact:
-            texts, generated = self._generate(cache, policy, tokens, sample.max_new_tokens)
+            texts, generated = self._generate(cache, policy.aside(), tokens, sample.max_new_tokens)
             own += generated
         asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1).expand(policy.size, -1)
         loglik = mean_loglik(self._feed(asked, cache, tokens.answer.shape[1], policy, meter), tokens.answer)
@@ -198,9 +222,7 @@ class Evaluator:
             self.forward(tokens, cache, 1)
         return Reading(tuple(layer.view() for layer in cache.layers), tokens.shape[1])
 
-    def _compress(
-        self, policy: PopulationPolicy, tokens: Tokens, observes: frozenset[str]
-    ) -> tuple[SlotCache, int, int]:
+    def _compress(self, policy: Deciding, tokens: Tokens, observes: frozenset[str]) -> tuple[SlotCache, int, int]:
         """Read, or take what was read; decide for all. Returns the cache, tokens read for all, tokens read by each."""
         misses = self.store.misses
         reading = self.reading(tokens.read, policy.observes | observes)
@@ -209,7 +231,7 @@ class Evaluator:
             layer.apply(policy.decide(view))
         return cache, reading.tokens if self.store.misses > misses else 0, 0
 
-    def _stream(self, policy: PopulationPolicy, tokens: Tokens, meter: Meter) -> tuple[SlotCache, int, int]:
+    def _stream(self, policy: Deciding, tokens: Tokens, meter: Meter) -> tuple[SlotCache, int, int]:
         """Read up to the first decision once, decide for all, then go on with one row a candidate. As `_compress`."""
         cache = SlotCache.for_model(self.loaded.model, Recording(policy.observes))
         cache.decides_after_forward = False
@@ -220,13 +242,17 @@ class Evaluator:
             if layer.slots.shape[0] < policy.size:  # no decision was due
                 layer.expand(policy.size)
         if shared < length:
-            self._feed(tokens.read[:, shared:].expand(policy.size, -1), cache, 1, policy, meter)
+            rest = tokens.read[:, shared:].expand(policy.size, -1)
+            self._feed(rest, cache, 1, policy, meter, listens=policy.listens)
         return cache, shared, length - shared
 
-    def _feed(self, fed: Tensor, cache: SlotCache, keep: int, policy: PopulationPolicy, meter: Meter) -> Tensor:
+    def _feed(
+        self, fed: Tensor, cache: SlotCache, keep: int, policy: Deciding, meter: Meter, *, listens: bool = False
+    ) -> Tensor:
         """Logits of the last ``keep`` of the tokens ``fed`` (rows, length); decides where it is due, and measures.
 
-        The model is called once a piece between decisions, because bytes are at their peak just before one.
+        The model is called once a piece between decisions, because bytes are at their peak just before one. With
+        ``listens`` the policy hears how likely what it reads is, which takes the logits of all tokens of a piece.
         """
         every, begin, length = policy.schedule.every, cache.get_seq_length(), fed.shape[1]
         cuts = [] if every is None else list(range(every - begin % every, length, every))
@@ -234,16 +260,19 @@ class Evaluator:
         for end in [*cuts, length]:
             wanted = max(0, end - max(at, length - keep))
             before = meter.held(cache) if begin + at else torch.zeros(1, dtype=torch.float64)
-            scores = self.forward(fed[:, at:end], cache, max(wanted, 1))
+            hears = listens and begin + at > 0 and end - at > 1
+            scores = self.forward(fed[:, at:end], cache, end - at if hears else max(wanted, 1))
             meter.grew(before, meter.held(cache), end - at)
+            if hears:
+                policy.heard(scores[:, :-1], fed[:, at + 1 : end].expand(scores.shape[0], -1))
             if wanted:
-                logits.append(scores)
+                logits.append(scores[:, -wanted:])
             if every is not None and (begin + end) % every == 0:
                 self._decide(cache, policy)
             at = end
         return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
 
-    def _decide(self, cache: SlotCache, policy: PopulationPolicy) -> None:
+    def _decide(self, cache: SlotCache, policy: Deciding) -> None:
         for layer in cache.layers:
             view = layer.view()
             if layer.slots.shape[0] < policy.size:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from evomem.cache import SlotCache
-from evomem.evaluation.population import PopulationPolicy
+from evomem.evaluation.population import Deciding
 
 
 class Meter:
@@ -21,7 +21,7 @@ class Meter:
     peak : (rows,) float64, largest number of bytes held so far.
     """
 
-    def __init__(self, policy: PopulationPolicy) -> None:
+    def __init__(self, policy: Deciding) -> None:
         self._policy = policy
         self.peak = torch.zeros(policy.size, dtype=torch.float64)
         self._total = torch.zeros(policy.size, dtype=torch.float64)

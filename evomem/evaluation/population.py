@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,46 @@ from torch.func import functional_call, vmap
 
 from evomem.cache import Decision, LayerView
 from evomem.managers.base import MemoryManager, Schedule
+
+
+class Deciding(Protocol):
+    """A cache policy that decides for several rows, each a candidate of its own: what the evaluator needs of it."""
+
+    @property
+    def size(self) -> int:
+        """Number of candidates."""
+        ...
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """Names of the observations to record."""
+        ...
+
+    @property
+    def schedule(self) -> Schedule:
+        """When they decide."""
+        ...
+
+    @property
+    def listens(self) -> bool:
+        """Whether `heard` wants to be told what is read between decisions."""
+        ...
+
+    def decide(self, view: LayerView) -> Decision:
+        """Return the decisions of all candidates, from a view of one shared row or of a row each."""
+        ...
+
+    def fades(self, layer: int) -> Tensor:
+        """Which candidates let slots of a layer fade, as far as they have decided: (candidates,) bool."""
+        ...
+
+    def heard(self, logits: Tensor, following: Tensor) -> None:
+        """Take in logits (candidates, tokens, vocabulary) and the tokens that came (candidates, tokens)."""
+        ...
+
+    def aside(self) -> Deciding:
+        """Return a policy that decides the same from here on, and whose decisions this one does not take in."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +73,8 @@ class PopulationPolicy:
     own candidate, whoever else is in the population.
     """
 
+    listens = False
+
     def __init__(self, managers: Sequence[MemoryManager]) -> None:
         self.size = len(managers)
         self.observes = frozenset().union(*(manager.observes for manager in managers))
@@ -45,6 +88,13 @@ class PopulationPolicy:
     def fades(self, layer: int) -> Tensor:
         """Which managers let slots of a layer fade, as far as they have decided: (managers,) bool."""
         return self._fades.get(layer, torch.zeros(self.size, dtype=torch.bool))
+
+    def heard(self, logits: Tensor, following: Tensor) -> None:
+        """Nothing: deterministic managers do not learn from what is read."""
+
+    def aside(self) -> PopulationPolicy:
+        """Return itself: nothing is taken in."""
+        return self
 
     @torch.no_grad()
     def decide(self, view: LayerView) -> Decision:

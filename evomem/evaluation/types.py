@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -28,6 +32,53 @@ class EvaluationProtocol(BaseModel):
 
 
 @dataclass(frozen=True)
+class Step:
+    """One decision of a rollout, for a policy gradient.
+
+    Attributes
+    ----------
+    gradient, lower : little-endian fp32 numbers, one a parameter (`numbers`). ``gradient`` is ∇θ log π of the decision;
+        where the decision was drawn by an older policy, with the clipped ratio of every head in front (PPO): this one
+        for a positive advantage, ``lower`` for a negative one (empty: the same). With ``ascent`` it is an
+        estimate of the fitness' own gradient, and no advantage is wanted.
+    reward : mean log-likelihood of the tokens that were read between this decision and the next, if it was asked for.
+    log_prob : log π of the decision, summed over layers and heads.
+    reference : the same by the reference policy; 0 without one.
+    choices : random choices that it consists of.
+    clipped : share of the heads whose ratio was clipped.
+    """
+
+    gradient: bytes
+    ascent: bool = False
+    lower: bytes = b""
+    reward: float = 0.0
+    log_prob: float = 0.0
+    reference: float = 0.0
+    choices: int = 0
+    clipped: float = 0.0
+
+    @staticmethod
+    def numbers(packed: bytes) -> NDArray[np.float64]:
+        """Return packed numbers."""
+        return np.frombuffer(packed, dtype="<f4").astype(np.float64)
+
+    @staticmethod
+    def pack(numbers: NDArray[Any]) -> bytes:
+        """Return numbers as they are kept and sent."""
+        return np.ascontiguousarray(numbers, dtype="<f4").tobytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON-serialisable dictionary; packed numbers in base64."""
+        return {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the step that `to_json` wrote, to the bit."""
+        packed = {name: base64.b64decode(data[name]) for name in ("gradient", "lower")}
+        return cls(**{**data, **packed})
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One candidate on one sample.
 
@@ -44,7 +95,10 @@ class Evaluation:
         first candidate).
     seconds : wall time of the batch divided by its candidates.
     heads : per layer and KV head, the share of the attention paid to the context by question and answer that falls on
-        the kept slots; only when ``attention`` was measured (then nothing is generated and ``loglik`` is NaN).
+        the kept slots, or minus the cost of its ranking; only when that was measured *instead* of the likelihood (then
+        nothing is generated and ``loglik`` is NaN).
+    steps : the decisions of a rollout in their order, if a policy gradient was asked for.
+    oracle : how the decision compares with one that knows the future, by name, if asked for.
     """
 
     sample: str
@@ -56,7 +110,10 @@ class Evaluation:
     tokens: int
     seconds: float
     heads: tuple[tuple[float, ...], ...] | None = None
+    steps: tuple[Step, ...] | None = None
+    oracle: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON-serialisable dictionary."""
-        return asdict(self)
+        """Return the fields as a JSON-serialisable dictionary; what only some evaluations have is left out if None."""
+        fields = {k: v for k, v in asdict(self).items() if v is not None or k not in ("steps", "oracle")}
+        return fields if self.steps is None else {**fields, "steps": [step.to_json() for step in self.steps]}

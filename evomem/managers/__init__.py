@@ -9,11 +9,13 @@ from evomem.managers.full import Full
 from evomem.managers.h2o import H2O
 from evomem.managers.keydiff import KeyDiff
 from evomem.managers.knorm import KNorm
+from evomem.managers.kv_policy import KVPolicy
 from evomem.managers.namm import NAMM
 from evomem.managers.observed_attention import ObservedAttention
 from evomem.managers.pyramidkv import PyramidKV
 from evomem.managers.random import Random
 from evomem.managers.snapkv import SnapKV
+from evomem.managers.stochastic import StochasticManager
 from evomem.managers.streaming_llm import StreamingLLM
 from evomem.managers.tova import TOVA
 
@@ -26,6 +28,7 @@ __all__ = [
     "FeatureScorer",
     "Full",
     "KNorm",
+    "KVPolicy",
     "KeyDiff",
     "ManagerOptions",
     "MemoryManager",
@@ -34,6 +37,7 @@ __all__ = [
     "Random",
     "Schedule",
     "SnapKV",
+    "StochasticManager",
     "StreamingLLM",
     "build",
     "managers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     name : registry name, set by ``@register("name")``.
     head_parameters : names of parameters whose first axes are (layer, kv head) and which act on that head only; a
         driver may search every head's part by itself.
+    calibrates : it has statistics that are measured on contexts before a search, and may be on another model.
     Options : pydantic model of its options; ``manager.options`` holds the validated values.
 
     Attributes
@@ -81,6 +82,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     name: ClassVar[str]
     Options: ClassVar[type[ManagerOptions]] = ManagerOptions
     head_parameters: ClassVar[frozenset[str]] = frozenset()
+    calibrates: ClassVar[bool] = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -123,6 +125,12 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     def decay(self, view: LayerView) -> Tensor | None:
         """Forget: log-decay (batch, kv_heads, slots) <= 0 added to the slots' attention logits; None leaves them."""
         return None
+
+    def calibrate(self, views: Iterable[LayerView]) -> None:
+        """Measure the manager's statistics on contexts that were read with everything kept; by default there are none.
+
+        ``views`` are of all layers of all contexts, with what the manager observes recorded.
+        """
 
     # ---- composed once, here --------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ class NAMM(MemoryManager):
 
     Options: ClassVar[type[ManagerOptions]] = NAMMOptions
     options: NAMMOptions
+    calibrates: ClassVar[bool] = True
     spectrum_mean: Tensor
     spectrum_var: Tensor
 
@@ -124,6 +125,10 @@ class NAMM(MemoryManager):
             raise ConfigError(f"namm spectrum_var: {var.min().item()} is negative; a variance is at least 0")
         self.spectrum_mean.copy_(mean)
         self.spectrum_var.copy_(var)
+
+    def calibrate(self, views: Iterable[LayerView]) -> None:
+        """Set the spectrogram's statistics from contexts, see `collect_statistics`."""
+        self.set_statistics(*collect_statistics((view.recorded[OBSERVATION], view.valid) for view in views))
 
     def to_vector(self) -> NDArray[np.float64]:
         """Return the parameters in the published flat order (see the scorers' docstrings); BAM: 4,172 numbers."""

@@ -128,7 +128,7 @@ def _bench(
     digests = [{"name": one.name, "model_digest": one.digest} for one in loaded]
 
     def calibrate(manager: MemoryManager, chosen: Sequence[tuple[TaskConfig, Sequence[Sample]]]) -> None:
-        calibrate_spectrum(manager, [(benches[str(task.model)].evaluator, samples) for task, samples in chosen])
+        calibrate_manager(manager, [(benches[str(task.model)].evaluator, samples) for task, samples in chosen])
 
     provenance = {**first.provenance, "model_digests": digests}
     return replace(first, calibrate=calibrate, provenance=provenance, elsewhere=elsewhere, benches=benches)
@@ -145,7 +145,7 @@ def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings)
         return tasks.build(task.spec, loaded.tokenizer, task.length, **task.options)
 
     def calibrate(manager: MemoryManager, chosen: Sequence[tuple[TaskConfig, Sequence[Sample]]]) -> None:
-        calibrate_spectrum(manager, [(evaluator, samples) for _, samples in chosen])
+        calibrate_manager(manager, [(evaluator, samples) for _, samples in chosen])
 
     provenance = {"model": loaded.name, "model_digest": loaded.digest}
     return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator))
@@ -166,18 +166,16 @@ def check_chance(
     return check(label, (), task.uniform_chance, full, without)
 
 
-def calibrate_spectrum(manager: MemoryManager, chosen: Sequence[tuple[Any, Sequence[Sample]]]) -> None:
-    """Set the spectrum statistics of a NAMM from contexts that models read with everything kept.
+def calibrate_manager(manager: MemoryManager, chosen: Sequence[tuple[Any, Sequence[Sample]]]) -> None:
+    """Set the statistics of a manager that has some from contexts that models read with everything kept.
 
-    A manager without statistics is left as it is.
+    A manager without statistics is left as it is (`MemoryManager.calibrates`).
 
     Parameters
     ----------
     chosen : evaluators, and samples that each of them reads; all are pooled.
     """
-    from evomem.managers.namm import NAMM, collect_statistics
-
-    if not isinstance(manager, NAMM):
+    if not manager.calibrates:
         return
     readings = (
         evaluator.reading(evaluator.tokens(sample).read, manager.observes)
@@ -185,4 +183,4 @@ def calibrate_spectrum(manager: MemoryManager, chosen: Sequence[tuple[Any, Seque
         for sample in samples
     )
     views = (view for reading in readings for view in reading.views)
-    manager.set_statistics(*collect_statistics((view.recorded["attention_spectrum"], view.valid) for view in views))
+    manager.calibrate(views)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evomem.evaluation.types import Evaluation
+from evomem.evaluation.types import Evaluation, Step
 from evomem.runs.files import disk_errors
 from evomem.strict_json import as_float, to_json
 from evomem.workers.base import Outcome
@@ -79,6 +79,8 @@ def evaluations_of(record: Record) -> list[Evaluation]:
             tokens=int(entry["tokens"]),
             seconds=as_float(entry["seconds"]),
             heads=None if entry.get("heads") is None else tuple(tuple(map(float, row)) for row in entry["heads"]),
+            steps=None if entry.get("steps") is None else tuple(map(Step.from_json, entry["steps"])),
+            oracle=None if entry.get("oracle") is None else {k: as_float(v) for k, v in entry["oracle"].items()},
         )
         for entry in record["evaluations"]
     ]

@@ -1,0 +1,227 @@
+"""Evaluation: several random rollouts of one stochastic policy, with the gradient of their likelihood.
+
+A rollout is a pure function of (parameters, seed, sample). As policies have hundreds to thousands of parameters, the
+gradient ∇θ log π of a decision is a small vector: it is worked out where the decision is made, and goes back with the
+reward. What advantage it is multiplied with is the driver's business (`evomem.drivers.policy_gradient`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from evomem.cache import Decision, LayerView
+from evomem.evaluation.types import Step
+from evomem.managers.base import Schedule
+from evomem.managers.stochastic import Action, Noise, StochasticManager
+
+CLIP = 0.2
+"""How far a head's probability may move from the policy that drew before PPO lets go of it."""
+
+
+def sample_number(identity: str) -> int:
+    """Return a number for a sample, for seeds: the same candidate draws differently on different samples."""
+    return int.from_bytes(sha256(identity.encode()).digest()[:8], "little")
+
+
+@dataclass
+class _Turn:
+    """What the layers' decisions at one time add up to; axis 0 is the rollouts."""
+
+    gradient: Tensor
+    lower: Tensor
+    log_prob: Tensor
+    reference: Tensor
+    choices: Tensor
+    clipped: Tensor
+    rewards: Tensor
+    layers: int = 0
+
+
+@dataclass
+class RolloutPolicy:
+    """A cache policy that draws every row's decisions by itself, all by one policy, and learns how likely they were.
+
+    A view of one row is what all rollouts share; a view of as many rows as rollouts gives each its own.
+
+    Parameters
+    ----------
+    manager : the policy that gradients are of.
+    seeds : one a rollout.
+    sample : `sample_number` of what is read.
+    behaviour : the policy that draws, if another one than ``manager``; then ratios are clipped.
+    reference : the policy that `Step.reference` is by.
+    listens : note the likelihood of what is read between the decisions.
+    """
+
+    manager: StochasticManager
+    seeds: Sequence[int]
+    sample: int
+    behaviour: StochasticManager | None = None
+    reference: StochasticManager | None = None
+    listens: bool = False
+    turns: list[_Turn] = field(default_factory=list)
+    _decided: dict[int, int] = field(default_factory=dict)
+    _fades: set[int] = field(default_factory=set)
+
+    @property
+    def size(self) -> int:
+        """Number of rollouts."""
+        return len(self.seeds)
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """What the policies look at."""
+        others = [one.observes for one in (self.behaviour, self.reference) if one is not None]
+        return self.manager.observes.union(*others)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When they decide."""
+        return self.manager.schedule
+
+    def fades(self, layer: int) -> Tensor:
+        """Which rollouts let slots of a layer fade, as far as they have decided: (rollouts,) bool."""
+        return torch.full((self.size,), layer in self._fades)
+
+    @torch.no_grad()
+    def decide(self, view: LayerView) -> Decision:
+        """Return the decisions of all rollouts: masks (rollouts, kv_heads, slots)."""
+        number = self._decided.get(view.layer, 0)
+        self._decided[view.layer] = number + 1
+        noise = Noise.of([(seed, self.sample, number, view.layer) for seed in self.seeds], view)
+        drawing = self.behaviour if self.behaviour is not None else self.manager
+        action = drawing.draw(view, noise)
+        self._learn(number, view, action)
+        decision = self.manager.carry_out(view, action)
+        if decision.decay is not None:
+            self._fades.add(view.layer)
+        shape = (self.size, *view.slots.shape[1:])
+        return Decision(decision.keep.expand(shape), decision.decay)
+
+    def aside(self) -> RolloutPolicy:
+        """Return a copy that draws the same from here on."""
+        return replace(self, turns=[replace(turn) for turn in self.turns], _decided=dict(self._decided))
+
+    def heard(self, logits: Tensor, following: Tensor) -> None:
+        """Take in the logits (rollouts, tokens, vocabulary) of what was read since the last decision.
+
+        following : (rollouts, tokens) int64, the tokens that came. Before the first decision nothing is counted.
+        """
+        if self.listens and self.turns:
+            chosen = logits.gather(-1, following[..., None])[..., 0].float() - torch.logsumexp(logits.float(), -1)
+            self.turns[-1].rewards = self.turns[-1].rewards + torch.stack(
+                (chosen.double().sum(1).cpu(), torch.full((self.size,), float(following.shape[1]), dtype=torch.float64))
+            )
+
+    def steps(self, rollout: int) -> tuple[Step, ...]:
+        """Return the decisions of one rollout."""
+        found = []
+        for turn in self.turns:
+            total, count = turn.rewards[:, rollout].tolist()
+            own = self.behaviour is None
+            found.append(
+                Step(
+                    gradient=Step.pack(turn.gradient[rollout].numpy()),
+                    lower=b"" if own else Step.pack(turn.lower[rollout].numpy()),
+                    reward=total / count if count else 0.0,
+                    log_prob=float(turn.log_prob[rollout]),
+                    reference=float(turn.reference[rollout]),
+                    choices=int(turn.choices[rollout]),
+                    clipped=float(turn.clipped[rollout]) / max(1, turn.layers),
+                )
+            )
+        return tuple(found)
+
+    def _learn(self, number: int, view: LayerView, action: Action) -> None:
+        rows = _Rows(view, action, self.size)
+        ones = torch.ones(self.size, view.slots.shape[1], device=view.slots.device)
+        if self.behaviour is None:
+            gradient, log_prob = rows.gradient(self.manager, ones)
+            lower, clipped = gradient, torch.zeros(self.size)
+        else:
+            # PPO's surrogate min(r A, clip(r) A), head by head: its gradient is r A ∇log π, or nothing past the clip.
+            log_prob = rows.log_prob(self.manager)
+            ratio = torch.exp((log_prob - rows.log_prob(self.behaviour)).clamp(-20, 20))
+            high, low = ratio <= 1 + CLIP, ratio >= 1 - CLIP
+            gradient, _ = rows.gradient(self.manager, ratio * high)
+            lower, _ = rows.gradient(self.manager, ratio * low)
+            clipped = 1 - (high & low).float().mean(1)
+        reference = rows.log_prob(self.reference).sum(1) if self.reference is not None else torch.zeros(self.size)
+        choices = self.manager.choices(view, action).expand(self.size, -1).sum(1)
+        if number == len(self.turns):
+            size = gradient.shape[1]
+            nothing = torch.zeros(self.size, dtype=torch.float64)
+            empty = torch.zeros(self.size, size, dtype=torch.float64)
+            self.turns.append(_Turn(empty, empty, nothing, nothing, nothing, nothing, torch.stack((nothing, nothing))))
+        turn = self.turns[number]
+        turn.layers += 1
+        turn.gradient = turn.gradient + gradient.double().cpu()
+        turn.lower = turn.lower + lower.double().cpu()
+        turn.log_prob = turn.log_prob + log_prob.sum(1).double().cpu()
+        turn.reference = turn.reference + reference.double().cpu()
+        turn.choices = turn.choices + choices.double().cpu()
+        turn.clipped = turn.clipped + clipped.double().cpu()
+
+
+class _LogProb(nn.Module):
+    """log π of an action as a module's ``forward``, which is what ``functional_call`` calls."""
+
+    def __init__(self, manager: StochasticManager) -> None:
+        super().__init__()
+        self.manager = manager
+
+    def forward(self, view: LayerView, action: Action) -> Tensor:
+        return self.manager.log_prob(view, action)
+
+
+class _Rows:
+    """The rows of a decision, one by one under `vmap`: views (shared or own) and actions."""
+
+    def __init__(self, view: LayerView, action: Action, rows: int) -> None:
+        self.view, self.rows = view, rows
+        self.shared = view.slots.shape[0] == 1
+        self.actions = {n: part.expand(rows, *part.shape[1:]) for n, part in action.tensors().items()}
+        # What policies computed of the view while they drew is by row too, and need not be computed again.
+        own = {"keys": view.keys, "values": view.values, "slots": view.slots, "start": view.start}
+        own |= {f"recorded.{name}": part for name, part in view.recorded.items()}
+        self.tensors = own | {f"memo.{name}": part for name, part in view.memo.items()}
+
+    def log_prob(self, manager: StochasticManager) -> Tensor:
+        """Return log π (rollouts, kv_heads)."""
+        return manager.log_prob(self.view, Action(**self.actions))
+
+    def gradient(self, manager: StochasticManager, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ∇θ Σ_h weights_h log π_h (rollouts, parameters), in the order of registration, and log π.
+
+        weights : (rollouts, kv_heads).
+        """
+        module = _LogProb(manager)
+        parameters = {name: value.detach() for name, value in module.named_parameters()}
+
+        def weighted(
+            parameters: dict[str, Tensor], tensors: dict[str, Tensor] | None, action: dict[str, Tensor], weight: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            seen = self.view if tensors is None else self._row(tensors)
+            drawn = Action(**{name: part[None] for name, part in action.items()})
+            found: Tensor = functional_call(module, parameters, (seen, drawn))[0]
+            return (found * weight).sum(), found
+
+        over = None if self.shared else 0
+        gradients, log_prob = vmap(grad(weighted, has_aux=True), in_dims=(None, over, 0, 0), randomness="error")(
+            parameters, None if self.shared else self.tensors, self.actions, weights
+        )
+        return torch.cat([gradients[name].reshape(self.rows, -1) for name in parameters], 1), log_prob
+
+    def _row(self, tensors: dict[str, Tensor]) -> LayerView:
+        part = {name: tensor[None] for name, tensor in tensors.items()}
+        return replace(
+            self.view, keys=part["keys"], values=part["values"], slots=part["slots"], start=part["start"],
+            recorded={name: part[f"recorded.{name}"] for name in self.view.recorded},
+            memo={name: part[f"memo.{name}"] for name in self.view.memo},
+        )  # fmt: skip

@@ -1,0 +1,294 @@
+"""Manager: a small policy that evicts, stores and forgets, to be trained by policy gradient or by evolution.
+
+Sources: KVP (arXiv 2602.10238) for eviction as a ranking of all slots, good for any budget; ForesightKV (arXiv
+2602.03203) for a small network over attention statistics; Plackett-Luce rankings in `evomem.managers.plackett_luce`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from evomem.cache import Decision, LayerView
+from evomem.errors import ConfigError
+from evomem.managers import plackett_luce
+from evomem.managers.base import TOKENS, ManagerOptions, register
+from evomem.managers.feature_scorer import interpolate
+from evomem.managers.features import columns, parse, required, standardise
+from evomem.managers.selection import TopN, best
+from evomem.managers.stochastic import Action, Noise, StochasticManager
+
+ActionName = Literal["evict", "store", "forget"]
+POLICY_FEATURES = (
+    "key_norm", "value_norm", "keydiff", "valuediff", "key_step", "value_step", "age", "sink",
+    "attention", "attention_per_query", "last:8", "last:16", "last:32",
+    "block_max:64", "block_min:64", "block_sum:64", "block_decayed:64",
+    "mean:3:keydiff", "mean:3:value_norm", "mean:7:keydiff", "mean:7:valuediff", "mean:7:value_norm",
+    "mean:7:attention_per_query", "max:7:keydiff", "max:7:value_norm", "mean:21:keydiff", "mean:21:value_norm",
+    "max:21:keydiff",
+)  # fmt: skip
+"""Norms, rarity, age, the sinks, attention over several spans, and what stands around a slot."""
+LARGEST = 10.0
+"""Standardised features are cut here, so that a model with outliers cannot drive a policy that never saw them."""
+SPREAD = 0.5
+"""Standard deviation of the drawn log-rates of forgetting around their mean."""
+
+
+@register("kv_policy")
+class KVPolicy(StochasticManager):
+    """A policy over scale-preserving features: scores to rank slots by, log-odds to store, log-rates to forget.
+
+    With z the features after an affine map that is the same for all layers and heads (their mean and deviation over
+    some contexts, `calibrate`), d the relative depth, and one output per action a:
+
+        o_a = w_a(d)·z + Σ_h A_ah tanh(b_h + B_h d + Σ_f W_hf z_f) + c_a   (evict: + own weights of the head · z)
+
+    *Evict*: rankings are Plackett-Luce in o_evict, and any budget keeps the ranking's beginning; deployed, the plain
+    order. *Store*: a new token enters memory with probability σ(o_store); deployed, if o_store >= 0. *Forget*: a slot's
+    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget). Nothing is normalised
+    within a head, unless ``scale`` asks for it: norms carry signal. Features know no head size, head count, vocabulary.
+    """
+
+    class Options(ManagerOptions):
+        """Options of `KVPolicy`."""
+
+        actions: tuple[ActionName, ...] = Field(("evict",), description="any of evict, store, forget")
+        features: tuple[str, ...] = Field(
+            POLICY_FEATURES, max_length=1024, description="what each slot is described by; see `evomem list`"
+        )
+        scale: Literal["model", "head"] = Field(
+            "model", description="features are standardised with one mean and deviation for the model, or within heads"
+        )
+        hidden: int = Field(16, ge=0, le=4096, description="units of the network's one hidden layer; 0: linear")
+        knots: int = Field(2, ge=1, le=4096, description="points of depth at which the linear weights are given")
+        layers: int = Field(0, ge=0, le=4096, description="layers with weights of their own per head; 0: none")
+        heads: int = Field(0, ge=0, le=4096, description="KV heads with weights of their own per layer; 0: none")
+        sinks: int = Field(0, ge=0, le=TOKENS, description="first tokens that are always kept")
+        recent: int = Field(0, ge=0, le=TOKENS, description="newest tokens that are always kept")
+
+        @field_validator("actions")
+        @classmethod
+        def _some(cls, names: tuple[ActionName, ...]) -> tuple[ActionName, ...]:
+            if not names or len(set(names)) < len(names):
+                raise ValueError("name at least one action, and none twice")
+            return names
+
+        @field_validator("features")
+        @classmethod
+        def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+            if not names:
+                raise ValueError("give at least one feature")
+            for name in names:
+                parse(name)
+            return names
+
+        @model_validator(mode="after")
+        def _both(self) -> Self:
+            if bool(self.layers) != bool(self.heads):
+                raise ValueError("weights per head need both layers and heads")
+            return self
+
+    options: Options
+    head_parameters: ClassVar[frozenset[str]] = frozenset({"own"})
+    calibrates: ClassVar[bool] = True
+    feature_mean: Tensor
+    feature_deviation: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        o = self.options
+        count, outputs = len(o.features), len(o.actions)
+        self.weights = nn.Parameter(torch.zeros(outputs, o.knots, count))
+        if o.hidden:
+            # Random inside, zero outside: the network says nothing at first, and every unit can learn something else.
+            self.inner = nn.Parameter(torch.randn(o.hidden, count) / math.sqrt(count))
+            self.by_depth = nn.Parameter(torch.randn(o.hidden))
+            self.bias = nn.Parameter(torch.zeros(o.hidden))
+            self.outer = nn.Parameter(torch.zeros(outputs, o.hidden))
+        if o.layers:
+            self.own = nn.Parameter(torch.zeros(o.layers, o.heads, count))
+        # Of the ranking no constant matters. At first everything is stored, and nothing fades to speak of.
+        starts = {"store": 3.0, "forget": -6.0}
+        others = [starts[name] for name in o.actions if name in starts]
+        if others:
+            self.offset = nn.Parameter(torch.tensor(others))
+        self.register_buffer("feature_mean", torch.zeros(count))
+        self.register_buffer("feature_deviation", torch.ones(count))
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """What the declared features need."""
+        return required(self.options.features)
+
+    def make_selection(self) -> TopN:
+        """The best slots of every head after the protected ends."""
+        return TopN(self.options.budget, self.options.sinks, self.options.recent)
+
+    # ---- statistics -----------------------------------------------------------------------------------------------
+
+    def calibrate(self, views: Iterable[LayerView]) -> None:
+        """Set mean and deviation of every feature over the slots of some contexts, all layers and heads together.
+
+        Raises
+        ------
+        ConfigError : no slot to measure.
+        """
+        count, total, square = 0, torch.zeros(()), torch.zeros(())
+        for view in views:
+            rows = torch.stack(columns(view, self.options.features), -1)[view.valid].double().cpu()
+            count, total, square = count + len(rows), total + rows.sum(0), square + rows.square().sum(0)
+        if not count:
+            raise ConfigError("kv_policy: no slot to collect statistics from; give at least one context")
+        mean = total / count
+        self.feature_mean.copy_(mean)
+        self.feature_deviation.copy_((square / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3))
+
+    # ---- the network ----------------------------------------------------------------------------------------------
+
+    def outputs(self, view: LayerView) -> dict[str, Tensor]:
+        """Return o_a (batch, kv_heads, slots) fp32 by action."""
+        o = self.options
+        raw = view.once("policy " + o.scale + " ".join(o.features), lambda: self._columns(view))
+        z = raw if o.scale == "head" else (raw - self.feature_mean) / self.feature_deviation
+        z = z.clamp(-LARGEST, LARGEST)
+        place = view.depth + 0.5 if view.layers > 1 else 0.0
+        weights = torch.stack([interpolate(own, place) for own in self.weights.unbind(0)])
+        found = torch.matmul(z, weights.transpose(0, 1))
+        if o.hidden:
+            units = torch.tanh(torch.matmul(z, self.inner.transpose(0, 1)) + self.bias + self.by_depth * view.depth)
+            found = found + torch.matmul(units, self.outer.transpose(0, 1))
+        outputs: dict[str, Tensor] = dict(zip(map(str, o.actions), found.unbind(-1), strict=True))
+        if o.layers and "evict" in outputs:
+            own = interpolate(self.own, place)
+            own = own if own.shape[0] == z.shape[1] else own.mean(0, keepdim=True)
+            outputs["evict"] = outputs["evict"] + torch.matmul(z, own[..., None])[..., 0]
+        for number, name in enumerate(name for name in o.actions if name != "evict"):
+            outputs[name] = outputs[name] + self.offset[number]
+        return outputs
+
+    def _columns(self, view: LayerView) -> Tensor:
+        found = columns(view, self.options.features)
+        if self.options.scale == "head":
+            found = [standardise(column, view.valid) for column in found]
+        return torch.stack(found, -1)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the scores that slots are ranked by; without the action evict, the newest come first."""
+        outputs = self.outputs(view)
+        return outputs["evict"] if "evict" in outputs else -view.age.float()
+
+    def admit(self, view: LayerView) -> Tensor | None:
+        """Return the log-odds of storing."""
+        return self.outputs(view).get("store")
+
+    def decay(self, view: LayerView) -> Tensor | None:
+        """Return what is added to the slots' attention logits: -exp(o_forget)."""
+        rates = self.outputs(view).get("forget")
+        return None if rates is None else _faded(rates)
+
+    # ---- decisions ------------------------------------------------------------------------------------------------
+
+    def decide(self, view: LayerView) -> Decision:
+        """Decide as deployed. A token that is refused leaves its place to the next best, unlike in the base class."""
+        outputs = self.outputs(view)
+        scores = outputs["evict"] if "evict" in outputs else -view.age.float()
+        held = self._held(view, None if "store" not in outputs else outputs["store"] >= 0)
+        keep = self._kept(scores, view, held)
+        rates = outputs.get("forget")
+        return Decision(keep, None if rates is None else _faded(rates))
+
+    def draw(self, view: LayerView, noise: Noise) -> Action:
+        """Return a random action."""
+        outputs = self.outputs(view)
+        stored = ranking = rates = None
+        if "store" in outputs:
+            stored = outputs["store"] + noise.logistic(view.slots) > 0
+        if "evict" in outputs:
+            scores, _ = self._open(outputs["evict"], view, stored)
+            ranking = torch.argsort(scores + noise.gumbel(view.slots), dim=-1, descending=True, stable=True)
+        if "forget" in outputs:
+            rates = outputs["forget"] + SPREAD * noise.normal(view.slots)
+        return Action(ranking, stored, rates)
+
+    def carry_out(self, view: LayerView, action: Action) -> Decision:
+        """Return the decision that an action stands for."""
+        held = self._held(view, action.stored)
+        if action.ranking is None:
+            keep = self._kept(-view.age.float(), view, held)
+        else:
+            # Places in the ranking as scores; what is safe comes first in either case.
+            places = torch.arange(action.ranking.shape[-1], 0, -1, device=view.slots.device, dtype=torch.float32)
+            scores = torch.zeros(action.ranking.shape, device=view.slots.device)
+            scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
+            keep = self._kept(scores, view, held)
+        return Decision(keep, None if action.rates is None else _faded(action.rates))
+
+    def log_prob(self, view: LayerView, action: Action) -> Tensor:
+        """Return log π(action | view): (batch, kv_heads); the parts add up."""
+        outputs = self.outputs(view)
+        total = torch.zeros((), device=view.slots.device)
+        if action.stored is not None:
+            terms = plackett_luce.bernoulli_log_prob(outputs["store"], action.stored)
+            total = total + torch.where(_arrived(view), terms, 0.0).sum(-1)
+        if action.ranking is not None:
+            scores, picks = self._open(outputs["evict"], view, action.stored)
+            total = total + plackett_luce.log_prob(scores.expand_as(action.ranking), action.ranking, picks)
+        if action.rates is not None:
+            z = (action.rates - outputs["forget"]) / SPREAD
+            terms = -0.5 * z.square() - math.log(SPREAD * math.sqrt(2 * math.pi))
+            total = total + torch.where(view.valid, terms, 0.0).sum(-1)
+        return total
+
+    def choices(self, view: LayerView, action: Action) -> Tensor:
+        """Return the number of picks, gates and rates that were drawn: (batch, kv_heads)."""
+        total = torch.zeros((), device=view.slots.device)
+        if action.stored is not None:
+            total = total + _arrived(view).sum(-1)
+        if action.ranking is not None:
+            scores, picks = self._open(torch.zeros(action.ranking.shape, device=view.slots.device), view, action.stored)
+            total = total + torch.minimum(picks, torch.isfinite(scores).sum(-1))
+        if action.rates is not None:
+            total = total + view.valid.sum(-1)
+        return total
+
+    def _held(self, view: LayerView, stored: Tensor | None) -> Tensor:
+        """Slots that may stay: those with a token that was not refused."""
+        return view.valid if stored is None else view.valid & (stored | ~_arrived(view))
+
+    def _safe(self, view: LayerView, held: Tensor) -> Tensor:
+        """Protected slots, which no ranking decides about."""
+        selection = self.make_selection()
+        n = selection.limit(view)
+        return held & ((view.position < n.clamp(max=selection.sinks)) | (view.age < selection.window(view)))
+
+    def _kept(self, scores: Tensor, view: LayerView, held: Tensor) -> Tensor:
+        limits = torch.finfo(scores.dtype)
+        scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
+        scores = torch.where(self._safe(view, held), torch.inf, torch.where(held, scores, -torch.inf))
+        return best(scores, self.make_selection().limit(view)) & held
+
+    def _open(self, scores: Tensor, view: LayerView, stored: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the scores with -inf at slots that the ranking does not decide about, and how many picks it makes.
+
+        Returns
+        -------
+        scores (batch, kv_heads, slots), picks (batch, kv_heads) int64.
+        """
+        held = self._held(view, stored)
+        safe = self._safe(view, held)
+        picks = (self.make_selection().limit(view) - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
+        return torch.where(held & ~safe, scores, -torch.inf), picks
+
+
+def _faded(rates: Tensor) -> Tensor:
+    return -torch.exp(rates.clamp(max=4.0))
+
+
+def _arrived(view: LayerView) -> Tensor:
+    """Slots whose token came since the last decision: what storing is about."""
+    return view.valid & (view.age < view.fresh)

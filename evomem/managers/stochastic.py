@@ -1,0 +1,112 @@
+"""Manager: decisions that can be drawn, with their likelihood: what a policy gradient needs beside what is deployed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evomem.cache import Decision, LayerView
+from evomem.managers.base import MemoryManager
+
+
+@dataclass(frozen=True)
+class Action:
+    """What was drawn at one decision about one layer; a part that the manager does not draw is None.
+
+    Attributes
+    ----------
+    ranking : (batch, kv_heads, slots) int64, the slots in the order in which they are kept (`plackett_luce`).
+    stored : (batch, kv_heads, slots) bool, which of the new tokens enter memory.
+    rates : (batch, kv_heads, slots) fp32, logarithm of how fast each slot fades.
+    """
+
+    ranking: Tensor | None = None
+    stored: Tensor | None = None
+    rates: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parts that were drawn, by name."""
+        parts = {"ranking": self.ranking, "stored": self.stored, "rates": self.rates}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Random numbers for one decision about one layer, by token and not by slot.
+
+    A row's draws therefore depend neither on padding nor on what other rows hold.
+
+    Attributes
+    ----------
+    uniform : (batch, kinds, kv_heads, tokens) fp64 in [0, 1); `LayerView.slots` index the last axis.
+    """
+
+    uniform: Tensor
+
+    @classmethod
+    def of(cls, seeds: Sequence[tuple[int, ...]], view: LayerView) -> Noise:
+        """Return the noise of every row from its own seed (any integers); rows with equal seeds draw alike.
+
+        Drawn on the processor, whatever the view's device, so that a rollout is the same everywhere.
+        """
+        kv_heads = view.slots.shape[1]
+        rows = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(_mixed(seed))
+            rows.append(torch.rand(3, kv_heads, view.seen, generator=generator, dtype=torch.float64))
+        return cls(torch.stack(rows).to(view.slots.device))
+
+    def at(self, kind: int, slots: Tensor) -> Tensor:
+        """Return the numbers of the slots' tokens: (batch, kv_heads, slots) fp64; empty slots get some number."""
+        wide = slots.clamp(min=0).expand(self.uniform.shape[0], -1, -1)
+        return self.uniform[:, kind].gather(-1, wide)
+
+    def gumbel(self, slots: Tensor) -> Tensor:
+        """Return standard Gumbel noise (batch, kv_heads, slots) fp32, for a ranking."""
+        return -torch.log(-torch.log(self.at(0, slots).clamp(min=1e-300))).float()
+
+    def logistic(self, slots: Tensor) -> Tensor:
+        """Return standard logistic noise (batch, kv_heads, slots) fp32: g > -noise is Bernoulli with log-odds g."""
+        return torch.logit(self.at(1, slots), eps=1e-12).float()
+
+    def normal(self, slots: Tensor) -> Tensor:
+        """Return standard normal noise (batch, kv_heads, slots) fp32."""
+        drawn: Tensor = torch.special.ndtri(self.at(2, slots).clamp(1e-12, 1 - 1e-12))
+        return drawn.float()
+
+
+class StochasticManager(MemoryManager):
+    """A manager that can also draw its decision: deterministic when deployed, random while it is trained.
+
+    A rollout is a pure function of parameters and noise; its likelihood is differentiable in the parameters.
+    """
+
+    @abstractmethod
+    def draw(self, view: LayerView, noise: Noise) -> Action:
+        """Return a random action. A view of one row may be drawn for several times: one action a row of the noise."""
+
+    @abstractmethod
+    def carry_out(self, view: LayerView, action: Action) -> Decision:
+        """Return the decision that an action stands for."""
+
+    @abstractmethod
+    def log_prob(self, view: LayerView, action: Action) -> Tensor:
+        """Return log π(action | view) of every head: (batch, kv_heads), differentiable in the parameters."""
+
+    @abstractmethod
+    def choices(self, view: LayerView, action: Action) -> Tensor:
+        """Return how many random choices every head's action consists of: (batch, kv_heads)."""
+
+
+def _mixed(seed: tuple[int, ...]) -> int:
+    """Return one 63-bit seed for several integers; near ones give unrelated streams (SplitMix64's finaliser)."""
+    state = 0x9E3779B97F4A7C15
+    for part in seed:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
