@@ -9,8 +9,10 @@ import pytest
 import torch
 from test_evaluation import BUDGET, PROTOCOLS, READ, SPECS, TASK, made, make_sample, recorded, text
 
+from evomem.cache.observe import USED
 from evomem.errors import ConfigError
 from evomem.evaluation import Evaluator
+from evomem.evaluation.attention import sample_key
 from evomem.managers import MemoryManager
 from evomem.models import LoadedModel
 from evomem.testing.models import tiny, tiny_tokenizer
@@ -82,6 +84,30 @@ def test_shares_equal_a_full_eager_run(loaded, name):
         assert evaluation.bytes_peak == evaluation.bytes_mean == held
         assert np.isnan(evaluation.loglik)
         assert evaluation.exact is None
+
+
+def test_peak_and_next_use_equal_a_full_eager_run(loaded):
+    evaluator, sample = Evaluator(loaded), make_sample()
+    tokens = evaluator.tokens(sample)
+    found = evaluator.future.of(evaluator, tokens, sample_key(tokens), frozenset())
+    model = tiny(loaded.name, layers=2)
+    model.set_attn_implementation("eager")
+    fed = torch.cat((tokens.read, tokens.prompt, tokens.answer[:, :-1]), 1)
+    attentions = model(fed, output_attentions=True).attentions
+    uses = 0
+    for layer, attention in enumerate(attentions):
+        shape = found.paid[layer].shape
+        assert shape == found.peak[layer].shape == found.next_use[layer].shape == (1, shape[1], READ)
+        by_head = attention[0, :, READ:, :READ].view(shape[1], -1, fed.shape[1] - READ, READ).double()
+        torch.testing.assert_close(found.paid[layer][0].double(), by_head.mean((1, 2)), atol=1e-6, rtol=1e-4)
+        largest = by_head.amax(1)
+        torch.testing.assert_close(found.peak[layer][0].double(), largest.sum(1), atol=1e-6, rtol=1e-4)
+        for head in range(shape[1]):
+            for slot in range(READ):
+                used = [n for n, share in enumerate(largest[head, :, slot].tolist()) if share >= USED]
+                assert found.next_use[layer][0, head, slot] == (used[0] if used else len(largest[head]))
+                uses += bool(used)
+    assert uses
 
 
 def test_keeping_all_is_exactly_one_and_halves_add_up(loaded):

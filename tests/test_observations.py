@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evomem.cache import Decision, LayerView, SlotCache, attached
+from evomem.cache.observe import USED
 from evomem.errors import CacheError, ConfigError, UnsupportedModelError
 from evomem.managers import Schedule, build
 from evomem.testing.comparing import random_rows, read
@@ -24,6 +25,8 @@ ALL = (
     "window_attention:5",
     "window_attention:1",
     "window_statistics:5",
+    "window_peak:5",
+    "window_next_use:5",
     "query_statistics",
 )
 
@@ -125,6 +128,40 @@ def test_window_attention_is_the_softmax_over_the_slots_held_now(family: str, wi
                 fading = sum(0.9 ** (4 - n) * paid[n] for n in range(5))
                 slow = np.stack([paid.max(0), paid.min(0), paid.sum(0), fading], axis=-1)
                 np.testing.assert_allclose(view.recorded["window_statistics:5"][row, head], slow, atol=1e-5)
+                np.testing.assert_allclose(view.recorded["window_peak:5"][row, head], paid.sum(0), atol=1e-5)
+                check_next_use(view.recorded["window_next_use:5"][row, head].numpy(), paid)
+
+
+def check_next_use(got: np.ndarray, paid: np.ndarray) -> None:
+    """paid (queries, slots) is what the most attentive head of the group pays; shares near the threshold may fall."""
+    for at, column in enumerate(paid.T):
+        if np.abs(column - USED).min() > 1e-5:
+            assert got[at] == next((n for n, share in enumerate(column) if share >= USED), len(paid))
+
+
+@pytest.mark.parametrize(("family", "window"), [("qwen2", None), ("gemma", None), ("mistral", 11)])
+def test_peak_and_next_use_take_the_largest_of_the_group(family: str, window: int | None) -> None:
+    """Against a whole eager run of grouped heads, rows of unequal length, one shorter than the window of queries."""
+    model = tiny(family, layers=2, **({} if window is None else {"sliding_window": window}))
+    batch = Batch.of(random_rows(model, [40, 31, 3], 4))
+    _, views = observe(model, Dropping(drop=False), batch, [13, 27])
+    model.set_attn_implementation("eager")
+    for row, length in enumerate((40, 31, 3)):
+        attentions = model(batch.ids[row : row + 1, 40 - length :], output_attentions=True).attentions
+        for view, full in zip(views, attentions, strict=True):
+            kv_heads = view.slots.shape[1]
+            assert full.shape[1] > kv_heads
+            grouped = full[0].view(kv_heads, -1, length, length)[:, :, -5:].numpy()
+            for head in range(kv_heads):
+                paid = np.zeros((grouped.shape[2], 40))
+                paid[:, 40 - length :] = grouped[head].max(0)
+                np.testing.assert_allclose(view.recorded["window_peak:5"][row, head], paid.sum(0), atol=1e-5)
+                if len(paid) == 5:
+                    check_next_use(view.recorded["window_next_use:5"][row, head].numpy(), paid)
+                else:  # 5 means never, however few queries there were
+                    got = view.recorded["window_next_use:5"][row, head].numpy()
+                    assert not (got == len(paid)).any()
+                    check_next_use(np.where(got == 5, len(paid), got), paid)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -262,7 +299,16 @@ def test_attention_sum_is_conserved() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "window_attention:0", "window_attention:W", "window_attention", "window_statistics:0"]
+    "name",
+    [
+        "attention",
+        "window_attention:0",
+        "window_attention:W",
+        "window_attention",
+        "window_statistics:0",
+        "window_peak",
+        "window_next_use:x",
+    ],
 )
 def test_unknown_observation_is_named(name: str) -> None:
     class Asking(Dropping):

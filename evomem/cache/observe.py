@@ -9,13 +9,17 @@ name                      what ``LayerView.recorded`` holds
                           now (fewer queries while fewer were read)
 ``window_statistics:W``   (batch, kv_heads, slots, 4): of the same attention the maximum, the minimum, the sum, and the
                           sum in which the n-th query from the end (n = 0 is the last) counts 0.9^n
+``window_peak:W``         (batch, kv_heads, slots): the same queries, but of each the *largest* attention that a query
+                          head of the group pays, summed over the queries (KVP, arXiv 2602.10238)
+``window_next_use:W``     (batch, kv_heads, slots) fp32: which of the same queries (0 is the first) is the
+                          first in which a query head of the group pays the slot at least `USED`; W if none does
 ``query_statistics``      ``query_mean`` (batch, query_heads, head_dim), ``query_covariance`` (…, head_dim, head_dim) of
                           the queries before rotation, without a row's first 4; ``future_rotation`` (batch, head_dim,
                           head_dim), the mean rotation of the next 512 positions
 ========================  ==================================================================================
 
-Attention is post-softmax, fp32, and a mean over the query heads of the KV head's group. It is computed in blocks of
-queries; a (heads, tokens, tokens) tensor never exists.
+Attention is post-softmax, fp32, and, where nothing else is said, a mean over the query heads of the KV head's group. It
+is computed in blocks of queries; a (heads, tokens, tokens) tensor never exists.
 """
 
 from __future__ import annotations
@@ -32,10 +36,13 @@ from evomem.cache.spectrum import BINS, HOP, advance
 from evomem.errors import ConfigError
 
 OBSERVATIONS = (
-    "attention_sum", "attention_spectrum", "window_attention:W", "window_statistics:W", "query_statistics",
+    "attention_sum", "attention_spectrum", "window_attention:W", "window_statistics:W", "window_peak:W",
+    "window_next_use:W", "query_statistics",
 )  # fmt: skip
 FADING = 0.9
 """Weight of a query against the next one in the last of the window's statistics."""
+USED = 1 / 64
+"""Share of a query's attention from which on a slot counts as used by it; well above an even share."""
 SINKS, FUTURE = 4, 512
 """Queries left out of the statistics, and positions ahead, of Expected Attention (arXiv 2510.00636)."""
 
@@ -49,11 +56,14 @@ class Wanted:
     query_statistics: bool = False
     windows: tuple[int, ...] = ()
     statistics: tuple[int, ...] = ()
+    peaks: tuple[int, ...] = ()
+    next_uses: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, names: frozenset[str]) -> Wanted:
         """Parse names; raise `ConfigError` for one that does not exist."""
-        windows: dict[str, list[int]] = {"window_attention": [], "window_statistics": []}
+        kinds = ("window_attention", "window_statistics", "window_peak", "window_next_use")
+        windows: dict[str, list[int]] = {kind: [] for kind in kinds}
         for name in names:
             head, _, width = name.partition(":")
             if head in windows and width.isdigit() and int(width) > 0:
@@ -64,14 +74,18 @@ class Wanted:
             "attention_sum" in names,
             "attention_spectrum" in names,
             "query_statistics" in names,
-            tuple(sorted(windows["window_attention"])),
-            tuple(sorted(windows["window_statistics"])),
+            *(tuple(sorted(windows[kind])) for kind in kinds),
         )
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers of newest queries that something is wanted of, ascending."""
+        return sorted({*self.windows, *self.statistics, *self.peaks, *self.next_uses})
 
     @property
     def queries(self) -> int:
         """How many of the newest queries must be held."""
-        return max((*self.windows, *self.statistics), default=0)
+        return max(self.widths, default=0)
 
     @property
     def every_query(self) -> bool:
@@ -205,19 +219,25 @@ class Recorder:
         scale: float, decays: Tensor | None, window: int | None, softcap: float | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Return what is wanted of each row's last queries over the slots held now; arguments as in `SlotLayer`."""
-        found = {}
-        for width in sorted({*self.wanted.windows, *self.wanted.statistics}):
+        found, wanted = {}, self.wanted
+        for width in wanted.widths:
             query = self.rowwise["queries"][:, :, -width:]
             indices = torch.arange(seen - query.shape[2], seen, device=query.device)
             real = indices >= start[:, None]
             mask = slot_mask(slots, indices, decays=decays, window=window)
-            attention = attention_probabilities(query, keys, scale, mask, softcap).mean(2)
-            # A query that nothing is left for, or that is padding, attends to nothing (the softmax of nothing is NaN).
-            attention = torch.where(real[:, None, :, None], attention, 0.0).nan_to_num(nan=0.0)
-            if width in self.wanted.windows:
-                found[f"window_attention:{width}"] = attention.sum(2) / real.sum(1).clamp(min=1)[:, None, None]
-            if width in self.wanted.statistics:
-                found[f"window_statistics:{width}"] = window_statistics(attention, real)
+            by_head = attention_probabilities(query, keys, scale, mask, softcap)
+            if width in wanted.windows or width in wanted.statistics:
+                attention = _of_real(by_head.mean(2), real)
+                if width in wanted.windows:
+                    found[f"window_attention:{width}"] = attention.sum(2) / real.sum(1).clamp(min=1)[:, None, None]
+                if width in wanted.statistics:
+                    found[f"window_statistics:{width}"] = window_statistics(attention, real)
+            if width in wanted.peaks or width in wanted.next_uses:
+                largest = _of_real(by_head.amax(2), real)
+                if width in wanted.peaks:
+                    found[f"window_peak:{width}"] = largest.sum(2)
+                if width in wanted.next_uses:
+                    found[f"window_next_use:{width}"] = next_use(largest, real, width)
         return found
 
     def recorded(
@@ -264,3 +284,21 @@ def window_statistics(attention: Tensor, real: Tensor) -> Tensor:
     smallest = torch.where(torch.isfinite(smallest), smallest, 0.0)  # no real query yet
     parts = (attention.amax(2), smallest, attention.sum(2), torch.einsum("bhqs,q->bhs", attention, fading))
     return torch.stack(parts, dim=-1)
+
+
+def next_use(largest: Tensor, real: Tensor, width: int) -> Tensor:
+    """Return which real query is the first to use each slot: (batch, kv_heads, slots) fp32, ``width`` where none does.
+
+    largest : (batch, kv_heads, queries, slots), the largest attention in the group. real : (batch, queries) bool; only
+    real queries count, so that padding does not shift the result.
+    """
+    place = (real.cumsum(1) - 1).to(largest.dtype)[:, None, :, None]
+    return torch.where((largest >= USED) & real[:, None, :, None], place, float(width)).amin(2)
+
+
+def _of_real(attention: Tensor, real: Tensor) -> Tensor:
+    """Attention (batch, kv_heads, queries, slots) with 0 for queries that attend to nothing.
+
+    Those are the padded ones, and those that nothing is left for (the softmax of nothing is NaN).
+    """
+    return torch.where(real[:, None, :, None], attention, 0.0).nan_to_num(nan=0.0)

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from evomem.cache import SlotCache, attached
 from evomem.errors import ConfigError
 from evomem.evaluation.population import PopulationPolicy
-from evomem.evaluation.store import token_key
+from evomem.evaluation.store import Reading, token_key
 from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
 from evomem.tasks.base import Sample
@@ -32,36 +32,66 @@ if TYPE_CHECKING:
     from evomem.evaluation.evaluator import Evaluator, Tokens
 
 LIMIT = 4096
-"""Samples whose future attention is remembered (about 0.2 MB each for 500 tokens and 90 heads)."""
+"""Samples whose future attention is remembered (about 0.6 MB each for 500 tokens and 90 heads)."""
+
+_WATCHED = {"paid": "window_attention", "peak": "window_peak", "next_use": "window_next_use"}
+
+
+class Future(NamedTuple):
+    """What question and answer do with the context's slots: per layer (1, kv_heads, slots of the context) fp32.
+
+    Attributes
+    ----------
+    paid : attention, mean over the query heads of the group and over the tokens.
+    peak : attention, the largest of the group per token, summed over the tokens: f of KVP's trace reward.
+    next_use : the first token, counted from 0, that uses the slot (see `evomem.cache.observe`); their number if none.
+    """
+
+    paid: tuple[Tensor, ...]
+    peak: tuple[Tensor, ...]
+    next_use: tuple[Tensor, ...]
 
 
 @dataclass
 class FutureAttention:
-    """Future attention by the sample's tokens, computed once: per layer (1, kv_heads, slots of the context) fp32."""
+    """What a sample's question and answer do with its context, by the sample's tokens, computed once."""
 
-    known: OrderedDict[str, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
+    known: OrderedDict[str, Future] = field(default_factory=OrderedDict)
 
-    def of(self, evaluator: Evaluator, tokens: Tokens, key: str, observes: frozenset[str]) -> tuple[Tensor, ...]:
-        """Return the mean attention of the question's and answer's tokens to every slot of the context."""
+    def of(self, evaluator: Evaluator, tokens: Tokens, key: str, observes: frozenset[str]) -> Future:
+        """Return what the question's and answer's tokens do with every slot of the whole context.
+
+        tokens, key : of the sample, see `sample_key`. observes : of the reading that is used or made.
+        """
         if key not in self.known:
             reading = evaluator.reading(tokens.read, observes)
-            name = f"future/{key}"
-            if all(name in view.memo for view in reading.views):  # it came with the reading, from another process
-                self.known[key] = tuple(view.memo[name] for view in reading.views)
-                return self.known[key]
-            fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
-            window = f"window_attention:{fed.shape[1]}"
-            with attached(evaluator.loaded.model):
-                watching = evaluator.watching(frozenset({window}))
-                cache = SlotCache.from_views(reading.views, watching, model=evaluator.loaded.model)
-                evaluator.forward(fed, cache, 1)
-            views = (layer.view() for layer in cache.layers)
-            self.known[key] = tuple(view.recorded[window][:, :, : reading.tokens].clone() for view in views)
-            for view, attention in zip(reading.views, self.known[key], strict=True):
-                view.memo[name] = attention
+            names = {part: f"future/{key}/{part}" for part in Future._fields}
+            if not all(name in view.memo for view in reading.views for name in names.values()):
+                self._look(evaluator, tokens, reading, names)
+            # It may have come with the reading, from another process.
+            parts = {part: tuple(view.memo[name] for view in reading.views) for part, name in names.items()}
+            self.known[key] = Future(**parts)
             while len(self.known) > LIMIT:
                 self.known.popitem(last=False)
         return self.known[key]
+
+    def _look(self, evaluator: Evaluator, tokens: Tokens, reading: Reading, names: dict[str, str]) -> None:
+        """Let the model read question and answer after the whole context, and leave what it looked at in the memos."""
+        fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
+        watched = {part: f"{kind}:{fed.shape[1]}" for part, kind in _WATCHED.items()}
+        with torch.no_grad(), attached(evaluator.loaded.model):
+            watching = evaluator.watching(frozenset(watched.values()))
+            cache = SlotCache.from_views(reading.views, watching, model=evaluator.loaded.model)
+            evaluator.forward(fed, cache, 1)
+        for view, layer in zip(reading.views, cache.layers, strict=True):
+            recorded = layer.view().recorded
+            for part, name in names.items():
+                view.memo[name] = recorded[watched[part]][:, :, : reading.tokens].clone()
+
+
+def sample_key(tokens: Tokens) -> str:
+    """Return what a sample is called by its content; a task of another length gives its samples the same ids."""
+    return "/".join(token_key(part) for part in (tokens.read, tokens.prompt, tokens.answer))
 
 
 @torch.no_grad()
@@ -84,12 +114,11 @@ def retained_attention(
     reading = evaluator.reading(tokens.read, observes)
     read = reading.tokens if evaluator.store.misses > misses else 0
     asked = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
-    # By content and not by id: a task of another length calls its samples the same.
-    key = "/".join(token_key(part) for part in (tokens.read, tokens.prompt, tokens.answer))
+    key = sample_key(tokens)
     first = key not in evaluator.future.known
     future = evaluator.future.of(evaluator, tokens, key, observes)
     shares, kept, held = [], [], torch.zeros(len(managers))
-    for view, paid in zip(reading.views, future, strict=True):
+    for view, paid in zip(reading.views, future.paid, strict=True):
         keep = policy.decide(view).keep
         share = (paid * keep).sum(-1) / paid.sum(-1).clamp(min=1e-9)
         shares.append(share)
