@@ -238,6 +238,20 @@ class SearchSpace:
                 )
         return self._encode(manager, {name: getattr(manager.options, name) for name in self._options})
 
+    def gradient(self, by_parameter: Array) -> Array:
+        """Return the gradient in a vector (dim,) from that in all parameters, in the order of registration.
+
+        Options have none: their coordinates get 0.
+        """
+        found, place, at = np.zeros(self.dim), 0, 0
+        for name, parameter in self.template.named_parameters():
+            part = by_parameter[at : at + parameter.numel()]
+            at += parameter.numel()
+            if name in self._weights:
+                found[place : place + len(part)] = part * self._weights[name]
+                place += len(part)
+        return found
+
     def _encode(self, manager: MemoryManager, values: Mapping[str, Any]) -> Array:
         weights = [
             parameter.detach().double().cpu().numpy().ravel() / self._weights[name]

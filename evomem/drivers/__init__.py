@@ -10,6 +10,7 @@ from evomem.drivers.cmaes import CMAES
 from evomem.drivers.cmaes_library import LRACMA, CatCMA
 from evomem.drivers.evotorch_searchers import CEM, PGPE, SNES, XNES, EvoTorchCMAES
 from evomem.drivers.nsga2 import NSGA2
+from evomem.drivers.policy_gradient import PolicyGradient
 from evomem.drivers.random_search import RandomSearch
 from evomem.drivers.warm import WarmStart
 
@@ -26,6 +27,7 @@ __all__ = [
     "CatCMA",
     "Driver",
     "EvoTorchCMAES",
+    "PolicyGradient",
     "Population",
     "RandomSearch",
     "WarmStart",

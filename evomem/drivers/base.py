@@ -22,11 +22,17 @@ class Population:
     generation : counted from 0.
     vectors : (candidates, dim) float64.
     seeds : (candidates,) int64, the sampling seed of each candidate (only stochastic managers use it).
+    draw : number of the minibatch that it is measured on, counted like generations; None: its own generation's.
+    behaviour : (dim,) the policy that draws the rollouts, if it is not the candidates' own.
+    reference : (dim,) a policy whose distance is measured on the way.
     """
 
     generation: int
     vectors: Array
     seeds: NDArray[np.int64]
+    draw: int | None = None
+    behaviour: Array | None = None
+    reference: Array | None = None
 
 
 class Driver(Protocol):

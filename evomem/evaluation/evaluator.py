@@ -13,6 +13,7 @@ from evomem.cache import Decision, LayerView, SlotCache, attached
 from evomem.cache.cache import CachePolicy
 from evomem.errors import TaskError
 from evomem.evaluation.attention import FutureAttention, retained_attention
+from evomem.evaluation.costs import How, KnownSamples, ranking_costs
 from evomem.evaluation.meter import Meter
 from evomem.evaluation.population import Deciding, PopulationPolicy
 from evomem.evaluation.rollouts import RolloutPolicy, sample_number
@@ -68,6 +69,7 @@ class Evaluator:
         self.protocol = protocol or EvaluationProtocol()
         self.store: Readings = store if store is not None else PrefillStore()
         self.future = FutureAttention()
+        self.traces: KnownSamples | None = None
         config = loaded.model.generation_config
         ends = getattr(config, "eos_token_id", None) if config is not None else None
         self._ends = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id} - {None}
@@ -83,17 +85,22 @@ class Evaluator:
         *,
         exact: bool = False,
         attention: bool = False,
+        costs: How | None = None,
+        oracle: bool = False,
         observes: frozenset[str] = frozenset(),
     ) -> list[Evaluation]:
         """Evaluate every manager on one sample.
 
         ``exact`` also generates greedily and applies the task's metric. ``attention`` measures `Evaluation.heads`
-        *instead* of the likelihood, without a model call (`evomem.evaluation.attention`). ``observes`` is recorded
+        *instead* of the likelihood, without a model call (`evomem.evaluation.attention`), and so does ``costs``, with
+        `Evaluation.oracle` if ``oracle`` (`evomem.evaluation.costs`). ``observes`` is recorded
         besides what the managers need, so that calls with other managers find the same reading in the store. Returns
         one `Evaluation` a manager, in order.
         """
         if attention:
             return retained_attention(self, managers, sample, observes)
+        if costs is not None:
+            return ranking_costs(self, managers, sample, costs, oracle=oracle, observes=observes)
         tokens = self.tokens(sample)
         ready = [self.scheduled(manager) for manager in managers]
         found: dict[int, Evaluation] = {}
@@ -117,6 +124,19 @@ class Evaluator:
         for place, manager in enumerate(managers):
             alike.setdefault(manager.observes, []).append(place)
         return list(alike.values())
+
+    def costs(
+        self,
+        managers: Sequence[MemoryManager],
+        sample: Sample,
+        how: How,
+        *,
+        seeds: Sequence[int] = (),
+        gradient: bool = False,
+        oracle: bool = False,
+    ) -> list[Evaluation]:
+        """Return what the managers' rankings cost on one sample: `ranking_costs`."""
+        return ranking_costs(self, managers, sample, how, seeds=seeds, gradient=gradient, oracle=oracle)
 
     @torch.no_grad()
     def rollouts(

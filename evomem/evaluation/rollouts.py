@@ -139,7 +139,7 @@ class RolloutPolicy:
         return tuple(found)
 
     def _learn(self, number: int, view: LayerView, action: Action) -> None:
-        rows = _Rows(view, action, self.size)
+        rows = DrawnRows(view, action, self.size)
         ones = torch.ones(self.size, view.slots.shape[1], device=view.slots.device)
         if self.behaviour is None:
             gradient, log_prob = rows.gradient(self.manager, ones)
@@ -180,7 +180,7 @@ class _LogProb(nn.Module):
         return self.manager.log_prob(view, action)
 
 
-class _Rows:
+class DrawnRows:
     """The rows of a decision, one by one under `vmap`: views (shared or own) and actions."""
 
     def __init__(self, view: LayerView, action: Action, rows: int) -> None:

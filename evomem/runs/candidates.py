@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.drivers.estimators import Rollouts
 from evomem.errors import EvomemError, RunError
-from evomem.evaluation.types import Evaluation
+from evomem.evaluation.types import Evaluation, Step
 from evomem.managers.base import MemoryManager, managers
 from evomem.runs.bench import Bench
 from evomem.runs.config import Budget, Stage, TaskConfig
-from evomem.runs.fitness import Fitness, TaskValues, baseline_scale, combine, objective_of, worth
+from evomem.runs.fitness import Fitness, TaskValues, baseline_scale, combine, objective_of, rollouts_of, worth
 from evomem.runs.journal import Journal, Record, evaluations_of, unit_record
 from evomem.runs.samples import Samples
 from evomem.search_space import SearchSpace
-from evomem.tasks.base import Sample
+from evomem.tasks.base import Sample, Task
 from evomem.tracking.base import logger
 from evomem.workers.base import Unit, WorkerPool
 
@@ -46,10 +47,41 @@ class UnitEvaluator:
     def __call__(self, unit: Unit) -> list[Evaluation]:
         """Return one evaluation a candidate."""
         task, evaluator = self._samples.tasks[unit.task], self._bench.of(self._samples.configs[unit.task]).evaluator
-        found = evaluator.evaluate(self._managers(unit), unit.sample, task, **unit.arguments)
+        if "rollouts" in unit.arguments:
+            found = self._rollouts(unit, task, evaluator)
+        else:
+            found = evaluator.evaluate(self._managers(unit), unit.sample, task, **unit.arguments)
         if len(found) != unit.candidates:
             raise RunError(f"unit {unit.key}: {unit.candidates} evaluations expected, {len(found)} came back")
         return found
+
+    def _rollouts(self, unit: Unit, task: Task, evaluator: Any) -> list[Evaluation]:
+        """Return rollouts of the one policy that a unit's candidates are; gradients in the vector's coordinates."""
+        if unit.vectors is None or (unit.vectors != unit.vectors[:1]).any():
+            raise RunError(f"unit {unit.key}: rollouts are of one policy; these candidates are several")
+        arguments = dict(unit.arguments)
+        policies = arguments.pop("rollouts")
+        how = arguments.pop("costs", None)
+        managers = self._managers(unit)
+        seeds = [int(seed) for seed in unit.seeds]
+        if how is not None:
+            found = evaluator.costs(managers, unit.sample, how, seeds=seeds, gradient=True)
+        else:
+            others = {name: self._policy(unit, vector) for name, vector in policies.items() if vector is not None}
+            found = evaluator.rollouts(managers[0], unit.sample, task, seeds, **others, **arguments)
+        return [replace(one, steps=tuple(self._mapped(step) for step in one.steps or ())) for one in found]
+
+    def _policy(self, unit: Unit, vector: Vectors) -> MemoryManager:
+        manager = self._space.decode(vector)
+        return manager if unit.budget is None else manager.with_options(budget=unit.budget)
+
+    def _mapped(self, step: Step) -> Step:
+        """Return a step whose gradients are in the coordinates of the search space."""
+
+        def mapped(packed: bytes) -> bytes:
+            return Step.pack(self._space.gradient(Step.numbers(packed))) if packed else b""
+
+        return replace(step, gradient=mapped(step.gradient), lower=mapped(step.lower))
 
     def _managers(self, unit: Unit) -> list[MemoryManager]:
         if unit.vectors is None:
@@ -147,6 +179,8 @@ class Plan:
     stage : tasks, budgets and fitness.
     samples : samples of every task of the stage, in its order.
     exact : generate text too, whatever the objective.
+    rollouts : measure rollouts of one policy, with gradients; maps ``behaviour`` and ``reference`` to vectors or None.
+    arguments : take these in place of the objective's; the fitness is then not worth looking at.
     """
 
     phase: str
@@ -154,6 +188,23 @@ class Plan:
     stage: Stage
     samples: tuple[tuple[Sample, ...], ...]
     exact: bool = False
+    rollouts: Mapping[str, Vectors | None] | None = None
+    arguments: Mapping[str, Any] | None = None
+
+    def evaluator_arguments(self) -> dict[str, Any]:
+        """Return what the evaluator is asked for."""
+        objective = objective_of(self.stage.fitness)
+        if self.arguments is not None:
+            return dict(self.arguments)
+        found = dict(objective.arguments)
+        if self.exact:
+            found["exact"] = True
+        if self.rollouts is not None:
+            found |= objective.drawn
+            found["rollouts"] = dict(self.rollouts)
+            if self.stage.fitness.reading:
+                found["listens"] = True
+        return found
 
 
 @dataclass(frozen=True)
@@ -202,9 +253,7 @@ class Judge:
 
     def judge(self, plan: Plan, vectors: Vectors, seeds: Seeds) -> tuple[Fitness, list[Row]]:
         """Return the fitness of candidates (candidates, dim), and all evaluations."""
-        arguments = dict(objective_of(plan.stage.fitness).arguments)
-        if plan.exact:
-            arguments["exact"] = True
+        arguments = plan.evaluator_arguments()
         places = [
             (place, number, budget)
             for place, samples in enumerate(plan.samples)
@@ -215,17 +264,23 @@ class Judge:
         found = self._measuring.evaluate([unit for chunks in units for unit in chunks])
         baselines = self._baselines(plan)
         values: list[list[list[Vectors]]] = [[[] for _ in samples] for samples in plan.samples]
-        rows = []
+        total = sum(task.weight for task in plan.stage.tasks)
+        rows, groups = [], list[Rollouts]()
         for (place, number, budget), chunks in zip(places, units, strict=True):
             evaluations = [evaluation for unit in chunks for evaluation in found[unit.key]]
             rows.append(Row(plan.stage.tasks[place], budget, evaluations))
-            values[place][number].append(worth(evaluations, plan.stage.fitness, *baselines[place][number]))
+            value = worth(evaluations, plan.stage.fitness, *baselines[place][number])
+            values[place][number].append(value)
+            if plan.rollouts is not None:
+                share = plan.stage.tasks[place].weight / total / len(plan.samples[place])
+                share /= len(plan.stage.budgets or (None,))
+                groups.append(rollouts_of(evaluations, value, plan.stage.fitness, share))
         tasks = [
             TaskValues(task.weight, np.stack([np.mean(sample, axis=0) for sample in values[place]], axis=1))
             for place, task in enumerate(plan.stage.tasks)
         ]
-        fitness = replace(combine(tasks), held=by_bytes(rows))
-        if objective_of(plan.stage.fitness).headwise:
+        fitness = replace(combine(tasks), held=by_bytes(rows), rollouts=tuple(groups))
+        if objective_of(plan.stage.fitness).headwise and len({task.model for task in plan.stage.tasks}) == 1:
             fitness = replace(fitness, heads=by_head(rows))
         return fitness, rows
 
@@ -257,7 +312,7 @@ class Judge:
     def _baselines(self, plan: Plan) -> list[list[tuple[float | None, float]]]:
         """Return what to subtract and what to divide by, per task and sample."""
         config = plan.stage.fitness
-        if config.normalise == "none":
+        if config.normalise == "none" or plan.arguments is not None:
             return [[(None, 1.0)] * len(samples) for samples in plan.samples]
         objective = objective_of(config)
         units = [

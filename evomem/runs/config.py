@@ -78,11 +78,27 @@ class FitnessConfig(Settings):
     price_per_megabyte : taken off per 10^6 bytes of mean memory, in units of the objective.
     normalise : ``full`` measures against the full cache on the same samples: its likelihood is subtracted (nats lost
         to eviction), its exact score divides. With several models it should be set: they differ in what they can do.
+    reading : for a policy gradient under ``streaming``: how much the mean log-likelihood of the tokens that are read
+        after a decision, until the next, adds to the fitness; each decision is credited with what comes after it.
     """
 
     objective: str = "loglik"
     price_per_megabyte: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     normalise: Literal["none", "full"] = "none"
+    reading: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class DiagnosticsConfig(Settings):
+    """How often a search looks at how its mean compares with decisions that know the future; see docs/policies.md.
+
+    Attributes
+    ----------
+    every : generations between two looks; 0: never. Needs ``compress_once``.
+    contexts : training contexts per task to look at, always the same ones.
+    """
+
+    every: int = Field(default=0, ge=0)
+    contexts: int = Field(default=4, ge=1)
 
 
 class StageConfig(Settings):
@@ -148,6 +164,8 @@ class ExperimentConfig(Settings):
     chance_contexts : on so many training contexts per task the full cache must beat having read nothing, before the
         search begins; 0 leaves the check out.
     attempts : how often a failing evaluation is tried before the search stops.
+    traces : folders that `evomem trace` made: what is recorded there is not read by the model again.
+    diagnostics : see `DiagnosticsConfig`.
     threads : processor threads that an evaluation uses, in this process or in a worker. Part of the experiment because
         another number moves results in the last digits; to use more cores, take more workers.
     """
@@ -174,6 +192,8 @@ class ExperimentConfig(Settings):
     chance_contexts: int = Field(default=8, ge=0)
     attempts: int = Field(default=2, ge=1)
     threads: int = Field(default=1, ge=1)
+    traces: list[str] = Field(default_factory=list)
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
     _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
     _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))

@@ -19,6 +19,7 @@ from evomem.config import Settings, validate
 from evomem.drivers.base import Array, Driver, Population
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError, RunError
+from evomem.managers.stochastic import StochasticManager
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.files import write_vector
 from evomem.runs.fitness import objective_of
@@ -58,7 +59,9 @@ def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, fold
     ConfigError : options that the driver does not have; a warm start from a run that does not fit.
     RunError : the other run is none, or cannot be followed.
     """
-    if len(config.all_models) > 1 and any(objective_of(stage.fitness).headwise for stage in config.plan()):
+    kind = drivers.drivers.get(config.driver.name)
+    headwise = any(objective_of(stage.fitness).headwise for stage in config.plan())
+    if len(config.all_models) > 1 and headwise and getattr(kind, "takes_blocks", False):
         raise ConfigError(
             "fitness.objective: one that gives every head a fitness of its own is for one model: heads of different "
             "models are not the same heads"
@@ -68,7 +71,8 @@ def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, fold
         "popsize": config.driver.population,
         **config.driver.options,
     }
-    kind = drivers.drivers.get(config.driver.name)
+    if getattr(kind, "takes_rollouts", False):
+        check_policy(config, space)
     if getattr(kind, "takes_blocks", False):
         options["blocks"] = space.blocks()
     if getattr(kind, "takes_variables", False):
@@ -80,6 +84,29 @@ def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, fold
             raise ConfigError(f"driver {config.driver.name!r} has no option warm_start; it is one of {', '.join(able)}")
         options["warm"] = _warm_start(wanted, config.driver.name, space.dim, folder)
     return drivers.build(config.driver.name, space.dim, start, config.seed, **options)
+
+
+def check_policy(config: ExperimentConfig, space: SearchSpace) -> None:
+    """Raise `ConfigError` if a policy gradient cannot search this space by the experiment's objectives."""
+    name = config.space.manager.name
+    if config.space.options:
+        raise ConfigError(
+            f"driver {config.driver.name!r}: space.options: {', '.join(config.space.options)} vary, and options have "
+            "no gradient; leave them out, or take a driver of evolution"
+        )
+    for stage in config.plan():
+        objective = objective_of(stage.fitness)
+        if not objective.exact and not isinstance(space.template, StochasticManager):
+            raise ConfigError(
+                f"driver {config.driver.name!r}: stage {stage.name!r}: manager {name!r} draws no decisions, so its "
+                f"objective {stage.fitness.objective!r} has no gradient; take objective expected_cost, which has an "
+                "exact one for every manager that scores, or manager kv_policy"
+            )
+        if stage.fitness.objective == "attention":
+            raise ConfigError(
+                f"driver {config.driver.name!r}: stage {stage.name!r}: objective attention is for evolution; take "
+                "expected_cost, trace_cost, loglik or exact"
+            )
 
 
 def _warm_start(wanted: Any, driver: str, dim: int, folder: Path) -> WarmStart:
@@ -133,6 +160,11 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
     if not generations or not start.exists():
         raise RunError(f"{run.folder}: has not finished a generation yet; there is nothing to follow")
     driver = make_driver(run.config, run.space, np.load(start, allow_pickle=False), run.folder)
+    if getattr(driver, "takes_rollouts", False):
+        raise RunError(
+            f"{run.folder}: its driver {run.config.driver.name!r} learned from gradients, which are not kept per "
+            "generation; start from its winner instead (space.start: {plugin: RUN/winner/plugin})"
+        )
     if hasattr(driver, "enter") and any(objective_of(stage.fitness).headwise for stage in run.config.plan()):
         raise RunError(
             f"{run.folder}: its driver {run.config.driver.name!r} learned from a fitness per head, which is not kept "

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.drivers.estimators import Rollouts, rewards_to_go
 from evomem.errors import ConfigError, UnknownNameError
 from evomem.evaluation.types import Evaluation
 from evomem.runs.config import FitnessConfig
@@ -25,17 +26,22 @@ class Objective:
     ----------
     value : number of an evaluation.
     arguments : further arguments that the evaluator needs to measure it.
-    against_full : how it is set against the full cache: its likelihood is a difference, its exact score a ratio.
+    against_full : how it is set against the full cache: its likelihood is a difference, its exact score a ratio;
+        ``nothing``: the full cache has no such value.
     headwise : every KV head has a fitness of its own (`Evaluation.heads`).
+    drawn : arguments that differ where a policy's rollouts are measured.
+    exact : its gradient in the parameters is known, so that nothing need be drawn.
     """
 
     value: Callable[[Evaluation], float]
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    against_full: Literal["subtract", "divide"] = "subtract"
+    against_full: Literal["subtract", "divide", "nothing"] = "subtract"
     headwise: bool = False
+    drawn: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = False
 
 
-def _attention(evaluation: Evaluation) -> float:
+def _heads(evaluation: Evaluation) -> float:
     return float("nan") if evaluation.heads is None else float(np.mean(evaluation.heads))
 
 
@@ -50,7 +56,9 @@ def _exact(evaluation: Evaluation) -> float:
 objectives: dict[str, Objective] = {
     "loglik": Objective(_loglik),
     "exact": Objective(_exact, {"exact": True}, "divide"),
-    "attention": Objective(_attention, {"attention": True}, headwise=True),
+    "attention": Objective(_heads, {"attention": True}, headwise=True),
+    "expected_cost": Objective(_heads, {"costs": "expected"}, "nothing", headwise=True, exact=True),
+    "trace_cost": Objective(_heads, {"costs": "sorted"}, "nothing", headwise=True, drawn={"costs": "drawn"}),
 }
 """Objectives by name; ``fitness.objective`` of an experiment names one."""
 
@@ -91,6 +99,7 @@ class Fitness:
         mean square over candidates; NaN when a task has one sample only.
     heads : (candidates, layers * kv_heads) fitness of every head, where the objective has one.
     held : (candidates,) measured bytes, `Evaluation.bytes_mean` averaged like the fitness.
+    rollouts : what a policy gradient learns from, a group per sample and budget, if rollouts were measured.
     """
 
     values: Array
@@ -98,6 +107,7 @@ class Fitness:
     noise: float
     heads: Array | None = None
     held: Array = field(default_factory=lambda: np.zeros(0))
+    rollouts: tuple[Rollouts, ...] = ()
 
     @property
     def best(self) -> float:
@@ -128,10 +138,35 @@ def worth(
     objective = objective_of(config)
     values = np.array([objective.value(evaluation) for evaluation in evaluations], dtype=np.float64)
     values = values / scale if baseline is None else values - baseline
+    if config.reading:
+        values = values + read_between(evaluations, config).sum(axis=1)
     price = config.price_per_megabyte
     if price:
         values = values - price * np.array([evaluation.bytes_mean / 1e6 for evaluation in evaluations])
     return values
+
+
+def read_between(evaluations: Sequence[Evaluation], config: FitnessConfig) -> Array:
+    """Return what the tokens read after each decision add to the fitness: (candidates, decisions).
+
+    The mean over decisions of the mean log-likelihood, times ``fitness.reading``. Evaluations without rollouts, or
+    without a decision, have none: (candidates, 0) or zeros.
+    """
+    count = max((len(evaluation.steps or ()) for evaluation in evaluations), default=0)
+    found = np.zeros((len(evaluations), count))
+    for row, evaluation in zip(found, evaluations, strict=True):
+        for place, step in enumerate(evaluation.steps or ()):
+            row[place] = config.reading * step.reward / count
+    return found
+
+
+def rollouts_of(evaluations: Sequence[Evaluation], values: Array, config: FitnessConfig, weight: float) -> Rollouts:
+    """Return the group that some evaluations on one sample at one budget are.
+
+    values : (candidates,) `worth` of the evaluations.
+    """
+    reading = read_between(evaluations, config)
+    return Rollouts(weight, rewards_to_go(values, reading), [evaluation.steps or () for evaluation in evaluations])
 
 
 def baseline_scale(full: Sequence[float]) -> float:

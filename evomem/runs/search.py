@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 
-from evomem.drivers.base import Array, Driver, Population
-from evomem.errors import FitnessError, RunError
+from evomem.drivers.base import Array, Driver, Population, drivers
+from evomem.errors import ConfigError, FitnessError, RunError
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
 from evomem.runs.bench import BenchFactory, model_bench
@@ -78,8 +78,18 @@ def search(
 
 def check_objectives(config: ExperimentConfig) -> None:
     """Raise `ConfigError` if a stage measures what does not exist, or not what its driver needs."""
+    rollouts = getattr(drivers.get(config.driver.name), "takes_rollouts", False)
     for stage in config.plan():
-        objective_of(stage.fitness)
+        objective, kind = objective_of(stage.fitness), config.protocol.kind
+        what = f"stage {stage.name!r}: fitness.objective {stage.fitness.objective!r}"
+        if objective.against_full == "nothing" and stage.fitness.normalise == "full":
+            raise ConfigError(f"{what}: the full cache has no such value to normalise by; leave normalise out")
+        if objective.headwise and kind != "compress_once":
+            raise ConfigError(f"{what} needs protocol.kind compress_once: one decision about a whole context")
+        if stage.fitness.reading and (kind != "streaming" or not rollouts):
+            raise ConfigError(f"{what}: fitness.reading is for rollouts (driver policy_gradient) in protocol streaming")
+    if config.diagnostics.every and config.protocol.kind != "compress_once":
+        raise ConfigError("diagnostics.every: a look at the oracle needs protocol.kind compress_once; leave it out")
     check_bytes_may_vary(config)
 
 
@@ -252,12 +262,13 @@ class Search:
             headwise = self._enter(driver, stage, generation)
             population = driver.ask()
             self._checkpoint(driver, generation, asked=True)
-            samples = tuple(tuple(self.samples.minibatch(stage, task, generation)) for task in stage.tasks)
-            plan = Plan("train", generation, stage, samples)
+            draw = generation if population.draw is None else population.draw
+            samples = tuple(tuple(self.samples.minibatch(stage, task, draw)) for task in stage.tasks)
+            plan = Plan("train", generation, stage, samples, rollouts=self._policies(driver, population))
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
             self._check(fitness, population, stage)
             self._tell(driver, population, fitness, headwise=headwise)
-            self._record(generation, stage, fitness, driver)
+            self._record(generation, stage, fitness, driver, self._look(driver, judge, stage, generation))
             self._checkpoint(driver, generation + 1, asked=False)
             measuring.forget(generation)
             self.trackers.log(self.records[generation])
@@ -266,11 +277,35 @@ class Search:
         """Tell a driver that works on parts what the stage measures; return whether it wants the heads' fitness."""
         if generation == stage.begin and stage.place and stage.fitness != self.plan[stage.place - 1].fitness:
             self.archive.best.clear()  # its numbers mean something else
+        if getattr(driver, "takes_rollouts", False):
+            driver.enter(begin=stage.begin, end=stage.end, exact=objective_of(stage.fitness).exact)  # type: ignore[attr-defined]
+            return False
         if not hasattr(driver, "enter"):
             return False
         headwise = objective_of(stage.fitness).headwise
         driver.enter(headwise=headwise)
         return headwise
+
+    def _policies(self, driver: Driver, population: Population) -> dict[str, Array | None] | None:
+        """Return whose rollouts a driver of policies wants; None for all others."""
+        if not getattr(driver, "takes_rollouts", False):
+            return None
+        return {"behaviour": population.behaviour, "reference": population.reference}
+
+    def _look(self, driver: Driver, judge: Judge, stage: Stage, generation: int) -> dict[str, float]:
+        """Return the driver's diagnostics, and every so often how its mean compares with the oracle."""
+        found = dict(getattr(driver, "diagnostics", {}))
+        config = self.config.diagnostics
+        if config.every and (generation + 1) % config.every == 0 and generation not in self.records:
+            pools = (self.samples.pool(task, Split.TRAIN, stage.train_contexts) for task in stage.tasks)
+            samples = tuple(tuple(pool[: config.contexts]) for pool in pools)
+            plan = Plan("oracle", generation, stage, samples, arguments={"costs": "expected", "oracle": True})
+            _, rows = judge.judge(plan, driver.mean[None], np.zeros(1, dtype=np.int64))
+            looks = [row.evaluations[0] for row in rows]
+            for name in looks[0].oracle or {}:
+                found[name] = float(np.mean([(one.oracle or {})[name] for one in looks]))
+            found["expected_cost"] = -float(np.mean([np.mean(one.heads or [np.nan]) for one in looks]))
+        return found
 
     def _tell(self, driver: Driver, population: Population, fitness: Fitness, *, headwise: bool) -> None:
         """Tell the driver what it wants to know, and the archive."""
@@ -278,7 +313,9 @@ class Search:
             driver.tell(population, fitness.values, fitness.held)  # type: ignore[call-arg]
             self.archive.update(population, fitness.values, fitness.held)
             return
-        if headwise:
+        if getattr(driver, "takes_rollouts", False):
+            driver.tell(population, fitness.values, fitness.rollouts)  # type: ignore[call-arg]
+        elif headwise:
             driver.tell(population, fitness.values, fitness.heads)  # type: ignore[call-arg]
         else:
             driver.tell(population, fitness.values)
@@ -298,7 +335,9 @@ class Search:
                 if message is not None:
                     self.warn(message)
 
-    def _record(self, generation: int, stage: Stage, fitness: Fitness, driver: Driver) -> None:
+    def _record(
+        self, generation: int, stage: Stage, fitness: Fitness, driver: Driver, diagnostics: dict[str, float]
+    ) -> None:
         """Write the generation's line, unless a killed process has done so already."""
         journal = self.run_folder.journal
         if generation not in self.records:
@@ -315,6 +354,7 @@ class Search:
                 evaluations=sum(journal.totals.evaluations.values()),
                 tokens=journal.totals.tokens,
                 seconds=journal.totals.seconds,
+                diagnostics=diagnostics,
             )
             journal.append({"kind": "generation", **asdict(record)})
             self.records[generation] = record
@@ -334,6 +374,7 @@ def generation_record(record: Record) -> GenerationRecord:
             stage=record["stage"],
             fitness=tuple(as_float(value) for value in record["fitness"]),
             failed=record["failed"],
+            diagnostics={name: as_float(value) for name, value in record.get("diagnostics", {}).items()},
             evaluations=record["evaluations"],
             tokens=record["tokens"],
             **{name: as_float(record[name]) for name in floats},

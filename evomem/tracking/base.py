@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ class GenerationRecord:
     failed : candidates without a finite fitness.
     sigma : step size of the driver after the generation, NaN if it has none.
     evaluations, tokens, seconds : spent by the run so far, finished units only.
+    diagnostics : further numbers by name: of the driver's step, and of a look at the oracle.
     """
 
     generation: int
@@ -39,6 +40,7 @@ class GenerationRecord:
     evaluations: int
     tokens: int
     seconds: float
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Tracker(Protocol):

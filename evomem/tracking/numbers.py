@@ -25,6 +25,7 @@ def scalars(generation: GenerationRecord, before: GenerationRecord | None) -> di
         "spent/tokens": generation.tokens,
         "spent/seconds": generation.seconds,
         "spent/seconds_per_generation": generation.seconds - (before.seconds if before is not None else 0.0),
+        **{f"diagnostics/{name}": value for name, value in generation.diagnostics.items()},
     }
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 

@@ -1,0 +1,247 @@
+"""Driver: policy gradient: several rollouts of one policy on the same contexts, and a step along their gradient.
+
+Where the objective has an exact gradient (``expected_cost``: the closed form, no sampling) a generation is one
+candidate, the policy itself. Otherwise it is ``population`` rollouts, which differ in their sampling seed only, and the
+gradient is estimated by REINFORCE with a leave-one-out baseline, or by clipped passes over the same rollouts (GRPO with
+PPO's clip). Formulas: `evomem.drivers.estimators`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.common import DriverOptions, check_told, checked_start, parse_options, sampling_seeds
+from evomem.drivers.estimators import Baseline, Rollouts, advantages, combined, group_gradient
+from evomem.errors import ConfigError, FitnessError
+from evomem.evaluation.types import Step
+
+
+class PolicyGradientOptions(DriverOptions):
+    """Options of `PolicyGradient`; ``popsize`` is the rollouts of a context (8), ``sigma`` is not used.
+
+    Attributes
+    ----------
+    estimator : ``reinforce``, or ``grpo``: advantages divided by their deviation, several passes with clipped ratios.
+    baseline : what is taken off a reward: the mean of the context's other rollouts, or nothing.
+    normalise : divide advantages by their deviation within the context; by default what the estimator does.
+    passes : steps along each set of rollouts; 1 for ``reinforce``, 2 for ``grpo``.
+    learning_rate, exact_learning_rate : AdamW's, in units of the vector, for sampled and for exact gradients.
+    decay : the last share of a stage in which the learning rate falls to zero.
+    weight_decay, beta1, beta2 : AdamW's.
+    clip_norm : longest gradient; a longer one is shortened.
+    ema : weight of the past in the average of the parameters that stands for the search's result; 0: the newest ones.
+    entropy : reward for random decisions, per random choice, in units of the fitness a nat.
+    """
+
+    estimator: Literal["reinforce", "grpo"] = "reinforce"
+    baseline: Baseline = "leave_one_out"
+    normalise: bool | None = None
+    passes: int | None = Field(default=None, ge=1, le=100)
+    learning_rate: float = Field(default=0.02, gt=0, allow_inf_nan=False)
+    exact_learning_rate: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    decay: float = Field(default=0.4, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    clip_norm: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.8, ge=0, lt=1)
+    entropy: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+@drivers.register("policy_gradient")
+class PolicyGradient:
+    """Gradient ascent on the parameters of one policy.
+
+    Parameters
+    ----------
+    dim, start, seed : length of a vector, first parameters (dim,), seed of everything random.
+    options : `PolicyGradientOptions`.
+    """
+
+    takes_rollouts = True
+    takes_blocks = False
+
+    def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
+        self.dim = dim
+        self.options = o = parse_options(PolicyGradientOptions, "policy_gradient", options)
+        self.rollouts = o.popsize or 8
+        self.passes = o.passes or (2 if o.estimator == "grpo" else 1)
+        if o.estimator == "reinforce" and self.passes > 1:
+            raise ConfigError(
+                "driver 'policy_gradient': reinforce takes one step along its rollouts, because after it they are "
+                "another policy's; for more passes take estimator: grpo, which clips the ratios"
+            )
+        self._theta = torch.from_numpy(checked_start(dim, start)).requires_grad_(True)
+        self._optimiser = torch.optim.AdamW(
+            [self._theta], lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
+        )
+        self._average = self._vector()
+        self._seed = seed
+        self._generation = self._begin = self._end = self._pass = self._draw = 0
+        self._exact = False
+        self._behaviour: Array | None = None
+        self._reference: Array | None = None
+        self._asked: Population | None = None
+        self.diagnostics: Mapping[str, float] = {}
+
+    def _vector(self) -> Array:
+        return np.array(self._theta.detach().numpy(), dtype=np.float64)
+
+    def enter(self, *, begin: int, end: int, exact: bool) -> None:
+        """Begin, or go on with, a stage.
+
+        Parameters
+        ----------
+        begin, end : generations that it covers.
+        exact : its objective has an exact gradient.
+        """
+        if (begin, end, exact) == (self._begin, self._end, self._exact):
+            return
+        if self._asked is not None:
+            raise ConfigError("driver 'policy_gradient': a stage cannot change between ask() and tell()")
+        self._begin, self._end, self._exact = begin, end, exact
+        self._pass, self._draw, self._behaviour = 0, begin, None
+        if begin:  # steps of another objective say nothing of this one's
+            self._optimiser.state.clear()
+        self._reference = None if exact else self._vector()
+
+    def ask(self) -> Population:
+        """Return the next generation, equal vectors with different seeds; the same one until it is told."""
+        if self._asked is None:
+            if self._pass == 0:
+                self._behaviour = None
+            count = 1 if self._exact else self.rollouts
+            self._asked = Population(
+                self._generation,
+                np.tile(self._vector(), (count, 1)),
+                sampling_seeds(self._seed, self._draw, count),
+                draw=self._draw,
+                behaviour=self._behaviour,
+                reference=self._reference,
+            )
+        return self._asked
+
+    def tell(self, population: Population, fitness: Array, rollouts: Sequence[Rollouts] = ()) -> None:
+        """Step along the gradient of the groups.
+
+        Parameters
+        ----------
+        fitness : (candidates,), not used: the groups hold it apart.
+        rollouts : one a sample and budget.
+
+        Raises
+        ------
+        FitnessError : no group has a result.
+        """
+        check_told(self._asked, population)
+        gradients, weights, values = [], [], []
+        for group in rollouts:
+            good = group.good()
+            if not good.any():
+                continue
+            rewards = group.rewards[good]
+            steps = [steps for steps, fine in zip(group.steps, good, strict=True) if fine]
+            values += [step for one in steps for step in one]
+            advantage = self._advantages(rewards, steps)
+            gradients.append(group_gradient(group, advantage))
+            weights.append(group.weight)
+        if not gradients:
+            raise FitnessError("driver 'policy_gradient': no rollout of the generation has a finite reward")
+        gradient, variance = combined(gradients, weights)
+        norm = float(np.linalg.norm(gradient))
+        rate = self._rate()
+        self._step(gradient * min(1.0, self.options.clip_norm / norm) if norm else gradient, rate)
+        self.diagnostics = _diagnostics(norm, variance, rate, values, reference=self._reference is not None)
+        if not self._exact:
+            self._behaviour = np.array(population.vectors[0]) if self._pass == 0 else self._behaviour
+            self._pass = (self._pass + 1) % self.passes
+        self._draw += self._pass == 0
+        self._asked = None
+        self._generation += 1
+
+    def _advantages(self, rewards: Array, steps: Sequence[Sequence[Step]]) -> Array:
+        o = self.options
+        if o.entropy and not self._exact:
+            # Reward to go with -log π: the soft policy gradient, whose baseline is the context's too.
+            surprise = np.array([[-step.log_prob / max(1, step.choices) for step in one] for one in steps])
+            rewards = rewards + o.entropy * np.cumsum(surprise[:, ::-1], axis=1)[:, ::-1]
+        normalise = o.estimator == "grpo" if o.normalise is None else o.normalise
+        return advantages(rewards, o.baseline, normalise=normalise)
+
+    def _rate(self) -> float:
+        o = self.options
+        left = self._end - self._generation
+        share = left / max(1.0, o.decay * (self._end - self._begin)) if self._end > self._begin else 1.0
+        return (o.exact_learning_rate if self._exact else o.learning_rate) * min(1.0, max(share, 0.0))
+
+    def _step(self, gradient: Array, rate: float) -> None:
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self._theta.grad = torch.from_numpy(-gradient)
+        self._optimiser.step()
+        self._average = self.options.ema * self._average + (1 - self.options.ema) * self._vector()
+
+    @property
+    def mean(self) -> Array:
+        """The averaged parameters (dim,)."""
+        return self._average.copy()
+
+    @property
+    def sigma(self) -> float:
+        """NaN: a policy's randomness is its own, not the driver's."""
+        return math.nan
+
+    def stopped(self) -> str | None:
+        """None: the generations of the experiment end the search."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that an exact resume needs."""
+        names = ("_average", "_generation", "_begin", "_end", "_pass", "_draw", "_exact", "_behaviour", "_reference")
+        return {
+            "theta": self._vector(),
+            "optimiser": copy.deepcopy(self._optimiser.state_dict()),
+            "asked": self._asked,
+            **{name: copy.copy(getattr(self, name)) for name in names},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        values = dict(state)
+        with torch.no_grad():
+            self._theta.copy_(torch.from_numpy(values.pop("theta")))
+        self._optimiser.load_state_dict(copy.deepcopy(values.pop("optimiser")))
+        self._asked = values.pop("asked")
+        for name, value in values.items():
+            setattr(self, name, copy.copy(value))
+
+
+def _diagnostics(
+    norm: float, variance: float, rate: float, steps: Sequence[Step], *, reference: bool
+) -> dict[str, float]:
+    """Return what a step says of its gradient and its policy, by name.
+
+    ``gradient_noise`` is the standard error of the gradient, ``signal_to_noise`` what of the norm is not noise against
+    it; ``kl`` and ``entropy`` are nats per random choice, estimated from the rollouts.
+    """
+    found = {"gradient_norm": norm, "learning_rate": rate}
+    if math.isfinite(variance):
+        signal = max(0.0, norm**2 - variance)
+        found["gradient_noise"] = math.sqrt(variance)
+        found["signal_to_noise"] = math.sqrt(signal / variance) if variance > 0 else math.inf
+    choices = sum(step.choices for step in steps)
+    if choices:
+        likely = sum(step.log_prob for step in steps)
+        found["entropy"] = -likely / choices
+        found["clipped"] = sum(step.clipped for step in steps) / len(steps)
+        if reference:
+            found["kl"] = (likely - sum(step.reference for step in steps)) / choices
+    return found

@@ -1,0 +1,235 @@
+"""Evaluation: what a ranking of the slots costs against the attention to come: KVP's trace reward, and its gradient.
+
+f_i is the attention that question and answer pay to slot i (`evomem.evaluation.attention.Future.peak`). A ranking that
+puts slot π(j) at place j costs Σ_j j f_π(j) over what the best ranking costs: 1 at best, a loss over all budgets at
+once, and no model call. Of a ranking drawn by scores the mean is exact (`plackett_luce.expected_cost`), and so is its
+gradient in the parameters of any manager that scores. Source: KVP (arXiv 2602.10238).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from evomem.cache import LayerView
+from evomem.errors import ConfigError
+from evomem.evaluation import oracle as against
+from evomem.evaluation.attention import Future, sample_key
+from evomem.evaluation.rollouts import DrawnRows, sample_number
+from evomem.evaluation.types import Evaluation, Step
+from evomem.managers import plackett_luce
+from evomem.managers.base import MemoryManager
+from evomem.managers.selection import TopN
+from evomem.managers.stochastic import Noise, StochasticManager
+from evomem.tasks.base import Sample
+
+if TYPE_CHECKING:
+    from evomem.evaluation.evaluator import Evaluator
+
+How = Literal["expected", "sorted", "drawn"]
+_FIRST = 1e4
+"""Score that stands for a protected slot: before all others, and yet finite, because infinities have no difference."""
+
+
+class Known(Protocol):
+    """A context that was read before, and what its question and answer did with it."""
+
+    @property
+    def views(self) -> tuple[LayerView, ...]:
+        """One view a layer, nothing evicted."""
+        ...
+
+    @property
+    def future(self) -> Future:
+        """The future attention."""
+        ...
+
+
+class KnownSamples(Protocol):
+    """Where contexts that were read before are found (`evomem.evaluation.traces.Traces`)."""
+
+    def get(self, key: str) -> Known | None:
+        """Return the sample called ``key`` (`sample_key`), or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What costs are worked out from, and the model's tokens that it took."""
+
+    views: tuple[LayerView, ...]
+    future: Future
+    tokens: int
+
+
+@torch.no_grad()
+def ranking_costs(
+    evaluator: Evaluator,
+    managers: Sequence[MemoryManager],
+    sample: Sample,
+    how: How = "expected",
+    *,
+    seeds: Sequence[int] = (),
+    gradient: bool = False,
+    oracle: bool = False,
+    observes: frozenset[str] = frozenset(),
+) -> list[Evaluation]:
+    """Return one evaluation a manager, `Evaluation.heads` minus the cost of every layer and head.
+
+    Parameters
+    ----------
+    how : ``expected``: the mean over rankings drawn by the manager's scores; ``sorted``: of the ranking in the order of
+        the scores; ``drawn``: of one ranking drawn with the manager's seed; managers are then all the same policy.
+    seeds : one a manager, for ``drawn``.
+    gradient : also `Evaluation.steps`, one step, an estimate of the gradient of minus the mean cost in all parameters:
+        the exact one for ``expected``; for ``drawn`` REINFORCE, head by head, with the other managers of this call as
+        baseline (leave-one-out): a head's ranking moves that head's cost only, so no credit has to be assigned.
+    oracle : also `Evaluation.oracle`: ``rank_correlation`` of scores and future attention, ``good_decisions`` (Belady)
+        and ``sorted_cost``, means over layers and heads.
+
+    Raises
+    ------
+    ConfigError : the protocol is streaming, where what is read depends on earlier decisions.
+    """
+    if evaluator.protocol.kind != "compress_once":
+        raise ConfigError("costs of rankings need the protocol compress_once: one decision about a whole context")
+    if not managers:
+        return []
+    begin = time.perf_counter()
+    managers = [evaluator.scheduled(manager) for manager in managers]
+    context = _context(evaluator, sample, frozenset().union(*(m.observes for m in managers)) | observes)
+    if how == "drawn":
+        tables, steps = _drawn(managers, seeds, sample, context)
+    else:
+        pairs = [_scored(manager, context, how, gradient=gradient) for manager in managers]
+        tables, steps = [table for table, _ in pairs], [step for _, step in pairs]
+    seconds = (time.perf_counter() - begin) / len(managers)
+    found = []
+    for place, manager in enumerate(managers):
+        slots, held = _sizes(manager, context)
+        found.append(
+            Evaluation(
+                sample=sample.id,
+                loglik=float("nan"),
+                exact=None,
+                slots=slots,
+                bytes_peak=held,
+                bytes_mean=held,
+                tokens=context.tokens if place == 0 else 0,
+                seconds=seconds,
+                heads=tuple(tuple(round(-value, 5) for value in row) for row in tables[place].tolist()),
+                steps=(steps[place],) if gradient else None,
+                oracle=_oracle(manager, context) if oracle else None,
+            )
+        )
+    return found
+
+
+def _context(evaluator: Evaluator, sample: Sample, observes: frozenset[str]) -> _Context:
+    tokens = evaluator.tokens(sample)
+    key = sample_key(tokens)
+    known = evaluator.traces.get(key) if evaluator.traces is not None else None
+    if known is not None:
+        return _Context(known.views, known.future, 0)
+    misses = evaluator.store.misses
+    reading = evaluator.reading(tokens.read, observes)
+    read = reading.tokens if evaluator.store.misses > misses else 0
+    asked = 0 if key in evaluator.future.known else tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
+    return _Context(reading.views, evaluator.future.of(evaluator, tokens, key, observes), read + asked)
+
+
+class _Score(nn.Module):
+    """A manager's scores as a module's ``forward``, which is what ``functional_call`` calls."""
+
+    def __init__(self, manager: MemoryManager) -> None:
+        super().__init__()
+        self.manager = manager
+
+    def forward(self, view: LayerView) -> Tensor:
+        scores = self.manager.score(view).float()
+        selection = self.manager.select()
+        if isinstance(selection, TopN):
+            safe = selection.protected(torch.zeros_like(scores), view) == torch.inf
+            scores = torch.where(safe, _FIRST, scores)
+        return scores.clamp(-_FIRST, _FIRST)
+
+
+def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bool) -> tuple[Tensor, Step]:
+    """Return the costs (layers, kv_heads), and the step with the exact gradient if it is asked for."""
+    module = _Score(manager)
+    parameters = {name: value.detach().requires_grad_(gradient) for name, value in module.named_parameters()}
+    total = [torch.zeros_like(value, dtype=torch.float64) for value in parameters.values()]
+    rows = []
+    heads = sum(view.slots.shape[1] for view in context.views)
+    for view, future in zip(context.views, context.future.peak, strict=True):
+        with torch.set_grad_enabled(gradient):
+            scores = functional_call(module, parameters, (view,))
+            if how == "sorted":
+                order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+                cost = plackett_luce.trace_cost(future, order)
+            else:
+                cost = plackett_luce.expected_cost(scores, future)
+            gain = -cost.sum() / heads
+        if gradient:  # layer by layer: the graph of all pairs of slots is large
+            parts = torch.autograd.grad(gain, list(parameters.values()), allow_unused=True)
+            total = [whole if part is None else whole + part.double() for whole, part in zip(total, parts, strict=True)]
+        rows.append(cost[0].detach().double().cpu())
+    flat = torch.cat([part.reshape(-1) for part in total]) if total else torch.zeros(0)
+    return torch.stack(rows), Step(Step.pack(flat.cpu().numpy()) if gradient else b"", ascent=True)
+
+
+def _drawn(
+    managers: Sequence[MemoryManager], seeds: Sequence[int], sample: Sample, context: _Context
+) -> tuple[list[Tensor], list[Step]]:
+    """Return costs and steps of rankings of all slots, drawn by the first manager; it stands for all of them."""
+    policy, count = managers[0], len(managers)
+    if not isinstance(policy, StochasticManager) or len(seeds) != count:
+        raise ConfigError(f"manager {policy.name!r} draws no rankings: a drawn cost needs a stochastic one, and seeds")
+    policy = policy.with_options(budget=None)  # a ranking of everything
+    heads = sum(view.slots.shape[1] for view in context.views)
+    rows, gradient, log_prob = [], torch.zeros(()), torch.zeros(count, dtype=torch.float64)
+    for view, future in zip(context.views, context.future.peak, strict=True):
+        noise = Noise.of([(seed, sample_number(sample.id), 0, view.layer) for seed in seeds], view)
+        action = policy.draw(view, noise)
+        if action.ranking is None:
+            raise ConfigError(f"manager {policy.name!r}: without the action evict there is no ranking to cost anything")
+        cost = plackett_luce.trace_cost(future.expand(count, -1, -1), action.ranking)
+        weights = plackett_luce.leave_one_out(-cost) / heads
+        part, likely = DrawnRows(view, action, count).gradient(policy, weights)
+        gradient, log_prob = gradient + part.double().cpu(), log_prob + likely.sum(1).double().cpu()
+        rows.append(cost.double().cpu())
+    tables = torch.stack(rows, 1)
+    steps = [
+        Step(Step.pack(gradient[i].numpy()), ascent=True, log_prob=float(log_prob[i])) for i in range(count)
+    ]  # fmt: skip
+    return list(tables), steps
+
+
+def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:
+    """Return the slots per head and the bytes that a decision by budget leaves, computed: nothing is evicted here."""
+    counts, held = [], 0.0
+    for view in context.views:
+        kept = manager.selection.keep(torch.zeros(view.slots.shape, device=view.slots.device), view).sum(-1).float()
+        counts.append(kept.mean())
+        size = view.keys.shape[1] * (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size()
+        held += float(kept.amax()) * (size + view.keys.shape[1] * view.slots.element_size())
+    return float(torch.stack(counts).mean()), held
+
+
+def _oracle(manager: MemoryManager, context: _Context) -> Mapping[str, float]:
+    found: dict[str, list[Tensor]] = {"rank_correlation": [], "good_decisions": [], "sorted_cost": []}
+    module = _Score(manager)
+    for place, view in enumerate(context.views):
+        scores, future = module(view), context.future.peak[place]
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+        keep = manager.decide(view).keep
+        found["rank_correlation"].append(against.rank_correlation(scores, future, view.valid))
+        found["good_decisions"].append(against.good_decision_ratio(keep, context.future.next_use[place], view.valid))
+        found["sorted_cost"].append(plackett_luce.trace_cost(future, order))
+    return {name: float(torch.cat([part.flatten() for part in parts]).nanmean()) for name, parts in found.items()}
