@@ -99,6 +99,7 @@ def record(
     TaskError : the task has fewer samples.
     ConfigError : a feature does not exist.
     """
+    columns = base_columns(tuple(features))
     chosen = task.samples(split, samples, seed)
     if len(chosen) < samples:
         raise TaskError(f"task {spec}: split {split.value!r} has {len(chosen)} samples, {samples} are needed")
@@ -108,7 +109,7 @@ def record(
         mode=EvaluationProtocol.model_validate({"mode": mode}).mode,
         split=split.value,
         seed=seed,
-        features=base_columns(tuple(features)),
+        features=columns,
         used=USED,
     )
     evaluator = Evaluator(loaded, EvaluationProtocol(mode=header.mode), store=PrefillStore())
@@ -254,7 +255,7 @@ def _estimate(
     per_slot = 2 * (len(stored(header.features)) + 3)
     each = mean * layers * heads * per_slot + 300 * layers  # and safetensors' list of its tensors
     total = each * len(chosen)
-    there = f", {len(whole)} of them are there" if whole else ""
+    there = f", {len(whole)} already there" if whole else ""
     text = f"about {readable(total)} for {len(chosen)} samples of {mean:,.0f} tokens{there}"
     if limit is not None and total > limit:
         text += f"; about {int(limit // each)} of them fit in {limit:,} bytes (--limit)"
