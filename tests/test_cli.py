@@ -192,6 +192,8 @@ def test_an_interrupt_says_how_to_go_on(world, tmp_path, monkeypatch):
     monkeypatch.setattr(evolve, "search", interrupt)
     said = run("evolve", world / "small.yaml", "-s", "name=two words", "--out", tmp_path / "r", code=130).stderr
     assert f"resume with: evomem evolve {world}/small.yaml -s 'name=two words' --out {tmp_path}/r --resume" in said
+    said = run("train", world / "small.yaml", "--out", tmp_path / "r", code=130).stderr
+    assert f"resume with: evomem train {world}/small.yaml --out {tmp_path}/r --resume" in said
     monkeypatch.setattr(compare, "compare_managers", interrupt)
     words = ["compare", world / "run", "-n", 2]
     assert "resume" not in run(*words, code=130).stderr
@@ -208,6 +210,38 @@ def test_a_task_at_chance_is_refused(world, tmp_path):
     words += ["--task", f"file:{tmp_path}/task.jsonl"]
     assert "measures nothing" in error("compare", *words)
     run("compare", *words, "--no-check")
+
+
+def test_traces_are_recorded_gone_on_with_and_refused(world, tmp_path):
+    from evomem.evaluation.traces import Traces
+
+    words = ["trace", "--model", world / "model", "--task", f"file:{world}/task.jsonl", "--out", tmp_path / "traces"]
+    shown = run(*words, "-n", 2, "--features", "mean:3:keydiff, age")
+    assert "2 samples, 2 of them recorded now" in shown.stdout
+    assert "times as much" in shown.stdout
+    assert "for 2 samples" in shown.stderr
+    shown = run(*words, "-n", 3, "--features", "keydiff,age", "--limit", "1KB")
+    assert "2 samples, 0 of them recorded now" in shown.stdout
+    assert "1 of 3 samples did not fit in --limit 1KB" in shown.stdout
+    traces = Traces.open(tmp_path / "traces")
+    assert traces.manifest.header.features == ("age", "keydiff")
+    assert len({trace.sample for trace in traces if "train" in trace.sample}) == 2
+    assert "features" in error(*words, "-n", 2)
+    assert "seed: 0 -> 1" in error(*words, "-n", 2, "--features", "keydiff,age", "--seed", 1)
+    assert "'keydif'" in error(*words, "--features", "keydif")
+    assert "2 gigs" in error(*words, "--limit", "2 gigs")
+
+
+def test_train_is_evolve(world, tmp_path):
+    run("train", world / "small.yaml", "--out", tmp_path / "run", "-s", "seed=3")
+    mine, theirs = (
+        [{**row, "seconds": 0} for row in json.loads((folder / "comparison.json").read_text())]
+        for folder in (tmp_path / "run", world / "run")
+    )
+    assert mine == theirs
+    shown = run("train", "--help").stdout
+    assert "evomem train policy_needle" in shown
+    assert "evolve" in shown
 
 
 def test_what_is_written_on_the_command_line_is_read_as_it_is_meant():

@@ -1,0 +1,57 @@
+"""Run: the command ``trace``: record what heads saw and what was attended to afterwards."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from evomem.commands.compare import ProgressBar, load
+from evomem.commands.listing import wide_console
+from evomem.evaluation.traces import DEFAULT_FEATURES
+from evomem.runs.traces import parse_bytes, readable, record
+from evomem.tasks.base import Split
+
+
+def trace(
+    model: str,
+    task: str,
+    folder: Path,
+    *,
+    samples: int,
+    seed: int,
+    split: str,
+    mode: str,
+    features: str | None,
+    limit: str | None,
+    dtype: str,
+) -> None:
+    """Record traces, and say what they take."""
+    from evomem import tasks
+
+    most = None if limit is None else parse_bytes(limit)
+    names = tuple(name.strip() for name in features.split(",") if name.strip()) if features else DEFAULT_FEATURES
+    loaded = load(model, dtype)
+    built = tasks.build(task, loaded.tokenizer)
+    begin = time.perf_counter()
+    messages = Console(stderr=True, soft_wrap=True, highlight=False)
+    with ProgressBar("recording") as bar:
+        done = record(
+            loaded, built, task, folder.expanduser(),
+            samples=samples, seed=seed, split=Split(split), mode=mode, features=names, limit=most,
+            say=lambda text: messages.print(Text(text)), progress=bar.report,
+        )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    lines = [f"{folder}: {done.samples} samples, {done.new} of them recorded now in {seconds:,.1f} s"]
+    if done.samples:
+        share = done.kv_bytes / done.bytes
+        lines.append(
+            f"  {readable(done.bytes)}, {readable(done.bytes / done.samples)} a sample; keys and values of the same "
+            f"contexts in {dtype}: {readable(done.kv_bytes)}, {share:.1f} times as much"
+        )
+    if done.samples < done.wanted:
+        lines.append(f"  {done.wanted - done.samples} of {done.wanted} samples did not fit in --limit {limit}")
+    for line in lines:
+        wide_console().print(Text(line), soft_wrap=True)
