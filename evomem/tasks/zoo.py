@@ -85,9 +85,9 @@ def pair_facts(random: Random, split: Split, n: int) -> list[Fact]:
     return draw_facts(random, split, n, lambda n: random.sample(VALUES, n))
 
 
-def lines(facts: Sequence[Fact]) -> list[str]:
-    """Return the facts as lines of pairs."""
-    return [", ".join(fact.pair for fact in facts[i : i + LINE]) + "." for i in range(0, len(facts), LINE)]
+def lines(facts: Sequence[Fact], line: int = LINE) -> list[str]:
+    """Return the facts as lines of ``line`` pairs."""
+    return [", ".join(fact.pair for fact in facts[i : i + line]) + "." for i in range(0, len(facts), line)]
 
 
 @cache

@@ -1,11 +1,13 @@
-"""Task: what the models of the zoo are trained on, drawn by the functions of `evomem.tasks.zoo` from the train split.
+"""Task: what the models of the zoo are trained on, drawn by the functions of the zoo's tasks from the train split.
 
-A lesson is a sample of ``zoo_needle`` or ``zoo_recall`` that asks for every fact instead of one, in random order: so
-many answers a sequence are what makes a small model find the circuit within minutes.
+A lesson is a sample of ``zoo_needle``, ``zoo_recall`` or ``zoo_forgetting`` that asks for every fact instead of one, in
+random order: so many answers a sequence are what makes a small model find the circuit within minutes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -17,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from evomem.tasks import Split
 from evomem.tasks.zoo import lines, needle_facts, pair_facts, sentence, weave
-from evomem.tasks.zoo_words import DIGITS, VALUES, VOCABULARY
+from evomem.tasks.zoo_forgetting import draw_story, tell
+from evomem.tasks.zoo_words import DIGITS, KEYS, VALUES, VOCABULARY
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 POSITIONS = 1152
@@ -27,6 +30,9 @@ PAIR_TOKENS = 3
 NEEDLES = (2, 12)
 """Fewest and most needles of a lesson."""
 TASKS = ("zoo_needle", "zoo_recall")
+"""What a model of the zoo is trained on unless its recipe says otherwise."""
+RESTATED = "zoo_forgetting restated"
+"""Kind of the answers about keys that had another value before."""
 
 
 def zoo_tokenizer() -> PreTrainedTokenizerFast:
@@ -67,16 +73,61 @@ def recall_lesson(random: Random, length: int) -> tuple[str, str]:
     return _context(random, lines(facts), length - 2 - 2 * PAIR_TOKENS * len(facts)), questions
 
 
+def forgetting_lesson(random: Random, length: int) -> tuple[str, str]:
+    """Return a context whose keys change and all its questions with the newest values, as `needle_lesson`.
+
+    Of the keys, 2 or more, a fifth to four fifths are restated; each of these has 2 to 4 values, one after another.
+    """
+    values, share, line = random.randint(2, 4), random.uniform(0.2, 0.8), random.randint(1, 4)
+
+    def restated(keys: int) -> int:
+        return min(keys - 1, max(1, round(share * keys)))
+
+    def stated(keys: int) -> int:
+        return keys + restated(keys) * (values - 1)
+
+    def fits(keys: int) -> bool:
+        return 2 + PAIR_TOKENS * (keys + stated(keys)) <= length and keys <= len(KEYS) and stated(keys) <= len(VALUES)
+
+    most = 2
+    while fits(most + 1):
+        most += 1
+    keys = random.randint(max(2, most // 2), most)
+    story = draw_story(random, Split.TRAIN, keys - restated(keys), restated(keys), values)
+    newest = list(story.newest.values())
+    questions = "again, " + ", ".join(fact.pair for fact in random.sample(newest, keys)) + "."
+    filler = _filler(random, length - 2 - PAIR_TOKENS * (keys + len(story.statements)))
+    return tell(story, [random.random() for _ in lines(story.statements, line)], filler, line), questions
+
+
+LESSONS: dict[str, Callable[[Random, int], tuple[str, str]]] = {
+    "zoo_needle": needle_lesson,
+    "zoo_recall": recall_lesson,
+    "zoo_forgetting": forgetting_lesson,
+}
+"""How a lesson of each task is drawn, from a generator and a length in tokens."""
+
+
+def kinds_of(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the kinds of answers in the lessons of some tasks; each has the same weight, and its own accuracy."""
+    return (*tasks, RESTATED) if "zoo_forgetting" in tasks else tuple(tasks)
+
+
 def _context(random: Random, statements: list[str], room: int) -> str:
     """Return the statements in as many filler sentences as ``room`` tokens hold."""
+    filler = _filler(random, room)
+    return weave(statements, [random.random() for _ in statements], filler)
+
+
+def _filler(random: Random, room: int) -> list[str]:
+    """Return as many filler sentences as ``room`` tokens hold."""
     filler: list[str] = []
     while True:
         following = sentence(random)
         room -= len(following.split()) + 1  # its full stop
         if room < 0:
-            break
+            return filler
         filler.append(following)
-    return weave(statements, [random.random() for _ in statements], filler)
 
 
 @dataclass(frozen=True)
@@ -88,34 +139,52 @@ class Batch:
     ids : (batch, length) int64.
     real : (batch, length) bool: not padding.
     answers : (batch, length) bool: tokens of answers; the rest of a lesson can be guessed at best.
-    recall : (batch,) bool: which lessons are of ``zoo_recall``.
+    kinds : (batch, length) int64: number of the kind of each answer, in `Lessons.kinds`; anything at other tokens.
     """
 
     ids: Tensor
     real: Tensor
     answers: Tensor
-    recall: Tensor
+    kinds: Tensor
 
 
 class Lessons:
-    """Batches of lessons, each a pure function of (seed, step, length, tokens)."""
+    """Batches of lessons of some tasks, each a pure function of (seed, step, length, tokens).
 
-    def __init__(self, seed: int) -> None:
+    Attributes
+    ----------
+    kinds : of the answers: one a task, and one more for keys that are restated.
+    """
+
+    def __init__(self, seed: int, tasks: tuple[str, ...] = TASKS) -> None:
         self.seed = seed
+        self.tasks = tasks
+        self.kinds = kinds_of(tasks)
         self.tokenizer = zoo_tokenizer()
         words: Any = self.tokenizer.convert_tokens_to_ids([*DIGITS, *VALUES])
         self.said = torch.tensor(words)
 
     def batch(self, step: int, length: int, tokens: int) -> Batch:
-        """Return a step's batch: as many lessons of both tasks, in turn, as make ``tokens`` tokens (but at least 2)."""
+        """Return a step's batch: as many lessons of the tasks, in turn, as make ``tokens`` tokens (but at least 2)."""
         random = Random(f"zoo lessons {self.seed} {step}")
-        rows, starts = [], []
+        rows, starts, kinds = [], [], []
         for row in range(max(2, tokens // length)):
-            lesson = recall_lesson if row % 2 else needle_lesson
-            context, questions = (self.tokenizer.encode(text) for text in lesson(random, length))
+            task = self.tasks[row % len(self.tasks)]
+            context, questions = (self.tokenizer.encode(text) for text in LESSONS[task](random, length))
             rows.append(torch.tensor(context + questions))
             starts.append(len(context))
+            kinds.append(self._kinds(task, context, questions))
         pad: Any = self.tokenizer.pad_token_id
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         asked = torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None]
-        return Batch(ids, ids != pad, asked & torch.isin(ids, self.said), torch.arange(len(rows)) % 2 == 1)
+        kind = torch.nn.utils.rnn.pad_sequence(kinds, batch_first=True)
+        return Batch(ids, ids != pad, asked & torch.isin(ids, self.said), kind)
+
+    def _kinds(self, task: str, context: list[int], questions: list[int]) -> Tensor:
+        """Return the kind of each token as if it were an answer, (length,): an answer stands behind its key."""
+        kinds = torch.full((len(context) + len(questions),), self.tasks.index(task))
+        if task == "zoo_forgetting":
+            stated = Counter(context)
+            again = [place for place, key in enumerate(questions[:-1], len(context) + 1) if stated[key] > 1]
+            kinds[again] = self.kinds.index(RESTATED)
+        return kinds

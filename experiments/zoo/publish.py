@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ import torch
 import transformers
 
 import evomem.models
-from evomem.evaluation import Evaluator
+from evomem.evaluation import Evaluation, Evaluator
 from evomem.managers import build as build_manager
 from evomem.models.files import sha256, write_json
 from evomem.tasks import Split
 from evomem.tasks import build as build_task
-from experiments.zoo.data import TASKS
+from experiments.zoo.data import RESTATED
 
 if TYPE_CHECKING:
     from experiments.zoo.train import Training
@@ -25,27 +26,36 @@ if TYPE_CHECKING:
 MODELS = Path(__file__).resolve().parent / "models"
 LENGTHS = (128, 256, 512, 1024)
 SAMPLES = 50
+"""Sealed samples of each kind of question."""
 RECORD = "recipe.json"
 
 
-def accuracy(loaded: evomem.models.LoadedModel, task: str, length: int, samples: int) -> tuple[float, float]:
-    """Return the share of right words and the mean log-likelihood (nats a token) on sealed samples, full cache."""
+def accuracy(loaded: evomem.models.LoadedModel, task: str, length: int, samples: int) -> dict[str, tuple[float, float]]:
+    """Return the share of right words and the mean log-likelihood (nats a token) on sealed samples, full cache.
+
+    By kind of question: the task's name, and with ``zoo_forgetting`` those about restated keys apart; ``samples`` each.
+    """
     built = build_task(task, loaded.tokenizer, length)
     evaluator, full = Evaluator(loaded), [build_manager("full")]
-    found = [
-        evaluator.evaluate(full, sample, built, exact=True)[0] for sample in built.samples(Split.SEALED, samples, 0)
-    ]
-    exact = sum(one.exact or 0.0 for one in found) / len(found)
-    return exact, sum(one.loglik for one in found) / len(found)
+    found: dict[str, list[Evaluation]] = {}
+    for sample in built.samples(Split.SEALED, samples * (1 + (task == "zoo_forgetting")), 0):
+        kind = RESTATED if sample.meta.get("restated") else task
+        found.setdefault(kind, []).extend(evaluator.evaluate(full, sample, built, exact=True))
+    return {
+        kind: (sum(one.exact or 0.0 for one in of) / len(of), sum(one.loglik for one in of) / len(of))
+        for kind, of in found.items()
+    }
 
 
-def measured(folder: Path, samples: int = SAMPLES) -> dict[str, Any]:
-    """Return what the model in a folder can do: by task and length, ``[share of right words, log-likelihood]``."""
+def measured(folder: Path, tasks: Sequence[str], samples: int = SAMPLES) -> dict[str, Any]:
+    """Return what the model in a folder can do: by kind and length, ``[share of right words, log-likelihood]``."""
     loaded = evomem.models.load(str(folder))
     found: dict[str, Any] = {}
-    for task in TASKS:
-        found[task] = {str(n): [round(value, 4) for value in accuracy(loaded, task, n, samples)] for n in LENGTHS}
-        print(f"{folder.name} {task} {found[task]}", flush=True)
+    for task in tasks:
+        for length in LENGTHS:
+            for kind, values in accuracy(loaded, task, length, samples).items():
+                found.setdefault(kind, {})[str(length)] = [round(value, 4) for value in values]
+                print(f"{folder.name} {kind} {length} {found[kind][str(length)]}", flush=True)
     return found
 
 
@@ -64,7 +74,7 @@ def publish(training: Training, name: str, models: Path = MODELS) -> Path:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "sha256": sha256(fresh / "model.safetensors"),
-        "sealed": {"samples": SAMPLES, "share_right_and_loglik": measured(fresh)},
+        "sealed": {"samples": SAMPLES, "share_right_and_loglik": measured(fresh, training.recipe.tasks)},
     }
     write_json(fresh / RECORD, record)
     for path in fresh.iterdir():

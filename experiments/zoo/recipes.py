@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from experiments.zoo.data import POSITIONS
+from experiments.zoo.data import POSITIONS, TASKS
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class Recipe:
     ----------
     family : configuration class of ``transformers``.
     config : its fields, besides vocabulary and special tokens.
+    tasks : whose lessons it is trained on.
     lengths : tokens of a lesson, one a stage of the curriculum.
     tokens : of a batch of lessons shorter than 256 tokens, and of the longer ones.
     learning_rate, warmup, steps, decay : AdamW's rate, steps of its rise, the most steps, and steps of its fall to
         zero, which begins when the last stage is passed.
-    passed : running accuracy of both tasks at which a stage is passed.
+    passed : running accuracy of every kind of answer at which a stage is passed.
     everywhere : weight of the loss on all tokens, beside that on the answers.
     anywhere : lessons stand at random places among the positions.
     notes : tokens before each one that the first layer begins by noting; with two, the others look where both are.
@@ -40,6 +41,7 @@ class Recipe:
 
     family: type[PreTrainedConfig]
     config: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = TASKS
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
     tokens: tuple[int, int] = (2048, 4096)
     learning_rate: float = 3e-3
@@ -84,7 +86,8 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
 }
-"""Every recipe by the name of its family; the model's alias is ``zoo-`` and this name."""
+RECIPES["forgetting"] = replace(RECIPES["gpt-neox"], tasks=("zoo_forgetting",), passed=0.97)
+"""Every recipe by name, its family's or its task's; the model's alias is ``zoo-`` and this name."""
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:

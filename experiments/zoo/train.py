@@ -1,6 +1,6 @@
 """Run: train a model of the zoo and write it as a folder, ``experiments/zoo/models/zoo-NAME``.
 
-    OMP_NUM_THREADS=1 python -m experiments.zoo.train gpt-neox      # or gpt2, qwen3
+    OMP_NUM_THREADS=1 python -m experiments.zoo.train gpt-neox      # or gpt2, qwen3, forgetting
 
 A training that was killed goes on from its state, ``runs/zoo/NAME/state.pt``; ``--fresh`` begins again. The same recipe
 and seed give the same weights on the same machine with the same number of threads, interrupted or not.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from experiments.zoo.data import POSITIONS, TASKS, Batch, Lessons
+from experiments.zoo.data import POSITIONS, Batch, Lessons
 from experiments.zoo.recipes import RECIPES, Recipe, new_model
 
 SAVED_EVERY = 60.0
@@ -39,7 +39,7 @@ class Progress:
     ----------
     step, tokens : steps taken, tokens read.
     stage : index of the lessons' length.
-    accuracy : running share of right answer tokens at this stage, by task.
+    accuracy : running share of right answer tokens at this stage, by kind (`experiments.zoo.data.kinds_of`).
     passed : step at which the last stage was passed; -1 before.
     cpu_seconds, seconds : processor time and wall time spent, over all processes.
     history : ``(step, length, accuracies)`` whenever a stage was passed.
@@ -48,7 +48,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     stage: int = 0
-    accuracy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 0.0))
+    accuracy: dict[str, float] = field(default_factory=dict)
     passed: int = -1
     cpu_seconds: float = 0.0
     seconds: float = 0.0
@@ -67,14 +67,14 @@ class Training:
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.recipe = recipe
         self.seed = seed
-        self.lessons = Lessons(seed)
+        self.lessons = Lessons(seed, recipe.tasks)
         self.model = new_model(recipe, self.lessons.tokenizer, seed).train()
         # A learned position is met in few batches; at the full rate Adam's momentum would make noise of it.
         groups: list[dict[str, Any]] = [{"params": [], "share": share} for share in (1.0, 0.1)]
         for name, parameter in self.model.named_parameters():
             groups["wpe" in name]["params"].append(parameter)
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98))
-        self.progress = Progress()
+        self.progress = Progress(accuracy=dict.fromkeys(self.lessons.kinds, 0.0))
 
     @property
     def done(self) -> bool:
@@ -115,7 +115,7 @@ class Training:
         return float(loss.detach())
 
     def _judge(self, batch: Batch, random: Random) -> tuple[Tensor, Tensor]:
-        """Return the loss of a batch (nats a token) and the share of right answer tokens, one a task (2,)."""
+        """Return the loss of a batch (nats a token) and the share of right answer tokens, by kind."""
         length = batch.ids.shape[1]
         places = torch.arange(length)[None]
         if self.recipe.anywhere:  # so that every learned position is trained by lessons of every length
@@ -123,25 +123,24 @@ class Training:
         logits = self.model(input_ids=batch.ids, position_ids=places, use_cache=False).logits[:, :-1]
         following, real, answers = batch.ids[:, 1:], batch.real[:, 1:], batch.answers[:, 1:]
         losses = cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(following.shape)
-        recall = batch.recall[:, None]
-        # A needle has four words of an answer, a pair has one: both tasks count the same.
-        tasks = [losses[answers & chosen].mean() for chosen in (~recall, recall)]
-        right = (logits.argmax(-1) == following) & answers
-        loss = sum(tasks, self.recipe.everywhere * losses[real].mean())
-        return loss, torch.stack([(right & chosen).sum() / (answers & chosen).sum() for chosen in (~recall, recall)])
+        kinds = [answers & (batch.kinds[:, 1:] == kind) for kind in range(len(self.lessons.kinds))]
+        # A needle has four words of an answer, a pair has one: all kinds count the same.
+        loss = sum([losses[kind].mean() for kind in kinds], self.recipe.everywhere * losses[real].mean())
+        right = logits.argmax(-1) == following
+        return loss, torch.stack([(right & kind).sum() / kind.sum() for kind in kinds])
 
     def _note(self, right: Tensor) -> None:
-        """Follow the accuracies, and pass to the next stage when both are high enough."""
+        """Follow the accuracies, and pass to the next stage when all are high enough."""
         progress, recipe = self.progress, self.recipe
-        for task, now in zip(TASKS, right.tolist(), strict=True):
-            progress.accuracy[task] = REMEMBERED * progress.accuracy[task] + (1 - REMEMBERED) * now
+        for kind, now in zip(self.lessons.kinds, right.tolist(), strict=True):
+            progress.accuracy[kind] = REMEMBERED * progress.accuracy[kind] + (1 - REMEMBERED) * now
         if progress.passed < 0 and min(progress.accuracy.values()) >= recipe.passed:
             progress.history.append([progress.step, recipe.lengths[progress.stage], dict(progress.accuracy)])
             if progress.stage == len(recipe.lengths) - 1:
                 progress.passed = progress.step
             else:
                 progress.stage += 1
-                progress.accuracy = dict.fromkeys(TASKS, 0.0)
+                progress.accuracy = dict.fromkeys(self.lessons.kinds, 0.0)
 
     def save(self, path: Path) -> None:
         """Write everything that `load` needs; a reader sees the old file or the new one."""
@@ -174,7 +173,7 @@ def train(training: Training, state: Path, *, minutes: float = float("inf")) -> 
         now = time.monotonic()
         if now - reported >= 10 or training.done:
             reported = now
-            accuracies = " ".join(f"{task} {share:.3f}" for task, share in progress.accuracy.items())
+            accuracies = " ".join(f"{kind} {share:.3f}" for kind, share in progress.accuracy.items())
             length = training.recipe.lengths[progress.stage]
             print(
                 f"step {progress.step} length {length} loss {loss:.3f} {accuracies} cpu {progress.cpu_seconds:.0f} s",
