@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from evomem.cache import Decision, LayerView, SlotCache, attached
 from evomem.cache.cache import CachePolicy
 from evomem.errors import TaskError
-from evomem.evaluation.attention import FutureAttention, retained_attention
+from evomem.evaluation.attention import FutureAttention, retained_attention, sample_key
 from evomem.evaluation.costs import How, KnownSamples, ranking_costs
 from evomem.evaluation.meter import Meter
 from evomem.evaluation.population import Deciding, PopulationPolicy
@@ -21,8 +22,12 @@ from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.evaluation.types import Evaluation, EvaluationProtocol
 from evomem.managers.base import MemoryManager, Schedule
 from evomem.managers.stochastic import StochasticManager
+from evomem.managers.vector import to_vector
 from evomem.models import LoadedModel
 from evomem.tasks.base import Sample, Task
+
+_DRAWN = 512
+"""Sets of rollouts whose rewards are remembered, for further passes over them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Evaluator:
         self.store: Readings = store if store is not None else PrefillStore()
         self.future = FutureAttention()
         self.traces: KnownSamples | None = None
+        self._drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
         config = loaded.model.generation_config
         ends = getattr(config, "eos_token_id", None) if config is not None else None
         self._ends = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id} - {None}
@@ -161,8 +167,18 @@ class Evaluator:
         ready = [None if one is None else self.scheduled(one) for one in (manager, behaviour, reference)]
         begin = time.perf_counter()
         policy = RolloutPolicy(ready[0], list(seeds), sample_number(sample.id), ready[1], ready[2], listens)  # type: ignore[arg-type]
-        with attached(self.loaded.model):
-            batch = self._answered(policy, tokens, sample, task, exact, observes)
+        drawing = ready[1] if ready[1] is not None else manager
+        drawn = (sample_key(tokens), tuple(seeds), repr(drawing.describe()), to_vector(drawing).tobytes(), exact)
+        batch = self._drawn.get(drawn) if self.protocol.kind == "compress_once" else None
+        if batch is not None:  # the same rollouts, seen by a newer policy: only how likely they are has changed
+            for view in self.reading(tokens.read, policy.observes | observes).views:
+                policy.decide(view)
+        else:
+            with attached(self.loaded.model):
+                batch = self._answered(policy, tokens, sample, task, exact, observes)
+            self._drawn[drawn] = [replace(one, tokens=0) for one in batch]
+            while len(self._drawn) > _DRAWN:
+                self._drawn.popitem(last=False)
         seconds = (time.perf_counter() - begin) / len(batch)
         return [replace(one, seconds=seconds, steps=policy.steps(place)) for place, one in enumerate(batch)]
 

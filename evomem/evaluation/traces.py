@@ -280,6 +280,18 @@ class Traces:
             raise RunError(f"{path}: is damaged ({error}); repeat the evomem trace command") from None
 
 
+@dataclass(frozen=True)
+class TraceCollection:
+    """Several folders of traces of one model, asked in their order."""
+
+    folders: Sequence[Traces]
+
+    def get(self, key: str) -> Trace | None:
+        """Return the trace of a sample by its content, from the first folder that has it; None if none has."""
+        found = (folder.get(key) for folder in self.folders)
+        return next((trace for trace in found if trace is not None), None)
+
+
 def damage(path: Path, file: TraceFile) -> str:
     """Return what is wrong with a file of a folder; nothing if its bytes are what the manifest says."""
     try:

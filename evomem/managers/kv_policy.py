@@ -43,15 +43,17 @@ SPREAD = 0.5
 class KVPolicy(StochasticManager):
     """A policy over scale-preserving features: scores to rank slots by, log-odds to store, log-rates to forget.
 
-    With z the features after an affine map that is the same for all layers and heads (their mean and deviation over
-    some contexts, `calibrate`), d the relative depth, and one output per action a:
+    With z the standardised features, d the relative depth, and one output per action a:
 
         o_a = w_a(d)·z + Σ_h A_ah tanh(b_h + B_h d + Σ_f W_hf z_f) + c_a   (evict: + own weights of the head · z)
 
     *Evict*: rankings are Plackett-Luce in o_evict, and any budget keeps the ranking's beginning; deployed, the plain
     order. *Store*: a new token enters memory with probability σ(o_store); deployed, if o_store >= 0. *Forget*: a slot's
-    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget). Nothing is normalised
-    within a head, unless ``scale`` asks for it: norms carry signal. Features know no head size, head count, vocabulary.
+    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget).
+
+    Features are *of* slots (log-norms, not normalised keys: norms carry signal) and know no head size, head count or
+    vocabulary. Standardised within each head (``scale: head``) they made better rankings on SmolLM2; with one mean and
+    deviation for the whole model (``scale: model``, measured by `calibrate`) levels stay comparable between heads.
     """
 
     class Options(ManagerOptions):
@@ -62,7 +64,7 @@ class KVPolicy(StochasticManager):
             POLICY_FEATURES, max_length=1024, description="what each slot is described by; see `evomem list`"
         )
         scale: Literal["model", "head"] = Field(
-            "model", description="features are standardised with one mean and deviation for the model, or within heads"
+            "head", description="features are standardised within heads, or with one mean and deviation for the model"
         )
         hidden: int = Field(16, ge=0, le=4096, description="units of the network's one hidden layer; 0: linear")
         knots: int = Field(2, ge=1, le=4096, description="points of depth at which the linear weights are given")

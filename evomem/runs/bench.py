@@ -14,6 +14,7 @@ from evomem.tasks.base import Sample, Task
 from evomem.tasks.chance import ChanceReport, check
 
 if TYPE_CHECKING:
+    from evomem.evaluation.costs import KnownSamples
     from evomem.evaluation.evaluator import Evaluator
     from evomem.evaluation.store import Readings
     from evomem.models import LoadedModel
@@ -140,6 +141,7 @@ def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings)
     from evomem.evaluation.evaluator import Evaluator
 
     evaluator = Evaluator(loaded, config.protocol, store=readings)
+    evaluator.traces = traces_of(config, loaded)
 
     def make_task(task: TaskConfig) -> Task:
         return tasks.build(task.spec, loaded.tokenizer, task.length, **task.options)
@@ -149,6 +151,26 @@ def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings)
 
     provenance = {"model": loaded.name, "model_digest": loaded.digest}
     return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator))
+
+
+def traces_of(config: ExperimentConfig, loaded: LoadedModel) -> KnownSamples | None:
+    """Return the experiment's traces of a model; None if it names none.
+
+    Raises
+    ------
+    RunError, ConfigError : a folder is none, or does not fit this model or what the manager looks at.
+    """
+    if not config.traces:
+        return None
+    from evomem.evaluation.traces import TraceCollection, Traces
+
+    opened = [Traces.open(folder) for folder in config.traces]
+    others = {model.name for model in config.all_models} - {loaded.name}
+    mine = [one for one in opened if one.manifest.header.model.name not in others]
+    features = config.space.manager.options.get("features", ())
+    for one in mine:
+        one.matches(loaded, features, mode=config.protocol.mode)
+    return TraceCollection(mine)
 
 
 def check_chance(
