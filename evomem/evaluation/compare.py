@@ -11,6 +11,7 @@ from typing import Any
 
 from evomem.errors import ConfigError
 from evomem.evaluation.evaluator import Evaluator
+from evomem.evaluation.oracle import FutureOracle, evaluate_oracle
 from evomem.evaluation.results import SampleFile
 from evomem.evaluation.rows import Budget, Measured, Role, Row, budget_size, rows_of
 from evomem.evaluation.types import Evaluation
@@ -112,6 +113,7 @@ def compare(
     split: Split = Split.SEALED,
     seed: int = 0,
     exact: bool = True,
+    oracle: bool = False,
     keep: Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -126,6 +128,8 @@ def compare(
         is, once. So is the full cache.
     against : the field, see `field_of`; an empty list: none.
     exact : also generate, for the exact metric.
+    oracle : at every budget also the decision that knows what question and answer will attend to (`FutureOracle`): no
+        manager can know that, so it is a mark, and no competitor.
     keep : file to which every finished sample is appended; a comparison that was killed goes on from it.
     progress : called with samples done and samples in all.
 
@@ -140,6 +144,10 @@ def compare(
     entrants = _entrants(subjects, "subject", budgets) + _entrants(field, "field", budgets)
     if "full" not in taken and field:
         entrants += _entrants([NamedManager("full", build("full"))], "full", budgets)
+    if oracle:
+        if any(place.evaluator.protocol.kind != "compress_once" for place in places):
+            raise ConfigError("oracle: what will be attended to is known under the protocol compress_once only")
+        entrants += _entrants([NamedManager(FutureOracle.name, FutureOracle(()))], "oracle", budgets)
     found = measure(
         entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
     )
@@ -234,6 +242,11 @@ def _on_sample(entrants: Sequence[_Entrant], place: Place, sample: Sample, exact
     """Evaluate all entrants on one sample: the context is read once, the batches hold rows of about the same size."""
     observes = frozenset[str]().union(*(entrant.manager.observes for entrant in entrants))
     found: dict[int, Evaluation] = {}
+    for index, entrant in enumerate(entrants):
+        if entrant.role == "oracle":
+            found[index] = evaluate_oracle(
+                place.evaluator, sample, place.subject_task, entrant.budget, exact=exact, observes=observes
+            )
     for chunk in _chunks(entrants):
         members = [entrants[index].manager for index in chunk]
         results = place.evaluator.evaluate(members, sample, place.subject_task, exact=exact, observes=observes)
@@ -251,7 +264,8 @@ def _chunks(entrants: Sequence[_Entrant]) -> Iterator[list[int]]:
     def order(index: int) -> tuple[float, list[str]]:
         return budget_size(entrants[index].budget), sorted(entrants[index].manager.observes)
 
-    sized = [index for index, entrant in enumerate(entrants) if entrant.budget is not None]
+    ours = [index for index, entrant in enumerate(entrants) if entrant.role != "oracle"]
+    sized = [index for index in ours if entrants[index].budget is not None]
     chunk: list[int] = []
     for index in sorted(sized, key=order):
         if chunk and (
@@ -262,7 +276,7 @@ def _chunks(entrants: Sequence[_Entrant]) -> Iterator[list[int]]:
         chunk.append(index)
     if chunk:
         yield chunk
-    yield from ([index] for index, entrant in enumerate(entrants) if entrant.budget is None)
+    yield from ([index] for index in ours if entrants[index].budget is None)
 
 
 def _fingerprint(

@@ -11,7 +11,7 @@ from evomem.evaluation.statistics import bootstrap_mean, paired_bootstrap, recov
 from evomem.evaluation.types import Evaluation
 
 Budget = int | float | None
-Role = Literal["subject", "field", "full"]
+Role = Literal["subject", "field", "full", "oracle"]
 
 BYTES_TOLERANCE = 0.02
 """Relative difference of mean measured bytes up to which two managers count as equally large."""
@@ -23,7 +23,8 @@ class Row:
 
     Attributes
     ----------
-    role : ``subject`` (what the comparison is about), ``field``, or ``full`` (the reference without eviction).
+    role : ``subject`` (what the comparison is about), ``field``, ``full`` (the reference without eviction), or
+        ``oracle`` (a decision that knows the future).
     budget : slots per head or share of the tokens read; None: the manager's own, or none.
     score, loglik : means over samples of the exact metric in [0, 1] (None where there is none) and of the
         log-likelihood in nats per answer token.
