@@ -7,8 +7,8 @@ everything kept (``compress_once``). Per layer L a file has
 tensor             shape and type                             what
 =================  =========================================  ==========================================================
 ``L.columns``      (features, kv_heads, slots) fp16           the base features (`evomem.managers.features`), in order
-``L.peak``         (kv_heads, slots) fp16, times a power of 2  `Future.peak`
-``L.paid``         (kv_heads, slots) fp16, times a power of 2  `Future.paid`
+``L.peak``         (kv_heads, slots) fp16 times a power of 2   `Future.peak`
+``L.paid``         (kv_heads, slots) fp16 times a power of 2   `Future.paid`
 ``L.next_use``     (kv_heads, slots) int16 (or int32)         `Future.next_use`
 =================  =========================================  ==========================================================
 
