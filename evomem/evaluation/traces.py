@@ -13,7 +13,7 @@ tensor             shape and type                             what
 =================  =========================================  ==========================================================
 
 The power of two brings a file's largest value to at most 2^15; so a value keeps its 11 significant bits (a relative
-error of at most 2^-11) down to 2^-29 of the largest, and below that an error of less than 2^-40 of it. Slots are not
+error of at most 2^-11) down to 2^-28 of the largest, and below that an error of at most 2^-39 of it. Slots are not
 stored: nothing was evicted, they are 0, 1, 2, … Neither are features that follow from them (`FROM_SLOTS`).
 """
 
