@@ -7,13 +7,13 @@ everything kept (``compress_once``). Per layer L a file has
 tensor             shape and type                             what
 =================  =========================================  ==========================================================
 ``L.columns``      (features, kv_heads, slots) fp16           the base features (`evomem.managers.features`), in order
-``L.peak``         (kv_heads, slots) fp16, times a power of 2  `Future.peak`
-``L.paid``         (kv_heads, slots) fp16, times a power of 2  `Future.paid`
+``L.peak``         (kv_heads, slots) fp16 times a power of 2   `Future.peak`
+``L.paid``         (kv_heads, slots) fp16 times a power of 2   `Future.paid`
 ``L.next_use``     (kv_heads, slots) int16 (or int32)         `Future.next_use`
 =================  =========================================  ==========================================================
 
 The power of two brings a file's largest value to at most 2^15; so a value keeps its 11 significant bits (a relative
-error of at most 2^-11) down to 2^-29 of the largest, and below that an error of less than 2^-40 of it. Slots are not
+error of at most 2^-11) down to 2^-28 of the largest, and below that an error of at most 2^-39 of it. Slots are not
 stored: nothing was evicted, they are 0, 1, 2, … Neither are features that follow from them (`FROM_SLOTS`).
 """
 
