@@ -41,6 +41,10 @@ def compare(
     samples: Samples = None,
     exact: Exact = True,
     check: Check = True,
+    oracle: Annotated[
+        bool,
+        typer.Option("--oracle", help="Also the decision that knows what will be attended to: a mark, no manager."),
+    ] = False,
     dtype: DtypeOption = Dtype.float32,
     json: Json = None,
 ) -> None:
@@ -64,7 +68,7 @@ def compare(
         wishes = command.Wishes(
             model or [], task or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
         )
-        command.compare(subjects, against, wishes, json, check=check)
+        command.compare(subjects, against, wishes, json, check=check, oracle=oracle)
 
 
 def transfer(

@@ -77,7 +77,13 @@ class Subject:
 
 
 def compare(
-    sources: Sequence[str], against: str | None, wishes: Wishes, output: str | None, *, check: bool = True
+    sources: Sequence[str],
+    against: str | None,
+    wishes: Wishes,
+    output: str | None,
+    *,
+    check: bool = True,
+    oracle: bool = False,
 ) -> None:
     """Compare subjects with the field, print tables, and write rows; with ``check``, refuse tasks at chance."""
     subjects = resolve_all(sources)
@@ -96,6 +102,7 @@ def compare(
             against=field,
             split=Split(wishes.split),
             exact=wishes.exact,
+            oracle=oracle,
             keep=partial_file(output),
             progress=bar.report,
         )

@@ -147,7 +147,8 @@ def compare(
     if oracle:
         if any(place.evaluator.protocol.kind != "compress_once" for place in places):
             raise ConfigError("oracle: what will be attended to is known under the protocol compress_once only")
-        entrants += _entrants([NamedManager(FutureOracle.name, FutureOracle(()))], "oracle", budgets)
+        given = dict.fromkeys(entrant.budget for entrant in entrants if entrant.budget is not None)
+        entrants += [_Entrant(FutureOracle.name, "oracle", budget, FutureOracle((), budget=budget)) for budget in given]
     found = measure(
         entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
     )
