@@ -108,8 +108,10 @@ class KVPolicy(StochasticManager):
         self.weights = nn.Parameter(torch.zeros(outputs, o.knots, count))
         if o.hidden:
             # Random inside, zero outside: the network says nothing at first, and every unit can learn something else.
-            self.inner = nn.Parameter(torch.randn(o.hidden, count) / math.sqrt(count))
-            self.by_depth = nn.Parameter(torch.randn(o.hidden))
+            # Always the same numbers, so that a policy is a pure function of its options and its vector.
+            generator = torch.Generator().manual_seed(0)
+            self.inner = nn.Parameter(torch.randn(o.hidden, count, generator=generator) / math.sqrt(count))
+            self.by_depth = nn.Parameter(torch.randn(o.hidden, generator=generator))
             self.bias = nn.Parameter(torch.zeros(o.hidden))
             self.outer = nn.Parameter(torch.zeros(outputs, o.hidden))
         if o.layers:
@@ -130,6 +132,34 @@ class KVPolicy(StochasticManager):
     def make_selection(self) -> TopN:
         """The best slots of every head after the protected ends."""
         return TopN(self.options.budget, self.options.sinks, self.options.recent)
+
+    STARTS: ClassVar[dict[str, str]] = {
+        "keydiff": "keydiff", "knorm": "-key_norm", "h2o": "attention", "observed_attention": "attention_per_query",
+        "streaming_llm": "-age",
+    }  # fmt: skip
+    """Heuristics that a search may start from: the one feature, with its sign, that each is made of."""
+    SHARPNESS: ClassVar[float] = 2.0
+    """How decided a policy is that starts from a heuristic: weight of the feature, in its standard deviations."""
+
+    @classmethod
+    def start_from(cls, heuristic: str, **options: Any) -> Self:
+        """Return a policy that ranks as ``heuristic`` does, up to the protected ends.
+
+        Raises
+        ------
+        ConfigError : no single feature ranks as it does, or it is not among the options' features.
+        """
+        if heuristic not in cls.STARTS:
+            raise ConfigError(f"kv_policy cannot start from {heuristic!r}; it can from {', '.join(cls.STARTS)}")
+        manager = cls(**options)
+        feature = cls.STARTS[heuristic]
+        sign, name = (-1.0, feature[1:]) if feature.startswith("-") else (1.0, feature)
+        if name not in manager.options.features or "evict" not in manager.options.actions:
+            raise ConfigError(f"to start from {heuristic!r} the policy must evict, and its features contain {name!r}")
+        with torch.no_grad():
+            place = manager.options.actions.index("evict")
+            manager.weights[place, :, manager.options.features.index(name)] = sign * cls.SHARPNESS
+        return manager
 
     # ---- statistics -----------------------------------------------------------------------------------------------
 
