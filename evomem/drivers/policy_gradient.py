@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
 from evomem.drivers.base import Array, Population, drivers
@@ -37,6 +38,9 @@ class PolicyGradientOptions(DriverOptions):
     decay : the last share of a stage in which the learning rate falls to zero.
     weight_decay, beta1, beta2 : AdamW's.
     clip_norm : longest gradient; a longer one is shortened.
+    rollout_heads : let sampled gradients move weights that act on one KV head only, too. By default they stay where the
+        exact gradient has brought them: one reward for all heads says little about any one of them, and thousands of
+        weights that each follow noise undo what the few common ones gain.
     ema : weight of the past in the average of the parameters that stands for the search's result; 0: the newest ones.
     entropy : reward for random decisions, per random choice, in units of the fitness a nat.
     """
@@ -52,6 +56,7 @@ class PolicyGradientOptions(DriverOptions):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
+    rollout_heads: bool = False
     ema: float = Field(default=0.8, ge=0, lt=1)
     entropy: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
@@ -63,14 +68,18 @@ class PolicyGradient:
     Parameters
     ----------
     dim, start, seed : length of a vector, first parameters (dim,), seed of everything random.
+    blocks : for every KV head, the indices of its part of the vector (`SearchSpace.blocks`).
     options : `PolicyGradientOptions`.
     """
 
     takes_rollouts = True
-    takes_blocks = False
+    takes_blocks = True
 
-    def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
+    def __init__(
+        self, dim: int, start: Array, seed: int, *, blocks: Sequence[NDArray[np.int64]] = (), **options: Any
+    ) -> None:
         self.dim = dim
+        self._own = np.concatenate([np.zeros(0, dtype=np.int64), *blocks])
         self.options = o = parse_options(PolicyGradientOptions, "policy_gradient", options)
         self.rollouts = o.popsize or 8
         self.passes = o.passes or (2 if o.estimator == "grpo" else 1)
@@ -151,7 +160,10 @@ class PolicyGradient:
             steps = [steps for steps, fine in zip(group.steps, good, strict=True) if fine]
             values += [step for one in steps for step in one]
             advantage = self._advantages(rewards, steps)
-            gradients.append(group_gradient(group, advantage))
+            gradient = group_gradient(group, advantage)
+            if not self._exact and not self.options.rollout_heads:
+                gradient[self._own] = 0.0
+            gradients.append(gradient)
             weights.append(group.weight)
         if not gradients:
             raise FitnessError("driver 'policy_gradient': no rollout of the generation has a finite reward")

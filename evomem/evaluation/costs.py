@@ -195,7 +195,7 @@ def _drawn(
     heads = sum(view.slots.shape[1] for view in context.views)
     rows, gradient, log_prob = [], torch.zeros(()), torch.zeros(count, dtype=torch.float64)
     for view, future in zip(context.views, context.future.peak, strict=True):
-        noise = Noise.of([(seed, sample_number(sample.id), 0, view.layer) for seed in seeds], view)
+        noise = Noise.of([(seed, sample_number(sample.id), 0) for seed in seeds], view)
         action = policy.draw(view, noise)
         if action.ranking is None:
             raise ConfigError(f"manager {policy.name!r}: without the action evict there is no ranking to cost anything")

@@ -94,7 +94,7 @@ class RolloutPolicy:
         """Return the decisions of all rollouts: masks (rollouts, kv_heads, slots)."""
         number = self._decided.get(view.layer, 0)
         self._decided[view.layer] = number + 1
-        noise = Noise.of([(seed, self.sample, number, view.layer) for seed in self.seeds], view)
+        noise = Noise.of([(seed, self.sample, number) for seed in self.seeds], view)
         drawing = self.behaviour if self.behaviour is not None else self.manager
         action = drawing.draw(view, noise)
         self._learn(number, view, action)

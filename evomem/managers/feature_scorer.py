@@ -40,16 +40,31 @@ class AllocatedTopN(TopN):
 
     def limit(self, view: LayerView) -> Tensor:
         """Return the slots per head that this layer may keep: (batch, 1, 1) int64."""
-        layers = view.layers
-        places = [layer / (layers - 1) if layers > 1 else 0.0 for layer in range(layers)]
-        logs = torch.stack([interpolate(self.log_shares, place) for place in places])
-        until = torch.softmax(logs.double(), 0).cumsum(0) * layers
-        end = until[view.layer]
-        begin = until[view.layer - 1] if view.layer else torch.zeros_like(end)
         mean = slots_of_budget(self.budget, view)
-        own = torch.round(mean * end).long() - torch.round(mean * begin).long()
-        least = torch.full_like(mean, self.sinks + int(self.recent) + 1).minimum(mean)
-        return torch.maximum(own, least)
+        return allocated(mean, view, self.log_shares[:, None], self.sinks + int(self.recent) + 1)
+
+
+def allocated(mean: Tensor, view: LayerView, log_shares: Tensor, least: int) -> Tensor:
+    """Return the slots per head of a layer whose share of the budget is g(depth): see `AllocatedTopN`.
+
+    Parameters
+    ----------
+    mean : (batch, 1, 1) int64, the mean over the layers.
+    log_shares : (points of depth, batch or 1).
+    least : slots that every layer keeps, unless the mean itself is less.
+
+    Returns
+    -------
+    (batch, 1, 1) int64.
+    """
+    layers = view.layers
+    places = [layer / (layers - 1) if layers > 1 else 0.0 for layer in range(layers)]
+    logs = torch.stack([interpolate(log_shares, place) for place in places])
+    until = (torch.softmax(logs.double(), 0).cumsum(0) * layers)[..., None, None]
+    end = until[view.layer]
+    begin = until[view.layer - 1] if view.layer else torch.zeros_like(end)
+    own = torch.round(mean * end).long() - torch.round(mean * begin).long()
+    return torch.maximum(own, torch.full_like(mean, least).minimum(mean))
 
 
 @register("feature_scorer")

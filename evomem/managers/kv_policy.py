@@ -18,7 +18,7 @@ from evomem.cache import Decision, LayerView
 from evomem.errors import ConfigError
 from evomem.managers import plackett_luce
 from evomem.managers.base import TOKENS, ManagerOptions, register
-from evomem.managers.feature_scorer import interpolate
+from evomem.managers.feature_scorer import allocated, interpolate
 from evomem.managers.features import columns, parse, required, standardise
 from evomem.managers.selection import TopN, best
 from evomem.managers.stochastic import Action, Noise, StochasticManager
@@ -37,6 +37,8 @@ LARGEST = 10.0
 """Standardised features are cut here, so that a model with outliers cannot drive a policy that never saw them."""
 SPREAD = 0.5
 """Standard deviation of the drawn log-rates of forgetting around their mean."""
+SHARE_SPREAD = 0.2
+"""Standard deviation of the drawn log-shares of the budget around theirs."""
 
 
 @register("kv_policy")
@@ -49,7 +51,8 @@ class KVPolicy(StochasticManager):
 
     *Evict*: rankings are Plackett-Luce in o_evict, and any budget keeps the ranking's beginning; deployed, the plain
     order. *Store*: a new token enters memory with probability σ(o_store); deployed, if o_store >= 0. *Forget*: a slot's
-    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget).
+    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget). With ``allocation`` the
+    layers share the budget unequally (`AllocatedTopN`); their log-shares are drawn around the parameters.
 
     Features are *of* slots (log-norms, not normalised keys: norms carry signal) and know no head size, head count or
     vocabulary. Standardised within each head (``scale: head``) they made better rankings on SmolLM2; with one mean and
@@ -70,6 +73,9 @@ class KVPolicy(StochasticManager):
         knots: int = Field(2, ge=1, le=4096, description="points of depth at which the linear weights are given")
         layers: int = Field(0, ge=0, le=4096, description="layers with weights of their own per head; 0: none")
         heads: int = Field(0, ge=0, le=4096, description="KV heads with weights of their own per layer; 0: none")
+        allocation: int = Field(
+            0, ge=0, le=64, description="points of depth for the layers' shares of the budget; 0: equal"
+        )
         sinks: int = Field(0, ge=0, le=TOKENS, description="first tokens that are always kept")
         recent: int = Field(0, ge=0, le=TOKENS, description="newest tokens that are always kept")
 
@@ -116,6 +122,8 @@ class KVPolicy(StochasticManager):
             self.outer = nn.Parameter(torch.zeros(outputs, o.hidden))
         if o.layers:
             self.own = nn.Parameter(torch.zeros(o.layers, o.heads, count))
+        if o.allocation:
+            self.log_shares = nn.Parameter(torch.zeros(o.allocation))
         # Of the ranking no constant matters. At first everything is stored, and nothing fades to speak of.
         starts = {"store": 3.0, "forget": -6.0}
         others = [starts[name] for name in o.actions if name in starts]
@@ -230,34 +238,36 @@ class KVPolicy(StochasticManager):
         outputs = self.outputs(view)
         scores = outputs["evict"] if "evict" in outputs else -view.age.float()
         held = self._held(view, None if "store" not in outputs else outputs["store"] >= 0)
-        keep = self._kept(scores, view, held)
+        keep = self._kept(scores, view, held, self.log_shares[None] if self.options.allocation else None)
         rates = outputs.get("forget")
         return Decision(keep, None if rates is None else _faded(rates))
 
     def draw(self, view: LayerView, noise: Noise) -> Action:
         """Return a random action."""
         outputs = self.outputs(view)
-        stored = ranking = rates = None
+        stored = ranking = rates = shares = None
+        if self.options.allocation:
+            shares = self.log_shares + SHARE_SPREAD * noise.common[:, : self.options.allocation]
         if "store" in outputs:
             stored = outputs["store"] + noise.logistic(view.slots) > 0
         if "evict" in outputs:
-            scores, _ = self._open(outputs["evict"], view, stored)
+            scores, _ = self._open(outputs["evict"], view, stored, shares)
             ranking = torch.argsort(scores + noise.gumbel(view.slots), dim=-1, descending=True, stable=True)
         if "forget" in outputs:
             rates = outputs["forget"] + SPREAD * noise.normal(view.slots)
-        return Action(ranking, stored, rates)
+        return Action(ranking, stored, rates, shares)
 
     def carry_out(self, view: LayerView, action: Action) -> Decision:
         """Return the decision that an action stands for."""
         held = self._held(view, action.stored)
         if action.ranking is None:
-            keep = self._kept(-view.age.float(), view, held)
+            keep = self._kept(-view.age.float(), view, held, action.shares)
         else:
             # Places in the ranking as scores; what is safe comes first in either case.
             places = torch.arange(action.ranking.shape[-1], 0, -1, device=view.slots.device, dtype=torch.float32)
             scores = torch.zeros(action.ranking.shape, device=view.slots.device)
             scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
-            keep = self._kept(scores, view, held)
+            keep = self._kept(scores, view, held, action.shares)
         return Decision(keep, None if action.rates is None else _faded(action.rates))
 
     def log_prob(self, view: LayerView, action: Action) -> Tensor:
@@ -268,12 +278,16 @@ class KVPolicy(StochasticManager):
             terms = plackett_luce.bernoulli_log_prob(outputs["store"], action.stored)
             total = total + torch.where(_arrived(view), terms, 0.0).sum(-1)
         if action.ranking is not None:
-            scores, picks = self._open(outputs["evict"], view, action.stored)
+            scores, picks = self._open(outputs["evict"], view, action.stored, action.shares)
             total = total + plackett_luce.log_prob(scores.expand_as(action.ranking), action.ranking, picks)
         if action.rates is not None:
             z = (action.rates - outputs["forget"]) / SPREAD
             terms = -0.5 * z.square() - math.log(SPREAD * math.sqrt(2 * math.pi))
             total = total + torch.where(view.valid, terms, 0.0).sum(-1)
+        if action.shares is not None and view.layer == 0:  # drawn once for all layers and heads: counted once
+            z = (action.shares - self.log_shares) / SHARE_SPREAD
+            terms = (-0.5 * z.square() - math.log(SHARE_SPREAD * math.sqrt(2 * math.pi))).sum(-1, keepdim=True)
+            total = total + torch.nn.functional.pad(terms, (0, view.slots.shape[1] - 1))
         return total
 
     def choices(self, view: LayerView, action: Action) -> Tensor:
@@ -282,7 +296,8 @@ class KVPolicy(StochasticManager):
         if action.stored is not None:
             total = total + _arrived(view).sum(-1)
         if action.ranking is not None:
-            scores, picks = self._open(torch.zeros(action.ranking.shape, device=view.slots.device), view, action.stored)
+            nothing = torch.zeros(action.ranking.shape, device=view.slots.device)
+            scores, picks = self._open(nothing, view, action.stored, action.shares)
             total = total + torch.minimum(picks, torch.isfinite(scores).sum(-1))
         if action.rates is not None:
             total = total + view.valid.sum(-1)
@@ -292,19 +307,34 @@ class KVPolicy(StochasticManager):
         """Slots that may stay: those with a token that was not refused."""
         return view.valid if stored is None else view.valid & (stored | ~_arrived(view))
 
-    def _safe(self, view: LayerView, held: Tensor) -> Tensor:
-        """Protected slots, which no ranking decides about."""
-        selection = self.make_selection()
-        n = selection.limit(view)
-        return held & ((view.position < n.clamp(max=selection.sinks)) | (view.age < selection.window(view)))
+    def _limits(self, view: LayerView, shares: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the slots per head that this layer may keep, and how many of the newest tokens are safe.
 
-    def _kept(self, scores: Tensor, view: LayerView, held: Tensor) -> Tensor:
+        shares : (batch, points of depth), or None if all layers have the same. Returns (batch, 1, 1) int64 both.
+        """
+        o, selection = self.options, self.make_selection()
+        n = selection.limit(view)
+        if shares is not None:
+            n = allocated(n, view, shares.transpose(0, 1), o.sinks + o.recent + 1)
+        return n, torch.full_like(n, o.recent).minimum(n - n.clamp(max=o.sinks))
+
+    def _safe(self, view: LayerView, held: Tensor, shares: Tensor | None) -> Tensor:
+        """Protected slots, which no ranking decides about."""
+        n, recent = self._limits(view, shares)
+        return held & ((view.position < n.clamp(max=self.options.sinks)) | (view.age < recent))
+
+    def _kept(self, scores: Tensor, view: LayerView, held: Tensor, shares: Tensor | None) -> Tensor:
         limits = torch.finfo(scores.dtype)
         scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
-        scores = torch.where(self._safe(view, held), torch.inf, torch.where(held, scores, -torch.inf))
-        return best(scores, self.make_selection().limit(view)) & held
+        scores = torch.where(self._safe(view, held, shares), torch.inf, torch.where(held, scores, -torch.inf))
+        n, _ = self._limits(view, shares)
+        if n.shape[0] > scores.shape[0]:
+            scores = scores.expand(n.shape[0], *scores.shape[1:])
+        return best(scores, n) & held
 
-    def _open(self, scores: Tensor, view: LayerView, stored: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _open(
+        self, scores: Tensor, view: LayerView, stored: Tensor | None, shares: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the scores with -inf at slots that the ranking does not decide about, and how many picks it makes.
 
         Returns
@@ -312,8 +342,8 @@ class KVPolicy(StochasticManager):
         scores (batch, kv_heads, slots), picks (batch, kv_heads) int64.
         """
         held = self._held(view, stored)
-        safe = self._safe(view, held)
-        picks = (self.make_selection().limit(view) - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
+        safe = self._safe(view, held, shares)
+        picks = (self._limits(view, shares)[0] - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
         return torch.where(held & ~safe, scores, -torch.inf), picks
 
 

@@ -22,15 +22,17 @@ class Action:
     ranking : (batch, kv_heads, slots) int64, the slots in the order in which they are kept (`plackett_luce`).
     stored : (batch, kv_heads, slots) bool, which of the new tokens enter memory.
     rates : (batch, kv_heads, slots) fp32, logarithm of how fast each slot fades.
+    shares : (batch, points of depth) fp32, logarithm of the layers' shares of the budget, the same for all layers.
     """
 
     ranking: Tensor | None = None
     stored: Tensor | None = None
     rates: Tensor | None = None
+    shares: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parts that were drawn, by name."""
-        parts = {"ranking": self.ranking, "stored": self.stored, "rates": self.rates}
+        parts = {"ranking": self.ranking, "stored": self.stored, "rates": self.rates, "shares": self.shares}
         return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -43,22 +45,25 @@ class Noise:
     Attributes
     ----------
     uniform : (batch, kinds, kv_heads, tokens) fp64 in [0, 1); `LayerView.slots` index the last axis.
+    common : (batch, 64) fp32 standard normal numbers that a decision's layers have in common.
     """
 
     uniform: Tensor
+    common: Tensor
 
     @classmethod
     def of(cls, seeds: Sequence[tuple[int, ...]], view: LayerView) -> Noise:
-        """Return the noise of every row from its own seed (any integers); rows with equal seeds draw alike.
+        """Return the noise of every row from its own seed (any integers) and the layer; equal seeds draw alike.
 
         Drawn on the processor, whatever the view's device, so that a rollout is the same everywhere.
         """
-        kv_heads = view.slots.shape[1]
-        rows = []
+        kv_heads, device = view.slots.shape[1], view.slots.device
+        rows, common = [], []
         for seed in seeds:
-            generator = torch.Generator().manual_seed(_mixed(seed))
+            common.append(torch.randn(64, generator=torch.Generator().manual_seed(_mixed((*seed, -1)))))
+            generator = torch.Generator().manual_seed(_mixed((*seed, view.layer)))
             rows.append(torch.rand(3, kv_heads, view.seen, generator=generator, dtype=torch.float64))
-        return cls(torch.stack(rows).to(view.slots.device))
+        return cls(torch.stack(rows).to(device), torch.stack(common).to(device))
 
     def at(self, kind: int, slots: Tensor) -> Tensor:
         """Return the numbers of the slots' tokens: (batch, kv_heads, slots) fp64; empty slots get some number."""

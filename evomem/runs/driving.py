@@ -61,7 +61,7 @@ def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, fold
     """
     kind = drivers.drivers.get(config.driver.name)
     headwise = any(objective_of(stage.fitness).headwise for stage in config.plan())
-    if len(config.all_models) > 1 and headwise and getattr(kind, "takes_blocks", False):
+    if len(config.all_models) > 1 and headwise and hasattr(kind, "enter") and not hasattr(kind, "takes_rollouts"):
         raise ConfigError(
             "fitness.objective: one that gives every head a fitness of its own is for one model: heads of different "
             "models are not the same heads"
