@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -175,6 +176,23 @@ def test_a_card_that_is_full_of_pictures_gets_no_more(plug):
     assert "transfer.png is not among them" in notes[0]
     assert found.pictures == pictures
     assert len(found.provenance["transfer"]) == 1
+
+
+def test_without_numbers_or_matplotlib_the_table_is_still_written(plug, monkeypatch):
+    odd = cell("$x_", difference=float("nan"))  # nobody answered
+    found, notes = record(plug, odd, cell("b"), cell("$y^{"))
+    assert notes == []
+    assert found.provenance["transfer"][0]["interval"] is found.provenance["transfer"][0]["difference"] is None
+    assert "transfer.png" in found.pictures
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found, notes = record(plug, cell("c"))
+    assert "no transfer.png: plots need matplotlib" in notes[0]
+    assert "](assets/transfer.png)" not in (plug / "README.md").read_text()
+    assert len(found.provenance["transfer"]) == 4
+    # What others have written there may be anything; it ends up as text, or as a dash.
+    rows = [{"model": "m", "interval": ["NaN", "NaN"], "difference": "Infinity"}, {"budget": "x", "interval": 3}]
+    plugins.save(plugins.load(plug), plug, {"transfer": rows})
+    assert "| m |  | - | - | - | - | - | - | - |" in (plug / "README.md").read_text()
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(plug, tmp_path, folders, monkeypatch):  # noqa: F811

@@ -118,13 +118,13 @@ def _at_home(row: Mapping[str, Any]) -> bool:
 def _verdict(row: Mapping[str, Any]) -> str:
     """Return whether the interval of the advantage excludes zero: better, worse or equal; nothing without one."""
     interval = row.get("interval")
-    if not isinstance(interval, Sequence) or len(interval) != 2:
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(_is_number, interval)):
         return ""
     return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "equal"
 
 
 def _advantage(row: Mapping[str, Any]) -> str:
-    if not isinstance(row.get("difference"), int | float):
+    if not _is_number(row.get("difference")):
         return "-"
     verdict = _verdict(row)
     low, high = row["interval"] if verdict else (math.nan, math.nan)
@@ -132,10 +132,12 @@ def _advantage(row: Mapping[str, Any]) -> str:
     return _EMPHASIS.get(verdict, "{}").format(f"{row['difference']:+.3f}{span}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _number(value: Any, digits: int = 3) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return "-"
-    return f"{value:.{digits}f}"
+    return f"{value:.{digits}f}" if _is_number(value) else "-"
 
 
 def _interval(value: Any) -> str:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from evomem import plugins
 from evomem.config import Settings, validate
-from evomem.errors import ConfigError, PluginError
+from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.evaluation.rows import budget_size
 from evomem.managers.base import MemoryManager
 from evomem.runs.plots import figure_with, save_figure
@@ -141,7 +141,11 @@ def write_record(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str)
         notes.append(f"{record.folder}: there is room for {len(kept)} of {len(rows)} rows; new ones come first")
     pictures = dict(plugin.pictures)
     if PICTURE in pictures or len(pictures) < plugins.PICTURE_COUNT:
-        pictures[PICTURE] = _drawn(kept)
+        pictures.pop(PICTURE, None)  # an earlier one would contradict the table
+        try:
+            pictures[PICTURE] = _drawn(kept)
+        except EvomemError as error:  # the plain install has no matplotlib
+            notes.append(f"{record.folder}: no {PICTURE}: {error}")
     else:
         notes.append(f"{record.folder}: has {len(pictures)} pictures already; {PICTURE} is not among them")
     plugins.save(
@@ -156,6 +160,7 @@ def write_record(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str)
 def record_row(cell: Cell, dtype: str, *, recalibrated: bool) -> RecordedRow:
     """Return what a plug-in tells about a cell."""
     row, best = cell.row, cell.best
+    low, high = (best.interval if best is not None else None) or (math.nan, math.nan)
     return RecordedRow(
         train_model=row.train_model,
         model=row.model,
@@ -173,7 +178,7 @@ def record_row(cell: Cell, dtype: str, *, recalibrated: bool) -> RecordedRow:
         best_loglik=None if best is None else _finite(best.loglik),
         best_bytes_mean=None if best is None else best.bytes_mean,
         difference=None if best is None else _finite(best.difference),
-        interval=None if best is None or best.interval is None else (best.interval[0], best.interval[1]),
+        interval=(low, high) if math.isfinite(low) and math.isfinite(high) else None,
     )
 
 
@@ -278,7 +283,7 @@ def record_plot(path: Path, rows: Sequence[RecordedRow]) -> None:
         if down and (row.model, row.task) != (shown[down - 1].model, shown[down - 1].task):
             axes.axhline(down - 0.5, color="#DDDDDD", linewidth=0.8, zorder=0)
     axes.axvline(0, color="#222222", linewidth=1, zorder=1)
-    axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8, parse_math=False)
     axes.set_ylim(max(len(shown), 1) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("nats per answer token, above 0 better; 95 % intervals")
