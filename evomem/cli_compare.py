@@ -107,6 +107,12 @@ def transfer(
         bool, typer.Option("--check/--no-check", help="Leave out tasks that a model cannot do with the full cache.")
     ] = True,
     dtype: DtypeOption = Dtype.float32,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record", help="Write the rows into the plug-ins too: provenance.json, model card, assets/transfer.png."
+        ),
+    ] = False,
     json: Json = None,
 ) -> None:
     r"""Move managers to models that they were not found on: a matrix of found on x tested on.
@@ -119,7 +125,7 @@ def transfer(
       evomem transfer runs/demo --models zoo-gpt2,zoo-qwen3 --tasks zoo_needle:length=512 --budgets 64,128
 
       evomem transfer my-plugin runs/namm -m smollm2-135m -m ./other -t smollm2-135m=multikey_1:length=500 \
-          -t ./other=file:questions.jsonl --budgets 0.125 --recalibrate --json transfer.json
+          -t ./other=file:questions.jsonl --budgets 0.125 --recalibrate --json transfer.json --record
     """
     with guarded(_again(context, json)):
         from evomem.commands import compare as words
@@ -128,7 +134,7 @@ def transfer(
         wishes = words.Wishes(
             models, tasks or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
         )
-        command.transfer(plugins, against, wishes, json, recalibrate=recalibrate, check=check)
+        command.transfer(plugins, against, wishes, json, recalibrate=recalibrate, check=check, record=record)
 
 
 def evaluate(

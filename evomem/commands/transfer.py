@@ -22,18 +22,20 @@ from evomem.commands.compare import (
     split_specs,
 )
 from evomem.commands.listing import wide_console
-from evomem.errors import ConfigError, TaskError
+from evomem.errors import ConfigError, PluginError, TaskError
 from evomem.evaluation.compare import Comparison, NamedManager, Place
 from evomem.evaluation.compare import compare as compare_managers
 from evomem.evaluation.rows import Budget
 from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers import build
 from evomem.managers.base import MemoryManager
+from evomem.runs import open_run
 from evomem.runs.bench import calibrate_manager, check_chance
 from evomem.runs.config import TaskConfig
 from evomem.runs.files import write_atomically
 from evomem.runs.report import write_rows
 from evomem.runs.transfer import (
+    Cell,
     TransferRow,
     cells,
     summary,
@@ -42,6 +44,7 @@ from evomem.runs.transfer import (
     transfer_rows,
     transfer_tables,
 )
+from evomem.runs.transfer_record import Record, open_record, write_record
 from evomem.tasks.base import Sample, Split
 
 _TITLE = "advantage over the best heuristic there, nats (bold: 0 excluded)"
@@ -60,7 +63,14 @@ class _Plan:
 
 
 def transfer(
-    sources: Sequence[str], against: str | None, wishes: Wishes, output: str | None, *, recalibrate: bool, check: bool
+    sources: Sequence[str],
+    against: str | None,
+    wishes: Wishes,
+    output: str | None,
+    *,
+    recalibrate: bool,
+    check: bool,
+    record: bool = False,
 ) -> None:
     """Measure every subject on every model, print the matrix, and write rows, table and picture.
 
@@ -70,10 +80,13 @@ def transfer(
     output : JSON file; the table and the picture lie beside it, with the endings ``.md`` and ``.png``.
     recalibrate : measure managers with statistics also with these collected anew on the test model.
     check : leave out (and say so) tasks at which a model's full cache is no better than no context.
+    record : write the rows into the plug-ins too, those of runs included (`evomem.runs.transfer_record`); hub
+        repositories and heuristics are left alone.
 
     Raises
     ------
-    ConfigError : no models, no budget; a task for a model that is not among them.
+    ConfigError : no models, no budget; a task for a model that is not among them; nothing to record into.
+    PluginError : a plug-in to record into cannot be written.
     """
     subjects = resolve_all(sources)
     names = [name for given in wishes.models for name in given.split(",") if name]
@@ -85,6 +98,7 @@ def transfer(
         raise ConfigError(
             "--budgets: give slots per head or shares of the tokens read, for example --budgets 0.125,0.25"
         )
+    records = _records(subjects) if record else {}
     plan = _Plan(subjects, budgets, split_specs(against), wishes, recalibrate)
     protocol = next((s.protocol for s in subjects if s.protocol), EvaluationProtocol())
     protocol = parse_protocol(wishes.protocol, wishes.mode, protocol)
@@ -106,6 +120,7 @@ def transfer(
     if not rows:
         raise TaskError("nothing was measured: " + "; ".join(skipped or ["no task is for any of the models"]))
     _deliver(rows, skipped, output)
+    _record(records, cells(rows), wishes.dtype)
     for path in partials:
         path.unlink(missing_ok=True)
 
@@ -122,8 +137,8 @@ def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> l
         for subject in plan.subjects:
             other = _recalibrated(subject.manager, place)
             if other is not None:
-                managers[f"{subject.name} (recalibrated)"] = other
-                trained[f"{subject.name} (recalibrated)"] = trained[subject.name]
+                managers[_anew(subject.name)] = other
+                trained[_anew(subject.name)] = trained[subject.name]
     with ProgressBar(f"{place.task} on {place.model}") as bar:
         comparison = compare_managers(
             [NamedManager(name, manager) for name, manager in managers.items()],
@@ -138,6 +153,11 @@ def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> l
         )
     samples = place.subject_task.samples(split, min(_TIMED, count), 0)
     return transfer_rows(comparison, trained, _speeds(comparison, managers, place, samples))
+
+
+def _anew(name: str) -> str:
+    """Return what a subject is called with statistics that were collected anew."""
+    return f"{name} (recalibrated)"
 
 
 def _recalibrated(manager: MemoryManager, place: Place) -> MemoryManager | None:
@@ -208,3 +228,44 @@ def _deliver(rows: Sequence[TransferRow], skipped: Sequence[str], output: str | 
     write_atomically(path.with_suffix(".md"), transfer_markdown(found, skipped).encode())
     transfer_plot(path.with_suffix(".png"), found, _TITLE)
     console.print(Text(f"{path}, {path.with_suffix('.md').name}, {path.with_suffix('.png').name}", style="dim"))
+
+
+# ---- into the plug-ins ---------------------------------------------------------------------------------------------
+
+
+def _records(subjects: Sequence[Subject]) -> dict[str, Record]:
+    """Return the plug-ins that rows can be written into, by subject; say which subjects have none.
+
+    Raises
+    ------
+    ConfigError : none has one.
+    PluginError : one cannot be written.
+    """
+    console, found = wide_console(stderr=True), {}
+    for subject in subjects:
+        path = Path(subject.source).expanduser()
+        if path.is_dir():
+            found[subject.name] = open_record(open_run(path).plugin if (path / "config.yaml").is_file() else path)
+        else:
+            console.print(Text(f"--record: {subject.name} is no folder and is left alone", style="yellow"))
+    if not found:
+        raise ConfigError("--record: none of the subjects is a run or a plug-in folder; there is nothing to write into")
+    return found
+
+
+def _record(records: dict[str, Record], found: Sequence[Cell], dtype: str) -> None:
+    """Write each plug-in's cells into it; what fails for one does not keep the others from theirs."""
+    console, failed = wide_console(), []
+    for name, record in records.items():
+        names = {name: False, _anew(name): True}
+        mine = [(cell, names[cell.row.subject]) for cell in found if cell.row.subject in names]
+        try:
+            notes = write_record(record, mine, dtype)
+        except PluginError as error:
+            failed.append(str(error))
+            continue
+        console.print(Text(f"{record.folder}: {len(mine)} rows recorded, card and picture made anew", style="dim"))
+        for note in notes:
+            console.print(Text(note, style="yellow"))
+    if failed:
+        raise PluginError("; ".join(failed))

@@ -21,7 +21,9 @@ _CAPTIONS = {
     "comparison": "Log-likelihood against the measured size of the cache; bars are 95 % intervals",
     "fitness": "Fitness by generation",
     "front": "The front: score against measured bytes",
+    "transfer": "Advantage over the best heuristic of each model; bars are 95 % intervals",
 }
+_EMPHASIS = {"better": "**{}**", "worse": "*{}*"}
 
 
 def render_card(
@@ -50,6 +52,8 @@ def render_card(
         autoescape=False,  # Markdown, not a page
     )
     environment.filters.update(number=_number, interval=_interval, kib=_kib, cell=_cell, count=_count, yaml=_yaml)
+    environment.filters["advantage"] = _advantage
+    environment.tests["home"] = _at_home
     # JSON is the form in which the two arrive from disk; a card from memory must not differ.
     try:
         return environment.get_template(_TEMPLATE).render(
@@ -62,7 +66,7 @@ def render_card(
             scores=provenance.get("scores") or {},
             tasks=provenance.get("tasks") or [],
             rows=provenance.get("comparison") or [],
-            transfer=provenance.get("transfer") or [],
+            **_transfer(provenance.get("transfer") or []),
             sentences=provenance.get("sentences") or [],
             spent=provenance.get("spent") or {},
             pictures=[(file, _caption(file)) for file in pictures],
@@ -86,10 +90,54 @@ def _models(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(str(name), str(provenance.get("model_digest", "?")))] if name else []
 
 
-def _number(value: Any, digits: int = 3) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _transfer(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the rows on other models, with what is said of all of them."""
+    away = [row for row in rows if not _at_home(row) and not row.get("recalibrated")]
+    better, worse, equal = (sum(_verdict(row) == word for row in away) for word in ("better", "worse", "equal"))
+    models = len({str(row.get("model")) for row in away})
+    verdicts = (
+        f"Of {better + worse + equal} cells on {models} other model{'s' if models > 1 else ''} it is better than the "
+        f"best heuristic there in {better}, worse in {worse}, and not to be told from it in {equal}."
+    )
+    protocols = [str(row["protocol"]) for row in rows if row.get("protocol")]
+    return {
+        "transfer": rows,
+        "found_on": ", ".join(dict.fromkeys(str(row.get("train_model") or "?") for row in rows)),
+        "verdicts": verdicts if better + worse + equal else "",
+        "common": max(protocols, key=protocols.count, default=""),
+        "protocols": len(set(protocols)),
+        "recalibrated": any(row.get("recalibrated") for row in rows),
+    }
+
+
+def _at_home(row: Mapping[str, Any]) -> bool:
+    """Whether a row is about a model that the manager was found on."""
+    return str(row.get("model")) in str(row.get("train_model", "")).split(" + ")
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Return whether the interval of the advantage excludes zero: better, worse or equal; nothing without one."""
+    interval = row.get("interval")
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(_is_number, interval)):
+        return ""
+    return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "equal"
+
+
+def _advantage(row: Mapping[str, Any]) -> str:
+    if not _is_number(row.get("difference")):
         return "-"
-    return f"{value:.{digits}f}"
+    verdict = _verdict(row)
+    low, high = row["interval"] if verdict else (math.nan, math.nan)
+    span = f" [{low:+.3f}, {high:+.3f}]" if verdict else ""
+    return _EMPHASIS.get(verdict, "{}").format(f"{row['difference']:+.3f}{span}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if _is_number(value) else "-"
 
 
 def _interval(value: Any) -> str:
