@@ -133,8 +133,8 @@ class PolicyGradient:
                 np.tile(self._vector(), (count, 1)),
                 sampling_seeds(self._seed, self._draw, count),
                 draw=self._draw,
-                behaviour=self._behaviour,
-                reference=self._reference,
+                behaviour=None if self._behaviour is None else self._behaviour.copy(),
+                reference=None if self._reference is None else self._reference.copy(),
             )
         return self._asked
 
@@ -143,14 +143,22 @@ class PolicyGradient:
 
         Parameters
         ----------
-        fitness : (candidates,), not used: the groups hold it apart.
+        fitness : (candidates,), of which only the number is looked at: the groups hold it apart.
         rollouts : one a sample and budget.
 
         Raises
         ------
+        ConfigError : another population, or another number of candidates.
         FitnessError : no group has a result.
         """
         check_told(self._asked, population)
+        count = len(population.vectors)
+        sizes = {np.shape(fitness), *((len(group.rewards),) for group in rollouts)}
+        if sizes != {(count,)}:
+            raise ConfigError(
+                f"driver 'policy_gradient': {count} fitness values are expected, and groups of as many rollouts; these "
+                f"have shapes {', '.join(map(str, sorted(sizes)))}"
+            )
         gradients, weights, values = [], [], []
         for group in rollouts:
             good = group.good()

@@ -153,11 +153,7 @@ class _Score(nn.Module):
 
     def forward(self, view: LayerView) -> Tensor:
         scores = self.manager.score(view).float()
-        selection = self.manager.select()
-        if isinstance(selection, TopN):
-            safe = selection.protected(torch.zeros_like(scores), view) == torch.inf
-            scores = torch.where(safe, _FIRST, scores)
-        return scores.clamp(-_FIRST, _FIRST)
+        return torch.where(_protected(self.manager, view), _FIRST, scores).clamp(-_FIRST, _FIRST)
 
 
 def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bool) -> tuple[Tensor, Step]:
@@ -199,7 +195,8 @@ def _drawn(
         action = policy.draw(view, noise)
         if action.ranking is None:
             raise ConfigError(f"manager {policy.name!r}: without the action evict there is no ranking to cost anything")
-        cost = plackett_luce.trace_cost(future.expand(count, -1, -1), action.ranking)
+        ranking = _protected_first(policy, view, action.ranking, noise.gumbel(view.slots))
+        cost = plackett_luce.trace_cost(future.expand(count, -1, -1), ranking)
         weights = plackett_luce.leave_one_out(-cost) / heads
         part, likely = DrawnRows(view, action, count).gradient(policy, weights)
         gradient, log_prob = gradient + part.double().cpu(), log_prob + likely.sum(1).double().cpu()
@@ -209,6 +206,27 @@ def _drawn(
         Step(Step.pack(gradient[i].numpy()), ascent=True, log_prob=float(log_prob[i])) for i in range(count)
     ]  # fmt: skip
     return list(tables), steps
+
+
+def _protected_first(manager: MemoryManager, view: LayerView, ranking: Tensor, noise: Tensor) -> Tensor:
+    """Return rankings that begin with the protected slots, in random order: no ranking decides about them.
+
+    So the mean of what such a ranking costs is what `_Score` makes of the same manager.
+    """
+    places = torch.arange(0, -ranking.shape[-1], -1, device=ranking.device, dtype=noise.dtype)
+    keys = torch.zeros(ranking.shape, dtype=noise.dtype, device=ranking.device)
+    keys = keys.scatter(-1, ranking, places.expand(ranking.shape))
+    keys = torch.where(_protected(manager, view), _FIRST + noise, keys)
+    return torch.argsort(keys, dim=-1, descending=True, stable=True)
+
+
+def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
+    """Slots that the manager keeps whatever it scores: (batch, kv_heads, slots) bool."""
+    selection = manager.select()
+    if not isinstance(selection, TopN):
+        return torch.zeros(view.slots.shape, dtype=torch.bool, device=view.slots.device)
+    scores = torch.zeros(view.slots.shape, device=view.slots.device)
+    return selection.protected(scores, view) == torch.inf
 
 
 def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:

@@ -106,7 +106,9 @@ class RolloutPolicy:
 
     def aside(self) -> RolloutPolicy:
         """Return a copy that draws the same from here on."""
-        return replace(self, turns=[replace(turn) for turn in self.turns], _decided=dict(self._decided))
+        return replace(
+            self, turns=[replace(turn) for turn in self.turns], _decided=dict(self._decided), _fades=set(self._fades)
+        )
 
     def heard(self, logits: Tensor, following: Tensor) -> None:
         """Take in the logits (rollouts, tokens, vocabulary) of what was read since the last decision.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evomem.cache import Decision, LayerView
@@ -44,7 +45,8 @@ class Noise:
 
     Attributes
     ----------
-    uniform : (batch, kinds, kv_heads, tokens) fp64 in [0, 1); `LayerView.slots` index the last axis.
+    uniform : (batch, kinds, kv_heads, tokens) fp64 in [0, 1); `LayerView.slots` index the last axis. A row's left
+        padding has zeros, which nothing looks at.
     common : (batch, 64) fp32 standard normal numbers that a decision's layers have in common.
     """
 
@@ -57,12 +59,15 @@ class Noise:
 
         Drawn on the processor, whatever the view's device, so that a rollout is the same everywhere.
         """
-        kv_heads, device = view.slots.shape[1], view.slots.device
+        kv_heads, device, starts = view.slots.shape[1], view.slots.device, view.start.tolist()
         rows, common = [], []
-        for seed in seeds:
+        for place, seed in enumerate(seeds):
+            start = starts[place if len(starts) > 1 else 0]
             common.append(torch.randn(64, generator=torch.Generator().manual_seed(_mixed((*seed, -1)))))
             generator = torch.Generator().manual_seed(_mixed((*seed, view.layer)))
-            rows.append(torch.rand(3, kv_heads, view.seen, generator=generator, dtype=torch.float64))
+            # As many numbers as the row has tokens of its own, whatever it is padded to.
+            own = torch.rand(3, kv_heads, view.seen - start, generator=generator, dtype=torch.float64)
+            rows.append(F.pad(own, (start, 0)))
         return cls(torch.stack(rows).to(device), torch.stack(common).to(device))
 
     def at(self, kind: int, slots: Tensor) -> Tensor:
