@@ -17,6 +17,7 @@ from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.compare import NamedManager, compare
 from evomem.evaluation.rows import Budget, Row
 from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
+from evomem.runs.diagnostics import diagnostics_plot
 from evomem.runs.files import write_atomically
 from evomem.runs.pareto import Member, read_front
 from evomem.runs.plots import fitness_plot, memory_plot
@@ -130,6 +131,9 @@ def _write_report(run: Run, result: RunResult, rows: Sequence[Row]) -> None:
     write_atomically(run.folder / "comparison.md", markdown(rows, name).encode())
     fitness_plot(run.folder / "plots" / "fitness.png", run.generations(), result, f"{name}: fitness")
     pictures = {"fitness.png": run.folder / "plots" / "fitness.png"}
+    drawn = run.folder / "plots" / "diagnostics.png"
+    if diagnostics_plot(drawn, run.generations(), f"{name}: diagnostics"):
+        pictures[drawn.name] = drawn
     places = list(dict.fromkeys((row.model, row.task) for row in rows))
     for number, (model, task) in enumerate(places):
         here = [row for row in rows if (row.model, row.task) == (model, task)]

@@ -20,6 +20,7 @@ _TEMPLATE = "card.md.jinja"
 _CAPTIONS = {
     "comparison": "Log-likelihood against the measured size of the cache; bars are 95 % intervals",
     "fitness": "Fitness by generation",
+    "diagnostics": "What the search said of its own steps",
     "front": "The front: score against measured bytes",
     "transfer": "Advantage over the best heuristic of each model; bars are 95 % intervals",
 }

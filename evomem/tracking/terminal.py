@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,7 +88,11 @@ class TerminalTracker:
 def describe(generation: GenerationRecord) -> str:
     """Return a generation's numbers as a short text."""
     failed = f"  failed {generation.failed}" if generation.failed else ""
-    return f"best {generation.best:.3f}  mean {generation.mean:.3f}  spread {generation.spread:.3f}{failed}"
+    told = {"signal_to_noise": "snr", "kl": "kl", "rank_correlation": "rank corr"}
+    found = [(word, generation.diagnostics.get(name, math.nan)) for name, word in told.items()]
+    more = "".join(f"  {word} {value:.2f}" for word, value in found if math.isfinite(value))
+    spread = f"  spread {generation.spread:.3f}" if math.isfinite(generation.spread) else ""
+    return f"best {generation.best:.3f}  mean {generation.mean:.3f}{spread}{more}{failed}"
 
 
 def clock(seconds: float) -> str:
