@@ -51,7 +51,7 @@ class ManagerConfig(Settings):
 
 
 class Start(Settings):
-    """Where a search starts from; exactly one of the fields.
+    """Where a search starts from; exactly one of the fields, and noise.
 
     Attributes
     ----------
@@ -59,17 +59,21 @@ class Start(Settings):
     heuristic : a manager that this one can imitate (its class says which).
     plugin : folder of a manager of the same kind.
     parameters : numbers by pattern of parameter names; weights that no pattern matches are zero.
+    noise : standard deviation of normal numbers, always the same ones, that are added to all weights that vary: a
+        network of zeros has no gradient inside.
     """
 
     vector: str | list[float] | None = None
     heuristic: str | None = None
     plugin: str | None = None
     parameters: dict[str, float] | None = None
+    noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if sum(getattr(self, field) is not None for field in type(self).model_fields) != 1:
-            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
+        kinds = [field for field in type(self).model_fields if field != "noise"]
+        if sum(getattr(self, field) is not None for field in kinds) != 1:
+            raise ValueError(f"give exactly one of {', '.join(kinds)}")
         return self
 
 
@@ -300,8 +304,20 @@ class SearchSpace:
             elif start.vector is not None:
                 vector = self._checked(_read_vector(start.vector))
                 self.template = self.decode(vector)
-                return vector
+                if not start.noise:
+                    return vector
+            if start.noise:
+                self._shake(start.noise)
+                return self.encode(self.template) if start.vector is not None else None
         return None
+
+    def _shake(self, deviation: float) -> None:
+        """Add noise to the template's weights that vary."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self._parameters(self.template).values():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(deviation * noise.to(parameter.device))
 
     def _fill(self, numbers: Mapping[str, float]) -> None:
         """Set what varies to zero, and parameters that match a pattern to its number."""

@@ -141,6 +141,11 @@ def test_starts(tmp_path):
     np.save(tmp_path / "v.npy", vector)
     for source in (vector.tolist(), str(tmp_path / "v.npy")):
         assert np.array_equal(space(start={"vector": source}).start, vector)
+    shaken, again = (space(start={"parameters": {"sec*": 2.0}, "noise": 0.1}) for _ in range(2))
+    moved = weights(shaken.decode(shaken.start)) - weights(by_name.decode(by_name.start))
+    assert np.array_equal(shaken.start, again.start)
+    assert 0.01 < np.abs(moved).mean() < 0.3
+    assert len(set(moved)) == len(moved)
     # Options start at the manager's own values, or where the space says.
     own = space()
     decoded = own.decode(own.start).options
