@@ -15,8 +15,10 @@ import synthetic_search  # noqa: F401  (registers the manager "toy")
 import torch
 
 from evomem.drivers import build, drivers
+from evomem.drivers.estimators import Rollouts
 from evomem.drivers.restarts import first, following
 from evomem.errors import ConfigError, FitnessError, UnknownNameError
+from evomem.evaluation.types import Step
 from evomem.search_space import SearchSpace, SpaceConfig
 from evomem.varying import Bounded, Categorical, Integer, Variable
 
@@ -41,6 +43,8 @@ VARIANTS = [
     ("pgpe", {"optimizer": "adam", "popsize": 10}),
     ("catcma", {}),
     ("catcma", {"variables": MIXED, "popsize": 12}),
+    ("policy_gradient", {}),
+    ("policy_gradient", {"estimator": "grpo", "passes": 3, "popsize": 6, "ema": 0.0}),
 ]
 # Whatever else is registered must do the same with its defaults.
 VARIANTS += [(name, {}) for name in drivers.names() if name not in dict(VARIANTS)]
@@ -53,6 +57,37 @@ def sphere(vectors):
 
 def ellipsoid(vectors):
     return -(vectors**2 * 10.0 ** (4 * np.arange(vectors.shape[1]) / (vectors.shape[1] - 1))).sum(axis=1)
+
+
+SPREAD = 0.4
+
+
+def tell(driver, population, fitness):
+    """Tell the fitness; to a driver that takes rollouts also what came of them, without a result where there is none.
+
+    The policy draws a point around its parameters, by the rollout's seed, and is rewarded for where that is.
+    """
+    driver.tell(population, fitness, *groups(driver, population, fitness))
+
+
+def groups(driver, population, fitness):
+    count, dim = population.vectors.shape
+    if not getattr(driver, "takes_rollouts", False):
+        return ()
+    if len(fitness) != count:
+        return ([],)
+    drawing, found = population.vectors if population.behaviour is None else population.behaviour[None], []
+    for number in range(2):
+        noise = np.stack([np.random.default_rng([seed, number]).normal(size=dim) for seed in population.seeds])
+        points = drawing + SPREAD * noise
+        away = (points - population.vectors) / SPREAD**2
+        ratio = np.exp(((points - drawing) ** 2 - (points - population.vectors) ** 2).sum(1) / (2 * SPREAD**2))
+        high, low = (Step.pack(gradient) for gradient in ((ratio * (r * away.T)).T for r in (ratio < 1.2, ratio > 0.8)))
+        size = 4 * dim
+        steps = [(Step(high[i * size :][:size], lower=low[i * size :][:size], choices=dim),) for i in range(count)]
+        rewards = np.where(np.isfinite(fitness), sphere(points), fitness)
+        found.append(Rollouts(0.5, rewards[:, None], steps))
+    return (found,)
 
 
 def new(name, options, dim=5, seed=3):
@@ -70,11 +105,14 @@ def test_asks_what_it_is_told_to(name, options):
         assert asked.vectors.shape == (options.get("popsize", 4 + int(3 * np.log(5))), 5)
         assert asked.vectors.dtype == np.float64
         distinct = len(np.unique(asked.vectors, axis=0))
-        assert distinct == len(asked.vectors) or (distinct > 1 and "variables" in options)
+        if getattr(driver, "takes_rollouts", False):
+            assert distinct == 1  # one policy, drawn several times
+        else:
+            assert distinct == len(asked.vectors) or (distinct > 1 and "variables" in options)
         assert len(set(asked.seeds.tolist())) == len(asked.seeds)
-        driver.tell(asked, sphere(asked.vectors))
+        tell(driver, asked, sphere(asked.vectors))
     with pytest.raises(ConfigError, match="tell"):
-        driver.tell(asked, sphere(asked.vectors))
+        tell(driver, asked, sphere(asked.vectors))
 
 
 @every_driver
@@ -87,7 +125,7 @@ def test_resumes_bit_exactly_between_ask_and_tell_and_after(name, options):
         saved.append((generation, population, pickle.dumps(whole.state_dict())))
         fitness = sphere(population.vectors)
         fitness[generation % 3 :: 4] = (np.nan, np.inf, -np.inf)[generation % 3]
-        whole.tell(population, fitness)
+        tell(whole, population, fitness)
         saved.append((generation, None, pickle.dumps(whole.state_dict())))
         trace.append((population, fitness, whole.mean))
     for generation, asked, state in saved[::9] + saved[-2:]:
@@ -98,13 +136,13 @@ def test_resumes_bit_exactly_between_ask_and_tell_and_after(name, options):
             assert same.generation == population.generation
             assert np.array_equal(same.vectors, population.vectors)
             assert np.array_equal(same.seeds, population.seeds)
-            resumed.tell(same, fitness)
+            tell(resumed, same, fitness)
             assert np.array_equal(resumed.mean, mean)
         assert resumed.stopped() == whole.stopped()
         if asked is not None:
             direct = new(name, options)
             direct.load_state_dict(pickle.loads(state))
-            direct.tell(asked, trace[generation][1])  # what was asked before the state was saved needs no other ask
+            tell(direct, asked, trace[generation][1])  # what was asked before the state was saved needs no other ask
             assert np.array_equal(direct.mean, trace[generation][2])
 
 
@@ -119,7 +157,7 @@ def test_same_seed_same_search_other_seed_another(name, options):
             driver = new(name, options, seed=seed)
             for _ in range(5):
                 population = driver.ask()
-                driver.tell(population, sphere(population.vectors))
+                tell(driver, population, sphere(population.vectors))
         np.random.set_state(before)  # noqa: NPY002
         return driver.ask().vectors
 
@@ -132,11 +170,11 @@ def test_a_generation_without_any_fitness_is_refused_and_nothing_is_lost(name, o
     driver = new(name, options)
     population = driver.ask()
     with pytest.raises(FitnessError):
-        driver.tell(population, np.full(len(population.vectors), np.nan))
+        tell(driver, population, np.full(len(population.vectors), np.nan))
     with pytest.raises(ConfigError, match="fitness values"):
-        driver.tell(population, np.zeros(2))
+        tell(driver, population, np.zeros(2))
     assert np.array_equal(driver.ask().vectors, population.vectors)
-    driver.tell(population, sphere(population.vectors))
+    tell(driver, population, sphere(population.vectors))
 
 
 def world():
@@ -158,7 +196,7 @@ def test_leaves_the_world_alone(name, options, tmp_path, monkeypatch, capfd, rec
     driver = new(name, options)
     for _ in range(30):
         population = driver.ask()
-        driver.tell(population, np.round(sphere(population.vectors)))
+        tell(driver, population, np.round(sphere(population.vectors)))
         driver.load_state_dict(driver.state_dict())
     assert world() == before
     assert os.listdir(tmp_path) == ["cma_signals.in"]
@@ -178,11 +216,13 @@ def test_what_a_caller_does_to_its_arrays_is_not_the_drivers(name, options):
         population, other = careful.ask(), careless.ask()
         assert np.array_equal(population.vectors, other.vectors)
         fitness = sphere(other.vectors)
-        careful.tell(population, fitness.copy())
-        careless.tell(other, fitness)
+        tell(careful, population, fitness.copy())
+        tell(careless, other, fitness)
         fitness[:] = np.nan
         careless.mean[:] = np.nan
-        other.vectors[:] = np.nan
+        for array in (other.vectors, other.behaviour, other.reference):
+            if array is not None:
+                array[:] = np.nan
 
 
 IN_ANOTHER_PROCESS = """
@@ -191,10 +231,10 @@ from evomem.drivers import build
 assert not {"evotorch", "ray", "cma", "cmaes"} & set(sys.modules), "a library is imported before it is needed"
 cases = pickle.loads(sys.stdin.buffer.read())
 found = []
-for arguments, options, state, fitness in cases:
+for arguments, options, state, fitness, groups in cases:
     driver = build(*arguments, **options)
     driver.load_state_dict(pickle.loads(state))
-    driver.tell(driver.ask(), fitness)
+    driver.tell(driver.ask(), fitness, *groups)
     found.append((driver.mean, driver.ask().vectors))
 sys.__stdout__.buffer.write(pickle.dumps(found))
 """
@@ -207,11 +247,11 @@ def test_another_process_continues_bit_exactly_and_in_silence():
         driver = new(name, options)
         for _ in range(7):
             population = driver.ask()
-            driver.tell(population, sphere(population.vectors))
+            tell(driver, population, sphere(population.vectors))
         population = driver.ask()
         fitness, state = sphere(population.vectors), pickle.dumps(driver.state_dict())
-        cases.append(((name, 5, np.full(5, 1.5), 3), options, state, fitness))
-        driver.tell(population, fitness)
+        cases.append(((name, 5, np.full(5, 1.5), 3), options, state, fitness, groups(driver, population, fitness)))
+        tell(driver, population, fitness)
         expected.append((driver.mean, driver.ask().vectors))
     done = subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS],
@@ -228,7 +268,8 @@ def test_another_process_continues_bit_exactly_and_in_silence():
         assert np.array_equal(vectors, same_vectors), (name, options)
 
 
-@pytest.mark.parametrize("name", drivers.names())
+# A policy gradient refuses options that vary: they have none.
+@pytest.mark.parametrize("name", [n for n in drivers.names() if not getattr(drivers.get(n), "takes_rollouts", False)])
 def test_whatever_is_asked_decodes_within_the_bounds(name):
     """With steps far wider than the options' ranges."""
     space = SearchSpace(
@@ -252,7 +293,7 @@ def test_whatever_is_asked_decodes_within_the_bounds(name):
             assert isinstance(chosen.sinks, int)
             assert 1 <= chosen.sinks <= 7
             assert -0.25 <= chosen.rate <= 0.5
-        driver.tell(population, sphere(population.vectors))
+        tell(driver, population, sphere(population.vectors))
     assert len(set(seen)) > 6
 
 
@@ -373,7 +414,7 @@ def test_one_dimension_is_searched_or_refused_with_a_message(name):
         return
     for _ in range(5):
         population = driver.ask()
-        driver.tell(population, sphere(population.vectors))
+        tell(driver, population, sphere(population.vectors))
     assert driver.mean.shape == (1,)
 
 
