@@ -147,7 +147,7 @@ def test_gradients_are_autograds_one_layer_and_row_at_a_time(llama, protocol, ac
         steps = found[place].steps
         sums = [[torch.zeros(()), 0.0, 0.0] for _ in steps]
         for number, view, keep, _ in spy.row(place):
-            noise = Noise.of([(seed, sample_number(sample.id), number, view.layer)], view)
+            noise = Noise.of([(seed, sample_number(sample.id), number)], view)
             with torch.no_grad():
                 action = manager.draw(view, noise)
             assert torch.equal(manager.carry_out(view, action).keep[0], keep)
@@ -218,7 +218,7 @@ def test_moved_policies_follow_the_clipped_surrogate(llama, protocol, monkeypatc
             logs = []
             for at, view, _, _ in spy.row(place):
                 if at == number:
-                    noise = Noise.of([(seed, sample_number(sample.id), number, view.layer)], view)
+                    noise = Noise.of([(seed, sample_number(sample.id), number)], view)
                     action = behaviour.draw(view, noise)
                     logs.append(manager.log_prob(view, action)[0] - behaviour.log_prob(view, action)[0])
             ratio = torch.cat(logs).exp()
