@@ -63,7 +63,7 @@ class PolicyGradientOptions(DriverOptions):
 
 @drivers.register("policy_gradient")
 class PolicyGradient:
-    """Gradient ascent on the parameters of one policy.
+    """Gradient ascent on one policy: exact, by REINFORCE with leave-one-out, or by GRPO with clipped ratios (torch).
 
     Parameters
     ----------
