@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
-RAY = {"test_ray_pool.py", "test_ray_cluster.py", "test_faults.py", "test_several_models.py"}
+RAY = {"test_ray_pool.py", "test_ray_cluster.py", "test_faults.py", "test_several_models.py", "test_policy_search.py"}
 """Files that start Ray: one after the other, because each Ray takes the whole machine for its own."""
 
 
