@@ -560,3 +560,11 @@ def test_experiments_resolve_to_everything_that_counts(tmp_path):
     assert (other.sigma, kept.sigma) == (0.2, 0.7)
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.resolved()))
     assert load_experiment(tmp_path / "again.yaml") == config
+
+
+def test_a_driver_may_be_named_alone(tmp_path):
+    path = tmp_path / "e.yaml"
+    path.write_text(
+        "name: e\nmodel: zoo-gpt2\nspace: feature_scorer\ntasks: [zoo_needle]\ndriver: snes\n", encoding="utf-8"
+    )
+    assert load_experiment(path).driver.name == "snes"

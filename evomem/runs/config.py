@@ -211,6 +211,11 @@ class ExperimentConfig(Settings):
     def _model_by_name(cls, value: Any) -> Any:
         return _by_name(value)
 
+    @field_validator("driver", mode="before")
+    @classmethod
+    def _driver_by_name(cls, value: Any) -> Any:
+        return _by_name(value)
+
     @field_validator("chance_contexts")
     @classmethod
     def _pairs(cls, value: int) -> int:

@@ -142,11 +142,12 @@ class RunResult:
             f"winner's fitness: train {train:.4f}, select {select:.4f} ({select - train:+.4f}), "
             f"sealed {sealed:.4f} ({sealed - select:+.4f})"
         )
-        exact = "" if self.sealed.exact is None else f", exact match {self.sealed.exact:.3f}"
-        text.append(
-            f"sealed ({self.sealed.contexts} contexts): loglik {self.sealed.loglik:.4f} +- {self.sealed.error:.4f}"
-            f"{exact}, {self.sealed.slots:.1f} slots a head, {self.sealed.bytes_mean / 1e6:.2f} MB"
+        parts = (
+            [] if math.isnan(self.sealed.loglik) else [f"loglik {self.sealed.loglik:.4f} +- {self.sealed.error:.4f}"]
         )
+        parts += [] if self.sealed.exact is None else [f"exact match {self.sealed.exact:.3f}"]
+        parts += [f"{self.sealed.slots:.1f} slots a head", f"{self.sealed.bytes_mean / 1e6:.2f} MB"]
+        text.append(f"sealed ({self.sealed.contexts} contexts): {', '.join(parts)}")
         if self.winner == "start" and not self.front:
             text.append("no candidate was better than the start on select: the search has found nothing")
         return text
@@ -156,7 +157,8 @@ class RunResult:
         lines = [f"select ({self.select.contexts} contexts):"]
         for label, score in finalists:
             mark = "  <- winner" if label == self.winner else ""
-            lines.append(f"  {label:<20} fitness {score.fitness:8.4f}  loglik {score.loglik:8.4f}{mark}")
+            likelihood = "" if math.isnan(score.loglik) else f"  loglik {score.loglik:8.4f}"
+            lines.append(f"  {label:<20} fitness {score.fitness:8.4f}{likelihood}{mark}")
         return lines
 
     def _front_line(self) -> str:
