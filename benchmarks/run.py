@@ -22,6 +22,7 @@ from benchmarks import (
     import_time,
     namm_shares,
     peak_memory,
+    policy_gradient,
     quarter_cache,
     ray_workers,
     streaming,
@@ -48,6 +49,8 @@ TARGETS: dict[str, tuple[str, float]] = {
     "ray.worker_memory_mb": ("≤", 350.0),
     "ray.recovery_s": ("≤", 2.0),
     ask_tell.NAME: ("≤", 20.0),
+    policy_gradient.VARIANCE: ("≤", 0.5),
+    policy_gradient.ERROR: ("≤", 0.02),
     import_time.NAME: ("≤", 2.0),
 }
 """What is promised, by the name of the line."""
@@ -79,6 +82,8 @@ SUBJECTS = (
     Subject((ray_workers.DISPATCH,), ray_workers.dispatch),
     Subject((ray_workers.RECOVERY,), ray_workers.recovery),
     Subject(ask_tell.NAMES, ask_tell.run),
+    Subject((policy_gradient.VARIANCE, policy_gradient.ERROR), policy_gradient.estimators),
+    Subject((policy_gradient.SPEEDUP,), policy_gradient.rollouts),
     Subject((import_time.NAME,), import_time.run),
 )
 
