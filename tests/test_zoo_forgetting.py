@@ -57,6 +57,28 @@ def test_the_answer_is_the_last_value_that_a_reader_finds(split, options):
         assert counts[several] == max(1, round(options.get("restated", 0.5) * counts.total()))
 
 
+@pytest.mark.parametrize("asked", [2, 5, 20])
+def test_with_several_keys_asked_the_answer_goes_on_with_their_newest_values(asked):
+    """The first question stays what it is; nothing that was said again is asked, nothing is asked twice."""
+    task, alone = (build("zoo_forgetting", TOKENIZER, 256, pairs=12, **more) for more in ({"asked": asked}, {}))
+    kinds = set()
+    for sample, single in zip(*(one.samples(Split.TRAIN, 12, seed=4) for one in (task, alone)), strict=True):
+        last = dict(stated(sample.context))
+        assert dict(stated(single.context)) == last
+        assert (sample.question, sample.references) == (single.question, single.references)
+        assert sample.answer.startswith(single.answer)
+        assert sample.max_new_tokens == single.max_new_tokens
+        pairs = stated(f"{sample.meta['key']}{sample.answer}")
+        said = dict(stated(sample.question))
+        assert [key for key, _ in pairs] == [sample.meta["key"], *sample.meta["also"]]
+        assert len(dict(pairs)) == len(pairs) == min(asked, 12 - len(said))
+        assert not dict(pairs).keys() & said.keys()
+        assert all(last[key] == value for key, value in pairs)
+        assert task.score(sample, sample.answer) == 1
+        kinds |= {sum(key == other for other, _ in stated(sample.context)) for key in sample.meta["also"]}
+    assert kinds == {1, 2}
+
+
 def test_old_values_are_as_likely_early_as_late():
     """Where the newest value of a restated key stands must not follow from anything but that it is the last one."""
     after = [

@@ -76,6 +76,8 @@ class KVPolicy(StochasticManager):
         allocation: int = Field(
             0, ge=0, le=64, description="points of depth for the layers' shares of the budget; 0: equal"
         )
+        odds: float = Field(3.0, ge=-20, le=20, description="log-odds of storing at first, before training")
+        rate: float = Field(-6.0, ge=-20, le=4, description="logarithm of how fast slots fade at first, in nats")
         sinks: int = Field(0, ge=0, le=TOKENS, description="first tokens that are always kept")
         recent: int = Field(0, ge=0, le=TOKENS, description="newest tokens that are always kept")
 
@@ -124,8 +126,9 @@ class KVPolicy(StochasticManager):
             self.own = nn.Parameter(torch.zeros(o.layers, o.heads, count))
         if o.allocation:
             self.log_shares = nn.Parameter(torch.zeros(o.allocation))
-        # Of the ranking no constant matters. At first everything is stored, and nothing fades to speak of.
-        starts = {"store": 3.0, "forget": -6.0}
+        # Of the ranking no constant matters. By default everything is stored at first, and nothing fades to speak of.
+        # What a change of o_forget does is in proportion to exp(o_forget): a search for rates should begin higher up.
+        starts = {"store": o.odds, "forget": o.rate}
         others = [starts[name] for name in o.actions if name in starts]
         if others:
             self.offset = nn.Parameter(torch.tensor(others))

@@ -67,10 +67,12 @@ class GeneratedTask(ABC, Generic[Opts]):
     name : registry name.
     Options : pydantic model of the options; ``task.options`` holds the validated values.
     has_exact : whether `score` means anything.
+    immaterial : options that do not count in the hash.
     """
 
     name: ClassVar[str]
     Options: type[Opts]
+    immaterial: ClassVar[frozenset[str]] = frozenset({"length", "essay"})
     has_exact: bool = True
     uniform_chance: float = 0.0
 
@@ -101,7 +103,7 @@ class GeneratedTask(ABC, Generic[Opts]):
         return self.options.model_dump(mode="json")
 
     def _random(self, split: Split, seed: int, number: int) -> Random:
-        matter = self.options.model_dump(mode="json", exclude={"length", "essay"})
+        matter = self.options.model_dump(mode="json", exclude=set(self.immaterial))
         key = json.dumps([self.name, matter, split, seed, number], sort_keys=True)
         return Random(int.from_bytes(blake2b(key.encode(), digest_size=16).digest(), "big"))
 

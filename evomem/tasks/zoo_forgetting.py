@@ -87,6 +87,9 @@ class ZooForgettingOptions(FittedOptions):
         default=2, ge=2, le=8, description="values of such a key, one after another; the zoo is trained with 2 to 4"
     )
     line: int = Field(default=LINE, ge=1, le=LINE, description="pairs of one line")
+    asked: int = Field(
+        default=1, ge=1, le=len(KEYS), description="keys of one answer; with several a search learns more of a context"
+    )
 
 
 @tasks.register("zoo_forgetting")
@@ -95,11 +98,14 @@ class ZooForgetting(GeneratedTask[ZooForgettingOptions]):
 
     Samples with an even number ask for a restated key, the others for one with a single value, if there is one.
     ``meta`` of a sample tells which (``restated``), the values that the key had before (``stale``), and how many
-    statements lie between the one asked for and the end (``after``).
+    statements lie between the one asked for and the end (``after``). With ``asked`` above 1 the answer goes on with
+    other pairs, ``coin, owl lamp, ..``, whose keys cost every memory about the same likelihood; only the first value is
+    scored.
     """
 
     name: ClassVar[str] = "zoo_forgetting"
     Options = ZooForgettingOptions
+    immaterial: ClassVar[frozenset[str]] = GeneratedTask.immaterial | {"asked"}
 
     def __init__(self, tokenizer: Tokenizer, length: int | None = None, **options: Any) -> None:
         super().__init__(tokenizer, length, **options)
@@ -117,10 +123,14 @@ class ZooForgetting(GeneratedTask[ZooForgettingOptions]):
         once = sorted(story.newest.keys() - story.restated)
         key = random.choice(sorted(story.restated) if number % 2 == 0 or not once else once)
         others = [fact for fact in story.newest.values() if fact.key != key]
-        said = "".join(f" {fact.pair}," for fact in random.sample(others, min(len(others), REMINDERS)))
+        reminders = random.sample(others, min(len(others), REMINDERS))
+        said = "".join(f" {fact.pair}," for fact in reminders)
         asked = story.newest[key]
-        question, answer = f" again,{said} {key}", f" {asked.value}"
+        question, value = f" again,{said} {key}", f" {asked.value}"
         depths = [random.random() for _ in lines(story.statements, options.line)]
+        rest = [fact for fact in others if fact not in reminders] if options.asked > 1 else []
+        more = random.sample(rest, min(len(rest), options.asked - 1))
+        answer = value + "".join(f", {fact.pair}" for fact in more)
         hay = Hay(lambda n: sentence(random))
 
         def context(n: int) -> str:
@@ -133,9 +143,10 @@ class ZooForgetting(GeneratedTask[ZooForgettingOptions]):
             question=question,
             answer=answer,
             references=(asked.value,),
-            max_new_tokens=self.counts.exact(answer),
+            max_new_tokens=self.counts.exact(value),
             meta={
                 "key": key,
+                "also": [fact.key for fact in more],
                 "facts": len(story.statements),
                 "units": n,
                 "restated": key in story.restated,

@@ -1,0 +1,41 @@
+"""Where a policy's stores and rates begin, and the four arms of `experiments/forgetting.yaml`."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_features import view_of
+
+from evomem.managers.kv_policy import KVPolicy
+from evomem.runs.config import load_experiment
+from evomem.search_space import SearchSpace
+
+
+@pytest.mark.parametrize("odds", [-0.5, 0.5])
+@pytest.mark.parametrize("rate", [-2.0, 0.5])
+def test_an_untrained_policy_stores_and_forgets_as_its_options_say(odds, rate):
+    view = replace(view_of(0, layer=1), fresh=7)
+    policy = KVPolicy(
+        actions=("evict", "forget", "store"), features=("keydiff", "age"), odds=odds, rate=rate, budget=999
+    )
+    decision = policy.decide(view)
+    stays = view.valid & ((view.age >= 7) | (odds > 0))
+    assert 0 < (view.valid & (view.age < 7)).sum() < view.valid.sum()
+    assert torch.equal(decision.keep, stays.expand(decision.keep.shape))
+    torch.testing.assert_close(decision.decay[view.valid], torch.full((int(view.valid.sum()),), -math.exp(rate)))
+
+
+def test_the_arms_of_the_experiment_begin_with_the_same_ranking_and_nothing_refused():
+    view = replace(view_of(1, layer=1), fresh=9)
+    kept, sizes = [], []
+    for actions in ("evict", "evict,store", "evict,forget", "evict,store,forget"):
+        config = load_experiment("forgetting", [f"space.manager.options.actions=[{actions}]"])
+        space = SearchSpace(config.space)
+        kept.append(space.decode(space.start).with_options(budget=5).decide(view))
+        sizes.append(space.dim)
+        assert space.decode(space.start).options.actions == tuple(actions.split(","))
+    for decision in kept[1:]:
+        assert torch.equal(decision.keep, kept[0].keep)
+    assert [decision.decay is not None for decision in kept] == [False, False, True, True]
+    assert sizes == [10, 21, 21, 32]
