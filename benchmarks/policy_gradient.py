@@ -51,7 +51,7 @@ class Known:
 
     def drawn(self, view: LayerView, seeds: range) -> tuple[Tensor, Tensor]:
         """Return one ranking a seed, and what it is worth: (seeds, kv_heads, slots) and (seeds, kv_heads)."""
-        noise = Noise.of([(seed, sample_number(self.sample.id), 0, view.layer) for seed in seeds], view)
+        noise = Noise.of([(seed, sample_number(self.sample.id), 0) for seed in seeds], view)
         ranking = self.manager.draw(view, noise).ranking
         assert ranking is not None
         return ranking, -plackett_luce.trace_cost(self.future[view.layer].expand(len(seeds), -1, -1), ranking)

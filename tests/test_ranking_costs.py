@@ -121,7 +121,7 @@ def estimates(evaluator, manager, sample, count, size=8):
     groups = count // size
     with_baseline, without = torch.zeros(groups, vector_size(manager)), torch.zeros(groups, vector_size(manager))
     for view, future in zip(views, futures, strict=True):
-        noise = Noise.of([(seed, 7, 0, view.layer) for seed in range(count)], view)
+        noise = Noise.of([(seed, 7, 0) for seed in range(count)], view)
         action = manager.draw(view, noise)
         rewards = -plackett_luce.trace_cost(future.expand(count, -1, -1), action.ranking)
         baselined = plackett_luce.leave_one_out(rewards.view(groups, size, -1).transpose(0, 1)).transpose(0, 1)
@@ -157,7 +157,7 @@ def test_a_call_is_a_group_with_its_own_baseline(evaluator, ends):
         total, likely = np.zeros(vector_size(manager)), 0.0
         others = tables[[k for k in range(8) if k != place]].mean(0)
         for view in views:
-            noise = Noise.of([(seed, sample_number(SAMPLE.id), 0, view.layer)], view)
+            noise = Noise.of([(seed, sample_number(SAMPLE.id), 0)], view)
             log_prob = whole.log_prob(view, whole.draw(view, noise))[0]
             likely += float(log_prob.detach().sum())
             for h in range(view.slots.shape[1]):
