@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import synthetic_search  # noqa: F401  (registers the manager "toy")
 import torch
+from gaussian_policy import groups, sphere, tell
 
 from evomem.drivers import build, drivers
-from evomem.drivers.estimators import Rollouts
 from evomem.drivers.restarts import first, following
 from evomem.errors import ConfigError, FitnessError, UnknownNameError
-from evomem.evaluation.types import Step
 from evomem.search_space import SearchSpace, SpaceConfig
 from evomem.varying import Bounded, Categorical, Integer, Variable
 
@@ -51,43 +50,8 @@ VARIANTS += [(name, {}) for name in drivers.names() if name not in dict(VARIANTS
 every_driver = pytest.mark.parametrize(("name", "options"), VARIANTS)
 
 
-def sphere(vectors):
-    return -(vectors**2).sum(axis=1)
-
-
 def ellipsoid(vectors):
     return -(vectors**2 * 10.0 ** (4 * np.arange(vectors.shape[1]) / (vectors.shape[1] - 1))).sum(axis=1)
-
-
-SPREAD = 0.4
-
-
-def tell(driver, population, fitness):
-    """Tell the fitness; to a driver that takes rollouts also what came of them, without a result where there is none.
-
-    The policy draws a point around its parameters, by the rollout's seed, and is rewarded for where that is.
-    """
-    driver.tell(population, fitness, *groups(driver, population, fitness))
-
-
-def groups(driver, population, fitness):
-    count, dim = population.vectors.shape
-    if not getattr(driver, "takes_rollouts", False):
-        return ()
-    if len(fitness) != count:
-        return ([],)
-    drawing, found = population.vectors if population.behaviour is None else population.behaviour[None], []
-    for number in range(2):
-        noise = np.stack([np.random.default_rng([seed, number]).normal(size=dim) for seed in population.seeds])
-        points = drawing + SPREAD * noise
-        away = (points - population.vectors) / SPREAD**2
-        ratio = np.exp(((points - drawing) ** 2 - (points - population.vectors) ** 2).sum(1) / (2 * SPREAD**2))
-        high, low = (Step.pack(gradient) for gradient in ((ratio * (r * away.T)).T for r in (ratio < 1.2, ratio > 0.8)))
-        size = 4 * dim
-        steps = [(Step(high[i * size :][:size], lower=low[i * size :][:size], choices=dim),) for i in range(count)]
-        rewards = np.where(np.isfinite(fitness), sphere(points), fitness)
-        found.append(Rollouts(0.5, rewards[:, None], steps))
-    return (found,)
 
 
 def new(name, options, dim=5, seed=3):

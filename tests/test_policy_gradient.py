@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_drivers import SPREAD, groups, sphere
+from gaussian_policy import SPREAD, groups, sphere
 
 from evomem.drivers import build
 from evomem.drivers.estimators import Rollouts, advantages, combined, group_gradient, rewards_to_go
