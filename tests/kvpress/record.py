@@ -36,6 +36,8 @@ SPECS = (
     "feature_scorer(budget=24, allocation=2, layers=2, heads=2, hidden=3)",
     "namm(every=none, selection=threshold)",
     "namm(every=none, budget=24)",
+    "kv_policy(budget=24)",
+    "kv_policy(budget=24, allocation=2, layers=2, heads=2, scale=model)",
 )
 SMOLLM = ("keydiff(budget=64)", "snapkv(budget=64)", "feature_scorer(budget=64)", "namm(every=none, budget=64)")
 QUESTION = 5
