@@ -54,6 +54,9 @@ def diagnostics_plot(path: Path, generations: Sequence[GenerationRecord], title:
             x, y = zip(*series[name], strict=True)
             dots = "o" if len(x) < 25 else None
             axes.plot(x, y, color=colour, linewidth=1.5, marker=dots, markersize=4, label=_NAMES[name])
+        if "signal_to_noise" in names:  # the first steps of an exact gradient would flatten all others
+            axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter("{x:g}")
         for start in starts:
             axes.axvline(start - 0.5, color="#8C8C8C", linewidth=1, linestyle=":")
         axes.set_xlim(0.5, generations[-1].generation + 1.5)
