@@ -37,6 +37,8 @@ LARGEST = 10.0
 """Standardised features are cut here, so that a model with outliers cannot drive a policy that never saw them."""
 SPREAD = 0.5
 """Standard deviation of the drawn log-rates of forgetting around their mean."""
+AGE = 64
+"""Tokens after which a slot that fades with age has faded by exp(o_forget)."""
 
 
 @register("kv_policy")
@@ -49,7 +51,8 @@ class KVPolicy(StochasticManager):
 
     *Evict*: rankings are Plackett-Luce in o_evict, and any budget keeps the ranking's beginning; deployed, the plain
     order. *Store*: a new token enters memory with probability σ(o_store); deployed, if o_store >= 0. *Forget*: a slot's
-    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget).
+    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget). With ``fades: with_age`` it
+    is lowered by exp(u) age / 64: one number is then enough for the newer of two statements to win.
 
     Features are *of* slots (log-norms, not normalised keys: norms carry signal) and know no head size, head count or
     vocabulary. Standardised within each head (``scale: head``) they made better rankings on SmolLM2; with one mean and
@@ -72,6 +75,9 @@ class KVPolicy(StochasticManager):
         heads: int = Field(0, ge=0, le=4096, description="KV heads with weights of their own per layer; 0: none")
         odds: float = Field(3.0, ge=-20, le=20, description="log-odds of storing at first, before training")
         rate: float = Field(-6.0, ge=-20, le=4, description="logarithm of how fast slots fade at first, in nats")
+        fades: Literal["at_once", "with_age"] = Field(
+            "at_once", description="exp(o_forget) is taken off a logit, or that for every 64 tokens of the slot's age"
+        )
         sinks: int = Field(0, ge=0, le=TOKENS, description="first tokens that are always kept")
         recent: int = Field(0, ge=0, le=TOKENS, description="newest tokens that are always kept")
 
@@ -222,9 +228,9 @@ class KVPolicy(StochasticManager):
         return self.outputs(view).get("store")
 
     def decay(self, view: LayerView) -> Tensor | None:
-        """Return what is added to the slots' attention logits: -exp(o_forget)."""
+        """Return what is added to the slots' attention logits, as ``fades`` says."""
         rates = self.outputs(view).get("forget")
-        return None if rates is None else _faded(rates)
+        return None if rates is None else self._faded(view, rates)
 
     # ---- decisions ------------------------------------------------------------------------------------------------
 
@@ -235,7 +241,7 @@ class KVPolicy(StochasticManager):
         held = self._held(view, None if "store" not in outputs else outputs["store"] >= 0)
         keep = self._kept(scores, view, held)
         rates = outputs.get("forget")
-        return Decision(keep, None if rates is None else _faded(rates))
+        return Decision(keep, None if rates is None else self._faded(view, rates))
 
     def draw(self, view: LayerView, noise: Noise) -> Action:
         """Return a random action."""
@@ -261,7 +267,7 @@ class KVPolicy(StochasticManager):
             scores = torch.zeros(action.ranking.shape, device=view.slots.device)
             scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
             keep = self._kept(scores, view, held)
-        return Decision(keep, None if action.rates is None else _faded(action.rates))
+        return Decision(keep, None if action.rates is None else self._faded(view, action.rates))
 
     def log_prob(self, view: LayerView, action: Action) -> Tensor:
         """Return log π(action | view): (batch, kv_heads); the parts add up."""
@@ -291,6 +297,11 @@ class KVPolicy(StochasticManager):
             total = total + view.valid.sum(-1)
         return total
 
+    def _faded(self, view: LayerView, rates: Tensor) -> Tensor:
+        """What log-rates (batch, kv_heads, slots) add to the slots' attention logits: nothing or less."""
+        amount = torch.exp(rates.clamp(max=4.0))
+        return -amount * view.age.clamp(min=0) / AGE if self.options.fades == "with_age" else -amount
+
     def _held(self, view: LayerView, stored: Tensor | None) -> Tensor:
         """Slots that may stay: those with a token that was not refused."""
         return view.valid if stored is None else view.valid & (stored | ~_arrived(view))
@@ -318,10 +329,6 @@ class KVPolicy(StochasticManager):
         safe = self._safe(view, held)
         picks = (self.make_selection().limit(view) - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
         return torch.where(held & ~safe, scores, -torch.inf), picks
-
-
-def _faded(rates: Tensor) -> Tensor:
-    return -torch.exp(rates.clamp(max=4.0))
 
 
 def _arrived(view: LayerView) -> Tensor:
