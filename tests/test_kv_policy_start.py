@@ -8,6 +8,7 @@ import torch
 from test_features import view_of
 
 from evomem.managers.kv_policy import KVPolicy
+from evomem.managers.stochastic import Noise
 from evomem.runs.config import load_experiment
 from evomem.search_space import SearchSpace
 
@@ -24,6 +25,28 @@ def test_an_untrained_policy_stores_and_forgets_as_its_options_say(odds, rate):
     assert 0 < (view.valid & (view.age < 7)).sum() < view.valid.sum()
     assert torch.equal(decision.keep, stays.expand(decision.keep.shape))
     torch.testing.assert_close(decision.decay[view.valid], torch.full((int(view.valid.sum()),), -math.exp(rate)))
+
+
+def test_with_age_every_slot_fades_by_its_own_age():
+    """Deployed, drawn, and in `decay`, which says the same to other code."""
+    view = view_of(2, layer=1)
+    plain, aged = (
+        KVPolicy(actions=("forget",), features=("keydiff", "age"), rate=-1.0, budget=4, fades=fades)
+        for fades in ("at_once", "with_age")
+    )
+    with torch.no_grad():
+        for policy in (plain, aged):
+            policy.weights.copy_(torch.tensor([0.3, -0.5]).expand(policy.weights.shape))
+    action = plain.draw(view, Noise.of([(3, 4)] * view.slots.shape[0], view))
+    ages = (view.age / 64).expand(plain.decay(view).shape)[view.valid.expand(plain.decay(view).shape)]
+    for what in (
+        lambda policy: policy.decay(view),
+        lambda policy: policy.decide(view).decay,
+        lambda policy: policy.carry_out(view, action).decay,
+    ):
+        torch.testing.assert_close(what(aged)[view.valid], what(plain)[view.valid] * ages)
+        assert (what(aged) <= 0).all()
+    torch.testing.assert_close(aged.log_prob(view, action), plain.log_prob(view, action))
 
 
 def test_the_arms_of_the_experiment_begin_with_the_same_ranking_and_nothing_refused():

@@ -168,7 +168,15 @@ class Evaluator:
         begin = time.perf_counter()
         policy = RolloutPolicy(ready[0], list(seeds), sample_number(sample.id), ready[1], ready[2], listens)  # type: ignore[arg-type]
         drawing = ready[1] if ready[1] is not None else manager
-        drawn = (sample_key(tokens), tuple(seeds), repr(drawing.describe()), to_vector(drawing).tobytes(), exact)
+        drawn = (
+            task.name,
+            sample.id,
+            sample_key(tokens),
+            tuple(seeds),
+            repr(drawing.describe()),
+            to_vector(drawing).tobytes(),
+            exact,
+        )
         batch = self._drawn.get(drawn) if self.protocol.kind == "compress_once" else None
         if batch is not None:  # the same rollouts, seen by a newer policy: only how likely they are has changed
             for view in self.reading(tokens.read, policy.observes | observes).views:

@@ -39,6 +39,8 @@ SPREAD = 0.5
 """Standard deviation of the drawn log-rates of forgetting around their mean."""
 SHARE_SPREAD = 0.2
 """Standard deviation of the drawn log-shares of the budget around theirs."""
+AGE = 64
+"""Tokens after which a slot that fades with age has faded by exp(o_forget)."""
 
 
 @register("kv_policy")
@@ -51,8 +53,9 @@ class KVPolicy(StochasticManager):
 
     *Evict*: rankings are Plackett-Luce in o_evict, and any budget keeps the ranking's beginning; deployed, the plain
     order. *Store*: a new token enters memory with probability σ(o_store); deployed, if o_store >= 0. *Forget*: a slot's
-    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget). With ``allocation`` the
-    layers share the budget unequally (`AllocatedTopN`); their log-shares are drawn around the parameters.
+    attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget). With ``fades: with_age`` it
+    is lowered by exp(u) age / 64: one number is then enough for the newer of two statements to win. With ``allocation``
+    the layers share the budget unequally (`AllocatedTopN`); their log-shares are drawn around the parameters.
 
     Features are *of* slots (log-norms, not normalised keys: norms carry signal) and know no head size, head count or
     vocabulary. Standardised within each head (``scale: head``) they made better rankings on SmolLM2; with one mean and
@@ -78,6 +81,9 @@ class KVPolicy(StochasticManager):
         )
         odds: float = Field(3.0, ge=-20, le=20, description="log-odds of storing at first, before training")
         rate: float = Field(-6.0, ge=-20, le=4, description="logarithm of how fast slots fade at first, in nats")
+        fades: Literal["at_once", "with_age"] = Field(
+            "at_once", description="exp(o_forget) is taken off a logit, or that for every 64 tokens of the slot's age"
+        )
         sinks: int = Field(0, ge=0, le=TOKENS, description="first tokens that are always kept")
         recent: int = Field(0, ge=0, le=TOKENS, description="newest tokens that are always kept")
 
@@ -230,9 +236,9 @@ class KVPolicy(StochasticManager):
         return self.outputs(view).get("store")
 
     def decay(self, view: LayerView) -> Tensor | None:
-        """Return what is added to the slots' attention logits: -exp(o_forget)."""
+        """Return what is added to the slots' attention logits, as ``fades`` says."""
         rates = self.outputs(view).get("forget")
-        return None if rates is None else _faded(rates)
+        return None if rates is None else self._faded(view, rates)
 
     # ---- decisions ------------------------------------------------------------------------------------------------
 
@@ -243,7 +249,7 @@ class KVPolicy(StochasticManager):
         held = self._held(view, None if "store" not in outputs else outputs["store"] >= 0)
         keep = self._kept(scores, view, held, self.log_shares[None] if self.options.allocation else None)
         rates = outputs.get("forget")
-        return Decision(keep, None if rates is None else _faded(rates))
+        return Decision(keep, None if rates is None else self._faded(view, rates))
 
     def draw(self, view: LayerView, noise: Noise) -> Action:
         """Return a random action."""
@@ -271,7 +277,7 @@ class KVPolicy(StochasticManager):
             scores = torch.zeros(action.ranking.shape, device=view.slots.device)
             scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
             keep = self._kept(scores, view, held, action.shares)
-        return Decision(keep, None if action.rates is None else _faded(action.rates))
+        return Decision(keep, None if action.rates is None else self._faded(view, action.rates))
 
     def log_prob(self, view: LayerView, action: Action) -> Tensor:
         """Return log π(action | view): (batch, kv_heads); the parts add up."""
@@ -305,6 +311,11 @@ class KVPolicy(StochasticManager):
         if action.rates is not None:
             total = total + view.valid.sum(-1)
         return total
+
+    def _faded(self, view: LayerView, rates: Tensor) -> Tensor:
+        """What log-rates (batch, kv_heads, slots) add to the slots' attention logits: nothing or less."""
+        amount = torch.exp(rates.clamp(max=4.0))
+        return -amount * view.age.clamp(min=0) / AGE if self.options.fades == "with_age" else -amount
 
     def _held(self, view: LayerView, stored: Tensor | None) -> Tensor:
         """Slots that may stay: those with a token that was not refused."""
@@ -348,10 +359,6 @@ class KVPolicy(StochasticManager):
         safe = self._safe(view, held, shares)
         picks = (self._limits(view, shares)[0] - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
         return torch.where(held & ~safe, scores, -torch.inf), picks
-
-
-def _faded(rates: Tensor) -> Tensor:
-    return -torch.exp(rates.clamp(max=4.0))
 
 
 def _arrived(view: LayerView) -> Tensor:

@@ -102,6 +102,13 @@ def check_policy(config: ExperimentConfig, space: SearchSpace) -> None:
                 f"objective {stage.fitness.objective!r} has no gradient; take objective expected_cost, which has an "
                 "exact one for every manager that scores, or manager kv_policy"
             )
+        rollouts = config.driver.population or 8
+        if objective.drawn and (config.driver.options.get("estimator") == "grpo" or config.chunk < rollouts):
+            raise ConfigError(
+                f"driver {config.driver.name!r}: stage {stage.name!r}: objective {stage.fitness.objective!r} compares "
+                f"the rollouts of a context head by head where they are drawn: take estimator reinforce, and a "
+                f"chunk of at least the population ({rollouts})"
+            )
         if stage.fitness.objective == "attention":
             raise ConfigError(
                 f"driver {config.driver.name!r}: stage {stage.name!r}: objective attention is for evolution; take "
