@@ -142,6 +142,9 @@ def test_a_task_may_be_for_one_of_the_models(folders):
 
 
 def test_heads_of_several_models_are_not_searched_one_by_one(tmp_path, folders):
-    config = experiment(folders, "fitness={objective: attention}")
+    blocks = ["fitness={objective: attention}", "driver={name: block_cmaes}"]
     with pytest.raises(ConfigError, match="one model"):
-        search(config, tmp_path / "run", model_bench)
+        search(experiment(folders, *blocks), tmp_path / "blocks", model_bench)
+    # A driver that takes the mean over heads does not care whose heads they are.
+    whole = search(experiment(folders, "fitness={objective: attention}"), tmp_path / "run", model_bench)
+    assert 0 < whole.train.fitness <= 1

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from evomem.cache import SlotCache, attached
+from evomem.cache import LayerView, SlotCache, attached
 from evomem.errors import ConfigError
 from evomem.evaluation.population import PopulationPolicy
 from evomem.evaluation.store import Reading, token_key
@@ -94,6 +94,15 @@ def sample_key(tokens: Tokens) -> str:
     return "/".join(token_key(part) for part in (tokens.read, tokens.prompt, tokens.answer))
 
 
+def slot_bytes(view: LayerView, fades: Tensor) -> Tensor:
+    """Return what a slot of all KV heads takes in memory once it is kept: bytes, of the shape of ``fades`` (bool).
+
+    A slot that may fade holds its log-decay too.
+    """
+    size = (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size() + view.slots.element_size()
+    return view.keys.shape[1] * (size + fades.float() * torch.float32.itemsize)
+
+
 @torch.no_grad()
 def retained_attention(
     evaluator: Evaluator, managers: Sequence[MemoryManager], sample: Sample, observes: frozenset[str] = frozenset()
@@ -124,8 +133,7 @@ def retained_attention(
         shares.append(share)
         counts = keep.sum(-1)
         kept.append(counts.float().mean(-1))
-        per_token = view.keys.shape[1] * (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size()
-        held = held + counts.amax(-1).float().cpu() * (per_token + view.keys.shape[1] * view.slots.element_size())
+        held = held + counts.amax(-1).float().cpu() * slot_bytes(view, policy.fades(view.layer))
     table = torch.stack(shares, 1).double().cpu()
     slots = torch.stack(kept, 1).mean(1).tolist()
     seconds = (time.perf_counter() - begin) / len(managers)

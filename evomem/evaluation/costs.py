@@ -20,7 +20,7 @@ from torch.func import functional_call
 from evomem.cache import LayerView
 from evomem.errors import ConfigError
 from evomem.evaluation import oracle as against
-from evomem.evaluation.attention import Future, sample_key
+from evomem.evaluation.attention import Future, sample_key, slot_bytes
 from evomem.evaluation.rollouts import DrawnRows, sample_number
 from evomem.evaluation.types import Evaluation, Step
 from evomem.managers import plackett_luce
@@ -230,17 +230,17 @@ def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
 
 
 def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:
-    """Return the slots per head and the bytes that a decision by budget leaves, computed: nothing is evicted here.
+    """Return the slots per head and the bytes that the manager's decision leaves, computed: nothing is evicted here.
 
     From a trace, which has no keys, the bytes are not known: NaN.
     """
     counts, held = [], 0.0
     for view in context.views:
-        kept = manager.selection.keep(torch.zeros(view.slots.shape, device=view.slots.device), view).sum(-1).float()
+        decision = manager.decide(view)
+        kept = decision.keep.sum(-1).float()
         counts.append(kept.mean())
-        size = view.keys.shape[1] * (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size()
         known = 1.0 if view.keys.shape[-1] else float("nan")
-        held += known * float(kept.amax()) * (size + view.keys.shape[1] * view.slots.element_size())
+        held += known * float(kept.amax()) * float(slot_bytes(view, torch.tensor(decision.decay is not None)))
     return float(torch.stack(counts).mean()), held
 
 
