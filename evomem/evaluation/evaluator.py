@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from evomem.managers.stochastic import StochasticManager
 from evomem.managers.vector import to_vector
 from evomem.models import LoadedModel
 from evomem.tasks.base import Sample, Task
+
+AnyManager = TypeVar("AnyManager", bound=MemoryManager)
 
 _DRAWN = 512
 """Sets of rollouts whose rewards are remembered, for further passes over them."""
@@ -164,10 +167,10 @@ class Evaluator:
         ``reference`` and ``listens`` are `RolloutPolicy`'s; the rest is as in `evaluate`.
         """
         tokens = self.tokens(sample)
-        ready = [None if one is None else self.scheduled(one) for one in (manager, behaviour, reference)]
+        older, other = (None if one is None else self.scheduled(one) for one in (behaviour, reference))
         begin = time.perf_counter()
-        policy = RolloutPolicy(ready[0], list(seeds), sample_number(sample.id), ready[1], ready[2], listens)  # type: ignore[arg-type]
-        drawing = ready[1] if ready[1] is not None else manager
+        policy = RolloutPolicy(self.scheduled(manager), list(seeds), sample_number(sample.id), older, other, listens)
+        drawing = older if older is not None else manager
         drawn = (
             task.name,
             sample.id,
@@ -244,7 +247,7 @@ class Evaluator:
                 )
         return Tokens(read, prompt, answer)
 
-    def scheduled(self, manager: MemoryManager) -> MemoryManager:
+    def scheduled(self, manager: AnyManager) -> AnyManager:
         """Return the manager on the protocol's schedule."""
         every = None if self.protocol.kind == "compress_once" else self.protocol.every
         return manager if manager.schedule.every == every else manager.with_options(every=every)

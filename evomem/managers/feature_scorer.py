@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from evomem.cache import LayerView
 from evomem.errors import ConfigError
-from evomem.managers.base import TOKENS, ManagerOptions, MemoryManager, register
-from evomem.managers.features import LINEAR_20, features, parse, required
+from evomem.managers.base import TOKENS, MemoryManager, register
+from evomem.managers.features import FeatureOptions, features, required
 from evomem.managers.selection import Selection, TopN, slots_of_budget
 
 
@@ -81,34 +81,14 @@ class FeatureScorer(MemoryManager):
     layers these are interpolated in depth; with another number of heads, every head gets their mean.
     """
 
-    class Options(ManagerOptions):
+    class Options(FeatureOptions):
         """Options of `FeatureScorer`."""
 
-        features: tuple[str, ...] = Field(
-            LINEAR_20, max_length=1024, description="what each slot is described by; see `evomem list`"
-        )
         knots: int = Field(2, ge=1, description="points of depth at which the weights are given")
         hidden: int = Field(0, ge=0, description="units of a nonlinear part; 0: linear")
         allocation: int = Field(0, ge=0, description="points of depth for the layers' shares of the budget; 0: equal")
-        layers: int = Field(0, ge=0, description="layers with weights of their own per head; 0: none")
-        heads: int = Field(0, ge=0, description="KV heads with weights of their own per layer; 0: none")
         sinks: int = Field(4, ge=0, le=TOKENS, description="first tokens that are always kept")
         recent: int = Field(8, ge=0, le=TOKENS, description="newest tokens that are always kept")
-
-        @field_validator("features")
-        @classmethod
-        def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-            if not names:
-                raise ValueError("give at least one feature")
-            for name in names:
-                parse(name)
-            return names
-
-        @model_validator(mode="after")
-        def _both(self) -> Self:
-            if bool(self.layers) != bool(self.heads):
-                raise ValueError("weights per head need both layers and heads")
-            return self
 
     options: Options
     head_parameters: ClassVar[frozenset[str]] = frozenset({"own"})

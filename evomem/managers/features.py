@@ -30,14 +30,16 @@ No feature depends on head size, head count, depth or vocabulary, so a scorer ov
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from evomem.cache import LayerView, masked_mean
 from evomem.errors import ConfigError
-from evomem.managers.base import NEIGHBOURS
+from evomem.managers.base import NEIGHBOURS, ManagerOptions
 
 TINY = 1e-6
 """Added before a logarithm of attention: less than the attention of one query to one of a million keys."""
@@ -211,3 +213,28 @@ def base_columns(names: tuple[str, ...]) -> tuple[str, ...]:
 def features(view: LayerView, names: tuple[str, ...]) -> Tensor:
     """Return the features (batch, kv_heads, slots, len(names)) fp32 of every slot, standardised within each head."""
     return torch.stack([standardise(column, view.valid) for column in columns(view, names)], dim=-1)
+
+
+class FeatureOptions(ManagerOptions):
+    """Options of managers that look at features of slots."""
+
+    features: tuple[str, ...] = Field(
+        LINEAR_20, max_length=1024, description="what each slot is described by; see `evomem list`"
+    )
+    layers: int = Field(0, ge=0, le=4096, description="layers with weights of their own per head; 0: none")
+    heads: int = Field(0, ge=0, le=4096, description="KV heads with weights of their own per layer; 0: none")
+
+    @field_validator("features")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("give at least one feature")
+        for name in names:
+            parse(name)
+        return names
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if bool(self.layers) != bool(self.heads):
+            raise ValueError("weights per head need both layers and heads")
+        return self

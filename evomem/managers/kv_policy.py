@@ -11,15 +11,15 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from evomem.cache import Decision, LayerView
 from evomem.errors import ConfigError
 from evomem.managers import plackett_luce
-from evomem.managers.base import TOKENS, ManagerOptions, register
+from evomem.managers.base import TOKENS, register
 from evomem.managers.feature_scorer import allocated, interpolate
-from evomem.managers.features import columns, parse, required, standardise
+from evomem.managers.features import FeatureOptions, columns, required, standardise
 from evomem.managers.selection import TopN, best
 from evomem.managers.stochastic import Action, Noise, StochasticManager
 
@@ -62,7 +62,7 @@ class KVPolicy(StochasticManager):
     deviation for the whole model (``scale: model``, measured by `calibrate`) levels stay comparable between heads.
     """
 
-    class Options(ManagerOptions):
+    class Options(FeatureOptions):
         """Options of `KVPolicy`."""
 
         actions: tuple[ActionName, ...] = Field(("evict",), description="any of evict, store, forget")
@@ -74,8 +74,6 @@ class KVPolicy(StochasticManager):
         )
         hidden: int = Field(16, ge=0, le=4096, description="units of the network's one hidden layer; 0: linear")
         knots: int = Field(2, ge=1, le=4096, description="points of depth at which the linear weights are given")
-        layers: int = Field(0, ge=0, le=4096, description="layers with weights of their own per head; 0: none")
-        heads: int = Field(0, ge=0, le=4096, description="KV heads with weights of their own per layer; 0: none")
         allocation: int = Field(
             0, ge=0, le=64, description="points of depth for the layers' shares of the budget; 0: equal"
         )
@@ -93,21 +91,6 @@ class KVPolicy(StochasticManager):
             if not names or len(set(names)) < len(names):
                 raise ValueError("name at least one action, and none twice")
             return names
-
-        @field_validator("features")
-        @classmethod
-        def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-            if not names:
-                raise ValueError("give at least one feature")
-            for name in names:
-                parse(name)
-            return names
-
-        @model_validator(mode="after")
-        def _both(self) -> Self:
-            if bool(self.layers) != bool(self.heads):
-                raise ValueError("weights per head need both layers and heads")
-            return self
 
     options: Options
     head_parameters: ClassVar[frozenset[str]] = frozenset({"own"})

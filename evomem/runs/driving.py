@@ -17,6 +17,7 @@ from pydantic import Field
 from evomem import drivers
 from evomem.config import Settings, validate
 from evomem.drivers.base import Array, Driver, Population
+from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError, RunError
 from evomem.managers.stochastic import StochasticManager
@@ -61,7 +62,7 @@ def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, fold
     """
     kind = drivers.drivers.get(config.driver.name)
     headwise = any(objective_of(stage.fitness).headwise for stage in config.plan())
-    if len(config.all_models) > 1 and headwise and hasattr(kind, "enter") and not hasattr(kind, "takes_rollouts"):
+    if len(config.all_models) > 1 and headwise and is_headwise_driver(kind):
         raise ConfigError(
             "fitness.objective: one that gives every head a fitness of its own is for one model: heads of different "
             "models are not the same heads"
@@ -71,7 +72,7 @@ def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, fold
         "popsize": config.driver.population,
         **config.driver.options,
     }
-    if getattr(kind, "takes_rollouts", False):
+    if is_policy_driver(kind):
         check_policy(config, space)
     if getattr(kind, "takes_blocks", False):
         options["blocks"] = space.blocks()
@@ -167,12 +168,12 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
     if not generations or not start.exists():
         raise RunError(f"{run.folder}: has not finished a generation yet; there is nothing to follow")
     driver = make_driver(run.config, run.space, np.load(start, allow_pickle=False), run.folder)
-    if getattr(driver, "takes_rollouts", False):
+    if is_policy_driver(driver):
         raise RunError(
             f"{run.folder}: its driver {run.config.driver.name!r} learned from gradients, which are not kept per "
             "generation; start from its winner instead (space.start: {plugin: RUN/winner/plugin})"
         )
-    if hasattr(driver, "enter") and any(objective_of(stage.fitness).headwise for stage in run.config.plan()):
+    if is_headwise_driver(driver) and any(objective_of(stage.fitness).headwise for stage in run.config.plan()):
         raise RunError(
             f"{run.folder}: its driver {run.config.driver.name!r} learned from a fitness per head, which is not kept "
             "per generation; start from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
@@ -187,7 +188,7 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
         if record["kind"] == "unit" and record["phase"] == "train":
             evaluated.setdefault(record["generation"], set()).add(record["candidates"])
     for told in generations:
-        if hasattr(driver, "enter"):
+        if is_headwise_driver(driver):
             driver.enter(headwise=False)
         population = driver.ask()
         if evaluated.get(told.generation, set()).isdisjoint(_digests(population, run.config.chunk)):

@@ -10,11 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import safetensors.torch
 
 from evomem.drivers.base import Array, Driver, Population, drivers
+from evomem.drivers.kinds import FrontDriver, is_headwise_driver, is_policy_driver
 from evomem.errors import ConfigError, FitnessError, RunError
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
@@ -78,7 +80,7 @@ def search(
 
 def check_objectives(config: ExperimentConfig) -> None:
     """Raise `ConfigError` if a stage measures what does not exist, or not what its driver needs."""
-    rollouts = getattr(drivers.get(config.driver.name), "takes_rollouts", False)
+    rollouts = is_policy_driver(drivers.get(config.driver.name))
     for stage in config.plan():
         objective, kind = objective_of(stage.fitness), config.protocol.kind
         what = f"stage {stage.name!r}: fitness.objective {stage.fitness.objective!r}"
@@ -277,10 +279,10 @@ class Search:
         """Tell a driver that works on parts what the stage measures; return whether it wants the heads' fitness."""
         if generation == stage.begin and stage.place and stage.fitness != self.plan[stage.place - 1].fitness:
             self.archive.best.clear()  # its numbers mean something else
-        if getattr(driver, "takes_rollouts", False):
-            driver.enter(begin=stage.begin, end=stage.end, exact=objective_of(stage.fitness).exact)  # type: ignore[attr-defined]
+        if is_policy_driver(driver):
+            driver.enter(begin=stage.begin, end=stage.end, exact=objective_of(stage.fitness).exact)
             return False
-        if not hasattr(driver, "enter"):
+        if not is_headwise_driver(driver):
             return False
         headwise = objective_of(stage.fitness).headwise
         driver.enter(headwise=headwise)
@@ -288,7 +290,7 @@ class Search:
 
     def _policies(self, driver: Driver, population: Population) -> dict[str, Array | None] | None:
         """Return whose rollouts a driver of policies wants; None for all others."""
-        if not getattr(driver, "takes_rollouts", False):
+        if not is_policy_driver(driver):
             return None
         return {"behaviour": population.behaviour, "reference": population.reference}
 
@@ -310,13 +312,13 @@ class Search:
     def _tell(self, driver: Driver, population: Population, fitness: Fitness, *, headwise: bool) -> None:
         """Tell the driver what it wants to know, and the archive."""
         if isinstance(self.archive, FrontArchive):
-            driver.tell(population, fitness.values, fitness.held)  # type: ignore[call-arg]
+            cast(FrontDriver, driver).tell(population, fitness.values, fitness.held)
             self.archive.update(population, fitness.values, fitness.held)
             return
-        if getattr(driver, "takes_rollouts", False):
-            driver.tell(population, fitness.values, fitness.rollouts)  # type: ignore[call-arg]
-        elif headwise:
-            driver.tell(population, fitness.values, fitness.heads)  # type: ignore[call-arg]
+        if is_policy_driver(driver):
+            driver.tell(population, fitness.values, fitness.rollouts)
+        elif headwise and is_headwise_driver(driver):
+            driver.tell(population, fitness.values, fitness.heads)
         else:
             driver.tell(population, fitness.values)
         self.archive.update(population, fitness.values, driver.mean)
