@@ -50,7 +50,8 @@ def compare(
 ) -> None:
     """Compare managers on the same samples at the same budgets, with paired bootstrap intervals and measured bytes.
 
-    The first subject is the one that all differences are taken of. The full cache is always there as the reference.
+    The first subject is the one that all differences are taken of. The full cache is the reference; only with
+    `--against none` it is left out too.
 
     [bold]Examples[/bold]
 
@@ -85,7 +86,7 @@ def transfer(
             "--tasks",
             "--task",
             "-t",
-            help="Task for all models, or MODEL=TASK for one; may be repeated. [default: the plug-ins' own]",
+            help="Task for all models, or MODEL=TASK for one; may be repeated. \\[default: the plug-ins' own]",
         ),
     ] = None,
     against: Annotated[str | None, typer.Option(help="Heuristics, e.g. keydiff,snapkv(window=64); all; none.")] = None,
@@ -100,7 +101,7 @@ def transfer(
     mode: Mode = None,
     split: SplitOption = Splits.sealed,
     samples: Annotated[
-        int | None, typer.Option("--samples", "-n", min=1, help="Samples per cell. [default: 100]")
+        int | None, typer.Option("--samples", "-n", min=1, help="Samples per cell. \\[default: 100]")
     ] = None,
     exact: Annotated[bool, typer.Option("--exact/--no-exact", help="Also generate text (slower).")] = False,
     check: Annotated[

@@ -15,10 +15,12 @@ def track(
     run: Annotated[str, typer.Argument(help="Run folder: of a running, finished or interrupted run.")],
     to: Annotated[Sink, typer.Option("--to", help="Who is told.")],
     mode: Annotated[
-        WandbMode | None, typer.Option(help="W&B: write files for `wandb sync`, or send. [default: offline]")
+        WandbMode | None, typer.Option(help="W&B: write files for `wandb sync`, or send. \\[default: offline]")
     ] = None,
-    project: Annotated[str | None, typer.Option(help="W&B: the project. [default: WANDB_PROJECT, else evomem]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write in. [default: RUN/tracked]")] = None,
+    project: Annotated[
+        str | None, typer.Option(help="W&B: the project. \\[default: WANDB_PROJECT, else evomem]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write in. \\[default: RUN/tracked]")] = None,
 ) -> None:
     """Tell TensorBoard, W&B or a file about a run after the fact, from its journal; the run is only read.
 
@@ -64,7 +66,7 @@ def import_namm(
     out: Annotated[Path, typer.Option(help="Where the plug-in goes; a plug-in that is there is replaced.")],
     scorer: Annotated[Scorer, typer.Option(help="Network that the vector is of.")] = Scorer.bam,
     every: Annotated[int, typer.Option(min=0, help="Decide every that many tokens; 0: once, after the context.")] = 512,
-    budget: Annotated[int | None, typer.Option(min=1, help="Slots per head at most. [default: no cap]")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Slots per head at most. \\[default: no cap]")] = None,
     vector: Annotated[CheckpointVector, typer.Option(help="Which one of a checkpoint.")] = CheckpointVector.mean,
 ) -> None:
     """Make a plug-in of a NAMM that was searched elsewhere, in the layout of "An Evolved Universal Transformer Memory".
@@ -82,7 +84,7 @@ def import_namm(
 
 
 def list_(
-    what: Annotated[Listing | None, typer.Argument(help="[default: everything]", show_default=False)] = None,
+    what: Annotated[Listing | None, typer.Argument(help="\\[default: everything]", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON: names and what they are.")] = False,
 ) -> None:
     """List managers, tasks, drivers, search spaces, experiments and observations.

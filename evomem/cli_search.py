@@ -34,7 +34,7 @@ def evolve(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the folder; begin if there is none.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. \\[default: runs/NAME]")] = None,
     workers: Annotated[
         str,
         typer.Option(
@@ -47,13 +47,13 @@ def evolve(
         str | None, typer.Option(metavar="auto|HOST:PORT", help="Evaluate on a running Ray cluster.")
     ] = None,
     cpus_per_worker: Annotated[
-        float | None, typer.Option(min=0.01, help="Cores that a worker asks for. [default: the experiment's threads]")
+        float | None, typer.Option(min=0.01, help="Cores that a worker asks for. \\[default: the experiment's threads]")
     ] = None,
     gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0.0, help="GPUs that a worker asks for. [default: 1 where there are GPUs]")
+        float | None, typer.Option(min=0.0, help="GPUs that a worker asks for. \\[default: 1 where there are GPUs]")
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds after which a silent worker is replaced. [default: judged]")
+        float | None, typer.Option(min=0.1, help="Seconds after which a silent worker is replaced. \\[default: judged]")
     ] = None,
     track: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", help="Who is told: terminal, jsonl, tensorboard, wandb[:online].")
@@ -107,10 +107,10 @@ def trace(
         Protocol, typer.Option(help="Whether the question comes after the decision or is part of what is read.")
     ] = Protocol.query_agnostic,
     features: Annotated[
-        str | None, typer.Option(metavar="NAME[,NAME]", help="What is kept of each slot. [default: a policy's own]")
+        str | None, typer.Option(metavar="NAME[,NAME]", help="What is kept of each slot. \\[default: a policy's own]")
     ] = None,
     limit: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Disk space at most, e.g. 2GB. [default: what it takes]")
+        str | None, typer.Option(metavar="BYTES", help="Disk space at most, e.g. 2GB. \\[default: what it takes]")
     ] = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:

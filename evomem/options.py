@@ -74,27 +74,29 @@ class WandbMode(StrEnum):
 
 Model = Annotated[
     list[str] | None,
-    typer.Option("--model", "-m", help="Alias, folder or hub id; may be repeated. [default: the subject's own]"),
+    typer.Option("--model", "-m", help="Alias, folder or hub id; may be repeated. \\[default: the subject's own]"),
 ]
 Task = Annotated[
     list[str] | None,
     typer.Option(
         "--task", "-t",
-        help="Task with options, e.g. passkey:length=1000, file:mine.jsonl; may be repeated. [default: the subject's]",
+        help="Task with options, e.g. passkey:length=1000, file:mine.jsonl; repeatable. \\[default: the subject's]",
     ),
 ]  # fmt: skip
 Budgets = Annotated[
     str | None,
-    typer.Option(help="Slots per head (64,128) or shares of the tokens read (0.25). [default: the subject's own]"),
+    typer.Option(help="Slots per head (64,128) or shares of the tokens read (0.25). \\[default: the subject's own]"),
 ]
 ProtocolOption = Annotated[
     str | None,
-    typer.Option("--protocol", help="compress_once, or streaming[:N]: decide every N tokens. [default: the subject's]"),
+    typer.Option(
+        "--protocol", help="compress_once, or streaming[:N]: decide every N tokens. \\[default: the subject's]"
+    ),
 ]
 Mode = Annotated[Protocol | None, typer.Option(help="Decide before (agnostic) or after the question is read.")]
 SplitOption = Annotated[Splits, typer.Option("--split", help="Samples that are measured on.")]
 Samples = Annotated[
-    int | None, typer.Option("--samples", "-n", min=1, help="Samples per task. [default: the experiment's, else 50]")
+    int | None, typer.Option("--samples", "-n", min=1, help="Samples per task. \\[default: the experiment's, else 50]")
 ]
 Exact = Annotated[
     bool,

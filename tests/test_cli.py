@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from evomem.cli import app
@@ -293,3 +294,18 @@ def test_help_is_there_without_loading_anything_heavy():
     assert "evomem compare runs/demo" in shown
     version = subprocess.run([sys.executable, "-m", "evomem", "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.startswith("evomem 0.")
+
+
+def test_defaults_in_help_texts_are_not_taken_for_markup():
+    """Rich reads ``[default: ...]`` as a style, and drops it, unless its bracket is escaped."""
+    commands = typer.main.get_command(app).commands
+    told = [(name, param) for name, command in commands.items() for param in command.params]
+    texts = {(name, param.name): getattr(param, "help", None) or "" for name, param in told}
+    with_default = [place for place, text in texts.items() if "[default: " in text]
+    assert {("compare", "samples"), ("transfer", "samples")} <= set(with_default)
+    assert not [place for place in with_default if "\\[default: " not in texts[place]]
+    runner = CliRunner()
+    for name in {name for name, _ in with_default}:
+        shown = " ".join(runner.invoke(app, [name, "--help"]).output.replace("│", " ").split())
+        own = [texts[place].split("\\[default: ")[1] for place in with_default if place[0] == name]
+        assert all(f"[default: {text.split()[0]}" in shown for text in own), name

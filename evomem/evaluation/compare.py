@@ -125,7 +125,7 @@ def compare(
     places : models and tasks.
     samples : per task.
     budgets : every manager is evaluated at each; None: at its own. A manager that takes no budget is evaluated as it
-        is, once. So is the full cache.
+        is, once. So is the full cache; without a field it is left out too.
     against : the field, see `field_of`; an empty list: none.
     exact : also generate, for the exact metric.
     oracle : at every budget also the decision that knows what question and answer will attend to (`FutureOracle`): no
