@@ -1,9 +1,11 @@
-"""Run: the picture of a search's diagnostics."""
+"""Run: the pictures of a search's diagnostics and of a comparison."""
 
 from __future__ import annotations
 
 import math
 
+from evomem.evaluation.rows import Row
+from evomem.runs import plots
 from evomem.runs.diagnostics import diagnostics_plot
 from evomem.tracking.base import GenerationRecord
 from evomem.tracking.numbers import scalars
@@ -43,3 +45,30 @@ def test_trackers_and_terminal_tell_what_was_measured():
     assert "kl 0.12" in describe(told)
     assert "snr" not in describe(told)
     assert "spread" not in describe(told)
+
+
+def test_the_oracle_is_drawn_as_a_mark_and_not_as_a_competitor(monkeypatch, tmp_path):
+    def row(manager, role, budget, loglik, size):
+        return Row(
+            model="m", task="t", manager=manager, budget=budget, protocol="p", split="sealed", role=role, samples=9,
+            score=None, loglik=loglik, bytes_peak=size, bytes_mean=size, slots=9.0, seconds=1.0,
+        )  # fmt: skip
+
+    rows = [
+        row(manager, role, budget, loglik - 1 / budget, 1000.0 * budget)
+        for manager, role, loglik in (
+            ("mine", "subject", -0.4),
+            ("future_oracle", "oracle", -0.2),
+            ("h2o", "field", -2),
+        )
+        for budget in (64, 128)
+    ]
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plots.memory_plot(tmp_path / "memory.png", rows, "title")
+    (axes,) = drawn[0].axes
+    stars = [line for line in axes.lines if line.get_marker() == "*"]
+    assert [list(line.get_ydata()) for line in stars] == [[row.loglik for row in rows if row.role == "oracle"]]
+    names = {text.get_text(): text.get_color() for text in axes.texts}
+    assert names["future_oracle"] == stars[0].get_color()
+    assert names["future_oracle"] not in {names["mine"], names["h2o"]}

@@ -91,6 +91,9 @@ def memory_plot(path: Path, rows: Sequence[Row], title: str) -> None:
         if mine[0].role == "full":
             _full_line(axes, mine[0])
             continue
+        if mine[0].role == "oracle":
+            ends.append(_oracle_line(axes, mine))
+            continue
         color = named.get(manager, _GREY)
         x = [row.bytes_mean / 1024 * shift.get(manager, 1.0) for row in mine]
         y = [row.loglik for row in mine]
@@ -170,6 +173,13 @@ def _full_line(axes: Any, row: Row) -> None:
         f"full cache ({row.bytes_mean / 1024:,.0f} KiB)", (0.5, row.loglik), xycoords=("axes fraction", "data"),
         xytext=(0, 4), textcoords="offset points", color=_INK, fontsize=9, ha="center",
     )  # fmt: skip
+
+
+def _oracle_line(axes: Any, rows: Sequence[Row]) -> tuple[float, float, str, str]:
+    """Draw what a decision that knows the future reaches, as a mark of ink rather than a competitor; return its end."""
+    x, y = [row.bytes_mean / 1024 for row in rows], [row.loglik for row in rows]
+    axes.plot(x, y, color=_INK, marker="*", markersize=9, linestyle=":", linewidth=1.2, zorder=2)
+    return x[-1], y[-1], rows[0].manager, _INK
 
 
 def _named(rows: Sequence[Row]) -> dict[str, str]:
