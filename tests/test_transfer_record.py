@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from evomem.commands import transfer as command
 from evomem.commands.evolve import evolve
 from evomem.errors import ConfigError, PluginError
 from evomem.managers import build
+from evomem.runs import transfer_record
 from evomem.runs.transfer import Cell, TransferRow, cells, read_transfer
 from evomem.runs.transfer_record import merged, open_record, record_row, write_record
 from evomem.workers import WorkerOptions
@@ -119,6 +122,15 @@ def test_the_same_cell_is_replaced_and_others_stay(plug):
     assert {key: found.provenance[key] for key in TOLD} == TOLD
     assert found.pictures["fitness.png"] == PNG
     assert record(plug, cell("c"), cell("a", difference=-0.5), dtype="bfloat16")[0].provenance == found.provenance
+
+
+def test_rows_that_are_written_at_the_same_time_all_stay(plug, monkeypatch):
+    """Each writer reads what is there, and takes its time before it writes."""
+    monkeypatch.setattr(transfer_record, "_drawn", lambda rows: time.sleep(0.02) or PNG)
+    models = [f"model{n}" for n in range(6)]
+    with ThreadPoolExecutor(len(models)) as threads:
+        list(threads.map(lambda model: record(plug, cell(model)), models))
+    assert {row["model"] for row in plugins.read(plug).provenance["transfer"]} == set(models)
 
 
 def test_the_card_says_where_it_is_better_and_where_worse(plug):

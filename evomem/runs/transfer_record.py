@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 from pydantic import Field
 
 from evomem import plugins
@@ -94,7 +96,8 @@ def open_record(folder: Path) -> Record:
         holds something else where the rows go.
     """
     folder = folder.resolve()  # a link is renamed like a folder, and what it leads to would stay as it was
-    plugin = plugins.read(folder)
+    with _alone(folder):
+        plugin = plugins.read(folder)
     _known(folder, plugin.provenance)
     _room(folder, plugin.provenance)
     try:
@@ -128,6 +131,18 @@ def write_record(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str)
     ------
     PluginError : it holds another manager by now; it cannot be written.
     """
+    with _alone(record.folder):  # who reads, adds rows and writes at the same time as another would lose the other's
+        return _write(record, found, dtype)
+
+
+def _alone(folder: Path) -> filelock.BaseFileLock:
+    """Return a lock for a plug-in folder, which is itself replaced: it lies where nobody looks for plug-ins."""
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    user = getattr(os, "getuid", int)()
+    return filelock.FileLock(Path(tempfile.gettempdir()) / f"evomem-record-{user}-{name}.lock")
+
+
+def _write(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str) -> list[str]:
     plugin = plugins.read(record.folder)  # again: others may have written into it in the meantime
     if not _same(plugin.manager, record.manager):
         raise PluginError(
