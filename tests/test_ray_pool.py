@@ -36,7 +36,7 @@ def test_a_model_search_is_the_same_with_shared_weights_and_contexts(tmp_path):
     search(configured(), tmp_path / "0", bench(tmp_path / "log0"))
     read = Counter(name for _, _, name in entries(tmp_path / "log0") if name.startswith("read/"))
     log, folder = tmp_path / "log2", tmp_path / "2"
-    search(configured(), folder, bench(log), workers=WorkerOptions(2, cpus=0.5))
+    search(configured(), folder, bench(log, company=2), workers=WorkerOptions(2, cpus=0.5))
     same(without_tokens(outcome(folder)), without_tokens(outcome(tmp_path / "0")))
     found = Counter(name for _, _, name in entries(log) if name.startswith("read/"))
     assert found.keys() == read.keys()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
-from faulty_search import note
+from faulty_search import entries, note
 from synthetic_search import experiment
 from test_block_search import SETTINGS, SPACE, STAGES, Words
 
@@ -24,10 +25,15 @@ def configured(*settings):
 
 
 class Logged(Evaluator):
-    log = None
+    log, company = None, 1
 
     def evaluate(self, managers, sample, task, **options):
+        """Evaluate, once as many processes as ``company`` have something to do: a fast one would leave others none."""
         note(self.log, f"evaluate/{sample.id}")
+        patience = time.monotonic() + 60
+        while len({pid for _, pid, _ in entries(self.log)}) < self.company and time.monotonic() < patience:
+            time.sleep(0.05)
+        self.company = 1
         return super().evaluate(managers, sample, task, **options)
 
     def _read(self, tokens, observes):
@@ -35,21 +41,21 @@ class Logged(Evaluator):
         return super()._read(tokens, observes)
 
 
-def bench(log):
-    """Return the factory."""
+def bench(log, company=1):
+    """Return the factory; ``company`` is how many workers must be at work before the first of them goes on."""
 
     def make(config):
         loaded = LoadedModel("tiny", tiny("llama", layers=2), tiny_tokenizer(), "tiny")
-        return made(config, loaded, None, log, Elsewhere(partial(dismantle, loaded), partial(elsewhere, log)))
+        return made(config, loaded, None, log, Elsewhere(partial(dismantle, loaded), partial(elsewhere, log, company)))
 
     return make
 
 
-def elsewhere(log, config, parts, readings):
-    return made(config, assemble(parts, "cpu"), readings, log)
+def elsewhere(log, company, config, parts, readings):
+    return made(config, assemble(parts, "cpu"), readings, log, company=company)
 
 
-def made(config, loaded, readings, log, shared=None):
+def made(config, loaded, readings, log, shared=None, company=1):
     evaluator = Logged(loaded, config.protocol, store=readings)
-    evaluator.log = log
+    evaluator.log, evaluator.company = log, company
     return Bench(evaluator, lambda task: Words(), provenance={"model_digest": "tiny"}, elsewhere=shared)
