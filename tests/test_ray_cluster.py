@@ -117,7 +117,9 @@ def test_an_interrupted_command_ends_cleanly_and_is_resumed(tmp_path):
         "sealed": {"contexts": 3},
     }
     (tmp_path / "small.yaml").write_text(json.dumps(settings))
-    evomem = [sys.executable, "-c", "from evomem.cli import main; main()"]
+    # Whatever started these tests: a shell's background job ignores Ctrl-C, and its children would too.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    evomem = [sys.executable, "-c", f"{heeds}; from evomem.cli import main; main()"]
     folder = tmp_path / "run"
     words = ["evolve", tmp_path / "small.yaml", "--out", folder, "--workers", 2, "--cpus-per-worker", 0.5]
     process = begin(tmp_path, *evomem, *words)
