@@ -85,26 +85,28 @@ class Slow:
             return [True] * len(self.held)
         return [bool(action.stored[self.b, self.h, s]) for s in self.held]
 
-    def log_prob(self, action):
-        """The sum of the parts, and of how many choices it is."""
-        total, count, stored = 0.0, 0, self._stored(action)
+    def log_probs(self, action):
+        """The log-likelihood of every choice, in the order in which they are made."""
+        found, stored = [], self._stored(action)
         if action.stored is not None:
             for yes, g, fresh in zip(stored, self.outputs["store"], self.fresh, strict=True):
-                total += -math.log1p(math.exp(-g if yes else g)) if fresh else 0.0
-                count += fresh
+                found += [-math.log1p(math.exp(-g if yes else g))] if fresh else []
         if action.ranking is not None:
             able = [i for i in range(len(self.held)) if stored[i] or not self.fresh[i]]
             left = {self.held[i]: self.outputs["evict"][i] for i in able if not self.ends[i]}
             picks = max(0, self.n - sum(self.ends[i] for i in able))
             for slot in action.ranking[self.b, self.h].tolist()[: min(picks, len(left))]:
-                total += left[slot] - math.log(sum(math.exp(score) for score in left.values()))
+                found.append(left[slot] - math.log(sum(math.exp(score) for score in left.values())))
                 del left[slot]
-                count += 1
         if action.rates is not None:
             for slot, mean in zip(self.held, self.outputs["forget"], strict=True):
-                total += stats.norm.logpdf(float(action.rates[self.b, self.h, slot]), mean, SPREAD)
-                count += 1
-        return total, count
+                found.append(stats.norm.logpdf(float(action.rates[self.b, self.h, slot]), mean, SPREAD))
+        return found
+
+    def log_prob(self, action):
+        """The sum over the choices, and how many there are."""
+        found = self.log_probs(action)
+        return sum(found), len(found)
 
 
 def unscaled(name, view, b, h):

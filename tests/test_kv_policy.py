@@ -124,9 +124,10 @@ def test_draws_likelihood_and_decisions_as_plain_loops_do(actions, options):
     view, policy = looked_at(3), made(actions, 5, **options)
     action = drawn(policy, view, 1, 2)
     assert set(action.tensors()) == {{"evict": "ranking", "store": "stored", "forget": "rates"}[a] for a in actions}
-    decision, found, choices = (
+    decision, found, each_choice, choices = (
         policy.carry_out(view, action),
         policy.log_prob(view, action),
+        policy.log_probs(view, action),
         policy.choices(view, action),
     )
     for b, h in heads():
@@ -134,6 +135,10 @@ def test_draws_likelihood_and_decisions_as_plain_loops_do(actions, options):
         expected, count = slow.log_prob(action)
         assert float(found[b, h]) == pytest.approx(expected, rel=1e-4, abs=1e-3)
         assert int(choices[b, h]) == count
+        each = [value for value in each_choice[b, h].tolist() if value]  # 0 is no choice, or one without alternative
+        assert each == pytest.approx(
+            [value for value in slow.log_probs(action) if abs(value) > 1e-12], rel=1e-3, abs=1e-4
+        )
         assert marked(decision.keep, b, h) == slow.drawn(action)
         if action.rates is not None:
             assert torch.equal(decision.decay, -torch.exp(action.rates.clamp(max=4)))

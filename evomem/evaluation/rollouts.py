@@ -21,7 +21,7 @@ from evomem.managers.base import Schedule
 from evomem.managers.stochastic import Action, Noise, StochasticManager
 
 CLIP = 0.2
-"""How far a head's probability may move from the policy that drew before PPO lets go of it."""
+"""How far a choice's probability may move from the policy that drew before PPO lets go of it."""
 
 
 def sample_number(identity: str) -> int:
@@ -40,7 +40,6 @@ class _Turn:
     choices: Tensor
     clipped: Tensor
     rewards: Tensor
-    layers: int = 0
 
 
 @dataclass
@@ -135,26 +134,28 @@ class RolloutPolicy:
                     log_prob=float(turn.log_prob[rollout]),
                     reference=float(turn.reference[rollout]),
                     choices=int(turn.choices[rollout]),
-                    clipped=float(turn.clipped[rollout]) / max(1, turn.layers),
+                    clipped=min(1.0, float(turn.clipped[rollout]) / max(1, int(turn.choices[rollout]))),
                 )
             )
         return tuple(found)
 
     def _learn(self, number: int, view: LayerView, action: Action) -> None:
         rows = DrawnRows(view, action, self.size)
-        ones = torch.ones(self.size, view.slots.shape[1], device=view.slots.device)
         if self.behaviour is None:
+            ones = torch.ones(self.size, view.slots.shape[1], device=view.slots.device)
             gradient, log_prob = rows.gradient(self.manager, ones)
             lower, clipped = gradient, torch.zeros(self.size)
         else:
-            # PPO's surrogate min(r A, clip(r) A), head by head: its gradient is r A ∇log π, or nothing past the clip.
-            log_prob = rows.log_prob(self.manager)
-            ratio = torch.exp((log_prob - rows.log_prob(self.behaviour)).clamp(-20, 20))
+            # PPO's surrogate min(r A, clip(r) A) of every choice: its gradient is r A ∇log π, or nothing past the clip.
+            log_probs = rows.log_probs(self.manager)
+            ratio = torch.exp((log_probs - rows.log_probs(self.behaviour)).clamp(-20, 20))
             high, low = ratio <= 1 + CLIP, ratio >= 1 - CLIP
             gradient, _ = rows.gradient(self.manager, ratio * high)
             lower, _ = rows.gradient(self.manager, ratio * low)
-            clipped = 1 - (high & low).float().mean(1)
-        reference = rows.log_prob(self.reference).sum(1) if self.reference is not None else torch.zeros(self.size)
+            log_prob, clipped = log_probs.sum(-1), (~(high & low)).sum((1, 2))
+        reference = torch.zeros(self.size)
+        if self.reference is not None:
+            reference = rows.log_probs(self.reference).sum((1, 2))
         choices = self.manager.choices(view, action).expand(self.size, -1).sum(1)
         if number == len(self.turns):
             size = gradient.shape[1]
@@ -162,7 +163,6 @@ class RolloutPolicy:
             empty = torch.zeros(self.size, size, dtype=torch.float64)
             self.turns.append(_Turn(empty, empty, nothing, nothing, nothing, nothing, torch.stack((nothing, nothing))))
         turn = self.turns[number]
-        turn.layers += 1
         turn.gradient = turn.gradient + gradient.double().cpu()
         turn.lower = turn.lower + lower.double().cpu()
         turn.log_prob = turn.log_prob + log_prob.sum(1).double().cpu()
@@ -171,15 +171,15 @@ class RolloutPolicy:
         turn.clipped = turn.clipped + clipped.double().cpu()
 
 
-class _LogProb(nn.Module):
-    """log π of an action as a module's ``forward``, which is what ``functional_call`` calls."""
+class _LogProbs(nn.Module):
+    """log π of an action's choices as a module's ``forward``, which is what ``functional_call`` calls."""
 
     def __init__(self, manager: StochasticManager) -> None:
         super().__init__()
         self.manager = manager
 
     def forward(self, view: LayerView, action: Action) -> Tensor:
-        return self.manager.log_prob(view, action)
+        return self.manager.log_probs(view, action)
 
 
 class DrawnRows:
@@ -194,16 +194,18 @@ class DrawnRows:
         own |= {f"recorded.{name}": part for name, part in view.recorded.items()}
         self.tensors = own | {f"memo.{name}": part for name, part in view.memo.items()}
 
-    def log_prob(self, manager: StochasticManager) -> Tensor:
-        """Return log π (rollouts, kv_heads)."""
-        return manager.log_prob(self.view, Action(**self.actions))
+    def log_probs(self, manager: StochasticManager) -> Tensor:
+        """Return log π of every choice (rollouts, kv_heads, choices)."""
+        return manager.log_probs(self.view, Action(**self.actions))
 
     def gradient(self, manager: StochasticManager, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ∇θ Σ_h weights_h log π_h (rollouts, parameters), in the order of registration, and log π.
+        """Return ∇θ Σ_hc weights_hc log π_hc (rollouts, parameters), in the order of registration, and log π.
 
-        weights : (rollouts, kv_heads).
+        weights : (rollouts, kv_heads, choices), or (rollouts, kv_heads): one for all choices of a head. log π is
+        (rollouts, kv_heads).
         """
-        module = _LogProb(manager)
+        weights = weights if weights.dim() == 3 else weights[..., None]
+        module = _LogProbs(manager)
         parameters = {name: value.detach() for name, value in module.named_parameters()}
 
         def weighted(
@@ -212,7 +214,7 @@ class DrawnRows:
             seen = self.view if tensors is None else self._row(tensors)
             drawn = Action(**{name: part[None] for name, part in action.items()})
             found: Tensor = functional_call(module, parameters, (seen, drawn))[0]
-            return (found * weight).sum(), found
+            return (found * weight).sum(), found.sum(-1)
 
         over = None if self.shared else 0
         gradients, log_prob = vmap(grad(weighted, has_aux=True), in_dims=(None, over, 0, 0), randomness="error")(

@@ -38,14 +38,14 @@ class Step:
     Attributes
     ----------
     gradient, lower : little-endian fp32 numbers, one a parameter (`numbers`). ``gradient`` is ∇θ log π of the decision;
-        where the decision was drawn by an older policy, with the clipped ratio of every head in front (PPO): this one
+        where the decision was drawn by an older policy, with the clipped ratio of every choice in front (PPO): this one
         for a positive advantage, ``lower`` for a negative one (empty: the same). With ``ascent`` it is an
         estimate of the fitness' own gradient, and no advantage is wanted.
     reward : mean log-likelihood of the tokens that were read between this decision and the next, if it was asked for.
     log_prob : log π of the decision, summed over layers and heads.
     reference : the same by the reference policy; 0 without one.
     choices : random choices that it consists of.
-    clipped : share of the heads whose ratio was clipped.
+    clipped : share of the choices whose ratio was clipped.
     """
 
     gradient: bytes

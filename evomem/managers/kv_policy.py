@@ -262,25 +262,35 @@ class KVPolicy(StochasticManager):
             keep = self._kept(scores, view, held, action.shares)
         return Decision(keep, None if action.rates is None else self._faded(view, action.rates))
 
+    def log_probs(self, view: LayerView, action: Action) -> Tensor:
+        """Return log π of every pick, gate, rate and share: (batch, kv_heads, choices), 0 where there is no choice."""
+        return torch.cat(self._terms(view, action), -1)
+
     def log_prob(self, view: LayerView, action: Action) -> Tensor:
         """Return log π(action | view): (batch, kv_heads); the parts add up."""
-        outputs = self.outputs(view)
         total = torch.zeros((), device=view.slots.device)
+        for terms in self._terms(view, action):
+            total = total + terms.sum(-1)
+        return total
+
+    def _terms(self, view: LayerView, action: Action) -> list[Tensor]:
+        """Return log π of the choices of every part of an action: each (batch, kv_heads, choices)."""
+        outputs, found = self.outputs(view), list[Tensor]()
         if action.stored is not None:
             terms = plackett_luce.bernoulli_log_prob(outputs["store"], action.stored)
-            total = total + torch.where(_arrived(view), terms, 0.0).sum(-1)
+            found.append(torch.where(_arrived(view), terms, 0.0))
         if action.ranking is not None:
             scores, picks = self._open(outputs["evict"], view, action.stored, action.shares)
-            total = total + plackett_luce.log_prob(scores.expand_as(action.ranking), action.ranking, picks)
+            found.append(plackett_luce.log_probs(scores.expand_as(action.ranking), action.ranking, picks))
         if action.rates is not None:
             z = (action.rates - outputs["forget"]) / SPREAD
             terms = -0.5 * z.square() - math.log(SPREAD * math.sqrt(2 * math.pi))
-            total = total + torch.where(view.valid, terms, 0.0).sum(-1)
+            found.append(torch.where(view.valid, terms, 0.0))
         if action.shares is not None and view.layer == 0:  # drawn once for all layers and heads: counted once
             z = (action.shares - self.log_shares) / SHARE_SPREAD
-            terms = (-0.5 * z.square() - math.log(SHARE_SPREAD * math.sqrt(2 * math.pi))).sum(-1, keepdim=True)
-            total = total + torch.nn.functional.pad(terms, (0, view.slots.shape[1] - 1))
-        return total
+            terms = -0.5 * z.square() - math.log(SHARE_SPREAD * math.sqrt(2 * math.pi))
+            found.append(torch.nn.functional.pad(terms[:, None], (0, 0, 0, view.slots.shape[1] - 1)))
+        return found
 
     def choices(self, view: LayerView, action: Action) -> Tensor:
         """Return the number of picks, gates and rates that were drawn: (batch, kv_heads)."""

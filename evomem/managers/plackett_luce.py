@@ -29,16 +29,15 @@ def sample_ranking(scores: Tensor, generator: torch.Generator | None = None) -> 
     return torch.argsort(scores + gumbel, dim=-1, descending=True)
 
 
-def log_prob(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) -> Tensor:
-    """Return log P of the first ``n`` picks of a ranking: (...), differentiable in the scores.
+def log_probs(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) -> Tensor:
+    """Return log P of every pick of a ranking, given those before it: (..., slots), differentiable in the scores.
 
     Parameters
     ----------
     scores : (..., slots); -inf at slots that cannot be picked.
     ranking : (..., slots) int64, see `sample_ranking`.
-    n : number of picks that count, or (...) int64; None: all. What comes after the n-th pick is not distinguished, so
-        this is the likelihood of an *ordered* selection, and its gradient that of the whole decision: REINFORCE needs
-        no more.
+    n : number of picks that count, or (...) int64; None: all. Those after the n-th, and those of slots that cannot be
+        picked, are 0.
     """
     picked = scores.gather(-1, ranking)
     possible = torch.isfinite(picked)
@@ -48,10 +47,19 @@ def log_prob(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) -> 
     left = torch.logcumsumexp(picked.flip(-1), dim=-1).flip(-1)
     terms = torch.where(possible, picked - left, 0.0)
     if n is None:
-        return terms.sum(-1)
+        return terms
     limit = n[..., None] if isinstance(n, Tensor) else n
     places = torch.arange(scores.shape[-1], device=scores.device)
-    return torch.where(places < limit, terms, 0.0).sum(-1)
+    return torch.where(places < limit, terms, 0.0)
+
+
+def log_prob(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) -> Tensor:
+    """Return log P of the first ``n`` picks of a ranking: (...), the sum of `log_probs`.
+
+    What comes after the n-th pick is not distinguished, so this is the likelihood of an *ordered* selection, and its
+    gradient that of the whole decision: REINFORCE needs no more.
+    """
+    return log_probs(scores, ranking, n).sum(-1)
 
 
 def best_cost(future: Tensor) -> Tensor:

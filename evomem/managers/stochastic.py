@@ -107,6 +107,14 @@ class StochasticManager(MemoryManager):
     def log_prob(self, view: LayerView, action: Action) -> Tensor:
         """Return log π(action | view) of every head: (batch, kv_heads), differentiable in the parameters."""
 
+    def log_probs(self, view: LayerView, action: Action) -> Tensor:
+        """Return log π of the choices that every head's action consists of, each given those before it.
+
+        (batch, kv_heads, choices), 0 where there is no choice; their sum is `log_prob`. PPO clips each by itself. By
+        default a head's action counts as one choice.
+        """
+        return self.log_prob(view, action)[..., None]
+
     @abstractmethod
     def choices(self, view: LayerView, action: Action) -> Tensor:
         """Return how many random choices every head's action consists of: (batch, kv_heads)."""
