@@ -102,9 +102,11 @@ class DiagnosticsConfig(Settings):
 
 
 class StageConfig(Settings):
-    """A part of the search that changes what is evaluated; the driver's whole state is carried on.
+    """A part of the search that changes what is evaluated, or who proposes it.
 
-    Everything that is left out is as in the experiment. ``length`` is given to every task of the stage.
+    Everything that is left out is as in the experiment. ``length`` is given to every task of the stage. The driver's
+    whole state is carried on, unless ``driver`` names one for this stage (and for those after it that name none): it
+    begins anew at the mean of the one before it.
     """
 
     name: str | None = None
@@ -115,7 +117,9 @@ class StageConfig(Settings):
     samples_per_generation: int | None = Field(default=None, ge=1)
     train_contexts: int | None = Field(default=None, ge=1)
     fitness: FitnessConfig | None = None
+    driver: DriverConfig | None = None
 
+    _driver = field_validator("driver", mode="before")(lambda value: _by_name(value))
     _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
     _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))
 
@@ -259,8 +263,10 @@ class ExperimentConfig(Settings):
 
         With several models, a task that is for all of them becomes one for each.
         """
-        stages, begin = [], 0
+        stages, begin, driver, since = [], 0, self.driver, 0
         for place, stage in enumerate(self.stages or [StageConfig(generations=self.generations)]):
+            if stage.driver is not None:
+                driver, since = stage.driver, begin
             tasks = self.tasks if stage.tasks is None else stage.tasks
             if stage.length is not None:
                 tasks = [task.model_copy(update={"length": stage.length}) for task in tasks]
@@ -278,6 +284,8 @@ class ExperimentConfig(Settings):
                     samples_per_generation=stage.samples_per_generation or self.samples_per_generation,
                     train_contexts=stage.train_contexts or self.train_contexts,
                     fitness=stage.fitness or self.fitness,
+                    driver=driver,
+                    since=since,
                 )
             )
             begin += stage.generations
@@ -289,7 +297,10 @@ class ExperimentConfig(Settings):
 
 
 class Stage(Settings):
-    """A stage with everything filled in; it covers the generations from ``begin`` to before ``end``."""
+    """A stage with everything filled in; it covers the generations from ``begin`` to before ``end``.
+
+    Its driver began at generation ``since``, at or before the stage's own beginning.
+    """
 
     place: int
     name: str
@@ -300,6 +311,8 @@ class Stage(Settings):
     samples_per_generation: int
     train_contexts: int
     fitness: FitnessConfig
+    driver: DriverConfig
+    since: int
 
 
 def _by_name(value: Any) -> Any:

@@ -7,7 +7,7 @@ driver again; the hashes in the journal say whether they are the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError, RunError
 from evomem.managers.stochastic import StochasticManager
-from evomem.runs.config import ExperimentConfig
+from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.files import write_vector
 from evomem.runs.fitness import objective_of
 from evomem.runs.pareto import wants_bytes
@@ -47,33 +47,39 @@ class WarmStartOption(Settings):
     alpha: float = Field(default=0.1, gt=0, allow_inf_nan=False)
 
 
-def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, folder: Path) -> Driver:
-    """Return the run's driver as it is before the first generation.
+def make_driver(
+    config: ExperimentConfig, space: SearchSpace, start: Array, folder: Path, stage: Stage | None = None
+) -> Driver:
+    """Return a driver of the run as it is before its first generation.
 
     Parameters
     ----------
     start : (dim,) first vector.
     folder : of the run; what a warm start found is kept in ``start/warm.npy``, so that the run depends on no other.
+    stage : with which the driver's turn begins; the first one if None.
 
     Raises
     ------
     ConfigError : options that the driver does not have; a warm start from a run that does not fit.
     RunError : the other run is none, or cannot be followed.
     """
-    kind = drivers.drivers.get(config.driver.name)
-    headwise = any(objective_of(stage.fitness).headwise for stage in config.plan())
+    plan = config.plan()
+    stage = plan[0] if stage is None else stage
+    turn, chosen = [one for one in plan if one.since == stage.since], stage.driver
+    kind = drivers.drivers.get(chosen.name)
+    headwise = any(objective_of(one.fitness).headwise for one in turn)
     if len(config.all_models) > 1 and headwise and is_headwise_driver(kind):
         raise ConfigError(
             "fitness.objective: one that gives every head a fitness of its own is for one model: heads of different "
             "models are not the same heads"
         )
     options: dict[str, Any] = {
-        "sigma": config.driver.sigma or space.sigma,
-        "popsize": config.driver.population,
-        **config.driver.options,
+        "sigma": chosen.sigma or space.sigma,
+        "popsize": chosen.population,
+        **chosen.options,
     }
     if is_policy_driver(kind):
-        check_policy(config, space)
+        check_policy(config, space, turn)
     if getattr(kind, "takes_blocks", False):
         options["blocks"] = space.blocks()
     if getattr(kind, "takes_variables", False):
@@ -82,37 +88,44 @@ def make_driver(config: ExperimentConfig, space: SearchSpace, start: Array, fold
     if wanted is not None:
         if not getattr(kind, "takes_warm_start", False):
             able = [name for name in drivers.drivers if getattr(drivers.drivers.get(name), "takes_warm_start", False)]
-            raise ConfigError(f"driver {config.driver.name!r} has no option warm_start; it is one of {', '.join(able)}")
-        options["warm"] = _warm_start(wanted, config.driver.name, space.dim, folder)
-    return drivers.build(config.driver.name, space.dim, start, config.seed, **options)
+            raise ConfigError(f"driver {chosen.name!r} has no option warm_start; it is one of {', '.join(able)}")
+        if stage.since:
+            raise ConfigError(
+                f"stage {stage.name!r}: driver.options.warm_start: this driver begins where the one before it ended; "
+                "leave it out"
+            )
+        options["warm"] = _warm_start(wanted, chosen.name, space.dim, folder)
+    # Two drivers of one kind must not draw the same candidates around their starts.
+    seed = int(np.random.SeedSequence([config.seed, stage.since]).generate_state(1)[0]) if stage.since else config.seed
+    return drivers.build(chosen.name, space.dim, start, seed, **options)
 
 
-def check_policy(config: ExperimentConfig, space: SearchSpace) -> None:
-    """Raise `ConfigError` if a policy gradient cannot search this space by the experiment's objectives."""
+def check_policy(config: ExperimentConfig, space: SearchSpace, stages: Sequence[Stage]) -> None:
+    """Raise `ConfigError` if a policy gradient cannot search this space by these stages' objectives."""
     name = config.space.manager.name
-    if config.space.options:
-        raise ConfigError(
-            f"driver {config.driver.name!r}: space.options: {', '.join(config.space.options)} vary, and options have "
-            "no gradient; leave them out, or take a driver of evolution"
-        )
-    for stage in config.plan():
-        objective = objective_of(stage.fitness)
+    for stage in stages:
+        driver, objective = stage.driver, objective_of(stage.fitness)
+        if config.space.options:
+            raise ConfigError(
+                f"driver {driver.name!r}: space.options: {', '.join(config.space.options)} vary, and options have "
+                "no gradient; leave them out, or take a driver of evolution"
+            )
         if not objective.exact and not isinstance(space.template, StochasticManager):
             raise ConfigError(
-                f"driver {config.driver.name!r}: stage {stage.name!r}: manager {name!r} draws no decisions, so its "
+                f"driver {driver.name!r}: stage {stage.name!r}: manager {name!r} draws no decisions, so its "
                 f"objective {stage.fitness.objective!r} has no gradient; take objective expected_cost, which has an "
                 "exact one for every manager that scores, or manager kv_policy"
             )
-        rollouts = config.driver.population or 8
-        if objective.drawn and (config.driver.options.get("estimator") == "grpo" or config.chunk < rollouts):
+        rollouts = driver.population or 8
+        if objective.drawn and (driver.options.get("estimator") == "grpo" or config.chunk < rollouts):
             raise ConfigError(
-                f"driver {config.driver.name!r}: stage {stage.name!r}: objective {stage.fitness.objective!r} compares "
+                f"driver {driver.name!r}: stage {stage.name!r}: objective {stage.fitness.objective!r} compares "
                 f"the rollouts of a context head by head where they are drawn: take estimator reinforce, and a "
                 f"chunk of at least the population ({rollouts})"
             )
         if stage.fitness.objective == "attention":
             raise ConfigError(
-                f"driver {config.driver.name!r}: stage {stage.name!r}: objective attention is for evolution; take "
+                f"driver {driver.name!r}: stage {stage.name!r}: objective attention is for evolution; take "
                 "expected_cost, trace_cost, loglik or exact"
             )
 
@@ -159,28 +172,37 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
 
     Raises
     ------
-    RunError : the run has finished no generation; it has a fitness per head, which its journal keeps with every sample
-        only, or learned from the bytes too; or the driver does not propose what the journal says was evaluated (another
-        version of its library).
+    RunError : the run has finished no generation; it has several drivers; it has a fitness per head, which its journal
+        keeps with every sample only, or learned from the bytes too; or the driver does not propose what the journal
+        says was evaluated (another version of its library).
     """
     start = run.folder / "start" / "vector.npy"
     generations = run.generations()
     if not generations or not start.exists():
         raise RunError(f"{run.folder}: has not finished a generation yet; there is nothing to follow")
-    driver = make_driver(run.config, run.space, np.load(start, allow_pickle=False), run.folder)
+    stages = run.config.plan()
+    if stages[-1].since:
+        raise RunError(
+            f"{run.folder}: its drivers took turns, and a run is followed from its first generation on; start from its "
+            "winner instead (space.start: {plugin: RUN/winner/plugin})"
+        )
+    driver, name = (
+        make_driver(run.config, run.space, np.load(start, allow_pickle=False), run.folder),
+        stages[0].driver.name,
+    )
     if is_policy_driver(driver):
         raise RunError(
-            f"{run.folder}: its driver {run.config.driver.name!r} learned from gradients, which are not kept per "
+            f"{run.folder}: its driver {name!r} learned from gradients, which are not kept per "
             "generation; start from its winner instead (space.start: {plugin: RUN/winner/plugin})"
         )
-    if is_headwise_driver(driver) and any(objective_of(stage.fitness).headwise for stage in run.config.plan()):
+    if is_headwise_driver(driver) and any(objective_of(stage.fitness).headwise for stage in stages):
         raise RunError(
-            f"{run.folder}: its driver {run.config.driver.name!r} learned from a fitness per head, which is not kept "
+            f"{run.folder}: its driver {name!r} learned from a fitness per head, which is not kept "
             "per generation; start from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
         )
     if wants_bytes(run.config):
         raise RunError(
-            f"{run.folder}: its driver {run.config.driver.name!r} learned from the measured bytes too, which are not "
+            f"{run.folder}: its driver {name!r} learned from the measured bytes too, which are not "
             "kept per generation; start from a member of its front instead (space.start: {plugin: RUN/front/NN})"
         )
     evaluated: dict[int, set[str]] = {}
@@ -194,7 +216,7 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
         if evaluated.get(told.generation, set()).isdisjoint(_digests(population, run.config.chunk)):
             raise RunError(
                 f"{run.folder}: generation {told.generation} cannot be reproduced: with these versions of the "
-                f"libraries, driver {run.config.driver.name!r} proposes other candidates than the run evaluated. Start "
+                f"libraries, driver {name!r} proposes other candidates than the run evaluated. Start "
                 "from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
             )
         fitness = np.array(told.fitness, dtype=np.float64)

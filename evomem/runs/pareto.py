@@ -22,7 +22,7 @@ from evomem import drivers
 from evomem.drivers.base import Population
 from evomem.errors import ConfigError, RunError
 from evomem.runs.archive import Finalist
-from evomem.runs.config import Budget, ExperimentConfig
+from evomem.runs.config import Budget, ExperimentConfig, Stage
 from evomem.runs.fitness import Fitness
 from evomem.runs.result import Score
 from evomem.strict_json import as_float, to_json
@@ -35,16 +35,27 @@ MEMBERS = 12
 
 
 def wants_bytes(config: ExperimentConfig) -> bool:
-    """Whether the experiment's driver learns from the measured bytes too (its ``objectives`` name them)."""
-    return "bytes" in getattr(drivers.drivers.get(config.driver.name), "objectives", ())
+    """Whether a driver of the experiment learns from the measured bytes too (its ``objectives`` name them)."""
+    return any(_learns_from_bytes(stage) for stage in config.plan())
+
+
+def _learns_from_bytes(stage: Stage) -> bool:
+    return "bytes" in getattr(drivers.drivers.get(stage.driver.name), "objectives", ())
 
 
 def check_bytes_may_vary(config: ExperimentConfig) -> None:
-    """Raise `ConfigError` if the stages set the budget, which such a search is about."""
-    fixed = [stage.name for stage in config.plan() if stage.budgets]
-    if wants_bytes(config) and fixed:
+    """Raise `ConfigError` if the stages set the budget, which such a search is about, or name another driver."""
+    plan = config.plan()
+    fixed = [stage.name for stage in plan if stage.budgets]
+    name = next((stage.driver.name for stage in plan if _learns_from_bytes(stage)), None)
+    if name is not None and plan[-1].since:
         raise ConfigError(
-            f"experiment: budgets: driver {config.driver.name!r} looks for the best score at every size of the memory, "
+            f"stages: driver: driver {name!r} looks for a front, and others look for one manager; a search is for one "
+            "or the other: give all stages the same driver"
+        )
+    if name is not None and fixed:
+        raise ConfigError(
+            f"experiment: budgets: driver {name!r} looks for the best score at every size of the memory, "
             f"and {fixed[0]} gives all candidates the same; leave budgets out and let the space vary the budget "
             "(search_spaces/feature_scorer_pareto.yaml)"
         )

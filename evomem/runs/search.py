@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -24,13 +24,13 @@ from evomem.runs.bench import BenchFactory, model_bench
 from evomem.runs.candidates import Judge, Measuring, Plan
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.config import ExperimentConfig, Stage
-from evomem.runs.driving import make_driver
 from evomem.runs.files import write_atomically, write_vector
 from evomem.runs.final import choose
 from evomem.runs.fitness import Fitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
 from evomem.runs.journal import Record, read_journal
 from evomem.runs.pareto import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
+from evomem.runs.relay import Relay
 from evomem.runs.remote import limited_threads, make_pool
 from evomem.runs.result import RunResult
 from evomem.runs.samples import Samples
@@ -80,8 +80,8 @@ def search(
 
 def check_objectives(config: ExperimentConfig) -> None:
     """Raise `ConfigError` if a stage measures what does not exist, or not what its driver needs."""
-    rollouts = is_policy_driver(drivers.get(config.driver.name))
     for stage in config.plan():
+        rollouts = is_policy_driver(drivers.get(stage.driver.name))
         objective, kind = objective_of(stage.fitness), config.protocol.kind
         what = f"stage {stage.name!r}: fitness.objective {stage.fitness.objective!r}"
         if objective.against_full == "nothing" and stage.fitness.normalise == "full":
@@ -143,7 +143,7 @@ class Search:
             self.warn(f"journal.jsonl: line {journal.damaged[0]} is damaged; what it held is evaluated again")
         self._prepare_start()
         self._check_chance()
-        driver, told = self._restore()
+        relay, told = self._restore()
         pool = make_pool(
             self.config,
             self.space,
@@ -159,8 +159,8 @@ class Search:
         done = [self.records[g] for g in sorted(self.records) if g < told]
         self.trackers.start(self.config.resolved(), self.generations, done)
         try:
-            self._evolve(driver, judge, measuring, told)
-            result = choose(self, judge, driver)
+            self._evolve(relay, judge, measuring, told)
+            result = choose(self, judge, relay.driver)
         except BaseException as error:
             status = "failed" if isinstance(error, Exception) else "interrupted"
             self.trackers.finish({"status": status, "error": str(error)})
@@ -211,9 +211,9 @@ class Search:
                 report.require()
                 passed.add(name)
 
-    def _restore(self) -> tuple[Driver, int]:
-        """Return the driver in the state of the newest checkpoint, and how many generations it has been told."""
-        driver = make_driver(self.config, self.space, self.start, self.path)
+    def _restore(self) -> tuple[Relay, int]:
+        """Return the drivers in the state of the newest checkpoint, and how many generations have been told."""
+        relay = Relay(self.config, self.space, self.start, self.path)
         for record in read_journal(self.run_folder.journal.path):
             if record["kind"] == "generation":
                 self.records[record["generation"]] = generation_record(record)
@@ -221,10 +221,10 @@ class Search:
         for message in messages:
             self.warn(message)
         if found is None:
-            return driver, 0
-        driver.load_state_dict(found.driver)
+            return relay, 0
+        relay.restore(found)
         self.archive.load_state_dict(found.archive)
-        return driver, found.generation
+        return relay, found.generation
 
     def _known_units(self, told: int) -> list[Record]:
         """Return the journal's units that may still be asked for.
@@ -256,37 +256,30 @@ class Search:
 
     # ---- generations ----------------------------------------------------------------------------------------------
 
-    def _evolve(self, driver: Driver, judge: Judge, measuring: Measuring, told: int) -> None:
-        for generation in range(told, self.generations):
+    def _evolve(self, relay: Relay, judge: Judge, measuring: Measuring, told: int) -> None:
+        generation = told
+        while generation < self.generations:
+            stage = relay.stage(generation)
+            headwise = relay.enter(stage)
+            driver = relay.driver
             if driver.stopped() is not None:
-                break
-            stage = next(stage for stage in self.plan if generation < stage.end)
-            headwise = self._enter(driver, stage, generation)
+                generation = relay.following(stage)
+                continue
+            if generation == stage.begin and stage.place and stage.fitness != self.plan[stage.place - 1].fitness:
+                self.archive.best.clear()  # its numbers mean something else
             population = driver.ask()
             self._checkpoint(driver, generation, asked=True)
-            draw = generation if population.draw is None else population.draw
+            draw = relay.since + (population.generation if population.draw is None else population.draw)
             samples = tuple(tuple(self.samples.minibatch(stage, task, draw)) for task in stage.tasks)
             plan = Plan("train", generation, stage, samples, rollouts=self._policies(driver, population))
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
-            self._check(fitness, population, stage)
-            self._tell(driver, population, fitness, headwise=headwise)
+            self._check(fitness, generation, stage)
+            self._tell(driver, population, fitness, generation, headwise=headwise)
             self._record(generation, stage, fitness, driver, self._look(driver, judge, stage, generation))
-            self._checkpoint(driver, generation + 1, asked=False)
-            measuring.forget(generation)
-            self.trackers.log(self.records[generation])
-
-    def _enter(self, driver: Driver, stage: Stage, generation: int) -> bool:
-        """Tell a driver that works on parts what the stage measures; return whether it wants the heads' fitness."""
-        if generation == stage.begin and stage.place and stage.fitness != self.plan[stage.place - 1].fitness:
-            self.archive.best.clear()  # its numbers mean something else
-        if is_policy_driver(driver):
-            driver.enter(begin=stage.begin, end=stage.end, exact=objective_of(stage.fitness).exact)
-            return False
-        if not is_headwise_driver(driver):
-            return False
-        headwise = objective_of(stage.fitness).headwise
-        driver.enter(headwise=headwise)
-        return headwise
+            generation += 1
+            self._checkpoint(driver, generation, asked=False)
+            measuring.forget(generation - 1)
+            self.trackers.log(self.records[generation - 1])
 
     def _policies(self, driver: Driver, population: Population) -> dict[str, Array | None] | None:
         """Return whose rollouts a driver of policies wants; None for all others."""
@@ -309,11 +302,14 @@ class Search:
             found["expected_cost"] = -float(np.mean([np.mean(one.heads or [np.nan]) for one in looks]))
         return found
 
-    def _tell(self, driver: Driver, population: Population, fitness: Fitness, *, headwise: bool) -> None:
+    def _tell(
+        self, driver: Driver, population: Population, fitness: Fitness, generation: int, *, headwise: bool
+    ) -> None:
         """Tell the driver what it wants to know, and the archive."""
+        kept = replace(population, generation=generation)  # a later driver counts its own
         if isinstance(self.archive, FrontArchive):
             cast(FrontDriver, driver).tell(population, fitness.values, fitness.held)
-            self.archive.update(population, fitness.values, fitness.held)
+            self.archive.update(kept, fitness.values, fitness.held)
             return
         if is_policy_driver(driver):
             driver.tell(population, fitness.values, fitness.rollouts)
@@ -321,15 +317,13 @@ class Search:
             driver.tell(population, fitness.values, fitness.heads)
         else:
             driver.tell(population, fitness.values)
-        self.archive.update(population, fitness.values, driver.mean)
+        self.archive.update(kept, fitness.values, driver.mean)
 
-    def _check(self, fitness: Fitness, population: Population, stage: Stage) -> None:
+    def _check(self, fitness: Fitness, generation: int, stage: Stage) -> None:
         if fitness.failed == len(fitness.values):
-            raise self.all_failed(
-                "train", population.generation, f"generation {population.generation}: all {fitness.failed} candidates"
-            )
-        if population.generation == 0 and 0 not in self.records:
-            sigma = self.config.driver.sigma or self.space.sigma
+            raise self.all_failed("train", generation, f"generation {generation}: all {fitness.failed} candidates")
+        if generation == stage.since and generation not in self.records:
+            sigma = stage.driver.sigma or self.space.sigma
             messages = [preflight(fitness, sigma, stage.samples_per_generation * len(stage.tasks))]
             if wants_bytes(self.config):
                 messages.append(preflight_bytes(fitness))
