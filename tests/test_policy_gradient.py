@@ -156,6 +156,27 @@ def test_a_stage_begins_anew_where_the_last_one_ended():
     assert searched.ask().behaviour is not None
 
 
+def test_what_acts_on_one_head_is_moved_by_exact_gradients_only():
+    """And its gradients are not even asked for; those of an older journal hold them, and give the same step."""
+    blocks, shared = [np.array([1]), np.array([3])], [0, 2, 4]
+    every, few, free = (driver(5, blocks=blocks, rollout_heads=heads) for heads in (False, False, True))
+    for one in (every, few, free):
+        one.enter(begin=0, end=2, exact=True)
+        assert one.ask().learns is None
+        tell(one, np.ones(5))
+        assert np.all(one.mean != 0.5)
+    before = few._vector()
+    for one, part in ((every, slice(None)), (few, shared), (free, slice(None))):
+        one.enter(begin=1, end=4, exact=False)
+        asked = one.ask().learns
+        assert asked is None if one is free else asked.tolist() == shared
+        for gradient in np.random.default_rng(1).normal(size=(2, 5)):
+            tell(one, gradient[part])
+    assert every.mean.tobytes() == few.mean.tobytes()
+    assert (few._vector() == before).tolist() == [False, True, False, True, False]
+    assert np.all(free._vector() != before)
+
+
 def test_passes_repeat_draw_seeds_and_samples_and_then_move_on():
     searched = driver(estimator="grpo", passes=3, popsize=4)
     searched.enter(begin=0, end=9, exact=False)

@@ -16,6 +16,7 @@ from test_runs import outcome, same
 
 from evomem.errors import ConfigError
 from evomem.evaluation import Evaluator
+from evomem.evaluation.types import Step
 from evomem.models import load
 from evomem.runs import model_bench, open_run, search
 from evomem.runs.samples import Samples
@@ -106,6 +107,24 @@ def test_streaming_credits_what_is_read(tmp_path):
         own = [unit["evaluations"][place] for unit in units if unit["generation"] == 0]
         worth.append(np.mean([e["loglik"] + 0.5 * np.mean([s["reward"] for s in e["steps"]]) for e in own]))
     assert first.fitness == pytest.approx(worth, abs=1e-9)
+
+
+def test_the_journal_holds_gradients_of_what_rollouts_move(tmp_path):
+    """Weights of single heads stay where exact gradients brought them, and their numbers are neither sent nor kept."""
+    options = {"features": FEATURES, "hidden": 0, "budget": 12, "layers": 4, "heads": 2}
+    config = configured(space={"manager": {"name": "kv_policy", "options": options}}, diagnostics={"every": 0})
+    search(config, tmp_path / "run", model_bench)
+    run = open_run(tmp_path / "run")
+    own = 4 * 2 * len(FEATURES)
+    sizes = {"exact": set(), "rollouts": set()}
+    for record in run.records():
+        if record["kind"] == "unit" and record["phase"] == "train":
+            steps = [step for one in record["evaluations"] for step in one["steps"]]
+            stage = "exact" if record["generation"] < 3 else "rollouts"
+            sizes[stage] |= {len(packed) for step in steps for packed in (step["gradient"], step["lower"]) if packed}
+    size = {name: {len(Step(b"\0" * 4 * count).to_json()["gradient"])} for name, count in
+            (("exact", run.space.dim), ("rollouts", run.space.dim - own))}  # fmt: skip
+    assert sizes == size
 
 
 MANAGERS = {

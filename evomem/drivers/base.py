@@ -25,6 +25,7 @@ class Population:
     draw : number of the minibatch that it is measured on, counted like generations; None: its own generation's.
     behaviour : (dim,) the policy that draws the rollouts, if it is not the candidates' own.
     reference : (dim,) a policy whose distance is measured on the way.
+    learns : (learned,) int64, the coordinates that gradients are wanted of; None: all.
     """
 
     generation: int
@@ -33,6 +34,7 @@ class Population:
     draw: int | None = None
     behaviour: Array | None = None
     reference: Array | None = None
+    learns: NDArray[np.int64] | None = None
 
 
 class Driver(Protocol):

@@ -79,8 +79,9 @@ class PolicyGradient:
         self, dim: int, start: Array, seed: int, *, blocks: Sequence[NDArray[np.int64]] = (), **options: Any
     ) -> None:
         self.dim = dim
-        self._own = np.concatenate([np.zeros(0, dtype=np.int64), *blocks])
         self.options = o = parse_options(PolicyGradientOptions, "policy_gradient", options)
+        own = np.concatenate([np.zeros(0, dtype=np.int64), *blocks])
+        self._learned = np.arange(dim) if o.rollout_heads else np.setdiff1d(np.arange(dim), own)
         self.rollouts = o.popsize or 8
         self.passes = o.passes or (2 if o.estimator == "grpo" else 1)
         if o.estimator == "reinforce" and self.passes > 1:
@@ -135,6 +136,7 @@ class PolicyGradient:
                 draw=self._draw,
                 behaviour=None if self._behaviour is None else self._behaviour.copy(),
                 reference=None if self._reference is None else self._reference.copy(),
+                learns=None if self._exact or len(self._learned) == self.dim else self._learned,
             )
         return self._asked
 
@@ -168,10 +170,7 @@ class PolicyGradient:
             steps = [steps for steps, fine in zip(group.steps, good, strict=True) if fine]
             values += [step for one in steps for step in one]
             advantage = self._advantages(rewards, steps)
-            gradient = group_gradient(group, advantage)
-            if not self._exact and not self.options.rollout_heads:
-                gradient[self._own] = 0.0
-            gradients.append(gradient)
+            gradients.append(self._spread(group_gradient(group, advantage)))
             weights.append(group.weight)
         if not gradients:
             raise FitnessError("driver 'policy_gradient': no rollout of the generation has a finite reward")
@@ -186,6 +185,14 @@ class PolicyGradient:
         self._draw += self._pass == 0
         self._asked = None
         self._generation += 1
+
+    def _spread(self, found: Array) -> Array:
+        """Return a gradient (dim,) that is 0 outside of what is learned, of one that may be of this only."""
+        if self._exact:
+            return found
+        gradient = np.zeros(self.dim)
+        gradient[self._learned] = found if len(found) == len(self._learned) else found[self._learned]
+        return gradient
 
     def _advantages(self, rewards: Array, steps: Sequence[Sequence[Step]]) -> Array:
         o = self.options

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.drivers.base import Population
 from evomem.drivers.estimators import Rollouts
 from evomem.errors import EvomemError, RunError
 from evomem.evaluation.types import Evaluation, Step
@@ -26,6 +27,20 @@ from evomem.workers.base import Unit, WorkerPool
 
 Vectors = NDArray[np.float64]
 Seeds = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class WantedRollouts:
+    """Rollouts of one policy with their gradients: what else is needed than the vectors; see `Population`."""
+
+    behaviour: Vectors | None = None
+    reference: Vectors | None = None
+    learns: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(cls, population: Population) -> Self:
+        """Return what a driver's population asks for."""
+        return cls(population.behaviour, population.reference, population.learns)
 
 
 class UnitEvaluator:
@@ -56,30 +71,39 @@ class UnitEvaluator:
         return found
 
     def _rollouts(self, unit: Unit, task: Task, evaluator: Any) -> list[Evaluation]:
-        """Return rollouts of the one policy that a unit's candidates are; gradients in the vector's coordinates."""
+        """Return rollouts of the one policy that a unit's candidates are; gradients in the coordinates it learns."""
         if unit.vectors is None or (unit.vectors != unit.vectors[:1]).any():
             raise RunError(f"unit {unit.key}: rollouts are of one policy; these candidates are several")
         arguments = dict(unit.arguments)
-        policies = arguments.pop("rollouts")
+        wanted = arguments.pop("rollouts")
         how = arguments.pop("costs", None)
         managers = self._managers(unit)
         seeds = [int(seed) for seed in unit.seeds]
         if how is not None:
             found = evaluator.costs(managers, unit.sample, how, seeds=seeds, gradient=True)
         else:
-            others = {name: self._policy(unit, vector) for name, vector in policies.items() if vector is not None}
+            others = {
+                name: self._policy(unit, vector)
+                for name, vector in (("behaviour", wanted.behaviour), ("reference", wanted.reference))
+                if vector is not None
+            }
             found = evaluator.rollouts(managers[0], unit.sample, task, seeds, **others, **arguments)
-        return [replace(one, steps=tuple(self._mapped(step) for step in one.steps or ())) for one in found]
+        return [
+            replace(one, steps=tuple(self._mapped(step, wanted.learns) for step in one.steps or ())) for one in found
+        ]
 
     def _policy(self, unit: Unit, vector: Vectors) -> MemoryManager:
         manager = self._space.decode(vector)
         return manager if unit.budget is None else manager.with_options(budget=unit.budget)
 
-    def _mapped(self, step: Step) -> Step:
-        """Return a step whose gradients are in the coordinates of the search space."""
+    def _mapped(self, step: Step, learns: NDArray[np.int64] | None) -> Step:
+        """Return a step whose gradients are in the coordinates of the search space, or in those of them that learn."""
 
         def mapped(packed: bytes) -> bytes:
-            return Step.pack(self._space.gradient(Step.numbers(packed))) if packed else b""
+            if not packed:
+                return b""
+            whole = self._space.gradient(Step.numbers(packed))
+            return Step.pack(whole if learns is None else whole[learns])
 
         return replace(step, gradient=mapped(step.gradient), lower=mapped(step.lower))
 
@@ -179,7 +203,7 @@ class Plan:
     stage : tasks, budgets and fitness.
     samples : samples of every task of the stage, in its order.
     exact : generate text too, whatever the objective.
-    rollouts : measure rollouts of one policy, with gradients; maps ``behaviour`` and ``reference`` to vectors or None.
+    rollouts : measure rollouts of one policy, with gradients.
     arguments : take these in place of the objective's; the fitness is then not worth looking at.
     """
 
@@ -188,7 +212,7 @@ class Plan:
     stage: Stage
     samples: tuple[tuple[Sample, ...], ...]
     exact: bool = False
-    rollouts: Mapping[str, Vectors | None] | None = None
+    rollouts: WantedRollouts | None = None
     arguments: Mapping[str, Any] | None = None
 
     def evaluator_arguments(self) -> dict[str, Any]:
@@ -201,7 +225,7 @@ class Plan:
             found["exact"] = True
         if self.rollouts is not None:
             found |= objective.drawn
-            found["rollouts"] = dict(self.rollouts)
+            found["rollouts"] = self.rollouts
             if self.stage.fitness.reading:
                 found["listens"] = True
         return found

@@ -21,7 +21,7 @@ from evomem.errors import ConfigError, FitnessError, RunError
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
 from evomem.runs.bench import BenchFactory, model_bench
-from evomem.runs.candidates import Judge, Measuring, Plan
+from evomem.runs.candidates import Judge, Measuring, Plan, WantedRollouts
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.files import write_atomically, write_vector
@@ -271,7 +271,8 @@ class Search:
             self._checkpoint(driver, generation, asked=True)
             draw = relay.since + (population.generation if population.draw is None else population.draw)
             samples = tuple(tuple(self.samples.minibatch(stage, task, draw)) for task in stage.tasks)
-            plan = Plan("train", generation, stage, samples, rollouts=self._policies(driver, population))
+            wanted = WantedRollouts.of(population) if is_policy_driver(driver) else None
+            plan = Plan("train", generation, stage, samples, rollouts=wanted)
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
             self._check(fitness, generation, stage)
             self._tell(driver, population, fitness, generation, headwise=headwise)
@@ -280,12 +281,6 @@ class Search:
             self._checkpoint(driver, generation, asked=False)
             measuring.forget(generation - 1)
             self.trackers.log(self.records[generation - 1])
-
-    def _policies(self, driver: Driver, population: Population) -> dict[str, Array | None] | None:
-        """Return whose rollouts a driver of policies wants; None for all others."""
-        if not is_policy_driver(driver):
-            return None
-        return {"behaviour": population.behaviour, "reference": population.reference}
 
     def _look(self, driver: Driver, judge: Judge, stage: Stage, generation: int) -> dict[str, float]:
         """Return the driver's diagnostics, and every so often how its mean compares with the oracle."""
