@@ -18,7 +18,7 @@ from evomem.cache.cache import SlotCache
 from evomem.cache.recompute import recomputed
 from evomem.cache.rotary import find_rotaries
 from evomem.errors import CacheError, ConfigError
-from evomem.evaluation.evaluator import Recording
+from evomem.evaluation.population import Recording
 from evomem.managers import MemoryManager, build
 from evomem.models import LoadedModel
 from evomem.testing.comparing import greedy, random_rows, read

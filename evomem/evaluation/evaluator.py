@@ -5,23 +5,24 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from evomem.cache import Decision, LayerView, SlotCache, attached
+from evomem.cache import SlotCache, attached
 from evomem.cache.cache import CachePolicy
 from evomem.errors import TaskError
 from evomem.evaluation.attention import FutureAttention, retained_attention, sample_key
 from evomem.evaluation.costs import How, KnownSamples, ranking_costs
 from evomem.evaluation.meter import Meter
-from evomem.evaluation.population import Deciding, PopulationPolicy
+from evomem.evaluation.plain import evaluate_plainly, loglik_without_context, mean_loglik
+from evomem.evaluation.population import Deciding, PopulationPolicy, Recording
 from evomem.evaluation.rollouts import RolloutPolicy, sample_number
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.evaluation.types import Evaluation, EvaluationProtocol
-from evomem.managers.base import MemoryManager, Schedule
+from evomem.managers.base import MemoryManager
 from evomem.managers.stochastic import StochasticManager
 from evomem.managers.vector import to_vector
 from evomem.models import LoadedModel
@@ -31,18 +32,6 @@ AnyManager = TypeVar("AnyManager", bound=MemoryManager)
 
 _DRAWN = 512
 """Sets of rollouts whose rewards are remembered, for further passes over them."""
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A cache policy that only watches: it keeps everything and never decides."""
-
-    observes: frozenset[str] = frozenset()
-    schedule: Schedule = field(default_factory=Schedule)
-
-    def decide(self, view: LayerView) -> Decision:
-        """Keep everything."""
-        return Decision(view.valid)
 
 
 @dataclass(frozen=True)
@@ -205,7 +194,7 @@ class Evaluator:
         slots = torch.stack([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
         texts: list[str] | None = None
         if exact and task.has_exact:
-            texts, generated = self._generate(cache, policy.aside(), tokens, sample.max_new_tokens)
+            texts, generated = self.generate(cache, policy.aside(), tokens, sample.max_new_tokens)
             own += generated
         asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1).expand(policy.size, -1)
         loglik = mean_loglik(self._feed(asked, cache, tokens.answer.shape[1], policy, meter), tokens.answer)
@@ -234,7 +223,7 @@ class Evaluator:
         ------
         TaskError : nothing is left to read, or there is no answer.
         """
-        context, question, answer = (self._encode(t) for t in (sample.context, sample.question, sample.answer))
+        context, question, answer = (self.encode(t) for t in (sample.context, sample.question, sample.answer))
         if self.protocol.mode == "query_aware" or not question.shape[1]:
             whole = torch.cat((context, question), 1)
             read, prompt = whole[:, :-1], whole[:, -1:]
@@ -328,7 +317,7 @@ class Evaluator:
 
     # ---- answering ------------------------------------------------------------------------------------------------
 
-    def _generate(self, cache: SlotCache, policy: CachePolicy, tokens: Tokens, limit: int) -> tuple[list[str], int]:
+    def generate(self, cache: SlotCache, policy: CachePolicy, tokens: Tokens, limit: int) -> tuple[list[str], int]:
         """Greedy continuation of the prompt, per row, on a copy of the cache; and the tokens that a row took."""
         cache = cache.clone()
         cache.policy = policy  # decides while it answers
@@ -356,64 +345,19 @@ class Evaluator:
         logits: Tensor = output.logits[:, -keep:]
         return logits
 
-    def _encode(self, text: str) -> Tensor:
+    def encode(self, text: str) -> Tensor:
+        """Tokens of a text by itself: (1, length) int64."""
         ids = self.loaded.tokenizer.encode(text, add_special_tokens=False)
         return torch.tensor([ids], dtype=torch.int64, device=self.loaded.model.device)
 
     # ---- the plain way --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate_plainly(
         self, manager: MemoryManager, sample: Sample, task: Task, *, exact: bool = False
     ) -> Evaluation:
-        """One candidate from an empty cache, through nothing but ``manager.attach``: what `evaluate` must equal."""
-        begin = time.perf_counter()
-        tokens, manager = self.tokens(sample), self.scheduled(manager)
-        streaming = self.protocol.kind == "streaming"
-        texts: list[str] | None = None
-        generated = 0
-        with manager.attach(self.loaded.model) as cache:
-            with cache.reading():
-                self.forward(tokens.read, cache, 1)
-            held = cache.nbytes() - recorded_bytes(cache)
-            slots = float(torch.stack([s.float().mean() for s in cache.slots_held()]).mean())
-            if exact and task.has_exact:
-                texts, generated = self._generate(cache, manager, tokens, sample.max_new_tokens)
-            asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
-            loglik = mean_loglik(self.forward(asked, cache, tokens.answer.shape[1]), tokens.answer)[0]
-        after = cache.nbytes() - recorded_bytes(cache)
-        return Evaluation(
-            sample=sample.id,
-            loglik=loglik,
-            exact=None if texts is None else task.score(sample, texts[0]),
-            slots=slots,
-            bytes_peak=float(cache.bytes_peak if streaming else max(held, after)),
-            bytes_mean=float(cache.bytes_mean if streaming else (held + after) / 2),
-            tokens=tokens.read.shape[1] + generated + asked.shape[1],
-            seconds=time.perf_counter() - begin,
-        )
+        """One candidate from an empty cache: what `evaluate` must equal (`evomem.evaluation.plain`)."""
+        return evaluate_plainly(self, manager, sample, task, exact=exact)
 
-    @torch.no_grad()
     def loglik_without_context(self, sample: Sample) -> float:
         """Mean log-likelihood of the answer when nothing but the question is read: what a task must beat."""
-        prompt, answer = self._encode(sample.question), self._encode(sample.answer)
-        if not prompt.shape[1]:
-            prompt = self.tokens(sample).prompt
-        with attached(self.loaded.model):
-            cache = SlotCache.for_model(self.loaded.model, Recording())
-            logits = self.forward(torch.cat((prompt, answer[:, :-1]), 1), cache, answer.shape[1])
-        return mean_loglik(logits, answer)[0]
-
-
-def mean_loglik(logits: Tensor, answer: Tensor) -> list[float]:
-    """Mean log-likelihood of the answer's tokens (1, length) per row of logits (rows, length, vocabulary)."""
-    answers = answer.expand(logits.shape[0], -1)
-    chosen = logits.float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
-    means: list[float] = chosen.double().mean(1).tolist()
-    return means
-
-
-def recorded_bytes(cache: SlotCache) -> int:
-    """Bytes of the observations in a cache: after the only decision of ``compress_once`` nothing needs them."""
-    tensors = [tensor for layer in cache.layers for tensor in layer.recorder.tensors()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return loglik_without_context(self, sample)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -12,6 +12,18 @@ from torch.func import functional_call, vmap
 
 from evomem.cache import Decision, LayerView
 from evomem.managers.base import MemoryManager, Schedule
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A cache policy that only watches: it keeps everything and never decides."""
+
+    observes: frozenset[str] = frozenset()
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def decide(self, view: LayerView) -> Decision:
+        """Keep everything."""
+        return Decision(view.valid)
 
 
 class Deciding(Protocol):
