@@ -32,6 +32,7 @@ def test_seeds_are_averaged_within_an_arm_and_comparisons_of_the_same_samples_jo
     )
     samples = Samples([one, two], {"other": "theirs"})
     np.testing.assert_array_equal(samples.values("loglik", "mine", 16), [[1, 3], [2, 4]])
+    assert samples.values("loglik", "full", 16).shape == (2, 1)  # measured in both, counted once
     rows = [line.split(" | ") for line in table(samples, 16).splitlines()[2:]]
     assert [row[0].strip("| ") for row in rows] == ["mine", "full", "theirs"]
     assert [row[1] for row in rows] == ["2.500", "8.500", "1.000"]  # the full cache has no budget: its first column
