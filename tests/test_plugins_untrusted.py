@@ -316,6 +316,7 @@ def test_what_a_provenance_says_is_text(plug, tmp_path):
         "spent": {"evaluations": {}, "tokens": evil},
         "scores": {evil: {"contexts": evil}},
         "driver": {"name": evil},
+        "stages": [{"driver": {"name": evil}}, {"driver": None}],
     }
     (plug / "provenance.json").write_text(json.dumps(told))
     plugins.load(plug).save_pretrained(tmp_path / "again")
@@ -342,6 +343,7 @@ def test_what_a_provenance_says_is_text(plug, tmp_path):
         {"comparison": [[1]]},
         {"spent": "x"},
         {"model_digests": [3]},
+        {"driver": {"name": "cmaes"}, "stages": 3},
     ],
 )
 def test_a_provenance_of_another_shape_loads_and_makes_a_card_or_says_why_not(told, plug, tmp_path):

@@ -14,7 +14,7 @@ from evomem.drivers.random_search import RandomSearch
 from evomem.errors import ConfigError, RunError, UnknownNameError
 from evomem.evaluation import Evaluator
 from evomem.runs import checkpoint as checkpoints
-from evomem.runs import model_bench, open_run, search
+from evomem.runs import model_bench, open_run, parse_experiment, search
 from evomem.runs.bench import Bench
 from evomem.runs.driving import make_driver, replay
 from evomem.runs.samples import Samples
@@ -163,8 +163,19 @@ def test_a_stage_that_its_driver_cannot_work_in_is_refused_at_the_beginning(tmp_
     evaluator = ToyEvaluator()
     headwise = {"generations": 1, "fitness": {"objective": "attention"}}
     with pytest.raises(ConfigError, match="nothing in the search space belongs to one head"):
-        search(taking_turns([{"generations": 1, "driver": "block_cmaes"}, headwise]), tmp_path, factory(evaluator))
+        search(taking_turns([{"generations": 1}, headwise], driver="block_cmaes"), tmp_path, factory(evaluator))
     assert evaluator.calls == []
+
+
+def test_the_first_driver_may_be_named_with_its_stage_but_not_twice():
+    data = taking_turns().resolved()
+    stages = [{**data["stages"][0], "driver": SNES}, *data["stages"][1:]]
+    named = parse_experiment({**data, "driver": None, "stages": stages})
+    assert named == parse_experiment({**data, "driver": SNES})
+    assert parse_experiment(named.resolved()) == named
+    assert [stage.since for stage in named.plan()] == [0, 2, 2]
+    with pytest.raises(ConfigError, match="named twice"):
+        parse_experiment({**data, "stages": stages})
 
 
 def test_such_a_run_is_not_followed(undisturbed):
@@ -183,6 +194,7 @@ def test_exact_gradients_then_evolution(tmp_path, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "whole" / "start" / "driver-3.npy"), reached)
     generations = open_run(tmp_path / "whole").generations()
     assert [len(g.fitness) for g in generations] == [1, 1, 1, 4, 4]
+    assert "policy_gradient, then cmaes, seed 0" in (open_run(tmp_path / "whole").plugin / "README.md").read_text()
     assert np.isfinite([g.sigma for g in generations[3:]]).all()
 
     def stop(*_, **__):

@@ -210,6 +210,21 @@ class ExperimentConfig(Settings):
         models = [_by_name(value) for value in values["models"]]
         return {"model": models[0], **values, "models": models}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_driver(cls, values: Any) -> Any:
+        """The first stage's driver is the experiment's, in whichever of the two places it is named."""
+        stages = values.get("stages") if isinstance(values, dict) else None
+        if not isinstance(stages, list) or not stages or not isinstance(stages[0], dict):
+            return values
+        first = stages[0]
+        if first.get("driver") is None:
+            return values
+        if values.get("driver") is not None:
+            raise ValueError("the first driver is named twice, in driver and in stages.0.driver; leave one out")
+        moved = {key: value for key, value in first.items() if key != "driver"}
+        return {**values, "driver": first["driver"], "stages": [moved, *stages[1:]]}
+
     @field_validator("model", mode="before")
     @classmethod
     def _model_by_name(cls, value: Any) -> Any:
