@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pytest
+from scipy import optimize
+
 from evomem.evaluation.rows import Row
 from evomem.runs import plots
 from evomem.runs.diagnostics import diagnostics_plot
@@ -72,3 +76,24 @@ def test_the_oracle_is_drawn_as_a_mark_and_not_as_a_competitor(monkeypatch, tmp_
     names = {text.get_text(): text.get_color() for text in axes.texts}
     assert names["future_oracle"] == stars[0].get_color()
     assert names["future_oracle"] not in {names["mine"], names["h2o"]}
+
+
+def test_names_stand_apart_within_the_picture_and_as_near_as_they_can():
+    """Against a general solver; many names at one height are pushed neither into the title nor under the axis."""
+    rng = np.random.default_rng(0)
+    for count, step, spread in ((1, 0.2, 0.1), (4, 0.2, 0.02), (6, 0.15, 0.3), (3, 0.1, 0.5)):
+        for centre in (0.02, 0.5, 0.98):
+            heights = np.sort(np.clip(centre + spread * rng.normal(size=count), 0, 1))
+            found = np.array(plots._apart(heights, step, 0.0, 1.0))
+            assert np.all(np.diff(found) >= step - 1e-9)
+            assert found.min() >= -1e-9
+            assert found.max() <= 1 + 1e-9
+            gaps = [{"type": "ineq", "fun": lambda x, i=i, s=step: x[i + 1] - x[i] - s} for i in range(count - 1)]
+            first = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
+            best = optimize.minimize(
+                lambda x, h=heights: ((x - h) ** 2).sum(), first, bounds=[(0, 1)] * count, constraints=gaps
+            )
+            assert ((found - heights) ** 2).sum() <= best.fun + 1e-6
+    crowded = plots._apart([0.5] * 9, 0.2, 0.0, 1.0)  # no room for all: apart, from the axis upwards
+    assert np.diff(crowded) == pytest.approx([0.2] * 8)
+    assert crowded[0] == 0.0

@@ -211,7 +211,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
     low, high = axes.get_ylim()
     step = 0.048 * (high - low)
     ordered = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
-    places = _apart([end[1] for end in ordered], step)
+    places = _apart([end[1] for end in ordered], step, low, high)
     for place, (x, y, name, colour) in zip(places, ordered, strict=True):
         axes.annotate(
             name, (x, y), xytext=(1.02, place), textcoords=("axes fraction", "data"), color=colour, fontsize=9,
@@ -220,8 +220,11 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
         )  # fmt: skip
 
 
-def _apart(heights: Sequence[float], step: float) -> list[float]:
-    """Return the places nearest to sorted heights (least squares) that are ``step`` apart: isotonic regression."""
+def _apart(heights: Sequence[float], step: float, low: float, high: float) -> list[float]:
+    """Return the places nearest to sorted heights (least squares) that are ``step`` apart: isotonic regression.
+
+    They lie between ``low`` and ``high``, under the title and over the axis, as long as there is room for all.
+    """
     blocks: list[tuple[float, int]] = []  # mean of (height - place in line * step), and how many
     for number, height in enumerate(heights):
         mean, count = height - number * step, 1
@@ -229,7 +232,8 @@ def _apart(heights: Sequence[float], step: float) -> list[float]:
             before, members = blocks.pop()
             mean, count = (mean * count + before * members) / (count + members), count + members
         blocks.append((mean, count))
-    bases = [mean for mean, count in blocks for _ in range(count)]
+    top = max(low, high - (len(heights) - 1) * step)  # bounds of an isotonic regression cut its values off
+    bases = [min(max(mean, low), top) for mean, count in blocks for _ in range(count)]
     return [base + number * step for number, base in enumerate(bases)]
 
 
