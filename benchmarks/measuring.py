@@ -71,6 +71,7 @@ class Sizes:
     ray_context: int = 500
     ray_population: int = 32
     ray_samples: int = 8
+    ray_workers: tuple[int, ...] = (1, 2, 3)
     gradient_context: int = 160
     gradient_samples: int = 20_000
     gradient_groups: int = 32
@@ -81,7 +82,7 @@ QUICK = Sizes(
     population=4, plain=1, context=160, budget=16, streaming_context=64, streaming_every=32, streaming_budget=16,
     prefill=64, decode_context=32, decode_steps=4, decode_batches=(1, 2), quarter_context=64, quarter_batch=2,
     quarter_steps=2, namm_context=128, namm_every=32, namm_budget=48,
-    ray_context=160, ray_population=4, ray_samples=2, gradient_context=160, gradient_samples=16,
+    ray_context=160, ray_population=4, ray_samples=2, ray_workers=(2,), gradient_context=160, gradient_samples=16,
     gradient_groups=3, rollout_context=160,
 )  # fmt: skip
 """Sizes that only show that the plumbing holds; their ratios mean nothing."""

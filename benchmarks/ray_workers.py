@@ -68,8 +68,8 @@ def ray_running(workers: int) -> Iterator[float]:
 def bit_identical(setting: Setting) -> Iterator[Line]:
     """1 if a search has the same winner and the same evaluations with 0, 1, 2 and 3 workers, else 0."""
     config = experiment(setting)
-    counts, found = (0, 1, 2, 3), []
-    with ray_running(3) as each, tempfile.TemporaryDirectory() as folder:
+    counts, found = (0, *setting.sizes.ray_workers), []
+    with ray_running(max(counts)) as each, tempfile.TemporaryDirectory() as folder:
         for done, count in enumerate(counts, start=1):
             path = Path(folder) / str(count)
             search(config, path, workers=WorkerOptions(count, cpus=each))
