@@ -30,7 +30,7 @@ test: $(READY)  ## formatting, lint, types, tests
 	@echo "make: mypy"
 	@$(BIN)/mypy --strict evomem
 	@echo "make: pytest"
-	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
+	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadscope
 
 # What evomem's own caches keep is recorded in .venv, and compared in the other environment.
 test-kvpress: $(READY) $(KVPRESS)/.evomem-ready  ## evomem inside kvpress, in an environment with kvpress's older transformers

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from evomem.models import LoadedModel, load
 
@@ -23,14 +25,35 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
-RAY = {"test_ray_pool.py", "test_ray_cluster.py", "test_faults.py", "test_several_models.py", "test_policy_search.py"}
+RAY = {
+    "test_benchmarks.py",
+    "test_faults.py",
+    "test_policy_search.py",
+    "test_ray_cluster.py",
+    "test_ray_pool.py",
+    "test_several_models.py",
+}
 """Files that start Ray: one after the other, because each Ray takes the whole machine for its own."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process of pytest-xdist, because they share what is slow to make."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.name in RAY else item.path.name))
+    """Begin with the tests that use Ray: they take half of the time, and the other process does all the others."""
+    items.sort(key=lambda item: item.path.name not in RAY)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Keep the tests of a file in one process, because they share what is slow to make; and all that use Ray."""
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
+class Files(LoadScopeScheduling):
+    """A scope is a file, or all that use Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "ray" if Path(file).name in RAY else file
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,7 @@ def entries(path) -> dict[str, dict]:
     return {entry["name"]: entry for entry in lines}
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_quick_run_writes_every_line(folder, tmp_path, capsys):
     output = tmp_path / "results.jsonl"
     subjects = [subject for subject in run.SUBJECTS if subject.run is not peak_memory.run]  # has a test of its own
