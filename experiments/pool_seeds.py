@@ -4,7 +4,8 @@
     python -m experiments.pool_seeds docs/results/policy_needle.samples.jsonl \
         docs/results/policy_needle_evolved.samples.jsonl --arm policy_needle_evolved=needle-evolved
 
-A subject ``runs/x/ARM-SEED`` belongs to ``ARM``; others are arms of their own, unless ``--arm`` says otherwise. Several
+A subject ``runs/x/ARM-SEED`` belongs to ``ARM``; others are arms of their own, unless ``--arm`` says otherwise (by the
+whole subject or the last part of its path). Several
 comparisons must be of the same samples. The mean over an arm's seeds is taken sample by sample; differences of
 the first arm to the others are resampled over samples (95 %, 10,000 draws); the last column says how far
 searches differ. Of `evomem.tasks.zoo_forgetting`, samples with an even number ask for restated keys.
@@ -21,8 +22,11 @@ import numpy as np
 
 
 def arm(subject: str, given: Mapping[str, str]) -> str:
-    """Return the arm of a subject: as given, or the last part of its path without the seed."""
-    return given.get(subject, Path(subject).name.rpartition("-")[0] if "/" in subject else subject)
+    """Return the arm of a subject: as given, or the last part of its path without the seed (``-0``), if it has one."""
+    name = Path(subject).name if "/" in subject else subject
+    before, _, seed = name.rpartition("-")
+    without = before if "/" in subject and before and seed.isdigit() else name
+    return given.get(subject, given.get(name, without))
 
 
 def interval(differences: np.ndarray) -> str:

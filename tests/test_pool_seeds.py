@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.pool_seeds import Samples, main, table
+from experiments.pool_seeds import Samples, arm, main, table
 
 VALUES = {"runs/x/mine-0": 1.0, "runs/x/mine-1": 3.0, "other": 0.5, "full": 4.0}
 
@@ -40,6 +40,24 @@ def test_seeds_are_averaged_within_an_arm_and_comparisons_of_the_same_samples_jo
     monkeypatch.setattr("sys.argv", ["pool_seeds", str(one), str(two), "--arm", "other=theirs"])
     main()
     assert capsys.readouterr().out.count("slots per head, 2 samples") == 2
+
+
+@pytest.mark.parametrize(
+    ("subject", "expected"),
+    [
+        ("runs/x/mine-0", "mine"),
+        ("runs/x/mine-too-12", "mine-too"),
+        ("runs/x/mine", "mine"),
+        ("runs/x/mine-too", "mine-too"),
+        ("runs/x/mine_1", "mine_1"),
+        ("my-plugin-2", "my-plugin-2"),
+        ("runs/x/renamed", "new"),
+        ("runs/x/whole-3", "newer"),
+        ("renamed", "new"),
+    ],
+)
+def test_a_subject_always_has_an_arm(subject, expected):
+    assert arm(subject, {"renamed": "new", "runs/x/whole-3": "newer"}) == expected
 
 
 def test_comparisons_of_other_samples_are_refused(tmp_path):
