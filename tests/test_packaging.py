@@ -51,7 +51,7 @@ def wheel(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", str(target), str(ROOT)], check=True, cwd=target)
-    (built,) = target.glob("evomem-*.whl")
+    (built,) = target.glob("evomem_toolkit-*.whl")
     return built
 
 
@@ -87,7 +87,8 @@ def test_the_wheel_is_typed_and_holds_only_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "evomem/py.typed" in names
-    assert {name.split("/")[0] for name in names} == {"evomem", wheel.name.split("-py3")[0] + ".dist-info"}
+    own = {"evomem", "evomem_toolkit.py", wheel.name.split("-py3")[0] + ".dist-info"}
+    assert {name.split("/")[0] for name in names} == own
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "evomem").rglob("*.py")}
     assert modules <= set(names)
 
@@ -103,7 +104,7 @@ def test_constraints_satisfy_the_declared_requirements():
         *(line for lines in project["optional-dependencies"].values() for line in lines),
     ]
     for requirement in map(Requirement, wanted):
-        if requirement.name == "evomem":
+        if requirement.name == "evomem-toolkit":
             continue
         (pin,) = pins[requirement.name.lower()].specifier
         assert pin.operator == "=="

@@ -178,7 +178,7 @@ def test_a_machine_that_vanishes_and_one_that_comes(tmp_path):
 
 
 MESSAGES = {
-    "missing": r"pip install 'evomem\[search\]'",
+    "missing": r"pip install 'evomem-toolkit\[search\]'",
     "auto": "no Ray cluster could be joined.*ray start --head",
     "client": "not through Ray's client",
     "nonsense": "HOST:PORT",

@@ -448,7 +448,7 @@ def test_the_command_says_what_is_wrong(tmp_path, finished, monkeypatch):
     for sink, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard.writer")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            assert "pip install 'evomem[track]'" in error(finished, "--to", sink, "--out", tmp_path)
+            assert "pip install 'evomem-toolkit[track]'" in error(finished, "--to", sink, "--out", tmp_path)
 
 
 def test_trackers_by_name(tmp_path):

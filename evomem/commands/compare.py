@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from evomem.commands.listing import wide_console
+from evomem.commands.packages import require_for
 from evomem.config import validate
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.compare import NamedManager, Place
@@ -295,6 +296,7 @@ def make_places(wishes: Wishes, subjects: Sequence[Subject]) -> list[Place]:
     protocol = parse_protocol(wishes.protocol, wishes.mode, default)
     if wishes.models and not wishes.tasks:  # the user's models do what others did in the search
         tasks = list({task.title: task.for_all_models() for task in tasks}.values())
+    require_for(models, [task.spec for task in tasks])
     return [place for name in models for place in places_of(load(name, wishes.dtype), tasks, protocol)]
 
 

@@ -13,6 +13,7 @@ from evomem import plugins
 from evomem.commands.compare import ProgressBar, keep_rows, load, partial_file, places_of, run_label, show
 from evomem.commands.front import compared_budgets, draw_front, front_notes, front_table, member_plugin
 from evomem.commands.listing import wide_console
+from evomem.commands.packages import require_for
 from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.compare import NamedManager, compare
 from evomem.evaluation.rows import Budget, Row
@@ -48,6 +49,15 @@ def evolve(
     folder = out if out is not None else Path("runs") / config.name
     if (folder / "config.yaml").exists() and not resume:
         raise RunError(f"{folder}: holds a run already. Go on with it: {again}\nor choose another folder with --out")
+    plan = config.plan()
+    require_for(
+        [model.name for model in config.all_models],
+        [task.spec for stage in plan for task in stage.tasks],
+        drivers=dict.fromkeys(stage.driver.name for stage in plan),
+        plots=True,
+        workers=workers.count != 0 or workers.address is not None,
+        trackers=track,
+    )
     trackers = build_trackers(track, folder)
     console = wide_console()
     finished = (folder / "result.json").exists()

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from evomem.commands.compare import ProgressBar, load
 from evomem.commands.listing import wide_console
+from evomem.commands.packages import require_for
 from evomem.evaluation.traces import DEFAULT_FEATURES
 from evomem.runs.traces import parse_bytes, readable, record
 from evomem.tasks.base import Split
@@ -33,6 +34,7 @@ def trace(
 
     most = None if limit is None else parse_bytes(limit)
     names = tuple(name.strip() for name in features.split(",") if name.strip()) if features else DEFAULT_FEATURES
+    require_for([model], [task], intervals=False)
     loaded = load(model, dtype)
     built = tasks.build(task, loaded.tokenizer)
     begin = time.perf_counter()

@@ -22,6 +22,7 @@ from evomem.commands.compare import (
     split_specs,
 )
 from evomem.commands.listing import wide_console
+from evomem.commands.packages import require_for
 from evomem.errors import ConfigError, PluginError, TaskError
 from evomem.evaluation.compare import Comparison, NamedManager, Place
 from evomem.evaluation.compare import compare as compare_managers
@@ -98,6 +99,7 @@ def transfer(
         raise ConfigError(
             "--budgets: give slots per head or shares of the tokens read, for example --budgets 0.125,0.25"
         )
+    require_for(names, [task.spec for task in tasks], plots=output is not None or record)
     records = _records(subjects) if record else {}
     plan = _Plan(subjects, budgets, split_specs(against), wishes, recalibrate)
     protocol = next((s.protocol for s in subjects if s.protocol), EvaluationProtocol())

@@ -73,4 +73,7 @@ class Driver(Protocol):
 
 
 drivers: Registry[type] = Registry("driver", "evomem.drivers")
-"""Registry of drivers; classes take ``(dim, start, seed, **options)``."""
+"""Registry of drivers; classes take ``(dim, start, seed, **options)``.
+
+A class may name in ``packages`` (a tuple) what it needs that the plain install does not have.
+"""

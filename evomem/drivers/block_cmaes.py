@@ -83,6 +83,7 @@ class BlockCMAES:
     """
 
     takes_blocks = True
+    packages = ("cma", "threadpoolctl")
 
     def __init__(self, dim: int, start: Array, seed: int, *, blocks: Blocks = (), **options: Any) -> None:
         self.dim = dim

@@ -138,6 +138,7 @@ class CMAES:
     """
 
     takes_warm_start = True
+    packages = ("cma", "threadpoolctl")
 
     def __init__(self, dim: int, start: Array, seed: int, *, warm: WarmStart | None = None, **options: Any) -> None:
         if dim < 2:

@@ -33,6 +33,7 @@ class _Library:
     """
 
     name: str
+    packages = ("cmaes", "threadpoolctl")
 
     def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
         self.dim = dim

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from evomem.config import Settings
 from evomem.drivers.base import Array, Population
 from evomem.errors import ConfigError, FitnessError
+from evomem.installing import pip_install
 
 
 class DriverOptions(Settings):
@@ -46,7 +47,7 @@ def library(module: str, driver: str, extra: str = "search") -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"driver {driver!r} needs the package {error.name}, which is not installed: pip install 'evomem[{extra}]'"
+            f"driver {driver!r} needs the package {error.name}, which is not installed: {pip_install(extra)}"
         ) from None
 
 

@@ -102,6 +102,7 @@ class _EvoTorch(Generic[O]):
     """
 
     name: str
+    packages = ("evotorch", "threadpoolctl")
     model: type[O]
     smallest = 1
 

@@ -72,6 +72,7 @@ class NSGA2:
     """
 
     objectives = ("score", "bytes")
+    packages = ("evotorch", "threadpoolctl")
 
     def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
         self.dim = dim

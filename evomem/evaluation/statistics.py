@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from evomem.errors import EvomemError
+from evomem.installing import require
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,11 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
 
     Raises
     ------
-    EvomemError : scipy is not installed.
+    MissingPackagesError : scipy is not installed.
     """
-    try:
-        from scipy.stats import bootstrap
-    except ImportError:
-        raise EvomemError("intervals need scipy; install evomem with its extra: pip install 'evomem[search]'") from None
+    require([("scipy", "intervals")])
+    from scipy.stats import bootstrap
+
     data = np.asarray(values, dtype=np.float64)
     mean = float(data.mean()) if data.size else math.nan
     if data.size < 2 or not np.isfinite(data).all():

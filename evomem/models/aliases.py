@@ -55,7 +55,7 @@ class Shipped:
 
     name: str
     about: str
-    install: str = "pip install --force-reinstall --no-deps evomem"
+    install: str = "pip install --force-reinstall --no-deps PATH (evomem-toolkit's wheel or checkout)"
 
     def source(self) -> Path | None:
         """Return the path of the folder, or None when this installation lacks it."""

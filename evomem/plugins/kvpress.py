@@ -3,7 +3,7 @@
 kvpress wants transformers < 5.3 and evomem's own caches a later one, so the two live in separate environments. There::
 
     pip install kvpress
-    pip install --no-deps evomem
+    pip install --no-deps PATH  # evomem-toolkit's wheel or checkout
 
 Loading plug-ins, scoring and this module need nothing of evomem's own caches; `MemoryManager.attach` does, and is for
 the other environment.
@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise ConfigError(
         f"kvpress cannot be imported here ({error}). It wants transformers < 5.3, which evomem's own caches do not, so "
-        "it needs an environment of its own: pip install kvpress && pip install --no-deps evomem"
+        "it needs an environment of its own: pip install kvpress && pip install --no-deps PATH (evomem-toolkit's wheel)"
     ) from error
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from evomem.errors import EvomemError
 from evomem.evaluation.rows import Row
+from evomem.installing import require
 from evomem.runs.pareto import Member
 from evomem.runs.report import best_heuristic
 from evomem.runs.result import RunResult
@@ -260,13 +260,10 @@ def figure_with(
     title: str, *, rows: int = 1, ratios: Sequence[float] = (1,), size: tuple[float, float] = (8.6, 4.8)
 ) -> tuple[Any, list[Any]]:
     """Return a figure and its panels in ``rows`` rows, columns as wide as ``ratios`` say; size in inches."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EvomemError(
-            "plots need matplotlib; install evomem with its extra: pip install 'evomem[search]'"
-        ) from None
+    require([("matplotlib", "plots")])
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, dpi=150, layout="constrained")  # no pyplot: nothing global is touched
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, len(ratios), width_ratios=list(ratios), squeeze=False).flat)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from evomem.errors import TaskError
+from evomem.installing import require
 from evomem.tasks.base import Sample, Split, tasks
 from evomem.tasks.generated import GeneratedTask, TaskOptions
 
@@ -36,6 +37,8 @@ class EpisodeOptions(TaskOptions):
 
 class _Episodes(GeneratedTask[Any]):
     """What both tasks share: an episode, cut at the last step that fits and at which the action is no close call."""
+
+    packages: ClassVar[tuple[str, ...]] = ("gymnasium",)
 
     @abstractmethod
     def episode(self, random: Random, split: Split) -> Episode:
@@ -123,10 +126,9 @@ def environments() -> Any:
 
     Raises
     ------
-    TaskError : it is not installed.
+    MissingPackagesError : it is not installed.
     """
-    try:
-        from evomem.tasks import environments
-    except ImportError as error:
-        raise TaskError("this task's episodes come from gymnasium: pip install 'evomem[tasks]'") from error
+    require([("gymnasium", "the episodes of a task")])
+    from evomem.tasks import environments
+
     return environments

@@ -68,10 +68,12 @@ class GeneratedTask(ABC, Generic[Opts]):
     Options : pydantic model of the options; ``task.options`` holds the validated values.
     has_exact : whether `score` means anything.
     immaterial : options that do not count in the hash.
+    packages : that the task needs and the plain install does not have.
     """
 
     name: ClassVar[str]
     Options: type[Opts]
+    packages: ClassVar[tuple[str, ...]] = ()
     immaterial: ClassVar[frozenset[str]] = frozenset({"length", "essay"})
     has_exact: bool = True
     uniform_chance: float = 0.0

@@ -85,6 +85,7 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
     """
 
     Options = NeedleOptions
+    packages: ClassVar[tuple[str, ...]] = ("wonderwords",)
     kind: ClassVar[NeedleKind]
 
     def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:

@@ -8,6 +8,7 @@ from random import Random
 from typing import Literal
 
 from evomem.errors import TaskError
+from evomem.installing import require
 from evomem.tasks.base import Split
 
 Category = Literal["noun", "adjective"]
@@ -25,14 +26,11 @@ def words(category: Category, split: Split | None = None) -> tuple[str, ...]:
 
     Raises
     ------
-    TaskError : ``wonderwords`` is not installed.
+    MissingPackagesError : ``wonderwords`` is not installed.
     """
-    try:
-        from wonderwords import RandomWord
-    except ImportError as error:
-        raise TaskError(
-            "this task draws its words from the package wonderwords: pip install 'evomem[tasks]'"
-        ) from error
+    require([("wonderwords", "the words of a task's keys")])
+    from wonderwords import RandomWord
+
     found = sorted(set(RandomWord().filter(include_categories=[category], regex="[a-z]+")))
     return tuple(word for word in found if split is None or split_of(word) == split)
 

@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from evomem.errors import ConfigError
+from evomem.installing import pip_install
 from evomem.tracking.base import GenerationRecord
 from evomem.tracking.numbers import finite_fitness, scalars, summary_numbers
 
@@ -41,7 +42,7 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
-            raise ConfigError(f"TensorBoard is not installed ({error}): pip install 'evomem[track]'") from None
+            raise ConfigError(f"TensorBoard is not installed ({error}): {pip_install('track')}") from None
         self._folder.mkdir(parents=True, exist_ok=True)
         for old in self._folder.glob(f"events.out.tfevents.*{SUFFIX}"):
             old.unlink()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomem.errors import ConfigError, RunError
+from evomem.installing import pip_install
 from evomem.tracking.base import GenerationRecord
 from evomem.tracking.numbers import finite_fitness, scalars, summary_numbers
 
@@ -181,7 +182,7 @@ def _library() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError(f"wandb is not installed ({error}): pip install 'evomem[track]'") from None
+        raise ConfigError(f"wandb is not installed ({error}): {pip_install('track')}") from None
     return wandb
 
 

@@ -11,6 +11,7 @@ import socket
 from typing import Any
 
 from evomem.errors import WorkerError
+from evomem.installing import pip_install
 from evomem.workers.base import WorkerOptions, cores
 
 MEGABYTE = 1 << 20
@@ -153,7 +154,7 @@ def library() -> Any:
     try:
         import ray
     except ImportError:
-        raise WorkerError("workers need Ray: pip install 'evomem[search]'") from None
+        raise WorkerError(f"workers need Ray: {pip_install('search')}") from None
     with contextlib.suppress(ImportError, AttributeError):  # if something (EvoTorch) had imported Ray before
         from ray._private.ray_logging import stdout_deduplicator
 
