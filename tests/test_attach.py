@@ -158,8 +158,12 @@ def test_masks_that_cannot_be_meant() -> None:
     model = tiny("llama", layers=1)
     ids = torch.ones(1, 4, dtype=torch.long)
     with Full().attach(model) as cache:
-        with pytest.raises(CacheError, match="padding mask"):
-            model(ids, attention_mask=torch.zeros(1, 1, 4, 4), past_key_values=cache)
+        for shape, message in (((1, 1, 4, 5), "covers 5 tokens"), ((1, 1, 3, 4), "4 new tokens")):
+            with pytest.raises(CacheError, match=message):
+                model(ids, attention_mask=torch.zeros(shape), past_key_values=cache)
+            cache.reset()
+        with pytest.raises(UnsupportedModelError, match="every query head"):
+            model(ids, attention_mask=torch.zeros(1, 4, 4, 4), past_key_values=cache)
         cache.reset()
         model(ids, past_key_values=cache)
         with pytest.raises(CacheError, match="covers 4 tokens"):

@@ -83,14 +83,15 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
     Raises `UnsupportedModelError`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
+
+    from evomem.cache.model_mask import slots_mask
 
     check_supported(model)
     configurations = _configurations(model)
     with _lock:
         AttentionInterface.register(IMPLEMENTATION, managed_attention)
-        # Without a registered mask the padding would be dropped silently; this one hands on the 2-D mask.
-        AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
+        # Without a registered mask function transformers would drop the model's mask silently.
+        AttentionMaskInterface.register(IMPLEMENTATION, slots_mask)
         for config in configurations:
             _, count, previous = _switched.get(id(config), (config, 0, config._attn_implementation_internal))
             _switched[id(config)] = config, count + 1, previous
@@ -105,4 +106,4 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
                     _switched[id(config)] = config, count - 1, previous
                 else:
                     config._attn_implementation_internal = previous
-        handover.key = handover.layer = None  # left over where a forward pass was interrupted
+        handover.clear()  # left over where a forward pass was interrupted

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomem.cache.masks import Visibility, leading_padding
+from evomem.cache.model_mask import ModelMask
 from evomem.errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -19,14 +22,56 @@ IMPLEMENTATION = "evomem_slots"
 
 
 class _Handover(threading.local):
-    """The layer that the last `SlotLayer.update` of this thread belongs to, and the keys that it returned.
+    """The layer that the last `SlotLayer.update` of this thread belongs to, and the keys and values that it returned.
 
     A model calls ``cache.update(k, v, layer)`` and then, in the same module, the attention function with what update
     returned. That identity is how the function finds its slots: no hooks, no state on other people's modules.
     """
 
     key: Tensor | None = None
+    value: Tensor | None = None
     layer: SlotLayer | None = None
+    attended: weakref.ref[Tensor] | None = None
+    """Keys that the managed attention read last."""
+
+    def give(self, layer: SlotLayer, key: Tensor, value: Tensor) -> None:
+        """Note what the attention that follows must be called with."""
+        self.layer, self.key, self.value, self.attended = layer, key, value, None
+
+    def take(self, module: nn.Module, key: Tensor, value: Tensor) -> SlotLayer | None:
+        """Return the layer that keys and values belong to, or None where no slot cache is in use.
+
+        Raises `UnsupportedModelError` when the model changed them after `give`, or attends to them a second time: the
+        slots would hold something else than what the stock model attends to.
+        """
+        layer, held_key, held_value = self.layer, self.key, self.value
+        self.layer = self.key = self.value = None
+        family = type(module).__name__
+        if layer is None:
+            if self.attended is not None and self.attended() is key:
+                raise UnsupportedModelError(
+                    f"{family} attends twice to the keys of one layer, which evomem does not manage"
+                )
+            return None
+        for what, held, given in (("keys", held_key, key), ("values", held_value, value)):
+            if held is not given and not _equal(held, given):
+                # Without this check the new tokens would silently attend to something that the slots do not hold.
+                raise UnsupportedModelError(
+                    f"{family} changes {what} between cache and attention, which evomem does not manage"
+                )
+        self.attended = weakref.ref(key)
+        return layer
+
+    def clear(self) -> None:
+        """Forget what an interrupted forward pass left."""
+        self.layer = self.key = self.value = self.attended = None
+
+
+def _equal(held: Tensor | None, given: Tensor) -> bool:
+    """Whether a model handed on a copy or another view of what the cache returned."""
+    return (
+        held is not None and held.shape == given.shape and held.dtype == given.dtype and held.device == given.device
+    ) and torch.equal(held, given)
 
 
 handover = _Handover()
@@ -48,50 +93,67 @@ def managed_attention(
     ----------
     query : (batch, query_heads, queries, head_dim).
     key, value : (batch, kv_heads, keys, head_dim); the new tokens when a slot cache is in use.
-    attention_mask : (batch, tokens) padding mask, or None when nothing is padded.
+    attention_mask : a `ModelMask`; or (batch, tokens) padding; or (batch, 1 or kv_heads, queries, tokens), bool or
+        additive, as users and some models make them; or None when nothing is padded.
 
     Returns
     -------
     output : (batch, queries, query_heads, head_dim), and None for the weights.
     """
-    layer, held, handover.key, handover.layer = handover.layer, handover.key, None, None
+    layer = handover.take(module, key, value)
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} uses attention sinks or a position bias in its softmax, "
             "which evomem does not manage"
         )
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise CacheError(
-            f"attention_mask of shape {tuple(attention_mask.shape)}: the managed attention makes its own causal mask; "
-            "give the padding mask (batch, tokens)"
-        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    padding = None if attention_mask is None else attention_mask.bool()
-    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    softcap = kwargs.get("softcap")
     if layer is not None:
-        if held is not key:
-            # Without this check the new tokens would silently attend to nothing but each other.
-            raise UnsupportedModelError(
-                f"{type(module).__name__} changes keys between cache and attention, which evomem does not manage"
-            )
-        if padding is not None and padding.shape[1] != layer.seen + key.shape[2]:
-            raise CacheError(
-                f"attention_mask covers {padding.shape[1]} tokens, but with this input "
-                f"{layer.seen + key.shape[2]} were read: it must cover every token ever read, evicted ones too"
-            )
-        output = layer.attend(query, padding, scale, window, softcap, kwargs.get("position_ids"))
+        visibility = _visibility(module, query, key, attention_mask, layer.seen, kwargs.get("sliding_window"), causal)
+        output = layer.attend(query, visibility, scale, softcap, kwargs.get("position_ids"))
     else:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        output = _unmanaged(query, key, value, padding, scale, window, softcap, causal)
+        output = _unmanaged(query, key, value, attention_mask, scale, kwargs.get("sliding_window"), softcap, causal)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _visibility(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, seen: int, window: int | None, causal: bool
+) -> Visibility:
+    """Return what the ``seen`` tokens read before and the new ones are to the new queries."""
+    count, tokens = query.shape[2], seen + key.shape[2]
+    if mask is None:
+        if causal or count == 1:
+            return Visibility(None, window)
+        return Visibility(explicit=torch.ones(1, 1, count, tokens, dtype=torch.bool, device=query.device))
+    covers = mask.request.padding if isinstance(mask, ModelMask) else mask
+    if mask.dim() not in (2, 4) or (covers is not None and covers.shape[-1] != tokens):
+        shape = tuple(mask.shape if covers is None else covers.shape)
+        raise CacheError(
+            f"attention_mask of shape {shape} covers {shape[-1]} tokens, but with this input {tokens} were read: it "
+            "must cover every token ever read, evicted ones too"
+        )
+    if isinstance(mask, ModelMask):
+        # The stock attention reads the mask alone; a keyword for the window is meant for kernels without masks.
+        return mask.request.visibility(query.device)
+    if mask.dim() == 2:
+        return Visibility(mask.bool(), window)
+    if mask.shape[2] != count:
+        raise CacheError(f"attention_mask of shape {tuple(mask.shape)} for {count} new tokens: one row a token")
+    if mask.shape[1] not in (1, key.shape[1]):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} masks every query head by itself (attention_mask of shape {tuple(mask.shape)}, "
+            f"{key.shape[1]} KV heads), which evomem does not manage"
+        )
+    return Visibility(leading_padding(mask), None, mask)
 
 
 def _unmanaged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    padding: Tensor | None,
+    mask: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -99,16 +161,19 @@ def _unmanaged(
 ) -> Tensor:
     """Stock attention for calls without a slot cache while the model is attached (vision towers, `use_cache=False`)."""
     queries, keys = query.shape[2], key.shape[2]
-    rows = torch.arange(keys - queries, keys, device=query.device)[:, None]
-    columns = torch.arange(keys, device=query.device)[None, :]
-    allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-    if causal:
-        allowed = columns <= rows
-    if window is not None:
-        allowed = allowed & (columns > rows - window)
-    mask = allowed[None, None]
-    if padding is not None:
-        mask = mask & padding[:, None, None, -keys:]
+    if isinstance(mask, ModelMask):
+        mask = mask.request.numbers().to(query.device)
+    elif mask is None or mask.dim() == 2:
+        rows = torch.arange(keys - queries, keys, device=query.device)[:, None]
+        columns = torch.arange(keys, device=query.device)[None, :]
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        if causal:
+            allowed = columns <= rows
+        if window is not None:
+            allowed = allowed & (columns > rows - window)
+        allowed = allowed[None, None]
+        mask = allowed if mask is None else allowed & mask.bool()[:, None, None, -keys:]
+    if mask.dtype == torch.bool:
         mask = mask | ~mask.any(-1, keepdim=True)
     return grouped_attention(query, key, value, scale, mask=mask, softcap=softcap)
 

@@ -16,7 +16,7 @@ from evomem.cache.layer import SlotLayer
 from evomem.cache.observe import Recorder, Wanted
 from evomem.cache.rotary import Rotary, find_rotaries
 from evomem.cache.view import Decision, LayerView
-from evomem.errors import CacheError
+from evomem.errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
@@ -77,6 +77,7 @@ class SlotCache(Cache):
         self.rotaries = rotaries or (None,) * layers
         self.depth = layers
         self.decides_after_forward = True
+        self.awaiting: int | None = None  # layer whose new keys no attention has read yet
         self._model = None if model is None else ref(model)
         self._sums: dict[int, int] = {}
         self.bytes_peak = 0
@@ -105,6 +106,15 @@ class SlotCache(Cache):
             raise CacheError(
                 "a forward pass over this cache was cut short, so some layers read tokens that others did not; "
                 "reset() it and read the context again"
+            )
+
+    def require_attended(self) -> None:
+        """Raise `UnsupportedModelError` when keys were given to a layer and no managed attention read them."""
+        if self.awaiting is not None:
+            raise UnsupportedModelError(
+                f"the keys of layer {self.awaiting} were given to the cache, and no managed attention read them: the "
+                "model attends by code of its own, which evomem does not manage; or a forward pass over this cache was "
+                "cut short: then reset() it and read the context again"
             )
 
     def require_observing(self, recorder: Recorder) -> None:
@@ -148,6 +158,7 @@ class SlotCache(Cache):
             layer.reset()
         self._sums = {}
         self.bytes_peak = 0
+        self.awaiting = None
 
     # ---- measurements ---------------------------------------------------------------------------------------------
 
@@ -208,7 +219,7 @@ class SlotCache(Cache):
         for mine, copy in zip(self.layers, other.layers, strict=True):
             state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder")}
             vars(copy).update(state)
-            copy.recorder.wanted = mine.recorder.wanted
+            copy.recorder.wanted, copy.recorder.window = mine.recorder.wanted, mine.recorder.window
             # Recorded sums are added to in place, so they are the one thing that must be copied.
             copy.recorder.slotwise = {k: v.clone() for k, v in mine.recorder.slotwise.items()}
             copy.recorder.rowwise = {k: v.clone() for k, v in mine.recorder.rowwise.items()}

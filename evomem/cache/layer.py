@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from evomem.cache.attention import attention_probabilities, grouped_attention, handover
-from evomem.cache.masks import hides, slot_mask
+from evomem.cache.masks import Visibility, hides, slot_mask
 from evomem.cache.observe import Recorder
 from evomem.cache.spectrum import HOP
 from evomem.cache.turns import turns
@@ -72,6 +73,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.start: Tensor = None  # type: ignore[assignment]
         self.starts: tuple[int, ...] = ()
         self.seen = 0
+        self.ahead = 0  # tokens stored after the one that was read last, while a long input is cut
         self.decided = 0  # tokens that had been read at the last decision about all rows
         self.dense = True  # slots are 0..seen-1 in every head of every row
         self.aligned = True  # no head has an empty slot
@@ -92,9 +94,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.index == 0:  # every pass begins here, and what holds now holds for its other layers
             self.cache.require_attached()
             self.cache.require_whole()
+        self.cache.require_attended()
         self.is_initialized = True
         self.pending = (key_states, value_states)
-        handover.key, handover.layer = key_states, self
+        self.cache.awaiting = self.index
+        handover.give(self, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -163,13 +167,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.seen:
             raise CacheError("nothing has been read yet: there is no view of an empty layer")
         self.cache.require_observing(self.recorder)
+        keys, values, slots, decays = self.keys, self.values, self.slots, self.decays
+        if self.ahead:
+            keys, values, slots = (held[:, :, : -self.ahead] for held in (keys, values, slots))
+            decays = None if decays is None else decays[:, :, : -self.ahead]
         recorded = self.recorder.recorded(
-            self.keys, self.slots, self.start, self.seen,
-            scale=self.scale, decays=self.decays, window=self.window, softcap=self.softcap,
+            keys, slots, self.start, self.seen,
+            scale=self.scale, decays=decays, window=self.window, softcap=self.softcap,
             rotary=self.cache.rotaries[self.index],
         )  # fmt: skip
         return LayerView(
-            self.keys, self.values, self.slots, self.start, self.seen, self._fresh(),
+            keys, values, slots, self.start, self.seen, self._fresh(),
             self.index, self.cache.depth, recorded,
         )  # fmt: skip
 
@@ -206,6 +214,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def apply(self, decision: Decision, rows: Tensor | None = None) -> None:
         """Carry out a decision about the slots held now; ``rows`` (batch,) bool limits it to some rows."""
         keep, decay = decision.keep, decision.decay
+        if self.ahead and keep.shape[2] == self.slots.shape[2] - self.ahead:  # what is not read yet stays
+            keep = F.pad(keep, (0, self.ahead), value=True)
+            decay = None if decay is None else F.pad(decay, (0, self.ahead))
         if rows is not None:
             keep = torch.where(rows[:, None, None], keep, self.slots >= 0)
         if decay is not None:
@@ -247,30 +258,41 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     # ---- attention ------------------------------------------------------------------------------------------------
 
     def attend(
-        self, query: Tensor, padding: Tensor | None, scale: float, window: int | None, softcap: float | None,
-        positions: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self, query: Tensor, visibility: Visibility, scale: float, softcap: float | None, positions: Tensor | None
+    ) -> Tensor:
         """Store the pending tokens, attend, observe, and decide where the schedule says so.
 
-        query : (batch, query_heads, tokens, head_dim). padding : (batch, tokens ever read) bool, True = real, or None.
+        query : (batch, query_heads, tokens, head_dim).
 
         A long input is cut where decisions are due. A layer's output for a token depends on earlier tokens only, so
-        cutting inside the layer is the same as feeding the model one piece after the other.
+        cutting inside the layer is the same as feeding the model one piece after the other. Where a mask lets tokens
+        look ahead (those of one image see each other), what they look at is stored with them; decisions do not see it
+        before it is read.
         """
         if self.pending is None:
             raise CacheError("attention without new keys: update() must come first")
         (keys, values), self.pending = self.pending, None
+        self.cache.awaiting = None
         batch, count, begin = query.shape[0], query.shape[2], self.seen
-        self.scale, self.softcap, self.window = scale, softcap, window
+        padding, reaches = visibility.padding, visibility.reaches
+        self.scale, self.softcap, self.window = scale, softcap, visibility.window
         real = None if padding is None else padding[:, begin : begin + count]
         self._find_starts(batch, begin, real, query)
-        outputs, at = [], 0
+        outputs, at, stored = [], 0, 0
         for end, rows in self._pieces(begin, count):
             piece = slice(at, end)
             part = None if real is None else real[:, piece]
             before = self.nbytes()
-            self._append(keys[:, :, piece], values[:, :, piece], part)
-            outputs.append(self._attend(query[:, :, piece], part, padding, window))
+            reach = end if reaches is None else reaches[end - 1] - begin
+            if reach > stored:
+                new = slice(stored, reach)
+                self._append(keys[:, :, new], values[:, :, new], None if real is None else real[:, new])
+                stored = reach
+            self.seen, self.ahead = begin + end, stored - end
+            self._read += end - at
+            here = visibility.rows(piece)
+            outputs.append(self._attend(query[:, :, piece], part, here))
+            self.recorder.looked(here, begin + at, end - at, batch)
             self.recorder.queried(
                 query[:, :, piece].detach(), None if positions is None else positions[:, piece], part,
                 self.cache.rotaries[self.index],
@@ -304,11 +326,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
         batch, kv_heads, count, _ = keys.shape
-        index = torch.arange(self.seen, self.seen + count, device=keys.device).expand(batch, kv_heads, count)
+        first = self.seen + self.ahead
+        index = torch.arange(first, first + count, device=keys.device).expand(batch, kv_heads, count)
         if real is not None and not bool(real.all()):
             index = torch.where(real[:, None], index, -1)
             self.dense = self.aligned = False
-        if self.seen == 0:
+        if first == 0:
             # A model may hand over a part of a larger tensor (fused projections), which would stay alive as a whole.
             self.keys, self.values, self.slots = _own(keys), _own(values), index.contiguous()
         else:
@@ -317,15 +340,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.decays is not None:
             self.decays = torch.cat((self.decays, self.decays.new_zeros(batch, kv_heads, count)), 2)
         self.recorder.append(batch, kv_heads, count, keys)
-        self.seen += count
-        self._read += count
 
-    def _attend(self, query: Tensor, real: Tensor | None, padding: Tensor | None, window: int | None) -> Tensor:
+    def _attend(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Tensor:
         queries, held = query.shape[2], self.keys.shape[2]
+        padding, window, explicit = visibility.padding, visibility.window, visibility.explicit
         old = held - queries
         observe = self.recorder.wanted.every_query
         far = window is not None and self.seen > window
-        plain = self.aligned and self.decays is None and not far and (padding is None or not hides(self.slots, padding))
+        plain = explicit is None and self.aligned and self.decays is None and not far
+        plain = plain and (padding is None or not hides(self.slots, padding))
         if not observe and plain and (queries == 1 or old == 0):
             return grouped_attention(
                 query, self.keys, self.values, self.scale, causal=queries > 1, softcap=self.softcap
@@ -338,7 +361,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         outputs = []
         for at in range(0, queries, block):
             end = min(at + block, queries)
-            reach = old + end  # later slots belong to later queries
+            reach = old + end if explicit is None else held  # else later slots belong to later queries
             part = query[:, :, at:end]
             keys, values = self.keys[:, :, :reach], self.values[:, :, :reach]
             mask = slot_mask(
@@ -349,11 +372,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 window=window,
                 padding=padding,
                 real=None if real is None else real[:, at:end],
+                explicit=None if explicit is None else explicit[:, :, at:end],
             )
             if not observe:
                 outputs.append(grouped_attention(part, keys, values, self.scale, mask=mask, softcap=self.softcap))
                 continue
             attention = attention_probabilities(part, keys, self.scale, mask, self.softcap)
+            if explicit is not None:
+                attention = attention.nan_to_num(nan=0.0)  # of a query that may look at nothing
             mixed = torch.matmul(attention.to(values.dtype).flatten(2, 3), values)
             outputs.append(mixed.view(*part.shape[:3], values.shape[-1]))
             observed = attention.detach().mean(2)

@@ -2,8 +2,95 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which tokens the queries of one call may attend to.
+
+    Attributes
+    ----------
+    padding : (batch, tokens ever read) bool, True = real, or None when nothing is padded.
+    window : width of the sliding window in tokens, or None.
+    explicit : (1 or batch, 1 or kv_heads, queries, tokens ever read), bool or additive, or None for a causal mask. It
+        includes the window, and hides the padding.
+    """
+
+    padding: Tensor | None = None
+    window: int | None = None
+    explicit: Tensor | None = None
+
+    def to(self, device: torch.device) -> Visibility:
+        """Return the same on another device."""
+        moved = [None if mask is None else mask.to(device) for mask in (self.padding, self.explicit)]
+        return Visibility(moved[0], self.window, moved[1])
+
+    def rows(self, queries: slice) -> Visibility:
+        """Return the same for some of the queries."""
+        if self.explicit is None:
+            return self
+        return Visibility(self.padding, self.window, self.explicit[:, :, queries])
+
+    @cached_property
+    def reaches(self) -> list[int] | None:
+        """Per query, one past the last token that it or an earlier query may look at; None when that is itself."""
+        if self.explicit is None:
+            return None
+        seen = _seen(self.explicit)
+        queries, tokens = seen.shape[-2:]
+        last = torch.where(seen, torch.arange(1, tokens + 1, device=seen.device), 0).amax(-1).amax((0, 1))
+        own = torch.arange(tokens - queries + 1, tokens + 1, device=seen.device)
+        reach: list[int] = torch.maximum(last, own).cummax(0).values.tolist()
+        return reach
+
+
+def causal_rows(first: int, queries: int, window: int | None, device: torch.device) -> Tensor:
+    """Rows of a causal mask for ``queries`` tokens from ``first`` on: (1, 1, queries, first + queries) bool."""
+    index = torch.arange(first, first + queries, device=device)[:, None]
+    tokens = torch.arange(first + queries, device=device)
+    rows = tokens <= index
+    return (rows if window is None else rows & (tokens > index - window))[None, None]
+
+
+def joined_rows(old: Tensor, new: Tensor) -> Tensor:
+    """Rows of two explicit masks (batch, heads, queries, tokens) below each other: bool if both are, else additive.
+
+    Tokens that only one of the two has are hidden from the other's queries.
+    """
+    if new.dtype != torch.bool or old.dtype != torch.bool:
+        old, new = (m if m.dtype != torch.bool else torch.where(m, 0.0, -torch.inf) for m in (old, new))
+        old, new = old.float(), new.float()
+    heads, tokens = max(old.shape[1], new.shape[1]), max(old.shape[3], new.shape[3])
+    hidden = False if old.dtype == torch.bool else -torch.inf
+    wide = [F.pad(m, (0, tokens - m.shape[3]), value=hidden).expand(-1, heads, -1, -1) for m in (old, new)]
+    return torch.cat(wide, 2)
+
+
+def leading_padding(mask: Tensor) -> Tensor | None:
+    """Return which tokens of a first input are real, (batch, tokens) bool, by its mask; None when all are.
+
+    Padding is the tokens at the beginning that no other token looks at.
+
+    mask : (batch, heads, queries, tokens), bool or additive.
+    """
+    seen = _seen(mask)
+    queries, tokens = seen.shape[-2:]
+    if queries != tokens or tokens == 1:
+        return None  # not a first input: what is padding was known then
+    others = seen.any(1) & ~torch.eye(tokens, dtype=torch.bool, device=seen.device)
+    real = others.any(1).cumsum(-1) > 0
+    return None if bool(real.all()) else real | ~real.any(-1, keepdim=True)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Where an explicit mask lets a query look."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def slot_mask(
@@ -15,6 +102,7 @@ def slot_mask(
     window: int | None = None,
     padding: Tensor | None = None,
     real: Tensor | None = None,
+    explicit: Tensor | None = None,
 ) -> Tensor:
     """Which slots every query may attend to.
 
@@ -27,11 +115,16 @@ def slot_mask(
     window : sliding window, in tokens.
     padding : (batch, tokens ever read) bool, True = visible now. It may hide a token that was visible when it was read.
     real : (batch, queries) bool, which queries are no padding; None when all are.
+    explicit : (1 or batch, 1 or kv_heads, queries, tokens ever read), bool or additive: what the model's own mask says,
+        instead of causality, ``window`` and ``padding``.
 
     Returns
     -------
-    (1 or batch, 1 or kv_heads, queries, slots): bool, or with decays additive fp32 (-inf where not allowed).
+    (1 or batch, 1 or kv_heads, queries, slots): bool, or with decays or an additive mask additive fp32 (-inf where not
+    allowed).
     """
+    if explicit is not None:
+        return _gathered(explicit, slots, uniform=uniform, decays=decays)
     index = index[:, None]
     held = slots[:1, :1, None] if uniform else slots[:, :, None]
     allowed = (held >= 0) & (held <= index)
@@ -45,6 +138,23 @@ def slot_mask(
     if decays is None:
         return allowed
     return torch.where(allowed, decays[:, :, None], -torch.inf)
+
+
+def _gathered(explicit: Tensor, slots: Tensor, *, uniform: bool, decays: Tensor | None) -> Tensor:
+    """An explicit mask at the tokens that the slots hold."""
+    if uniform:
+        found = explicit[..., : slots.shape[2]]
+        valid = torch.ones((), dtype=torch.bool, device=slots.device)
+    else:
+        batch, kv_heads, held = slots.shape
+        shape = (batch, kv_heads, explicit.shape[2])
+        index = slots.clamp(min=0)[:, :, None].expand(*shape, held)
+        found = explicit.expand(*shape, explicit.shape[3]).gather(3, index)
+        valid = (slots >= 0)[:, :, None]
+    if explicit.dtype == torch.bool and decays is None:
+        return found & valid
+    bias = found.float() if explicit.dtype != torch.bool else torch.where(found, 0.0, -torch.inf)
+    return torch.where(valid, bias if decays is None else bias + decays[:, :, None], -torch.inf)
 
 
 def hides(slots: Tensor, padding: Tensor) -> bool:

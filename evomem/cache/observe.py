@@ -25,12 +25,13 @@ is computed in blocks of queries; a (heads, tokens, tokens) tensor never exists.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from evomem.cache.attention import attention_probabilities
-from evomem.cache.masks import slot_mask
+from evomem.cache.masks import Visibility, causal_rows, joined_rows, slot_mask
 from evomem.cache.rotary import Rotary, future_rotation, unrotate
 from evomem.cache.spectrum import BINS, HOP, advance
 from evomem.errors import ConfigError
@@ -103,12 +104,13 @@ class Recorder:
     """The recorded state of one layer. Slot-aligned tensors have the slots on axis 2.
 
     ``slotwise`` and ``rowwise`` tensors have the batch on axis 0 and follow the cache's row operations;
-    ``slotwise`` tensors also follow its compaction.
+    ``slotwise`` tensors also follow its compaction. ``window`` is the sliding window of the last causal mask.
     """
 
     wanted: Wanted
     slotwise: dict[str, Tensor] = field(default_factory=dict)
     rowwise: dict[str, Tensor] = field(default_factory=dict)
+    window: int | None = None
 
     def append(self, batch: int, kv_heads: int, count: int, like: Tensor) -> None:
         """Make room for ``count`` new slots: nobody has looked at them yet."""
@@ -172,6 +174,22 @@ class Recorder:
                 grown[rows] = block
         self.slotwise["columns"] = grown
 
+    def looked(self, visibility: Visibility, first: int, queries: int, batch: int) -> None:
+        """Learn what ``queries`` new queries, from token ``first`` on, may look at; called before `queried`.
+
+        Rows of masks are kept for the newest queries from the first explicit mask on.
+        """
+        width, explicit, old = self.wanted.queries, visibility.explicit, self.rowwise.get("visible")
+        window, self.window = self.window, visibility.window if explicit is None else self.window
+        if not width or (old is None and explicit is None):
+            return
+        device = old.device if explicit is None and old is not None else cast(Tensor, explicit).device
+        if old is None:
+            held = self.rowwise["queries"].shape[2] if "queries" in self.rowwise else 0
+            old = causal_rows(first - held, held, window, device).expand(batch, -1, -1, -1)
+        new = causal_rows(first, queries, visibility.window, device) if explicit is None else explicit
+        self.rowwise["visible"] = joined_rows(old, new.expand(batch, -1, -1, -1))[:, :, -width:].clone()
+
     def queried(self, query: Tensor, positions: Tensor | None, real: Tensor | None, rotary: Rotary | None) -> None:
         """Learn from the queries themselves.
 
@@ -224,7 +242,9 @@ class Recorder:
             query = self.rowwise["queries"][:, :, -width:]
             indices = torch.arange(seen - query.shape[2], seen, device=query.device)
             real = indices >= start[:, None]
-            mask = slot_mask(slots, indices, decays=decays, window=window)
+            visible = self.rowwise.get("visible")
+            visible = None if visible is None else visible[:, :, -query.shape[2] :]
+            mask = slot_mask(slots, indices, decays=decays, window=window, explicit=visible)
             by_head = attention_probabilities(query, keys, scale, mask, softcap)
             if width in wanted.windows or width in wanted.statistics:
                 attention = _of_real(by_head.mean(2), real)
@@ -246,7 +266,8 @@ class Recorder:
     ) -> dict[str, Tensor]:  # fmt: skip
         """Return everything wanted, as in ``LayerView.recorded``; arguments as in `SlotLayer`."""
         names = ("attention_sum", "attention_spectrum")
-        found: dict[str, Tensor] = {name: self.slotwise[name] for name in names if name in self.slotwise}
+        held = slots.shape[2]  # tokens ahead have room already, and are not read yet
+        found: dict[str, Tensor] = {name: self.slotwise[name][:, :, :held] for name in names if name in self.slotwise}
         if self.wanted.queries:
             found.update(self.window_attention(keys, slots, start, seen, scale, decays, window, softcap))
         if self.wanted.query_statistics:
