@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,7 +209,7 @@ def grouped_attention(
         probabilities = attention_probabilities(
             query, key, scale, _triangle(queries, slots, key) if causal else mask, softcap
         )
-        return torch.matmul(probabilities.to(value.dtype).flatten(2, 3), value).view(batch, heads, queries, -1)
+        return mixed(probabilities, value)
     if group == 1:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=_like(mask, query), is_causal=causal, scale=scale
@@ -234,19 +235,48 @@ def attention_probabilities(
 ) -> Tensor:
     """Post-softmax attention in fp32: (batch, kv_heads, group, queries, slots). For blocks of queries only.
 
-    ``mask`` as in `grouped_attention`. The group axis keeps the query heads of a KV head apart.
+    ``mask`` as in `grouped_attention`. The group axis keeps the query heads of a KV head apart. The product of queries
+    and keys is taken in fp32 whatever their type and whatever `torch.autocast` says: in fp16 it passes 65,504 and
+    becomes infinite, in bf16 its rounding is as large as the differences that a manager decides by.
     """
     batch, heads, queries, size = query.shape
     kv_heads = key.shape[1]
-    grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * queries, size)
-    logits = torch.matmul(grouped, key.transpose(-1, -2)).float().mul_(scale)
-    logits = logits.view(batch, kv_heads, heads // kv_heads, queries, key.shape[2])
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        wide = mask[:, :, None]
-        logits = logits.masked_fill_(~wide, -torch.inf) if wide.dtype == torch.bool else logits + wide
-    return torch.softmax(logits, dim=-1)
+    with full_precision(query):
+        grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * queries, size)
+        logits = torch.matmul(_widened(grouped), _widened(key).transpose(-1, -2)).float().mul_(scale)
+        logits = logits.view(batch, kv_heads, heads // kv_heads, queries, key.shape[2])
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            wide = mask[:, :, None]
+            logits = logits.masked_fill_(~wide, -torch.inf) if wide.dtype == torch.bool else logits + wide
+        return torch.softmax(logits, dim=-1)
+
+
+def mixed(probabilities: Tensor, value: Tensor) -> Tensor:
+    """Values mixed by `attention_probabilities`: (batch, query_heads, queries, head_dim), in the values' type."""
+    batch, kv_heads, group, queries, _ = probabilities.shape
+    output = torch.matmul(probabilities.to(value.dtype).flatten(2, 3), value)
+    return output.view(batch, kv_heads * group, queries, value.shape[-1])
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which `torch.autocast` leaves types alone on the tensor's device: what is observed and
+    decided must not depend on it.
+    """
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if autocasts(like) else nullcontext()
+
+
+def autocasts(like: Tensor) -> bool:
+    """Whether `torch.autocast` is at work on the tensor's device."""
+    device = like.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """``x`` in fp32 if its type is smaller."""
+    return x.float() if x.element_size() < torch.float32.itemsize else x
 
 
 def _triangle(queries: int, slots: int, like: Tensor) -> Tensor:
@@ -255,5 +285,13 @@ def _triangle(queries: int, slots: int, like: Tensor) -> Tensor:
 
 
 def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Bool masks as they are, additive masks in the query's dtype, as SDPA wants them."""
-    return mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
+    """Bool masks as they are; additive ones in fp32 where SDPA takes them so, or else in the query's type.
+
+    Processors take them so for fp16 and bf16; there a decay is as exact as in fp32. Kernels of accelerators want the
+    query's type.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    if mask.dtype == torch.float32 and query.device.type == "cpu" and query.element_size() < mask.element_size():
+        return mask
+    return mask.to(query.dtype)

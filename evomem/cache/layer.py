@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from evomem.cache.attention import attention_probabilities, grouped_attention, handover
+from evomem.cache.attention import (
+    attention_probabilities,
+    autocasts,
+    full_precision,
+    grouped_attention,
+    handover,
+    mixed,
+)
 from evomem.cache.masks import Visibility, hides, slot_mask
 from evomem.cache.observe import Recorder
 from evomem.cache.spectrum import HOP
@@ -208,7 +215,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def decide(self, rows: Tensor | None = None) -> None:
         """Let the policy decide about this layer now; ``rows`` (batch,) bool limits it to some rows."""
         view = self.view()
-        decision = self.cache.policy.decide(view)
+        with full_precision(view.keys):
+            decision = self.cache.policy.decide(view)
         self.apply(decision, rows)
 
     def apply(self, decision: Decision, rows: Tensor | None = None) -> None:
@@ -293,10 +301,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             here = visibility.rows(piece)
             outputs.append(self._attend(query[:, :, piece], part, here))
             self.recorder.looked(here, begin + at, end - at, batch)
-            self.recorder.queried(
-                query[:, :, piece].detach(), None if positions is None else positions[:, piece], part,
-                self.cache.rotaries[self.index],
-            )  # fmt: skip
+            with full_precision(query):
+                self.recorder.queried(
+                    query[:, :, piece].detach(), None if positions is None else positions[:, piece], part,
+                    self.cache.rotaries[self.index],
+                )  # fmt: skip
             self._account(before, end - at)
             if rows is not None:
                 self.decide(None if bool(rows.all()) else rows)
@@ -342,51 +351,84 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.recorder.append(batch, kv_heads, count, keys)
 
     def _attend(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Tensor:
+        """Attend, and observe if that is wanted: (batch, query_heads, queries, head_dim).
+
+        What is observed never changes what is computed. In fp32 the observed probabilities make the output as well,
+        which differs from the fused kernel's by rounding only and saves a product. In every other type the output is
+        that of a manager that does not observe, to the bit, and the probabilities are worked out beside it in fp32.
+        """
+        if not self.recorder.wanted.every_query:
+            return self._attend_unobserved(query, real, visibility)
+        if query.dtype == torch.float32 and not autocasts(query):
+            outputs = [mixed(*block) for block in self._observed(query, real, visibility)]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        output = self._attend_unobserved(query, real, visibility)
+        with torch.no_grad():
+            for _ in self._observed(query, real, visibility):
+                pass
+        return output
+
+    def _attend_unobserved(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Tensor:
         queries, held = query.shape[2], self.keys.shape[2]
-        padding, window, explicit = visibility.padding, visibility.window, visibility.explicit
+        padding, window = visibility.padding, visibility.window
         old = held - queries
-        observe = self.recorder.wanted.every_query
         far = window is not None and self.seen > window
-        plain = explicit is None and self.aligned and self.decays is None and not far
+        plain = visibility.explicit is None and self.aligned and self.decays is None and not far
         plain = plain and (padding is None or not hides(self.slots, padding))
-        if not observe and plain and (queries == 1 or old == 0):
+        if plain and (queries == 1 or old == 0):
             return grouped_attention(
                 query, self.keys, self.values, self.scale, causal=queries > 1, softcap=self.softcap
             )
-        if not observe and plain and queries * held <= BLOCK_ELEMENTS:
+        if plain and queries * held <= BLOCK_ELEMENTS:
             triangle = torch.ones(queries, held, dtype=torch.bool, device=query.device).tril(old)[None, None]
             return grouped_attention(query, self.keys, self.values, self.scale, mask=triangle, softcap=self.softcap)
-        rows = query.shape[0] * (query.shape[1] if observe else self.keys.shape[1])
-        block = max(HOP, min(queries, BLOCK_ELEMENTS // (rows * held) // HOP * HOP))
-        outputs = []
+        outputs = [
+            grouped_attention(query[:, :, part], keys, values, self.scale, mask=mask, softcap=self.softcap)
+            for part, keys, values, mask in self._blocks(query, real, visibility, self.keys.shape[1])
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _observed(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Iterator[tuple[Tensor, Tensor]]:
+        """Let the recorder see the attention of all queries, block by block.
+
+        Yields the block's probabilities (batch, kv_heads, group, queries, slots) and the slots' values.
+        """
+        first = self.seen - query.shape[2]
+        for part, keys, values, mask in self._blocks(query, real, visibility, query.shape[1]):
+            attention = attention_probabilities(query[:, :, part], keys, self.scale, mask, self.softcap)
+            if visibility.explicit is not None:
+                attention = attention.nan_to_num(nan=0.0)  # of a query that may look at nothing
+            seen = attention.detach().mean(2)
+            if real is not None:
+                seen = seen * real[:, None, part, None]
+            self.recorder.attended(seen, first + part.start, self.starts)
+            yield attention, values
+
+    def _blocks(
+        self, query: Tensor, real: Tensor | None, visibility: Visibility, heads: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Cut the queries into blocks whose masks, or probabilities of ``heads`` heads, stay small.
+
+        Yields the block's queries, and the keys, values and mask (see `slot_mask`) of the slots that they may look at.
+        """
+        queries, held, explicit = query.shape[2], self.keys.shape[2], visibility.explicit
+        block = max(HOP, min(queries, BLOCK_ELEMENTS // (query.shape[0] * heads * held) // HOP * HOP))
+        first = self.seen - queries
         for at in range(0, queries, block):
-            end = min(at + block, queries)
-            reach = old + end if explicit is None else held  # else later slots belong to later queries
-            part = query[:, :, at:end]
-            keys, values = self.keys[:, :, :reach], self.values[:, :, :reach]
+            part = slice(at, min(at + block, queries))
+            # Later slots belong to later queries, unless a mask lets tokens look ahead.
+            reach = held - queries + part.stop if explicit is None else held
             mask = slot_mask(
                 self.slots[:, :, :reach],
-                torch.arange(self.seen - queries + at, self.seen - queries + end, device=query.device),
+                torch.arange(first + part.start, first + part.stop, device=query.device),
                 uniform=self.aligned and self.dense,
                 decays=None if self.decays is None else self.decays[:, :, :reach],
-                window=window,
-                padding=padding,
-                real=None if real is None else real[:, at:end],
-                explicit=None if explicit is None else explicit[:, :, at:end],
+                window=visibility.window,
+                padding=visibility.padding,
+                real=None if real is None else real[:, part],
+                explicit=None if explicit is None else explicit[:, :, part],
             )
-            if not observe:
-                outputs.append(grouped_attention(part, keys, values, self.scale, mask=mask, softcap=self.softcap))
-                continue
-            attention = attention_probabilities(part, keys, self.scale, mask, self.softcap)
-            if explicit is not None:
-                attention = attention.nan_to_num(nan=0.0)  # of a query that may look at nothing
-            mixed = torch.matmul(attention.to(values.dtype).flatten(2, 3), values)
-            outputs.append(mixed.view(*part.shape[:3], values.shape[-1]))
-            observed = attention.detach().mean(2)
-            if real is not None:
-                observed = observed * real[:, None, at:end, None]
-            self.recorder.attended(observed, self.seen - queries + at, self.starts)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+            yield part, self.keys[:, :, :reach], self.values[:, :, :reach], mask
 
     # ---- bytes ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from evomem.cache import Decision, LayerView
+from evomem.cache.attention import full_precision
 from evomem.managers.base import MemoryManager, Schedule
 
 
@@ -117,7 +118,8 @@ class PopulationPolicy:
         decay: Tensor | None = None
         for group in self.groups:
             own = view if shared else _rows(view, group.places)
-            kept, faded = _decide(group, own, shared)
+            with full_precision(view.keys):
+                kept, faded = _decide(group, own, shared)
             keep[group.places] = kept
             if faded is not None:
                 decay = torch.zeros(shape, device=keep.device) if decay is None else decay

@@ -16,6 +16,24 @@ TOLERANCE = 1e-5
 """Largest difference between two ways to the same logits in fp32, relative to the largest logit (at least 1)."""
 
 
+ROUNDINGS = 8
+"""The same in types of less precision, as a multiple of the type's rounding (`torch.finfo(dtype).eps`)."""
+
+
+def logit_tolerance(dtype: torch.dtype) -> float:
+    """Return how far logits of a model of this type may be apart: 1e-5 in fp32 and fp64, .008 in fp16, .06 in bf16.
+
+    Relative to the largest logit (at least 1). Every layer rounds what it hands on, so two right ways to the same
+    logits differ by some roundings of the type; a token that is missing from a memory moves them by more.
+    """
+    return max(TOLERANCE, 0.0 if is_exact(dtype) else ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether the type is so fine (fp32, fp64) that rounding decides neither about slots nor about tokens."""
+    return torch.finfo(dtype).bits >= torch.finfo(torch.float32).bits
+
+
 class ConformanceError(EvomemError, AssertionError):
     """A manager, or the cache under it, breaks the contract."""
 
@@ -91,9 +109,10 @@ def kv_heads(model: PreTrainedModel) -> int:
 
 
 def same_logits(
-    what: str, got: Tensor, wanted: Tensor, real: Tensor | None = None, tolerance: float = TOLERANCE
+    what: str, got: Tensor, wanted: Tensor, real: Tensor | None = None, tolerance: float | None = None
 ) -> None:
     """Raise `ConformanceError` when logits (batch, tokens, vocabulary) differ, at tokens that are real."""
+    tolerance = logit_tolerance(got.dtype) if tolerance is None else tolerance
     if real is None:
         real = torch.ones(got.shape[:2], dtype=torch.bool)
     difference = (got.float() - wanted.float()).abs().amax(-1).masked_fill(~real, 0.0)

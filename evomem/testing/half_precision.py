@@ -1,0 +1,80 @@
+"""Cache: how the conformance kit compares decisions of fp16 and bf16 models, in which a rounding may tip a slot.
+
+Two ways to read the same context round differently there, so that near-equal scores may change places. What is compared
+instead: decisions about the very same numbers, and the logits that follow from the very same decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from evomem.cache import CachePolicy, Decision, LayerView
+from evomem.testing.comparing import ConformanceError, same_tensors
+from evomem.testing.reference import Event, Tracing
+
+AGREEMENT = 0.75
+"""Share of kept slots that must be the same whether a context is read at once or in pieces."""
+
+
+class RowByRow(Tracing):
+    """Decides as the policy does, and compares with what it decides about every row's part of the view alone."""
+
+    def decide(self, view: LayerView) -> Decision:
+        """Decide about the batch and about its rows."""
+        decision = super().decide(view)
+        every = self.schedule.every
+        for row in range(len(view.start)):
+            own = view.seen - int(view.start[row])
+            if own <= 0 or (every is not None and own % every):
+                continue
+            alone, empty = _row_of(view, row)
+            mine, theirs = decision.keep[row : row + 1, :, empty:], self.policy.decide(alone).keep
+            same_tensors(f"row {row} in a batch against alone, layer {view.layer}: kept", mine, theirs & alone.valid)
+        return decision
+
+
+def _row_of(view: LayerView, row: int) -> tuple[LayerView, int]:
+    """Return one row of a view as if it had been read alone, and how many columns that are empty in it were cut."""
+    one, start = slice(row, row + 1), view.start[row]
+    slots = view.slots[one]
+    empty = int((slots < 0).all(1).sum())
+    recorded = {
+        name: part[one, :, empty:] if name.startswith(("attention_", "window_")) else part[one]
+        for name, part in view.recorded.items()
+    }
+    seen = view.seen - int(start)
+    slots = torch.where(slots >= 0, slots - start, -1)[..., empty:]
+    alone = LayerView(
+        view.keys[one, :, empty:], view.values[one, :, empty:], slots, torch.zeros_like(view.start[one]),
+        seen, min(view.fresh, seen), view.layer, view.layers, recorded,
+    )  # fmt: skip
+    return alone, empty
+
+
+class Replaying:
+    """Carries out decisions that were made before, and counts in how many slots the policy agrees with them."""
+
+    def __init__(self, policy: CachePolicy, events: Mapping[int, list[Event]]) -> None:
+        self.policy, self.events = policy, events
+        self.observes, self.schedule = policy.observes, policy.schedule
+        self.made: dict[int, int] = {}
+        self.kept = self.agreed = 0
+
+    def decide(self, view: LayerView) -> Decision:
+        """Return the decision that was made at this place; the slots must be those that it was made about."""
+        number = self.made.get(view.layer, 0)
+        self.made[view.layer] = number + 1
+        event = self.events[view.layer][number]
+        same_tensors(f"slots of layer {view.layer} at decision {number}", view.slots, event.slots)
+        mine, theirs = self.policy.decide(view).keep & view.valid, event.keep & view.valid
+        self.kept, self.agreed = self.kept + int(theirs.sum()), self.agreed + int((mine & theirs).sum())
+        return Decision(event.keep, event.decay)
+
+    def require_agreement(self, what: str) -> None:
+        """Raise `ConformanceError` unless the policy would have kept `AGREEMENT` of the slots itself."""
+        if self.agreed < AGREEMENT * self.kept:
+            raise ConformanceError(
+                f"{what}: of {self.kept} slots that are kept when all is read at once, only {self.agreed} are kept"
+            )
