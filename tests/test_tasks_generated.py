@@ -153,7 +153,7 @@ def test_recall_asks_for_the_newest_value(name, separator, length):
 
 
 def test_recall_gaps_follow_the_power_law():
-    task = build("mqar:pairs=1,length=36,power=0.5", ToyTokenizer())
+    task = build("mqar:pairs=1,length=37,power=0.5", ToyTokenizer())
     gaps = Counter(sample.meta["gap"] for sample in task.samples(Split.TRAIN, 2000, seed=0))
     weights = [gap**-0.5 for gap in range(1, 12)]
     observed = [gaps[gap] for gap in range(1, 12)]

@@ -17,6 +17,7 @@ from evomem.evaluation.rows import Budget, Measured, Role, Row, budget_size, row
 from evomem.evaluation.types import Evaluation
 from evomem.managers import MemoryManager, build, names
 from evomem.tasks.base import Sample, Split, Task
+from evomem.tasks.chat import ChatTemplate
 
 Progress = Callable[[int, int], None]
 
@@ -53,6 +54,12 @@ class Place:
     task: str
     evaluator: Evaluator
     subject_task: Task
+
+    @property
+    def chat_template(self) -> str:
+        """Hash of the chat template that the task asks in; "" if it does not."""
+        chat: ChatTemplate | None = getattr(self.subject_task, "chat", None)
+        return "" if chat is None else chat.digest
 
 
 @dataclass(frozen=True)
@@ -303,6 +310,9 @@ def _fingerprint(
                 "dtype": str(place.evaluator.loaded.model.dtype),
                 "task": [place.task, place.subject_task.name, place.subject_task.describe()],
                 "protocol": str(place.evaluator.protocol),
+                # Only where there is one, so that older files without one are gone on with.
+                **({"prefix": list(prefix)} if (prefix := place.evaluator.encoder.prefix) else {}),
+                **({"chat_template": place.chat_template} if place.chat_template else {}),
             }
             for place in places
         ],
@@ -330,6 +340,8 @@ def _comparison(
                 split=str(split),
                 role=entrant.role,
                 evaluations=found[place.model, place.task, entrant.name, entrant.budget],
+                prefix=place.evaluator.encoder.spelled,
+                chat_template=place.chat_template,
             )
             for entrant in entrants
         ]

@@ -27,6 +27,7 @@ from evomem.managers.stochastic import StochasticManager
 from evomem.managers.vector import to_vector
 from evomem.models import LoadedModel
 from evomem.tasks.base import Sample, Task
+from evomem.tasks.encoding import TextEncoder
 
 AnyManager = TypeVar("AnyManager", bound=MemoryManager)
 
@@ -67,6 +68,7 @@ class Evaluator:
         self.store: Readings = store if store is not None else PrefillStore()
         self.future = FutureAttention()
         self.traces: KnownSamples | None = None
+        self.encoder = TextEncoder(loaded.tokenizer)
         self._drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
         config = loaded.model.generation_config
         ends = getattr(config, "eos_token_id", None) if config is not None else None
@@ -216,6 +218,9 @@ class Evaluator:
     def tokens(self, sample: Sample) -> Tokens:
         """Encode a sample; context, question and answer are encoded apart, so that no token straddles them.
 
+        Before the context stands, once, what the tokenizer puts before every text (`TextEncoder.prefix`), so that what
+        is measured is what ``tokenizer(text)`` gives in use; in a chat, the template's beginning (`Sample.head`).
+
         Something must be asked with: the question; in ``query_aware`` mode its last token, because the others are read
         before the decision; the context's last token if there is no question.
 
@@ -223,14 +228,16 @@ class Evaluator:
         ------
         TaskError : nothing is left to read, or there is no answer.
         """
-        context, question, answer = (self.encode(t) for t in (sample.context, sample.question, sample.answer))
+        encoder, head = self.encoder, len(self.encoder.head(sample))
+        context = self._ids(encoder.context(sample))
+        question, answer = (self._ids(encoder.following(text)) for text in (sample.question, sample.answer))
         if self.protocol.mode == "query_aware" or not question.shape[1]:
             whole = torch.cat((context, question), 1)
             read, prompt = whole[:, :-1], whole[:, -1:]
         else:
             read, prompt = context, question
-        for name, part in (("context", read), ("answer", answer)):
-            if not part.shape[1]:
+        for name, tokens in (("context", read.shape[1] - head), ("answer", answer.shape[1])):
+            if tokens < 1:
                 raise TaskError(
                     f"sample {sample.id}: its {name} has no token; give every sample a context and an answer"
                 )
@@ -345,10 +352,13 @@ class Evaluator:
         logits: Tensor = output.logits[:, -keep:]
         return logits
 
-    def encode(self, text: str) -> Tensor:
-        """Tokens of a text by itself: (1, length) int64."""
-        ids = self.loaded.tokenizer.encode(text, add_special_tokens=False)
+    def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.int64, device=self.loaded.model.device)
+
+    def without_context(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Tokens of the question by itself, as the beginning of a text, and of the answer: each (1, length) int64."""
+        asked = self._ids(self.encoder.without_context(sample))
+        return asked, self._ids(self.encoder.following(sample.answer))
 
     # ---- the plain way --------------------------------------------------------------------------------------------
 

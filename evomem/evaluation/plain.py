@@ -57,7 +57,7 @@ def evaluate_plainly(
 @torch.no_grad()
 def loglik_without_context(evaluator: Evaluator, sample: Sample) -> float:
     """Mean log-likelihood of the answer when nothing but the question is read: what a task must beat."""
-    prompt, answer = evaluator.encode(sample.question), evaluator.encode(sample.answer)
+    prompt, answer = evaluator.without_context(sample)
     if not prompt.shape[1]:
         prompt = evaluator.tokens(sample).prompt
     with attached(evaluator.loaded.model):

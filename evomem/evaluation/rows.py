@@ -37,6 +37,8 @@ class Row:
     slots : per head, mean over layers, heads and samples.
     recovered : (this - random) / (full - random) in log-likelihood at this budget; None without ``random``.
     seconds : wall time per sample.
+    prefix : what the tokenizer puts before every context, as it spells it; "": nothing.
+    chat_template : hash of the chat template that the samples are asked in; "": plain text.
     """
 
     model: str
@@ -60,6 +62,8 @@ class Row:
     interval_loglik: list[float] | None = None
     bytes_ratio: float | None = None
     recovered: float | None = None
+    prefix: str = ""
+    chat_template: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, numbers that are not finite as None."""
@@ -91,7 +95,8 @@ def budget_size(budget: Budget) -> float:
 class Measured:
     """What one manager was measured to do at one budget in one place: what a row is made of.
 
-    ``evaluations`` are in the order of the samples, which is the same for all managers of a place.
+    ``evaluations`` are in the order of the samples, which is the same for all managers of a place; ``prefix`` and
+    ``chat_template`` are the `Row`'s.
     """
 
     model: str
@@ -102,6 +107,8 @@ class Measured:
     split: str
     role: Role
     evaluations: Sequence[Evaluation]
+    prefix: str = ""
+    chat_template: str = ""
 
 
 def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
@@ -173,6 +180,8 @@ def _row(
         interval_loglik=bootstrap_mean([e.loglik for e in mine]).bounds(),
         bytes_ratio=bytes_mean / _mean([e.bytes_mean for e in reference]),
         recovered=recovered,
+        prefix=one.prefix,
+        chat_template=one.chat_template,
     )
 
 

@@ -103,6 +103,7 @@ class TraceHeader(_Strict):
     ----------
     features : base features that views have, stored or from their slots.
     used : share of a query's attention from which on a slot counts as used (`evomem.cache.observe.USED`).
+    prefix : what the tokenizer put before every context.
     """
 
     schema_version: Literal[1] = 1
@@ -113,6 +114,7 @@ class TraceHeader(_Strict):
     seed: int
     features: tuple[str, ...]
     used: float
+    prefix: str = ""
 
 
 class Manifest(_Strict):

@@ -43,9 +43,8 @@ from evomem.plugins.untrusted import (
     read_object,
     read_pictures,
     read_tensors,
-    shown,
 )
-from evomem.strict_json import to_json
+from evomem.strict_json import shown, to_json
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}", re.ASCII)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from evomem.errors import PluginError
+from evomem.strict_json import DEPTH as DEPTH
+from evomem.strict_json import NotStrictError, parse_strict
+from evomem.strict_json import shown as shown
 
 CONFIG, TENSORS, PROVENANCE, CARD = FILES = ("config.json", "model.safetensors", "provenance.json", "README.md")
 PICTURES = "assets"
@@ -27,19 +29,13 @@ LIMITS = {
 }
 """Bytes that each file may have. A manager is some kilobytes; what is much larger is none, or means harm."""
 
-HEADER, DEPTH, PICTURE_COUNT = 1 << 20, 32, 8
-"""Bytes of a safetensors header, levels of nested JSON, and pictures."""
+HEADER, PICTURE_COUNT = 1 << 20, 8
+"""Bytes of a safetensors header, and pictures."""
 ENTRIES, INTEGER = 4096, 2**63 - 1
 """Entries of a list and size of an integer in ``config.json``."""
 
 _PICTURE = re.compile(r"[A-Za-z0-9][\w-]{0,63}\.png", re.ASCII)
 _PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def shown(text: object, length: int = 80) -> str:
-    """Return something that a file says as it may stand in a message: short, and without control characters."""
-    plain = text if isinstance(text, str) and text.isprintable() else repr(text)
-    return plain if len(plain) <= length else plain[: length - 3] + "..."
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -74,10 +70,6 @@ def read_bytes(path: Path, limit: int) -> bytes:
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
 
-class _NotStrictError(ValueError):
-    """What strict JSON does not allow and Python's parser does."""
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object: UTF-8, no key twice, numbers finite, at most `DEPTH` levels deep.
 
@@ -87,69 +79,37 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     content = read_bytes(path, LIMITS[path.name])
     try:
-        data = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_number, parse_float=_finite
-        )
-    except _NotStrictError as error:
-        raise PluginError(f"{path}: {error}") from None
-    except RecursionError:
-        raise PluginError(f"{path}: is nested more than {DEPTH} levels deep") from None
-    except ValueError as error:
+        data = parse_strict(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
         raise PluginError(f"{path}: is not JSON: {shown(str(error))}") from None
+    except NotStrictError as error:
+        raise PluginError(f"{path}: {_fault(error)}") from None
     if not isinstance(data, dict):
         raise PluginError(f"{path}: an object is expected, this is {type(data).__name__}")
-    for field, value in data.items():
-        _check_value(f"{path}: {shown(field)}", value, bounded=path.name == CONFIG)
+    if path.name == CONFIG:
+        for field, value in data.items():
+            _check_sizes(f"{path}: {shown(field)}", value)
     return data
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _NotStrictError(f"{shown(name)}: is given twice")
-        _check_text(name)
-        found[name] = value
-    return found
+def _fault(error: NotStrictError) -> str:
+    text = str(error)
+    return f"is {text}" if text.startswith("not JSON") else text
 
 
-def _check_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _NotStrictError(f"{shown(text)}: holds half a character, which no text has") from None
-
-
-def _no_number(text: str) -> NoReturn:
-    raise _NotStrictError(f"holds {text}, which is no JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if abs(value) != float("inf") else _no_number(shown(text))
-
-
-def _check_value(where: str, value: Any, *, bounded: bool) -> None:
-    """Check depth, texts and, if ``bounded``, sizes. Not by recursion, which is what a deep file is made against."""
-    level, depth = [value], 1
+def _check_sizes(where: str, value: Any) -> None:
+    """Check the entries of lists and the sizes of integers, at any depth (`parse_strict` has bounded it)."""
+    level = [value]
     while level:
         below: list[Any] = []
         for one in level:
-            if isinstance(one, str):
-                try:
-                    _check_text(one)
-                except _NotStrictError as error:
-                    raise PluginError(f"{where}: {error}") from None
-            elif isinstance(one, dict | list):
-                if bounded and len(one) > ENTRIES:
+            if isinstance(one, dict | list):
+                if len(one) > ENTRIES:
                     raise PluginError(f"{where}: has {len(one):,} entries; at most {ENTRIES:,}")
-                if depth >= DEPTH:
-                    raise PluginError(f"{where}: is nested more than {DEPTH} levels deep")
                 below += one.values() if isinstance(one, dict) else one
-            elif bounded and isinstance(one, int) and abs(one) > INTEGER:
+            elif isinstance(one, int) and abs(one) > INTEGER:
                 raise PluginError(f"{where}: {shown(str(one))} is beyond the integers of tensors")
-        level, depth = below, depth + 1
+        level = below
 
 
 # ---- tensors and pictures ------------------------------------------------------------------------------------------

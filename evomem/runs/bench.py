@@ -126,7 +126,8 @@ def _bench(
     first = benches[config.model.name]
     if len(benches) == 1:
         return replace(first, elsewhere=elsewhere)
-    digests = [{"name": one.name, "model_digest": one.digest} for one in loaded]
+    told = [benches[one.name].provenance for one in loaded]
+    digests = [{("name" if key == "model" else key): value for key, value in one.items()} for one in told]
 
     def calibrate(manager: MemoryManager, chosen: Sequence[tuple[TaskConfig, Sequence[Sample]]]) -> None:
         calibrate_manager(manager, [(benches[str(task.model)].evaluator, samples) for task, samples in chosen])
@@ -149,8 +150,20 @@ def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings)
     def calibrate(manager: MemoryManager, chosen: Sequence[tuple[TaskConfig, Sequence[Sample]]]) -> None:
         calibrate_manager(manager, [(evaluator, samples) for _, samples in chosen])
 
-    provenance = {"model": loaded.name, "model_digest": loaded.digest}
+    provenance = {"model": loaded.name, "model_digest": loaded.digest, **_reading(config, loaded, evaluator)}
     return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator))
+
+
+def _reading(config: ExperimentConfig, loaded: LoadedModel, evaluator: Evaluator) -> dict[str, str]:
+    """Return how texts are read, where that is not as they are: the tokenizer's prefix, the chat template's hash."""
+    from evomem.tasks.building import parse
+    from evomem.tasks.chat import template_digest
+
+    found = {"prefix": evaluator.encoder.spelled}
+    chats = ({**task.options, **parse(task.spec)[1]}.get("chat_template") for s in config.plan() for task in s.tasks)
+    if any(str(chat).lower() in ("true", "1", "yes", "on", "t", "y") for chat in chats):
+        found["chat_template"] = template_digest(loaded.tokenizer)
+    return {key: value for key, value in found.items() if value}
 
 
 def traces_of(config: ExperimentConfig, loaded: LoadedModel) -> KnownSamples | None:

@@ -74,6 +74,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             f"loglik: nats per answer token. advantage: of {subject} over the row, 95 % paired bootstrap. "
             "recovered: share of what random eviction loses."
         )
+    for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
+        found.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
+    chats = dict.fromkeys(f"{row.task} on {row.model}" for row in rows if row.chat_template)
+    if chats:
+        found.append(f"Asked in the words of the model's chat template: {', '.join(chats)}.")
     unequal = [row for row in rows if row.role != "full" and row.bytes_ratio is not None and not row.equal_bytes]
     if unequal:
         limit = f"{BYTES_TOLERANCE:.0%}"

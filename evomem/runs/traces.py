@@ -38,6 +38,7 @@ from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers.features import base_columns, required
 from evomem.runs.files import disk_errors, write_atomically
 from evomem.tasks.base import Sample, Split, Task
+from evomem.tasks.encoding import TextEncoder
 
 if TYPE_CHECKING:
     from evomem.models import LoadedModel
@@ -111,6 +112,7 @@ def record(
         seed=seed,
         features=columns,
         used=USED,
+        prefix=TextEncoder(loaded.tokenizer).spelled,
     )
     evaluator = Evaluator(loaded, EvaluationProtocol(mode=header.mode), store=PrefillStore())
     with _locked(folder):

@@ -11,7 +11,7 @@ from rich.markup import escape
 from evomem.errors import EvomemError
 from evomem.models import load
 from evomem.tasks import Split, build
-from evomem.tasks.fitting import count_tokens
+from evomem.tasks.encoding import TextEncoder
 
 
 def show(
@@ -27,15 +27,16 @@ def show(
     try:
         tokenizer = load(model).tokenizer
         samples = build(spec, tokenizer, length).samples(split, n, seed)
+        encoder = TextEncoder(tokenizer)
     except EvomemError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
     for sample in samples:
-        tokens = count_tokens(tokenizer, sample.context + sample.question + sample.answer)
+        tokens = len(encoder.context(sample)) + sum(len(encoder.following(t)) for t in (sample.question, sample.answer))
         console.rule(f"{sample.id}: {tokens} tokens")
-        console.print(
-            f"{escape(sample.context)}[cyan]{escape(sample.question)}[/cyan][green]{escape(sample.answer)}[/green]"
-        )
+        parts = (sample.head or "", sample.context, sample.question, sample.answer)
+        head, context, question, answer = map(escape, parts)
+        console.print(f"[dim]{head}[/dim]{context}[cyan]{question}[/cyan][green]{answer}[/green]")
         console.print(
             f"references: {list(sample.references)}  new tokens: {sample.max_new_tokens}  {sample.meta}",
             style="dim",

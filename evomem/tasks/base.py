@@ -30,6 +30,8 @@ class Sample:
     references : the values that the exact metric looks for in the generated text.
     max_new_tokens : how many tokens the model may generate for the exact metric; 0 means likelihood only.
     meta : anything a task wants to keep (number of keys, depth, ...), JSON-serialisable.
+    head : what a chat template puts before the context, and in the place of the tokenizer's prefix; None: the sample is
+        plain text (`evomem.tasks.chat`).
     """
 
     id: str
@@ -39,6 +41,7 @@ class Sample:
     references: tuple[str, ...]
     max_new_tokens: int
     meta: dict[str, Any] = field(default_factory=dict)
+    head: str | None = None
 
 
 @runtime_checkable

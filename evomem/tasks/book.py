@@ -8,6 +8,7 @@ from pydantic import Field
 
 from evomem.errors import TaskError
 from evomem.tasks.base import Sample, Split, tasks
+from evomem.tasks.cutting import cut_end
 from evomem.tasks.fitting import fit
 from evomem.tasks.generated import FittedOptions, GeneratedTask
 from evomem.tasks.prose import load_prose
@@ -79,10 +80,16 @@ class Book(GeneratedTask[BookOptions]):
         while self.counts.exact(text) <= self.options.continuation and used < len(sentences):
             text += f" {sentences[(start + used) % len(sentences)]}"
             used += 1
+        most = self.options.continuation
+
+        def fits(text: str) -> bool:
+            return self.counts.exact(text) <= most
+
         pieces = text.split(" ")
         low, high = 1, len(pieces) + 1  # pieces[0] is empty: the text begins with a space
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.counts.exact(" ".join(pieces[:middle])) <= self.options.continuation
-            low, high = (middle, high) if fits else (low, middle)
+            low, high = (middle, high) if fits(" ".join(pieces[:middle])) else (low, middle)
+        if low == 1:  # one word, or text without blanks, is longer
+            return cut_end(self.tokenizer, text, fits, most) or "", used
         return " ".join(pieces[:low]), used

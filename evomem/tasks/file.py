@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field
 
 from evomem.errors import TaskError
+from evomem.strict_json import shown
 from evomem.tasks.base import Sample, Split, Tokenizer, tasks
-from evomem.tasks.fitting import count_tokens
+from evomem.tasks.chat import ChatTemplate
+from evomem.tasks.cutting import cut_middle
+from evomem.tasks.encoding import TextEncoder
+from evomem.tasks.file_rows import Entry, Text, divide, read_entries
 from evomem.tasks.generated import TaskOptions, validate_options
 from evomem.tasks.metrics import exact_match, rouge_l, substring_share, token_f1
-from evomem.tasks.words import split_of
 
 METRICS: dict[str, Callable[[Sequence[str], str], float]] = {
     "substring": substring_share,
@@ -25,8 +25,6 @@ METRICS: dict[str, Callable[[Sequence[str], str], float]] = {
     "f1": token_f1,
     "rouge_l": rouge_l,
 }
-
-Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 class FileOptions(TaskOptions):
@@ -38,27 +36,9 @@ class FileOptions(TaskOptions):
         ge=1,
         description="tokens of a sample, at most: longer contexts are cut in the middle; none: whole",
     )
-
-
-class Row(BaseModel):
-    """One line of the file; fields of other names are the user's own, unless they look like a misspelling."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-    context: Text
-    question: Text
-    answers: Annotated[list[Text], Field(min_length=1)]
-    metric: Literal["substring", "exact", "f1", "rouge_l", "loglik"] = "substring"
-    id: Text | int | None = None
-    split: Literal["train", "select", "sealed"] | None = None
-    max_new_tokens: int | None = Field(default=None, ge=1)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    row: Row
-    identity: str
-    split: Split
+    chat_template: bool = Field(
+        default=False, description="ask in the words of the model's chat template: one turn of the user, one answer"
+    )
 
 
 @tasks.register("file")
@@ -68,11 +48,17 @@ class File:
     ``answers[0]`` is the answer whose likelihood is scored; all of them are references. Metrics: ``substring`` (share
     of the answers that are found), ``exact`` (normalised equality), ``f1`` (SQuAD's token F1) and ``rouge_l`` (both
     the best over the answers), ``loglik`` (none). A row may name its ``split`` and its ``max_new_tokens``; without
-    ``split``, rows are divided 60/20/20 by the hash of their ``id`` (the line number where there is none).
+    ``split``, rows are divided 60/20/20 by the hash of their ``id`` (the line number where there is none). Files of few
+    rows: `evomem.tasks.file_rows.divide`.
+
+    Attributes
+    ----------
+    note : how the rows were divided, if that was not as usual; else "".
 
     Raises
     ------
     TaskError : the file cannot be read, or a line is damaged; the message names file, line and field.
+    ConfigError : ``chat_template`` for a model that has none.
     """
 
     name = "file"
@@ -85,18 +71,26 @@ class File:
             options["length"] = length
         self.options = validate_options(self.name, FileOptions, options)
         self.tokenizer = tokenizer
-        self._entries = _read(Path(self.options.path).expanduser())
-        self.has_exact: bool = any(entry.row.metric != "loglik" for entry in self._entries)
+        self.encoder = TextEncoder(tokenizer)
+        self.chat = ChatTemplate(tokenizer, self.name) if self.options.chat_template else None
+        entries = read_entries(Path(self.options.path).expanduser())
+        division = divide(entries)
+        self._entries, self.note = division.entries, division.note
+        self.has_exact: bool = any(entry.row.metric != "loglik" for entry in entries)
+
+    def available(self, split: Split) -> int:
+        """Return the number of rows of a split."""
+        return len(self._entries[Split(split)])
 
     def samples(self, split: Split, n: int, seed: int) -> list[Sample]:
         """Return ``n`` samples of a split, in an order that the seed shuffles.
 
         Raises
         ------
-        TaskError : the split has fewer rows than that.
+        TaskError : the split has fewer rows than that, or a row's question and answer leave no room for a context.
         """
         split = Split(split)
-        entries = [entry for entry in self._entries if entry.split is split]
+        entries = list(self._entries[split])
         if len(entries) < n:
             problem = "is empty" if not entries else f"has only {len(entries)} rows"
             raise TaskError(
@@ -105,7 +99,7 @@ class File:
             )
         # The line order of the file is not ours to trust: questions about one text often stand together.
         Random(f"file {split} {seed}").shuffle(entries)
-        return [self._sample(entry) for entry in entries[:n]]
+        return [self._sample(entry, split) for entry in entries[:n]]
 
     def score(self, sample: Sample, output: str) -> float:
         """Return the row's metric of a generated text.
@@ -120,88 +114,53 @@ class File:
         return metric(sample.references, output)
 
     def describe(self) -> dict[str, Any]:
-        """Return the options that rebuild this task, JSON-serialisable."""
-        return self.options.model_dump(mode="json")
+        """Return the options that rebuild this task, JSON-serialisable; ``chat_template`` only where it is on."""
+        return self.options.model_dump(mode="json", exclude=None if self.chat else {"chat_template"})
 
-    def _sample(self, entry: _Entry) -> Sample:
+    def _sample(self, entry: Entry, split: Split) -> Sample:
         row = entry.row
         question = row.question if row.question[0].isspace() or row.context[-1].isspace() else f"\n{row.question}"
         answer = row.answers[0]
         if not answer[0].isspace() and not question[-1].isspace():
             answer = f" {answer}"
-        new = 0
-        if row.metric != "loglik":
-            new = row.max_new_tokens or count_tokens(self.tokenizer, answer) + 8
-        return Sample(
-            id=f"{self.name}/{entry.split}/{entry.identity}",
-            context=self._cut(row.context, question + answer, entry.identity),
-            question=question,
-            answer=answer,
-            references=tuple(row.answers),
-            max_new_tokens=new,
-            meta={"metric": row.metric},
-        )
-
-    def _cut(self, context: str, rest: str, identity: str) -> str:
-        """Return a context of which words in the middle are left out until the sample fits the length."""
-        length = self.options.length
-        if length is None or count_tokens(self.tokenizer, context + rest) <= length:
-            return context
-        words = context.split(" ")
-
-        def keep(n: int) -> str:
-            return " ".join(words[: (n + 1) // 2] + words[len(words) - n // 2 :])
-
-        low, high = 0, len(words)
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = count_tokens(self.tokenizer, keep(middle) + rest) <= length
-            low, high = (middle, high) if fits else (low, middle)
-        if low == 0:
+        tokens = len(self.encoder.following(answer))
+        where = f"{self.options.path}:{entry.line}"
+        if not tokens:
             raise TaskError(
-                f"task file: {self.options.path}, row {identity}: question and answer leave no room for the context "
-                f"in a length of {length} tokens; ask for a greater length"
+                f"{where}: field answers.0: {shown(row.answers[0])!r} has no token for this model's tokenizer; "
+                "give another answer"
             )
-        return keep(low)
 
+        def with_context(context: str) -> Sample:
+            plain = Sample(
+                id=f"{self.name}/{split}/{entry.identity}",
+                context=context,
+                question=question,
+                answer=answer,
+                references=tuple(row.answers),
+                max_new_tokens=0 if row.metric == "loglik" else row.max_new_tokens or tokens + 8,
+                meta={"metric": row.metric},
+            )
+            return plain if self.chat is None else self.chat.dress(plain)
 
-def _read(path: Path) -> list[_Entry]:
-    """Return the rows of a file; blank lines are skipped."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"task file: cannot read {path} as UTF-8 text: {error}") from error
-    entries: list[_Entry] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _row(line, f"{path}:{number}")
-        identity = str(number if row.id is None else row.id)
-        if identity in seen:
-            raise TaskError(f"{path}:{number}: field id: {identity!r} is the id of line {seen[identity]} already")
-        seen[identity] = number
-        entries.append(_Entry(row, identity, split_of(identity) if row.split is None else Split(row.split)))
-    if not entries:
-        raise TaskError(f"task file: {path} has no rows; write one JSON object a line")
-    return entries
+        whole = with_context(row.context)
+        length = self.options.length
+        if length is not None and self._size(whole) > length:
+            most = length
 
+            def fits(context: str) -> bool:
+                return self._size(with_context(context)) <= most
 
-def _row(line: str, where: str) -> Row:
-    try:
-        found = json.loads(line)
-        row = Row.model_validate(found)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where}: not JSON: {error}") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "the whole line"
-        value = repr(problem.get("input"))
-        shown = value if len(value) <= 60 else f"{value[:57]}..."
-        raise TaskError(f"{where}: field {field}: {problem['msg']} (got {shown})") from error
-    absent = sorted(set(Row.model_fields) - set(found))
-    for name in found:
-        close = [] if name in Row.model_fields else get_close_matches(name, absent, n=1, cutoff=0.8)
-        if close:
-            raise TaskError(f"{where}: field {name}: unknown; did you mean {close[0]!r}? Rename the field")
-    return row
+            context = cut_middle(self.tokenizer, row.context, fits, length)
+            if context is None:
+                raise TaskError(
+                    f"task file: {self.options.path}, row {shown(entry.identity)}: question and answer leave no room "
+                    f"for the context in a length of {length} tokens; ask for a greater length"
+                )
+            whole = with_context(context)
+        return whole if self.chat is None else self.chat.checked(whole)
+
+    def _size(self, sample: Sample) -> int:
+        if self.chat is not None:
+            return self.chat.size(sample)
+        return len(self.encoder.beginning(sample.context + sample.question + sample.answer))

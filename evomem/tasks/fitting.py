@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from evomem.errors import TaskError
 from evomem.tasks.base import Tokenizer
+from evomem.tasks.encoding import TextEncoder
+
+Whole = TypeVar("Whole", contravariant=True)
 
 
 def count_tokens(tokenizer: Tokenizer, text: str) -> int:
@@ -17,11 +21,16 @@ class UnitCounts:
     """Token counts of the units of a haystack (sentences, lines), each as it stands after a space or a line break.
 
     The counts only start the search: what fits is decided by an encoding of the whole sample.
+
+    Attributes
+    ----------
+    encoder : encodes texts as they are read when they are evaluated.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._counts: dict[str, int] = {}
+        self.encoder = TextEncoder(tokenizer)
 
     def __call__(self, unit: str) -> int:
         """Return the count of one unit, remembered from the first time on."""
@@ -31,16 +40,21 @@ class UnitCounts:
         return found
 
     def exact(self, text: str) -> int:
-        """Return the count of a whole text, encoded as it is."""
-        return count_tokens(self._tokenizer, text)
+        """Return the count of a text that goes on after another one, such as an answer."""
+        return len(self.encoder.following(text))
+
+    def whole(self, text: str) -> int:
+        """Return the count of a text from its beginning on, with the tokenizer's prefix."""
+        return len(self.encoder.beginning(text))
 
 
 def fit(
     length: int,
-    render: Callable[[int], str],
+    render: Callable[[int], Whole],
     unit: Callable[[int], str],
     counts: UnitCounts,
     task: str,
+    size: Callable[[Whole], int] | None = None,
 ) -> int:
     """Return the largest number of units with which a sample has at most ``length`` tokens.
 
@@ -49,31 +63,34 @@ def fit(
     length
         Tokens that the sample may have.
     render
-        The whole text of the sample (context, question and answer) with n units.
+        The whole sample with n units: by default its text (context, question and answer).
     unit
         The n-th unit, counted from 0; there is no last one.
     counts
-        Counts units, for the first guess, and whole samples.
+        Counts units, for the first guess, and whole texts.
     task
         Name for the message.
+    size
+        Counts the tokens of what ``render`` returns; by default those of a text, the tokenizer's prefix among them.
 
     Raises
     ------
     TaskError : the sample without any haystack is longer than ``length`` already.
     """
-    size = counts.exact(render(0))
-    if size > length:
+    count: Callable[[Whole], int] = counts.whole if size is None else size  # type: ignore[assignment]
+    tokens = count(render(0))
+    if tokens > length:
         raise TaskError(
-            f"task {task}: length {length} is too short, without any haystack the sample has {size} tokens; "
-            f"ask for a length of at least {size}"
+            f"task {task}: length {length} is too short, without any haystack the sample has {tokens} tokens; "
+            f"ask for a length of at least {tokens}"
         )
 
     def fits(n: int) -> bool:
-        return counts.exact(render(n)) <= length
+        return count(render(n)) <= length
 
     # The units' own counts land within a unit or two of the answer; from there, widen until it is bracketed, bisect.
     guess = 0
-    while (size := size + max(1, counts(unit(guess)))) <= length:
+    while (tokens := tokens + max(1, counts(unit(guess)))) <= length:
         guess += 1
     step = 1
     if guess == 0 or fits(guess):

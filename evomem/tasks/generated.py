@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from difflib import get_close_matches
 from hashlib import blake2b
 from random import Random
@@ -13,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evomem.errors import ConfigError
 from evomem.tasks.base import Sample, Split, Tokenizer
-from evomem.tasks.fitting import UnitCounts
+from evomem.tasks.chat import ChatTemplate
+from evomem.tasks.fitting import UnitCounts, fit
 from evomem.tasks.metrics import substring_share
 
 
@@ -27,6 +29,14 @@ class FittedOptions(TaskOptions):
     """Options of the tasks whose haystack is fitted to a length."""
 
     length: int = Field(default=500, ge=1, description="tokens of context, question and answer together, at most")
+
+
+class ChatOptions(FittedOptions):
+    """Options of the tasks that an instruct model can be asked as a chat."""
+
+    chat_template: bool = Field(
+        default=False, description="ask in the words of the model's chat template: one turn of the user, one answer"
+    )
 
 
 Opts = TypeVar("Opts", bound=TaskOptions)
@@ -74,7 +84,7 @@ class GeneratedTask(ABC, Generic[Opts]):
     name: ClassVar[str]
     Options: type[Opts]
     packages: ClassVar[tuple[str, ...]] = ()
-    immaterial: ClassVar[frozenset[str]] = frozenset({"length", "essay"})
+    immaterial: ClassVar[frozenset[str]] = frozenset({"length", "essay", "chat_template"})
     has_exact: bool = True
     uniform_chance: float = 0.0
 
@@ -84,6 +94,8 @@ class GeneratedTask(ABC, Generic[Opts]):
         self.options = validate_options(self.name, self.Options, options)
         self.tokenizer = tokenizer
         self.counts = UnitCounts(tokenizer)
+        chat = getattr(self.options, "chat_template", False)
+        self.chat = ChatTemplate(tokenizer, self.name) if chat else None
 
     @abstractmethod
     def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
@@ -101,8 +113,36 @@ class GeneratedTask(ABC, Generic[Opts]):
         return substring_share(sample.references, output)
 
     def describe(self) -> dict[str, Any]:
-        """Return the options that rebuild this task, JSON-serialisable."""
-        return self.options.model_dump(mode="json")
+        """Return the options that rebuild this task, JSON-serialisable; ``chat_template`` only where it is on."""
+        return self.options.model_dump(mode="json", exclude=None if self.chat else {"chat_template"})
+
+    def _fitted(self, sample: Callable[[int], Sample], unit: Callable[[int], str], begun: str = "") -> Sample:
+        """Return the longest sample that fits the length, in the words of the chat template if that is asked for.
+
+        Parameters
+        ----------
+        sample : returns the sample with n units of haystack.
+        unit : returns the n-th.
+        begun : the end of its question that the model itself would say in a chat.
+
+        Raises
+        ------
+        TaskError : the sample without any haystack is longer already.
+        """
+        length = int(getattr(self.options, "length"))  # noqa: B009 (not every task has one)
+        chat = self.chat
+        if chat is None:
+
+            def text(n: int) -> str:
+                plain = sample(n)
+                return plain.context + plain.question + plain.answer
+
+            return sample(fit(length, text, unit, self.counts, self.name))
+
+        def dressed(n: int) -> Sample:
+            return chat.dress(sample(n), begun)
+
+        return chat.checked(dressed(fit(length, dressed, unit, self.counts, self.name, chat.size)))
 
     def _random(self, split: Split, seed: int, number: int) -> Random:
         matter = self.options.model_dump(mode="json", exclude=set(self.immaterial))

@@ -11,8 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from evomem.tasks.base import Sample, Split, tasks
-from evomem.tasks.fitting import fit
-from evomem.tasks.generated import FittedOptions, GeneratedTask
+from evomem.tasks.generated import ChatOptions, GeneratedTask
 from evomem.tasks.prose import load_prose
 from evomem.tasks.words import draw_keys
 
@@ -21,7 +20,7 @@ DEPTHS = 40
 """Depths at which needles may stand in an essay, evenly from its beginning to its end."""
 
 
-class NeedleOptions(FittedOptions):
+class NeedleOptions(ChatOptions):
     """Options of the needle tasks."""
 
     essay: str | None = Field(default=None, description="text file for essay haystacks, instead of the built-in text")
@@ -99,7 +98,7 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
         depths = self._depths(random, len(needles))
         hay = self._hay(random, split, taken)
         separator = " " if kind.haystack == "essay" else "\n"
-        preface, question = self._wording(asked)
+        preface, question, begun = self._wording(asked)
         values = [needles[i].value for i in answers]
         answer = " " + ", ".join(values)
 
@@ -110,16 +109,18 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
                 units.insert(min(n, int(depth * (n + 1))), str(needle))
             return f"{preface}\n{separator.join(units)}"
 
-        n = fit(self.options.length, lambda n: context(n) + question + answer, hay.unit, self.counts, self.name)
-        return Sample(
-            id=identity,
-            context=context(n),
-            question=question,
-            answer=answer,
-            references=tuple(values),
-            max_new_tokens=self._answer_budget(answer),
-            meta={"keys": asked, "depths": [round(depths[i], 3) for i in answers], "units": n},
-        )
+        def sample(n: int) -> Sample:
+            return Sample(
+                id=identity,
+                context=context(n),
+                question=question + begun,
+                answer=answer,
+                references=tuple(values),
+                max_new_tokens=self._answer_budget(answer),
+                meta={"keys": asked, "depths": [round(depths[i], 3) for i in answers], "units": n},
+            )
+
+        return self._fitted(sample, hay.unit, begun)
 
     def _depths(self, random: Random, n: int) -> list[float]:
         """Where the needles stand, 0 (before everything) to 1: distinct steps in an essay, anywhere in lines."""
@@ -137,8 +138,8 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
             lambda n: str(Needle(draw_key(random, kind.key, split, taken), draw_value(random, kind.value), kind.value))
         )
 
-    def _wording(self, asked: list[str]) -> tuple[str, str]:
-        """The sentence before the haystack, and the question with the beginning of its answer."""
+    def _wording(self, asked: list[str]) -> tuple[str, str, str]:
+        """The sentence before the haystack, the question, and the beginning of its answer."""
         query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
         if self.kind.queries * self.kind.values == 1:
             noun, be, every, hidden = f"{self.kind.value}", "is", "", f"A special magic {self.kind.value} is"
@@ -148,9 +149,10 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
             f"{hidden} hidden within the following text. Make sure to memorize it. "
             f"I will quiz you about the {noun} afterwards."
         )
-        return preface, (
-            f"\nWhat {be} {every}the special magic {noun} for {query} mentioned in the provided text?"
-            f" The special magic {noun} for {query} mentioned in the provided text {be}"
+        return (
+            preface,
+            f"\nWhat {be} {every}the special magic {noun} for {query} mentioned in the provided text?",
+            f" The special magic {noun} for {query} mentioned in the provided text {be}",
         )
 
 

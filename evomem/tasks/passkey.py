@@ -8,8 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from evomem.tasks.base import Sample, Split, tasks
-from evomem.tasks.fitting import fit
-from evomem.tasks.generated import FittedOptions, GeneratedTask
+from evomem.tasks.generated import ChatOptions, GeneratedTask
 from evomem.tasks.needles import NOISE, Hay, essay_hay
 
 PREFACE = (
@@ -18,7 +17,7 @@ PREFACE = (
 )
 
 
-class PasskeyOptions(FittedOptions):
+class PasskeyOptions(ChatOptions):
     """Options of the pass key."""
 
     haystack: Literal["noise", "essay"] = Field(default="noise", description="one line repeated, or prose")
@@ -41,20 +40,22 @@ class Passkey(GeneratedTask[PasskeyOptions]):
         essay = self.options.haystack == "essay"
         hay = essay_hay(random, split, self.options.essay) if essay else Hay(lambda n: NOISE)
         needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-        question, answer = "\nWhat is the pass key? The pass key is", f" {key}"
+        begun, answer = " The pass key is", f" {key}"
 
         def context(n: int) -> str:
             units = hay.first(n)
             units.insert(int(depth * (n + 1)), needle)
             return f"{PREFACE}\n{' '.join(units) if essay else chr(10).join(units)}"
 
-        n = fit(self.options.length, lambda n: context(n) + question + answer, hay.unit, self.counts, self.name)
-        return Sample(
-            id=identity,
-            context=context(n),
-            question=question,
-            answer=answer,
-            references=(key,),
-            max_new_tokens=self._answer_budget(answer),
-            meta={"depth": round(depth, 3), "units": n},
-        )
+        def sample(n: int) -> Sample:
+            return Sample(
+                id=identity,
+                context=context(n),
+                question=f"\nWhat is the pass key?{begun}",
+                answer=answer,
+                references=(key,),
+                max_new_tokens=self._answer_budget(answer),
+                meta={"depth": round(depth, 3), "units": n},
+            )
+
+        return self._fitted(sample, hay.unit, begun)

@@ -15,7 +15,7 @@ REGIONS = 10
 """Contiguous stretches that a text is cut into before they are dealt out, so that each split reads like prose."""
 
 _DEAL = (Split.TRAIN, Split.TRAIN, Split.SELECT, Split.TRAIN, Split.SEALED)
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|(?<=[\u3002\uff01\uff1f])\s*")  # and of Chinese and Japanese
 _PROSE = re.compile(r"[A-Z](?:[A-Za-z ,;:()'/-]|\d(?![.\d]*\w)|\.(?=[a-z ]))*[.!?]")
 
 

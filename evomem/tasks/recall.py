@@ -61,11 +61,12 @@ class _Recall(GeneratedTask[Any]):
         self._comma = "," if self.options.separator == "comma" else ""
         width = 2 + len(self._comma)  # tokens of a pair
         stated = self.pairs + self._restated_keys
-        slots = self.options.length // width - stated
+        prefix = len(self.counts.encoder.prefix)
+        slots = (self.options.length - prefix) // width - stated
         if slots < self.pairs:
             raise TaskError(
                 f"task {self.name}: length {self.options.length} is too short for {self.pairs} pairs and as many "
-                f"queries; ask for a length of at least {width * (stated + self.pairs)} or fewer pairs"
+                f"queries; ask for a length of at least {prefix + width * (stated + self.pairs)} or fewer pairs"
             )
         self.slots = slots
         self.uniform_chance = 1.0 / self.pairs

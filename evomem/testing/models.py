@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -120,11 +120,16 @@ _WORDS = (*"0123456789", *".,:;?!-'\"()={}[]", *_TEXT.split())
 _FILL = tuple(f"w{number}" for number in range(VOCABULARY - len(SPECIAL) - len(_WORDS)))
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(*, around: str = "$A", chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Return a real word-level tokenizer with the vocabulary of `tiny`: 128 ids, padding on the left.
 
     Words are split at blanks, digits and punctuation one by one, so cutting a text at a blank cuts its tokens there;
     case does not matter; words outside the vocabulary become ``<unk>``. Decoding joins words with blanks.
+
+    Parameters
+    ----------
+    around : special tokens that are put around every text ($A), for example ``<s> $A``, as on Llama, or ``$A </s>``.
+    chat_template : of chats, in Jinja; None: it has none.
     """
     words = (*SPECIAL, *_WORDS, *_FILL)
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -136,9 +141,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(Regex(r"(?<![a-z])\d"), "isolated"),
         ]
     )
+    if around != "$A":
+        special = [(word, SPECIAL.index(word)) for word in around.split() if word != "$A"]
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     make: Any = PreTrainedTokenizerFast
     fast: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer,
+        chat_template=chat_template,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
