@@ -54,5 +54,9 @@ class FitnessError(EvomemError, RuntimeError):
     """The search cannot go on with the fitness values that it got."""
 
 
+class EvaluationError(EvomemError, RuntimeError):
+    """A measurement gave no number (NaN or infinite), where one was asked for."""
+
+
 class WorkerError(EvomemError, RuntimeError):
     """Workers cannot be started, or cannot go on; what is finished is kept."""

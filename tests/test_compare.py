@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomem.errors import ConfigError, EvomemError, UnknownNameError
+from evomem.errors import ConfigError, EvaluationError, EvomemError, UnknownNameError
 from evomem.evaluation import compare as module
 from evomem.evaluation.compare import NamedManager, Place, compare, evaluate, field_of
 from evomem.evaluation.evaluator import Evaluator
@@ -233,6 +233,32 @@ def test_rows_equal_the_plain_way_one_manager_at_a_time(loaded, task, protocol):
     assert {row.samples for row in found.rows} == {3}
     assert all((row.interval is None) == (row.manager == "keydiff") for row in found.rows)
     assert here.evaluator.store.held == 0
+
+
+@pytest.mark.parametrize("field", ["loglik", "bytes_mean", "exact"])
+def test_a_number_that_is_none_is_an_error_that_names_manager_and_sample(loaded, task, monkeypatch, tmp_path, field):
+    here, file = place(loaded, task), tmp_path / "rows.partial.jsonl"
+    real = module._on_sample
+
+    def spoiled(entrants, place, sample, exact):
+        found = real(entrants, place, sample, exact)
+        if sample.id == task.samples("sealed", 2, 0)[1].id:
+            found[1] = replace(found[1], **{field: math.nan if field != "loglik" else -math.inf})
+        return found
+
+    monkeypatch.setattr(module, "_on_sample", spoiled)
+    with pytest.raises(EvaluationError, match=f"h2o on tiny, t, sample .+: {field} is") as caught:
+        compare(members("keydiff"), [here], samples=2, budgets=[8], against=["h2o"], keep=file)
+    assert "float32" in str(caught.value)
+    assert len(file.read_text().splitlines()) == 2  # what was measured, and the sample that is good
+
+
+def test_a_model_of_which_a_weight_is_nan_has_no_row(task):
+    broken = tiny("llama")
+    broken.model.norm.weight.data[0] = math.nan
+    here = place(LoadedModel("broken", broken, tiny_tokenizer(), "0" * 64), task)
+    with pytest.raises(EvaluationError, match="full on tiny"):
+        evaluate(NamedManager("full", build("full")), [here], samples=1)
 
 
 def test_a_context_is_read_once_for_the_whole_field(loaded, task):

@@ -30,7 +30,7 @@ def byte_alphabet() -> list[str]:
     return sorted(ByteLevel.alphabet())
 
 
-def write_gguf(path: Path) -> dict[str, np.ndarray]:
+def write_gguf(path: Path, *, without: str = "") -> dict[str, np.ndarray]:
     """Write a tiny Llama with Q4_1 matrices and a byte-level tokenizer; return what its blocks stand for."""
     import gguf
 
@@ -66,6 +66,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
             block + "ffn_up": (HIDDEN, WIDE),
             block + "ffn_down": (WIDE, HIDDEN),
         }
+    shapes.pop(without, None)
     stand_for = {}
     for name, shape in shapes.items():
         blocks = gguf.quants.quantize(rng.normal(0, 0.2, shape).astype(np.float32), kind)
@@ -230,6 +231,22 @@ def test_a_flip_that_hides_its_time_is_found_by_verify(small):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert damage(small) is None
     assert "checksum" in (damage(small, verify=True) or "")
+
+
+@pytest.mark.parametrize("lacking", ["blk.1.ffn_up", "half of the file"])
+def test_a_gguf_that_lacks_something_is_refused_and_leaves_nothing(tmp_path, monkeypatch, lacking):
+    package = tmp_path / "site" / "lacking_package"
+    package.mkdir(parents=True)
+    write_gguf(package / "small.gguf", without=lacking)
+    if lacking == "half of the file":
+        os.truncate(package / "small.gguf", (package / "small.gguf").stat().st_size // 2)
+    monkeypatch.setenv("EVOMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setitem(aliases, "lacking", Alias("lacking", "lacking_package", "*.gguf", "pip install lacking", ""))
+    said = r"missing in the files.*layers\.1\.mlp\.up_proj" if lacking.startswith("blk") else "cannot be read"
+    with pytest.raises(ModelError, match=said):
+        load("lacking")
+    assert [path.name for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == []
 
 
 def test_a_lost_marker_costs_one_full_check(small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from evomem.errors import ConfigError
+from evomem.errors import ConfigError, EvaluationError
 from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.oracle import FutureOracle, evaluate_oracle
 from evomem.evaluation.results import SampleFile
@@ -144,6 +145,7 @@ def compare(
     ------
     ConfigError : two managers have the same name, or ``keep`` holds another comparison.
     TaskError : a split has too few samples.
+    EvaluationError : a manager's likelihood, score or memory on a sample is NaN or infinite.
     """
     field = field_of(against)
     taken = {subject.name for subject in subjects}
@@ -230,6 +232,7 @@ def measure(
                 evaluations = file.get(number, sample.id)
                 if evaluations is None:
                     evaluations = _on_sample(entrants, place, sample, exact)
+                    require_numbers([entrant.name for entrant in entrants], place, sample, evaluations)
                     file.put(number, sample.id, evaluations)
                 for entrant, evaluation in zip(entrants, evaluations, strict=True):
                     key = (place.model, place.task, entrant.name, entrant.budget)
@@ -238,6 +241,20 @@ def measure(
                 if progress is not None:
                     progress(done, total)
     return found
+
+
+def require_numbers(names: Sequence[str], place: Place, sample: Sample, evaluations: Sequence[Evaluation]) -> None:
+    """Raise `EvaluationError` if a manager's evaluation on a sample is no number: a mean would hide whose it is."""
+    for name, evaluation in zip(names, evaluations, strict=True):
+        for field in ("loglik", "exact", "slots", "bytes_peak", "bytes_mean"):
+            value = getattr(evaluation, field)
+            if value is not None and not math.isfinite(value):
+                dtype = str(place.evaluator.loaded.model.dtype).removeprefix("torch.")
+                raise EvaluationError(
+                    f"{name} on {place.model}, {place.task}, sample {sample.id}: {field} is {value} (weights in "
+                    f"{dtype}). Numbers of the model or of the manager overflow: try --dtype float32, or leave "
+                    f"{name} out"
+                )
 
 
 def _draw(place: Place, split: Split, count: int, seed: int) -> list[Sample]:

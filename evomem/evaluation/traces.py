@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from evomem.cache import LayerView
-from evomem.errors import ConfigError, RunError
+from evomem.errors import ConfigError, EvaluationError, RunError
 from evomem.evaluation.attention import Future
 from evomem.evaluation.store import Reading
 from evomem.managers.features import base_columns, column
@@ -321,6 +321,10 @@ def encode(reading: Reading, future: Future, features: Sequence[str], sample: st
     ----------
     reading : the whole context, with the observations that the features need (`evomem.managers.features.required`).
     future : of the same sample.
+
+    Raises
+    ------
+    EvaluationError : a number is NaN, infinite, or too large for its type.
     """
     scales = {name: _scale(getattr(future, name)) for name in ("peak", "paid")}
     tensors: dict[str, Tensor] = {}
@@ -333,6 +337,11 @@ def encode(reading: Reading, future: Future, features: Sequence[str], sample: st
         uses = future.next_use[view.layer][0]
         small = not uses.numel() or float(uses.max()) < 2**15
         tensors[f"{view.layer}.next_use"] = uses.to(torch.int16 if small else torch.int32)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise EvaluationError(
+                f"sample {sample}: {name} (layer.what) holds numbers that are NaN or infinite in fp16"
+            )
     facts = {"sample": sample, "key": key, "layers": len(reading.views), "seen": reading.tokens, "scales": scales}
     # One entry: safetensors writes several in an order that changes from process to process.
     return save({n: t.cpu().contiguous() for n, t in tensors.items()}, {"trace": json.dumps(facts, sort_keys=True)})

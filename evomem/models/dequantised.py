@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from evomem.errors import ModelError
 from evomem.models.aliases import Alias
+from evomem.models.exact import check_numbers, check_report
 from evomem.models.files import cache_root, cached_sha256, fsync_tree, sha256, stamp, write_json
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,15 @@ def _build(alias: Alias, source: Path, folder: Path) -> None:
     fresh = folder.parent / f".{folder.name}.new-{os.getpid()}"
     fresh.mkdir()
     try:
-        _write_model(source, fresh)
+        try:
+            _write_model(source, fresh)
+        except (ModelError, OSError):
+            raise
+        except Exception as error:  # gguf, transformers and safetensors each raise their own classes
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"model {alias.name!r}: {source} cannot be read: {reason}. Run: {alias.install}"
+            ) from error
         names = sorted(path.name for path in fresh.iterdir())
         files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": sha256(fresh / name)} for name in names}
         write_json(fresh / MANIFEST, {"format": FORMAT, "source": sha256(source), "files": files})
@@ -155,9 +164,14 @@ def _write_model(source: Path, folder: Path) -> None:
 
     with quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(source.parent), gguf_file=source.name, dtype=torch.float32, low_cpu_mem_usage=True
-        )
+        read: Any = AutoModelForCausalLM.from_pretrained
+        model, found = read(
+            str(source.parent), gguf_file=source.name, dtype=torch.float32, low_cpu_mem_usage=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    where = f"model of {source}"
+    check_report(where, model, found, {})
+    check_numbers(where, model)
     restore_pre_tokenizer(tokenizer, source)
     tokenizer.save_pretrained(folder)
     # `save_pretrained` refuses a model that was read from GGUF, even a dequantised one. Its state dict is plain fp32.
@@ -195,6 +209,25 @@ def restore_pre_tokenizer(tokenizer: Any, source: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+
+
+@contextmanager
+def loader_report() -> Iterator[list[str]]:
+    """Collect what transformers' loader of weights warns of inside the ``with`` block, instead of showing it."""
+    lines: list[str] = []
+    logger = logging.getLogger("transformers.modeling_utils")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @contextmanager

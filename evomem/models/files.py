@@ -14,6 +14,8 @@ VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "us
 """Fields of a ``config.json`` that say who wrote it or how it is run, not which model it is."""
 
 WEIGHTS = "*.safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Where the weights are: in one file, or in those that an index names."""
 
 
 def cache_root() -> Path:

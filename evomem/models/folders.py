@@ -6,15 +6,20 @@ import json
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from evomem.errors import ModelError
 from evomem.models.aliases import Shipped, aliases
 from evomem.models.dequantised import dequantised_folder
-from evomem.models.files import WEIGHTS
+from evomem.models.files import INDEX, WEIGHTS
+from evomem.reading import read_text
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+ADAPTER = "adapter_config.json"
+TEXT_BYTES = 64 << 20
+"""Bytes of a model's configuration or of the index of its weights, at most."""
 SECONDS = 5.0
 """How long to wait for the hub before calling it unreachable."""
 
@@ -59,20 +64,27 @@ def missing_files(folder: Path) -> str | None:
     if not config.is_file():
         return "no config.json. Save the model there with save_pretrained"
     try:
-        if "model_type" not in json.loads(config.read_text()):
+        if "model_type" not in _object(config):
             return "config.json has no field model_type: it is not the configuration of a transformers model"
-    except (ValueError, TypeError) as error:
+    except (ModelError, ValueError) as error:
         return f"config.json is not readable JSON ({error})"
-    shards = {path.name for path in folder.glob(WEIGHTS)}
-    index = folder / "model.safetensors.index.json"
+    if (folder / ADAPTER).is_file():
+        return (
+            f"{ADAPTER}: it holds an adapter for another model. Merge the two (peft: merge_and_unload), and save the "
+            "whole with save_pretrained in a folder of its own"
+        )
+    shards = {path.name for path in folder.glob(WEIGHTS) if path.is_file()}
+    index = folder / INDEX
     if index.is_file():
         try:
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{index.name} is not readable ({error!r})"
-        lacking = sorted(wanted - shards)
+            named = _object(index).get("weight_map")
+        except (ModelError, ValueError) as error:
+            return f"{INDEX} is not readable ({error})"
+        if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+            return f"{INDEX}: weight_map: a mapping from names of weights to names of files is expected"
+        lacking = sorted(set(named.values()) - shards)
         if lacking:
-            return f"weights named in {index.name} are missing: {', '.join(lacking)}"
+            return f"weights named in {INDEX} are missing: {', '.join(lacking[:20])}"
     if not shards:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         found = f" ({', '.join(pickles)} is pickled, which evomem does not read)" if pickles else ""
@@ -80,6 +92,17 @@ def missing_files(folder: Path) -> str | None:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return f"no tokenizer: expected one of {', '.join(TOKENIZERS)}. Save it there with save_pretrained"
     return None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file; raise `ModelError` or `ValueError` if it holds none."""
+    try:
+        found = json.loads(read_text(path, TEXT_BYTES, ModelError))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"an object is expected, this is {type(found).__name__}")
+    return found
 
 
 def _from_hub(name: str) -> Path:

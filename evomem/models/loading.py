@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,12 +14,15 @@ import torch
 
 from evomem.errors import ModelError
 from evomem.models.aliases import Shipped, aliases
-from evomem.models.dequantised import cached_folders, damage, quiet
-from evomem.models.files import folder_digest
+from evomem.models.dequantised import cached_folders, damage, loader_report, quiet
+from evomem.models.exact import check_numbers, check_report, nothing_random, weight_shapes
+from evomem.models.files import WEIGHTS, folder_digest
 from evomem.models.folders import resolve
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 OWN = {"evomem_decision_transformer": "evomem.models.decision"}
 """Model types that transformers does not know, and the module of ours that makes them known."""
@@ -67,7 +71,8 @@ def load(
     Raises
     ------
     ModelError
-        The model is not there, incomplete, damaged, or not a causal language model.
+        The model is not there, incomplete, damaged, or not a causal language model; its files lack a weight, or hold
+        one that the model has no place for; a weight is NaN or infinite.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -80,28 +85,41 @@ def load(
     options: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
     if device_map is not None:
         options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
+    where = f"model {name!r} in {folder}"
+    shapes = weight_shapes(folder)
+    report: list[str] = []
     try:
         own = OWN.get(json.loads((folder / "config.json").read_text())["model_type"])
         if own is not None:
             import_module(own)
-        with quiet():
+        with quiet(), loader_report() as report:
             config = AutoConfig.from_pretrained(folder, **safe)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, use_safetensors=True, **safe, **options
-            )
+            with nothing_random(where, accelerators=device_map is not None):
+                read: Any = AutoModelForCausalLM.from_pretrained
+                model, found = read(
+                    folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                    ignore_mismatched_sizes=True, **safe, **options,
+                )  # fmt: skip
+                check_report(where, model, found, shapes)
             tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+    except ModelError:
+        raise
     except Exception as error:  # transformers, safetensors and tokenizers each raise their own classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {name!r} in {folder}: {reason}") from error
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
+        raise ModelError("\n".join([f"{where}: {reason}", *report])) from error
+    for line in report:
+        if "LOAD REPORT" not in line:  # what that tells has passed `check_report`
+            log.warning("%s: %s", where, line)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"model {name!r} in {folder}: its tokenizer has neither a padding nor an end token")
+            raise ModelError(f"{where}: its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if device_map is None:
         model.to(target)
+    check_numbers(where, model, sorted(folder.glob(WEIGHTS)))
     align(model)
     model.eval().requires_grad_(False)
     return LoadedModel(name, model, tokenizer, folder_digest(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,7 @@ def choose(search: Search, judge: Judge, driver: Driver) -> RunResult:
 
     Raises
     ------
-    FitnessError : no finalist has a finite fitness.
+    FitnessError : no finalist has a finite fitness, or a winner has none on `sealed`.
     """
     config = search.config
     finalists = search.archive.finalists(driver.mean, search.start)
@@ -45,6 +46,9 @@ def choose(search: Search, judge: Judge, driver: Driver) -> RunResult:
     sealed, rows = _scores(
         search, judge, "sealed", Split.SEALED, config.sealed.contexts, [finalists[place] for place in chosen]
     )
+    for place, score in zip(chosen, sealed, strict=True):
+        if not math.isfinite(score.fitness):
+            raise search.all_failed("sealed", None, f"sealed: some samples of {finalists[place].label}")
     train = min(config.select.contexts, search.plan[-1].train_contexts)
     result = RunResult(
         folder=search.path,

@@ -1,0 +1,50 @@
+"""Run: files of users and strangers, read with a bound: a regular file, so many bytes, and a plain error.
+
+`/dev/zero` has no end, a pipe waits for somebody who writes, and a folder is no file. Each is an error here, at once.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from evomem.errors import EvomemError
+
+TEXT = 1 << 20
+"""Bytes of a file that a person writes: an experiment, a search space, a configuration."""
+
+
+def read_bytes(path: Path, limit: int, error: type[EvomemError]) -> bytes:
+    """Return the contents of a regular file of at most ``limit`` bytes.
+
+    Raises
+    ------
+    EvomemError : of the class ``error``: it is missing, no regular file, larger, or cannot be read.
+    """
+    try:
+        # Opening a pipe would wait for somebody to write into it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{path}: is {_kind(status.st_mode)}; a file is expected")
+            content = b"" if status.st_size > limit else file.read(limit + 1)
+    except (OSError, ValueError) as problem:  # ValueError: a name with NUL
+        raise error(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+    if status.st_size > limit or len(content) > limit:
+        raise error(f"{path}: has {max(status.st_size, len(content)):,} bytes; at most {limit:,} are read")
+    return content
+
+
+def read_text(path: Path, limit: int, error: type[EvomemError]) -> str:
+    """Return the text of a file in UTF-8, see `read_bytes`."""
+    try:
+        return read_bytes(path, limit, error).decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: is not UTF-8 text (byte {problem.start})") from None
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((name for holds, name in kinds.items() if holds(mode)), "a device")
