@@ -225,9 +225,9 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(plug, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "mkdtemp", denied)
         refused(r"plug: rows cannot be written into it: Permission denied. Measure a copy")
-    with monkeypatch.context() as patch:
-        patch.setattr(os.path, "ismount", lambda _: True)
-        refused("a mount of its own")
+    (plug / "notes.txt").write_text("mine")
+    refused(r"plug: holds notes\.txt, which is none of a plug-in's files")
+    (plug / "notes.txt").unlink()
     assert everything(tmp_path) == before
     for field, message in (
         ({"transfer": {"a": 1}}, r"transfer: a list of rows is expected.*Remove the field"),

@@ -14,9 +14,7 @@ How suspicious, and the limits: `evomem.plugins.untrusted`.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,9 +30,11 @@ from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.managers import MemoryManager, managers
 from evomem.plugins.card import render_card
 from evomem.plugins.hub import download
+from evomem.plugins.replacing import current, located, strangers, write_folder
 from evomem.plugins.untrusted import (
     CARD,
     CONFIG,
+    FILES,
     LIMITS,
     PICTURES,
     PROVENANCE,
@@ -77,8 +77,9 @@ def save(
 ) -> None:
     """Write a manager as a plug-in.
 
-    The folder appears whole: it is written beside its place, flushed to disk, and renamed. A plug-in that is there
-    already is replaced.
+    A new folder appears whole: it is written beside its place, flushed to disk, and renamed. Of a plug-in that is there
+    the files named above are replaced, and nothing else is touched: what begins with a dot (``.git``) stays. A reader
+    sees the old plug-in or the new one, also after a kill at any moment.
 
     Parameters
     ----------
@@ -91,9 +92,10 @@ def save(
     Raises
     ------
     PluginError : a tensor has NaN or infinite values; something could not be loaded again (too large, or a constructor
-        that needs real tensors); the folder holds something that is no plug-in; the disk is full.
+        that needs real tensors); the folder holds something that is no plug-in, or a file that is none of a plug-in's;
+        the disk is full.
     """
-    folder = Path(folder)
+    folder = located(folder)
     provenance = manager.provenance if provenance is None else provenance
     pictures = manager.pictures if pictures is None else pictures
     config = _describe(manager)
@@ -112,10 +114,9 @@ def save(
     _expected(folder / CONFIG, config)
     for name, content in pictures.items():
         contents[f"{PICTURES}/{name}"] = checked_picture(folder, name, content)
-    if folder.exists() and not _replaceable(folder):
-        raise PluginError(f"{folder}: exists and is no plug-in; choose another folder")
+    check_replaceable(folder)
     try:
-        _write_folder(folder, contents)
+        write_folder(folder, contents)
     except OSError as error:
         raise PluginError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
@@ -158,7 +159,7 @@ def read(folder_or_repo: str | Path, **hub: Any) -> Plugin:
 def is_plugin(folder: str | Path) -> bool:
     """Whether a folder looks like a plug-in: its ``config.json`` has a schema version."""
     with suppress(EvomemError):
-        return "schema_version" in read_object(Path(folder) / CONFIG)
+        return "schema_version" in read_object(current(Path(folder)) / CONFIG)
     return False
 
 
@@ -182,66 +183,20 @@ def _pretty(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(json.loads(to_json(dict(value))), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and (is_plugin(folder) or not any(folder.iterdir()))
-
-
-def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    try:
-        partial.mkdir()
-        for name, content in contents.items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            with (partial / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync(partial)
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        _sync(folder.parent)
-    except OSError:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process has left; a plug-in that it had moved away comes back."""
-    for path in sorted(folder.parent.glob(f".{folder.name}.*-*")):
-        kind, _, pid = path.name.removeprefix(f".{folder.name}.").rpartition("-")
-        if kind not in ("partial", "replaced") or not pid.isdigit() or _alive(int(pid)):
-            continue
-        if kind == "replaced" and not folder.exists():
-            path.rename(folder)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return pid != os.getpid()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_replaceable(folder: Path) -> None:
+    """Raise `PluginError` unless a plug-in may be written into a folder: it is new, empty, or a plug-in and no more."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise PluginError(f"{folder}: is no folder; choose another place")
+    others = strangers(folder)
+    if not is_plugin(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise PluginError(f"{folder}: exists and is no plug-in; choose another folder")
+    if others:
+        raise PluginError(
+            f"{folder}: holds {shown(others[0])}, which is none of a plug-in's files ({', '.join(FILES)}, "
+            f"{PICTURES}/*.png); move it away, or choose another folder"
+        )
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -249,10 +204,14 @@ def _sync(folder: Path) -> None:
 
 def _located(folder_or_repo: str | Path, hub: Mapping[str, Any]) -> Path:
     folder = Path(folder_or_repo).expanduser()
-    if folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise PluginError(f"{shown(folder_or_repo)}: {error.strerror}") from None
+    if exists:
         if not folder.is_dir():
             raise PluginError(f"{folder}: is a file; give the plug-in's folder")
-        return folder
+        return current(folder)
     return download(str(folder_or_repo), LIMITS, **hub)
 
 

@@ -34,7 +34,7 @@ HEADER, PICTURE_COUNT = 1 << 20, 8
 ENTRIES, INTEGER = 4096, 2**63 - 1
 """Entries of a list and size of an integer in ``config.json``."""
 
-_PICTURE = re.compile(r"[A-Za-z0-9][\w-]{0,63}\.png", re.ASCII)
+PICTURE = re.compile(r"[A-Za-z0-9][\w-]{0,63}\.png", re.ASCII)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -154,7 +154,7 @@ def read_pictures(folder: Path) -> dict[str, bytes]:
 def checked_picture(folder: Path, name: str, content: bytes) -> bytes:
     """Return the contents of a picture; raise `PluginError` if it is none that a plug-in may have."""
     limit = LIMITS[f"{PICTURES}/*.png"]
-    if not _PICTURE.fullmatch(name) or not content.startswith(_PNG) or len(content) > limit:
+    if not PICTURE.fullmatch(name) or not content.startswith(_PNG) or len(content) > limit:
         raise PluginError(
             f"{folder}: picture {shown(name)}: is no PNG of at most {limit:,} bytes with a plain name like fitness.png"
         )

@@ -21,6 +21,8 @@ from evomem.config import Settings, validate
 from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.evaluation.rows import budget_size
 from evomem.managers.base import MemoryManager
+from evomem.plugins.folder import check_replaceable
+from evomem.plugins.replacing import located
 from evomem.runs.plots import figure_with, save_figure
 from evomem.runs.report import budget_text
 from evomem.runs.transfer import Cell
@@ -92,21 +94,17 @@ def open_record(folder: Path) -> Record:
 
     Raises
     ------
-    PluginError : it is none, or damaged; it cannot be written; its provenance is nearly as large as one may be, or
-        holds something else where the rows go.
+    PluginError : it is none, or damaged; it cannot be written, or holds files of others; its provenance is nearly as
+        large as one may be, or holds something else where the rows go.
     """
-    folder = folder.resolve()  # a link is renamed like a folder, and what it leads to would stay as it was
+    folder = located(folder)
     with _alone(folder):
         plugin = plugins.read(folder)
     _known(folder, plugin.provenance)
     _room(folder, plugin.provenance)
+    check_replaceable(folder)
     try:
-        if os.path.ismount(folder):
-            raise OSError(None, "it is a mount of its own, which cannot be replaced")
-        # The folder is written beside its place and renamed: it is the folder around it that must let us.
-        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.name}.record-", dir=folder.parent))
-        if not os.access(folder, os.W_OK):
-            raise OSError(None, "Permission denied")
+        os.rmdir(tempfile.mkdtemp(prefix=".evomem-record-", dir=folder))
     except OSError as error:
         raise PluginError(
             f"{folder}: rows cannot be written into it: {error.strerror or error}. Measure a copy of it, or leave out "
@@ -136,7 +134,7 @@ def write_record(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str)
 
 
 def _alone(folder: Path) -> filelock.BaseFileLock:
-    """Return a lock for a plug-in folder, which is itself replaced: it lies where nobody looks for plug-ins."""
+    """Return a lock for a plug-in folder; it lies where nobody looks for plug-ins."""
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     user = getattr(os, "getuid", int)()
     return filelock.FileLock(Path(tempfile.gettempdir()) / f"evomem-record-{user}-{name}.lock")
