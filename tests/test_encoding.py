@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from evomem.errors import ConfigError, RunError, TaskError
 from evomem.evaluation import EvaluationProtocol, Evaluator
 from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.plain import mean_loglik
 from evomem.evaluation.store import PrefillStore
 from evomem.managers import build as manager_of
 from evomem.models import LoadedModel
@@ -293,3 +294,18 @@ def test_a_template_that_writes_the_date_says_the_same_tomorrow() -> None:
     assert head == "26 Jul 2024\n"
     with pytest.raises(ConfigError, match="today's date"):
         ChatTemplate(tiny_tokenizer(chat_template="{% set f = '%d' %}{{ strftime_now(f) }}"), "toy")
+
+
+def test_rows_of_likelihood_only_among_others(loaded: LoadedModel) -> None:
+    """They are not generated for, and have no exact score; and the mean of no answer is no number."""
+
+    class Mixed(Toy):
+        def score(self, sample, output):
+            raise AssertionError("this row has no exact metric")
+
+    evaluator, sample = Evaluator(loaded), replace(SAMPLE, max_new_tokens=0)
+    manager = manager_of("full")
+    assert evaluator.evaluate([manager], sample, Mixed(), exact=True)[0].exact is None
+    assert evaluator.evaluate_plainly(manager, sample, Mixed(), exact=True).exact is None
+    with pytest.raises(TaskError, match="no token"):
+        mean_loglik(torch.zeros(1, 0, 128), torch.zeros(1, 0, dtype=torch.int64))

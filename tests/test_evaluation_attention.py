@@ -174,3 +174,11 @@ def test_context_and_future_are_read_once(llama):
 def test_streaming_is_refused(llama):
     with pytest.raises(ConfigError, match="compress_once"):
         Evaluator(llama, PROTOCOLS["streaming"]).evaluate([made("knorm")], make_sample(), TASK, attention=True)
+
+
+def test_heads_that_look_at_nothing_lose_nothing():
+    """A window that ends after the context: the share of no attention is not the worst there is."""
+    blind = LoadedModel("mistral", tiny("mistral", layers=2, sliding_window=1), tiny_tokenizer(), "mistral")
+    manager = made("keydiff").with_options(budget=7)
+    (found,) = Evaluator(blind).evaluate([manager], make_sample(), TASK, attention=True)
+    assert {share for row in found.heads for share in row} == {1.0}

@@ -129,7 +129,9 @@ def retained_attention(
     shares, kept, held = [], [], torch.zeros(len(managers))
     for view, paid in zip(reading.views, future.paid, strict=True):
         keep = policy.decide(view).keep
-        share = (paid * keep).sum(-1) / paid.sum(-1).clamp(min=1e-9)
+        total = paid.sum(-1)
+        # A head that looks at nothing of the context (a window that ends after it) loses nothing by any decision.
+        share = torch.where(total > 0, (paid * keep).sum(-1) / total.clamp(min=1e-9), 1.0)
         shares.append(share)
         counts = keep.sum(-1)
         kept.append(counts.float().mean(-1))

@@ -195,7 +195,7 @@ class Evaluator:
             cache, shared, own = self._stream(policy, tokens, meter)
         slots = torch.stack([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
         texts: list[str] | None = None
-        if exact and task.has_exact:
+        if exact and task.has_exact and sample.max_new_tokens:  # a row of likelihood only may stand among others
             texts, generated = self.generate(cache, policy.aside(), tokens, sample.max_new_tokens)
             own += generated
         asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1).expand(policy.size, -1)

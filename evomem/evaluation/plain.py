@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evomem.cache import SlotCache, attached
+from evomem.errors import TaskError
 from evomem.evaluation.population import Recording
 from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
@@ -37,7 +38,7 @@ def evaluate_plainly(
             evaluator.forward(tokens.read, cache, 1)
         held = cache.nbytes() - recorded_bytes(cache)
         slots = float(torch.stack([s.float().mean() for s in cache.slots_held()]).mean())
-        if exact and task.has_exact:
+        if exact and task.has_exact and sample.max_new_tokens:
             texts, generated = evaluator.generate(cache, manager, tokens, sample.max_new_tokens)
         asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
         loglik = mean_loglik(evaluator.forward(asked, cache, tokens.answer.shape[1]), tokens.answer)[0]
@@ -67,7 +68,14 @@ def loglik_without_context(evaluator: Evaluator, sample: Sample) -> float:
 
 
 def mean_loglik(logits: Tensor, answer: Tensor) -> list[float]:
-    """Mean log-likelihood of the answer's tokens (1, length) per row of logits (rows, length, vocabulary)."""
+    """Mean log-likelihood of the answer's tokens (1, length) per row of logits (rows, length, vocabulary).
+
+    Raises
+    ------
+    TaskError : there is no token; the mean of nothing is no number.
+    """
+    if not answer.shape[1]:
+        raise TaskError("an answer has no token; give every sample an answer")
     answers = answer.expand(logits.shape[0], -1)
     chosen = logits.float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
     means: list[float] = chosen.double().mean(1).tolist()

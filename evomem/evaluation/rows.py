@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
+from evomem.errors import EvomemError
 from evomem.evaluation.statistics import bootstrap_mean, paired_bootstrap, recovered_share
 from evomem.evaluation.types import Evaluation
 
@@ -121,6 +122,10 @@ def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
     budgets = [one.budget for one in measured if one.manager == subject]
     rows = []
     for one in measured:
+        if not one.evaluations:
+            raise EvomemError(
+                f"{one.manager} on {one.task}, {one.model}: no sample was measured; there is no row of it"
+            )
         own = one.budget if one.budget in budgets else _nearest(one.budget, budgets)
         control = found.get(("random", one.budget))
         rows.append(_row(one, subject, found[subject, own], control, found.get(("full", None))))

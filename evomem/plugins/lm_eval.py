@@ -9,6 +9,7 @@ command line::
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from evomem.cache import SlotCache, check_supported
-from evomem.errors import ConfigError
+from evomem.errors import ConfigError, EvomemError
 from evomem.managers import MemoryManager, build
 from evomem.models.folders import resolve
 from evomem.plugins import load
+from evomem.strict_json import shown
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -86,6 +88,10 @@ class EvomemLM(HFLM):  # type: ignore[misc]
                 f"manager {self.manager.name!r} decides once, after a context, and a rolling likelihood has none; "
                 "give every=N, so that it decides while the text is read"
             )
+        for request in requests:
+            (text,) = request.args
+            if not self.tok_encode(text):
+                raise ConfigError(_nothing("text", text))
         return list(super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
 
     @torch.no_grad()
@@ -95,9 +101,16 @@ class EvomemLM(HFLM):  # type: ignore[misc]
         """Return (log-likelihood, whether greedy decoding says the same) of every request.
 
         Requests of one context are scored on one reading of it.
+
+        Raises
+        ------
+        ConfigError : a choice or a context has no token; the likelihood of nothing would be the largest there is.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
-        for place, (_, context, continuation) in enumerate(requests):
+        for place, (texts, context, continuation) in enumerate(requests):
+            for what, tokens in (("choice", continuation), ("context", context)):
+                if not tokens:
+                    raise ConfigError(_nothing(what, texts))
             room = self.max_length + 1 - len(continuation)  # too long a context loses its beginning, as with ``hf``
             if room < 1:
                 raise ConfigError(f"{len(continuation)} tokens to score, but the model reads {self.max_length} at most")
@@ -177,6 +190,13 @@ def _padded(rows: list[list[int]], device: Any, *, left: bool) -> tuple[Tensor, 
     return ids, mask
 
 
+def _nothing(what: str, text: object) -> str:
+    return (
+        f"request {shown(repr(text), 120)}: the {what} has no token for this model's tokenizer, and the likelihood of "
+        "nothing would be the best there is; mend the task, or leave this sample out of it"
+    )
+
+
 def _scored(scores: Tensor, continuation: list[int]) -> tuple[float, bool]:
     """Log-likelihood of the continuation under scores (tokens, vocabulary), and whether it is the greedy one."""
     tokens = torch.tensor(continuation, device=scores.device)
@@ -185,4 +205,8 @@ def _scored(scores: Tensor, continuation: list[int]) -> tuple[float, bool]:
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except EvomemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

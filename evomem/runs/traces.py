@@ -100,6 +100,8 @@ def record(
     TaskError : the task has fewer samples.
     ConfigError : a feature does not exist.
     """
+    if samples < 1:
+        raise ConfigError(f"samples: {samples}; record at least 1")
     columns = base_columns(tuple(features))
     chosen = task.samples(split, samples, seed)
     if len(chosen) < samples:

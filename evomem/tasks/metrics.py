@@ -13,7 +13,8 @@ def substring_share(references: Sequence[str], output: str) -> float:
     if not references:
         return 0.0
     text = output.lower()
-    return sum(reference.lower() in text for reference in references) / len(references)
+    # A reference of nothing would be found everywhere.
+    return sum(bool(reference.strip()) and reference.lower() in text for reference in references) / len(references)
 
 
 def normalise(text: str) -> str:
@@ -22,15 +23,29 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", kept).split())
 
 
+def comparable(reference: str, output: str) -> tuple[str, str]:
+    """Return both texts normalised; where that leaves nothing of the reference, lower-cased and with single spaces.
+
+    So the answer "A" is not equal to every output of articles and punctuation, nor to no output at all.
+    """
+    expected = normalise(reference)
+    if expected or not reference.strip():
+        return expected, normalise(output)
+    kept, said = (" ".join(text.lower().split()) for text in (reference, output))
+    # With or without punctuation around it: "A", "(A)", "A."
+    return kept.strip(string.punctuation) or kept, said.strip(string.punctuation + " ") or said
+
+
 def exact_match(references: Sequence[str], output: str) -> float:
-    """Return 1 if the normalised output equals a normalised reference, else 0."""
-    return float(any(normalise(reference) == normalise(output) for reference in references))
+    """Return 1 if the normalised output equals a normalised reference (`comparable`), else 0."""
+    return float(any(a == b for a, b in (comparable(reference, output) for reference in references)))
 
 
 def token_f1(references: Sequence[str], output: str) -> float:
     """Return the F1 of the bags of normalised words, the largest over the references (SQuAD)."""
     return max(
-        (_bag_f1(normalise(reference).split(), normalise(output).split()) for reference in references), default=0.0
+        (_bag_f1(a.split(), b.split()) for a, b in (comparable(reference, output) for reference in references)),
+        default=0.0,
     )
 
 

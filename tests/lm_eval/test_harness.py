@@ -178,6 +178,20 @@ def test_rolling(folder: Path, requests: list) -> None:
     assert got != pytest.approx(full, abs=1e-2)
 
 
+@pytest.mark.parametrize("asked", [("the sky is", ""), ("the sky is", "\n"), ("\n", " blue")])
+def test_nothing_has_no_likelihood(folder: Path, asked: tuple[str, str]) -> None:
+    """A choice without a token had the log-likelihood 0, the largest there is, and won; ``hf`` does not score it."""
+    lm = EvomemLM(str(folder), device="cpu")
+    both = [("the sky is", " blue"), asked]
+    with pytest.raises(ConfigError, match="has no token"):
+        lm.loglikelihood(instances("loglikelihood", both), disable_tqdm=True)
+    for context, continuation in (([5, 6], []), ([], [7]), ([], [])):
+        with pytest.raises(ConfigError, match="has no token"):
+            lm._loglikelihood_tokens([(None, [5], [6]), (None, context, continuation)], disable_tqdm=True)
+    with pytest.raises(ConfigError, match="has no token"):
+        lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("the sky",), ("\n",)]), disable_tqdm=True)
+
+
 def test_a_plug_in_and_what_is_refused(folder: Path, tmp_path: Path, requests: list) -> None:
     save(build("keydiff(budget=0.5)"), tmp_path / "plugin", {})
     lm = EvomemLM(str(folder), manager=str(tmp_path / "plugin"), budget=9, device="cpu")
