@@ -168,7 +168,7 @@ def test_a_recording_goes_on_where_it_was_killed(llama, tmp_path, monkeypatch, a
             write(path, data)
         left -= 1
         if left < 0:
-            path.with_name(f".{path.name}.1.tmp").write_bytes(data[: len(data) // 2])
+            path.with_name(f".{path.name}.1.evomem.tmp").write_bytes(data[: len(data) // 2])
             raise Killed
         if not after:
             write(path, data)

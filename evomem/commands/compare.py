@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from evomem.commands.listing import wide_console
+from evomem.commands.outputs import claim
 from evomem.commands.packages import require_for
 from evomem.config import validate
 from evomem.errors import ConfigError, RunError
@@ -87,6 +88,7 @@ def compare(
     oracle: bool = False,
 ) -> None:
     """Compare subjects with the field, print tables, and write rows; with ``check``, refuse tasks at chance."""
+    output = claim_rows(output)
     subjects = resolve_all(sources)
     budgets = _budgets(wishes, subjects)
     field = split_specs(against)
@@ -121,6 +123,7 @@ def require_above_chance(place: Place, split: Split, count: int) -> None:
 
 def evaluate(source: str, wishes: Wishes, output: str | None) -> None:
     """Evaluate one subject, print its table, and write rows."""
+    output = claim_rows(output)
     subject = resolve(source)
     if subject.manager.name == "full" or subject.manager.options.budget is not None:
         budgets: Sequence[Budget] = parse_budgets(wishes.budgets) or subject.budgets or (None,)
@@ -324,6 +327,15 @@ def places_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: Evalua
 # ---- what comes out ------------------------------------------------------------------------------------------------
 
 
+def claim_rows(output: str | None) -> str | None:
+    """Return where rows are written, see `claim`; their samples lie beside them."""
+    return claim("--json", output, lambda path: [_samples_file(path)])
+
+
+def _samples_file(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.samples.jsonl")
+
+
 def partial_file(output: str | None) -> Path | None:
     """Return the file in which finished samples wait for the rest."""
     return None if output is None or output == "-" else Path(f"{output}.partial.jsonl")
@@ -345,7 +357,7 @@ def keep_rows(rows: Sequence[Row], path: Path) -> None:
     write_rows(path, rows)
     partial = partial_file(str(path))
     if partial is not None and partial.exists():
-        partial.replace(path.with_name(f"{path.stem}.samples.jsonl"))
+        partial.replace(_samples_file(path))
 
 
 def show(rows: Sequence[Row], console: Console) -> None:

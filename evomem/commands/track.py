@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rich.text import Text
@@ -10,6 +11,7 @@ from evomem.commands.listing import wide_console
 from evomem.errors import RunError
 from evomem.runs import open_run
 from evomem.tracking.build import build_tracker
+from evomem.tracking.jsonl import BEGINNING
 from evomem.tracking.replay import replay
 from evomem.tracking.weights_and_biases import WandbTracker, run_id
 
@@ -28,6 +30,8 @@ def track(source: str, to: str, mode: str | None, project: str | None, out: Path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if to == "jsonl":
+            if not _replaceable(file):
+                raise RunError(f"{file}: is there and tells of no run; choose another folder with --out")
             file.unlink(missing_ok=True)  # told whole each time
         summary = replay(run, tracker)
     except OSError as error:
@@ -44,3 +48,13 @@ def track(source: str, to: str, mode: str | None, project: str | None, out: Path
         lines.append(f"  {file}")
     for line in lines:
         wide_console().print(Text(line), soft_wrap=True)  # a path is copied whole
+
+
+def _replaceable(file: Path) -> bool:
+    """Whether a file is not there, empty, or begins as the tracker begins."""
+    if not os.path.lexists(file):
+        return True
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        return content.read(len(BEGINNING)) in (b"", BEGINNING)

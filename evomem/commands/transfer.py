@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from evomem.commands.compare import (
     split_specs,
 )
 from evomem.commands.listing import wide_console
+from evomem.commands.outputs import claim
 from evomem.commands.packages import require_for
 from evomem.errors import ConfigError, PluginError, TaskError
 from evomem.evaluation.compare import Comparison, NamedManager, Place
@@ -34,7 +36,7 @@ from evomem.runs import open_run
 from evomem.runs.bench import calibrate_manager, check_chance
 from evomem.runs.config import TaskConfig
 from evomem.runs.files import write_atomically
-from evomem.runs.report import write_rows
+from evomem.runs.report import rows_json, write_rows
 from evomem.runs.transfer import (
     Cell,
     TransferRow,
@@ -89,6 +91,7 @@ def transfer(
     ConfigError : no models, no budget; a task for a model that is not among them; nothing to record into.
     PluginError : a plug-in to record into cannot be written.
     """
+    output = claim("--json", output, lambda path: [path.with_suffix(ending) for ending in (".md", ".png")])
     subjects = resolve_all(sources)
     names = [name for given in wishes.models for name in given.split(",") if name]
     if not names:
@@ -111,7 +114,7 @@ def transfer(
     for name in dict.fromkeys(names):
         loaded = load(name, wishes.dtype)
         for place in places_of(loaded, tasks, protocol):
-            keep = None if output is None else partial_file(f"{output}.{len(partials)}")
+            keep = None if output in (None, "-") else partial_file(f"{output}.{len(partials)}")
             if keep is not None:
                 partials.append(keep)
             try:
@@ -218,12 +221,14 @@ def _tasks_of(subjects: Sequence[Subject]) -> list[TaskConfig]:
 
 def _deliver(rows: Sequence[TransferRow], skipped: Sequence[str], output: str | None) -> None:
     """Print the matrix; write rows, table and picture."""
-    found, console = cells(rows), wide_console()
+    found, console = cells(rows), wide_console(stderr=output == "-")
     for table in transfer_tables(found):
         console.print(table)
     for line in (*summary(found), *(f"left out: {reason}" for reason in skipped)):
         console.print(Text(line, style="bold"))
-    if output is None:
+    if output == "-":
+        sys.stdout.write(rows_json(rows))
+    if output is None or output == "-":
         return
     path = Path(output)
     write_rows(path, rows)

@@ -199,6 +199,7 @@ class ExperimentConfig(Settings):
     traces: list[str] = Field(default_factory=list)
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
+    _name = field_validator("name")(lambda value: file_name(value))
     _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
     _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))
 
@@ -328,6 +329,23 @@ class Stage(Settings):
     fitness: FitnessConfig
     driver: DriverConfig
     since: int
+
+
+_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+
+
+def file_name(name: str) -> str:
+    """Return a name that a folder may have everywhere: it leads nowhere else; raise ValueError otherwise."""
+    if not name.isprintable() or set(name) & set('/\\:*?"<>|') or name[0] in ". " or name[-1] in ". ":
+        raise ValueError(
+            'a run lies in a folder of this name: no / \\ : * ? " < > |, no control characters, and no dot or blank at '
+            "the beginning or the end"
+        )
+    if len(name.encode()) > 100 or name.partition(".")[0].upper() in _RESERVED:
+        raise ValueError(
+            "a run lies in a folder of this name: at most 100 bytes, and none that a system keeps for itself"
+        )
+    return name
 
 
 def _by_name(value: Any) -> Any:

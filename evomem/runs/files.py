@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomem.errors import RunError
+
+_MARK = ".evomem.tmp"
+_TEMPORARY = re.compile(rf"\..+\.[0-9]+{re.escape(_MARK)}", re.DOTALL)
 
 
 @contextmanager
@@ -30,7 +35,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that after a kill at any moment it is the old one or the new one, whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_MARK}")
     with disk_errors(path):
         try:
             with temporary.open("wb") as file:
@@ -42,6 +47,20 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what `write_atomically` leaves when it is killed: by its name, and no link."""
+    return _TEMPORARY.fullmatch(path.name) is not None and stat.S_ISREG(path.lstat().st_mode)
+
+
+def sweep(*folders: Path) -> None:
+    """Remove what killed processes left of `write_atomically` in these folders; not in what lies inside them."""
+    for folder in folders:
+        if folder.is_dir() and not folder.is_symlink():
+            for path in list(folder.iterdir()):
+                if is_temporary(path):
+                    path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

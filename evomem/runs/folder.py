@@ -27,7 +27,7 @@ import yaml
 from evomem.config import difference, validate
 from evomem.errors import ConfigError, RunError
 from evomem.runs.config import ExperimentConfig, to_yaml
-from evomem.runs.files import disk_errors, write_atomically
+from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
 from evomem.runs.journal import Journal
 
 
@@ -55,6 +55,7 @@ class RunFolder:
         self.journal: Journal
 
     def __enter__(self) -> Self:
+        self._refuse()  # before anything is written: the folder may be a stranger's
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -83,31 +84,39 @@ class RunFolder:
         except (OSError, ValueError, KeyError):
             return "another process"
 
+    def _refuse(self) -> None:
+        """Raise `RunError` unless the folder is new, empty, or holds this run and may be gone on with."""
+        stored = self.path / "config.yaml"
+        with disk_errors(self.path):
+            if not self.path.exists():
+                return
+            if not self.path.is_dir():
+                raise RunError(f"{self.path}: is a file; choose another folder")
+            if stored.exists():
+                if not self._resume:
+                    raise RunError(f"{self.path}: holds a run already; resume it, or choose another folder")
+                check_same_config(stored, self._config.resolved())
+                return
+            remains = {"run.lock", "owner.json"}  # of a process that was killed as it began
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in remains and not is_temporary(p))
+        if strangers:
+            raise RunError(f"{self.path}: is no run folder and not empty (it holds {strangers[0]}); choose another")
+
     def _open(self) -> None:
+        self._refuse()  # again, because now nobody else works in it
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         write_atomically(self.path / "owner.json", json.dumps(owner).encode())
-        self._sweep()
+        sweep(self.path, *(self.path / name for name in ("checkpoints", "start", "winner", "plots")))
         resolved = self._config.resolved()
         stored = self.path / "config.yaml"
         if stored.exists():
-            if not self._resume:
-                raise RunError(f"{self.path}: holds a run already; resume it, or choose another folder")
-            check_same_config(stored, resolved)
             self.resumed = True
         else:
-            strangers = sorted({p.name for p in self.path.iterdir()} - {"run.lock", "owner.json", "checkpoints"})
-            if strangers:
-                raise RunError(f"{self.path}: is no run folder and not empty (it holds {strangers[0]}); choose another")
             write_atomically(stored, to_yaml(resolved).encode())
         for name in ("checkpoints", "start", "winner"):
             with disk_errors(self.path):
                 (self.path / name).mkdir(exist_ok=True)
         self.journal = Journal(self.path / "journal.jsonl")
-
-    def _sweep(self) -> None:
-        """Remove temporary files that a killed process left."""
-        for path in self.path.rglob(".*.tmp"):
-            path.unlink(missing_ok=True)
 
     @property
     def result(self) -> dict[str, Any] | None:

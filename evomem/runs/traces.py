@@ -36,7 +36,7 @@ from evomem.evaluation.traces import (
 )
 from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers.features import base_columns, required
-from evomem.runs.files import disk_errors, write_atomically
+from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
 from evomem.tasks.base import Sample, Split, Task
 from evomem.tasks.encoding import TextEncoder
 
@@ -185,8 +185,21 @@ def _name(number: int) -> str:
     return f"{number:06d}.safetensors"
 
 
+def _refuse_strangers(folder: Path) -> None:
+    """Raise `RunError` unless a folder is new, empty, or of traces; nothing is written before that is known."""
+    with disk_errors(folder):
+        if not folder.exists() or (folder / MANIFEST).exists():
+            return
+        if not folder.is_dir():
+            raise RunError(f"{folder}: is a file; choose another folder")
+        strangers = sorted(one.name for one in folder.iterdir() if one.name != _LOCK and not is_temporary(one))
+    if strangers:
+        raise RunError(f"{folder}: is no trace folder and not empty (it holds {strangers[0]}); choose another")
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    _refuse_strangers(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(str(folder / _LOCK), timeout=0)
@@ -204,13 +217,10 @@ def _opened(
     folder: Path, header: TraceHeader, chosen: Sequence[Sample], say: Callable[[str], None]
 ) -> dict[str, TraceFile]:
     """Return the files that are there and whole, by name; begin a folder if there is none."""
-    for path in folder.glob(".*.tmp"):  # left by a killed process
-        path.unlink(missing_ok=True)
+    _refuse_strangers(folder)  # again, because now nobody else works in it
     path = folder / MANIFEST
+    sweep(folder)
     if not path.exists():
-        strangers = sorted({one.name for one in folder.iterdir()} - {_LOCK})
-        if strangers:
-            raise RunError(f"{folder}: is no trace folder and not empty (it holds {strangers[0]}); choose another")
         write_atomically(path, Manifest(header=header).to_bytes())
         return {}
     manifest = Manifest.read(folder)

@@ -10,6 +10,9 @@ from typing import Any
 from evomem.strict_json import to_json
 from evomem.tracking.base import GenerationRecord
 
+BEGINNING = b'{"event":"start"'
+"""What such a file begins with."""
+
 
 class JsonlTracker:
     """Appends lines ``{"event": "start" | "generation" | "artifact" | "finish", ...}``.
