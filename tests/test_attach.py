@@ -10,10 +10,11 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
     BloomConfig,
     Gemma2Config,
     GptOssConfig,
-    Llama4TextConfig,
     T5Config,
 )
 
@@ -217,7 +218,8 @@ def unmanageable() -> list:
             T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
         ),
         make(GptOssConfig(**SMALL, **mixture, num_key_value_heads=2)),
-        make(Llama4TextConfig(**SMALL, **mixture, intermediate_size_mlp=32, num_key_value_heads=2)),
+        make(BartConfig(vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=4)),
+        make(BertConfig(**SMALL, intermediate_size=32)),
     ]
 
 

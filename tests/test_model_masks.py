@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
@@ -22,7 +20,6 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from evomem.errors import UnsupportedModelError
 from evomem.managers import build
 from evomem.testing.comparing import same_logits
 
@@ -122,10 +119,3 @@ def test_nothing_evicted_is_the_stock_model(request, name: str, spec: str) -> No
         cache.reset()
         got = model.generate(**inputs, past_key_values=cache, max_new_tokens=6, do_sample=False)
     assert torch.equal(got, said)
-
-
-@torch.no_grad()
-def test_values_that_change_after_the_cache_are_refused() -> None:
-    model = frozen(DiffLlamaForCausalLM, DiffLlamaConfig(**TEXT))
-    with build("full").attach(model) as cache, pytest.raises(UnsupportedModelError, match="changes values"):
-        model(**text_inputs(), past_key_values=cache)

@@ -23,16 +23,28 @@ By configuration and not by model, because that is where transformers keeps the 
 """
 
 
+MANAGED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers, as configurations call them, that differ by their masks only."""
+UNMANAGEABLE = {
+    "DiffLlamaAttention": "attends twice to every key, each time with half of the values",
+    "DogeAttention": "makes its mask from the values of all tokens ever read",
+    "JetMoeAttention": "repeats keys for every chosen expert after they were cached",
+}
+"""Attention classes that look like any other and do not do what a slot needs, with the reason."""
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder's self-attention modules in layer order: those that carry a ``layer_idx``."""
-    found = [
-        module
-        for name, module in model.named_modules()
+    named = {
+        id(module): module
+        for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and "attention" in type(module).__name__.lower()
         and not getattr(module, "is_cross_attention", False)
-    ]
-    return sorted(found, key=lambda module: int(module.layer_idx))
+    }
+    # A block around attention, with its norms, may be called attention too and carry the index: the inner one counts.
+    inner = [m for m in named.values() if not any(part is not m and id(part) in named for part in m.modules())]
+    return sorted(inner, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
 
 
 def check_supported(model: PreTrainedModel) -> int:
@@ -46,18 +58,34 @@ def check_supported(model: PreTrainedModel) -> int:
         raise UnsupportedModelError(f"{family} is an encoder-decoder; evomem manages the cache of {what}")
     if not modules or not model._can_set_attn_implementation():
         raise UnsupportedModelError(f"{family} has no attention that evomem can manage; it needs {what}")
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(text, "layer_types", None) or ()) - MANAGED_LAYERS
     if kinds or getattr(text, "num_kv_shared_layers", None):
         what_else = ", ".join(sorted(kinds)) or "layers that share another layer's keys"
         raise UnsupportedModelError(f"{family} has {what_else}; evomem needs every layer to be {what}")
-    if any(getattr(module, "sinks", None) is not None for module in modules):
+    for module in modules:
+        if getattr(module, "sinks", None) is not None:
+            raise UnsupportedModelError(
+                f"{family} has learned attention sinks in its softmax, which evomem does not manage"
+            )
+        if getattr(module, "is_decoder", None) is False:
+            raise UnsupportedModelError(
+                f"{family} is an encoder (is_decoder=False) and uses no cache; evomem needs it to be {what}"
+            )
+        if (why := UNMANAGEABLE.get(type(module).__name__)) is not None:
+            raise UnsupportedModelError(f"{family} {why}, which evomem does not manage; it needs {what}")
+    if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{family} has learned attention sinks in its softmax, which evomem does not manage"
+            f"{family} has multi-head latent attention: keys are made from a latent after it was cached, so there are "
+            f"none that slots could hold; evomem needs {what}"
         )
     indices = [int(module.layer_idx) for module in modules]  # type: ignore[arg-type]
+    if len(set(indices)) < len(indices):
+        raise UnsupportedModelError(
+            f"{family} has several attentions in a layer (cross-attention, or an encoder's); evomem needs {what}"
+        )
     if expected is not None and indices != list(range(expected)):
         raise UnsupportedModelError(
-            f"{family} has {expected} layers, of which {len(set(indices))} have managed attention "
+            f"{family} has {expected} layers, of which {len(indices)} have managed attention "
             f"(the others are recurrent, linear or shared); evomem needs every layer to be {what}"
         )
     return len(modules)
@@ -76,17 +104,28 @@ def _configurations(model: PreTrainedModel) -> list[Any]:
 
 
 @contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
+def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[None]:
     """Run ``model`` with the managed attention inside the block; restore its attention implementation exactly after.
 
     Blocks nest, also from several threads and with models that share a configuration: the last one to leave restores.
-    Raises `UnsupportedModelError`.
+
+    Parameters
+    ----------
+    self_check : compare a small random copy of a family that evomem's tests do not cover with the stock model, the
+        first time in a process (`evomem.cache.self_check`).
+
+    Raises
+    ------
+    UnsupportedModelError : a family without a managed attention, or one that computes something else under it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from evomem.cache.model_mask import slots_mask
+    from evomem.cache.self_check import self_check as check_computes_the_same
 
     check_supported(model)
+    if self_check:
+        check_computes_the_same(model)
     configurations = _configurations(model)
     with _lock:
         AttentionInterface.register(IMPLEMENTATION, managed_attention)

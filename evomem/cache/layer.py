@@ -171,6 +171,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def view(self) -> LayerView:
         """What a manager sees now."""
+        self.cache.require_attended()
         if not self.seen:
             raise CacheError("nothing has been read yet: there is no view of an empty layer")
         self.cache.require_observing(self.recorder)

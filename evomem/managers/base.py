@@ -152,16 +152,24 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     # ---- use ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def attach(self, model: PreTrainedModel) -> Iterator[SlotCache]:
+    def attach(self, model: PreTrainedModel, *, self_check: bool = True) -> Iterator[SlotCache]:
         """Manage the memory of ``model`` inside the ``with`` block; yields the cache to pass to the model.
 
         >>> with manager.attach(model) as cache:            # doctest: +SKIP
         ...     model.generate(**inputs, past_key_values=cache)
 
-        Leaving the block restores the model exactly. Raises `UnsupportedModelError` for a family without a managed
-        attention.
+        Leaving the block restores the model exactly.
+
+        Parameters
+        ----------
+        self_check : the first time in a process, compare a small random copy of a family that evomem's tests do not
+            cover with the stock model; ``EVOMEM_SELF_CHECK=0`` in the environment switches it off everywhere.
+
+        Raises
+        ------
+        UnsupportedModelError : a family without a managed attention, or one that computes something else under it.
         """
-        with attached(model):
+        with attached(model, self_check=self_check):
             yield self.new_cache(model)
 
     def new_cache(self, model: PreTrainedModel) -> SlotCache:
