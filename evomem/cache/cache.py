@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -16,6 +15,7 @@ from evomem.cache.layer import SlotLayer
 from evomem.cache.observe import Recorder, Wanted
 from evomem.cache.rotary import Rotary, find_rotaries
 from evomem.cache.view import Decision, LayerView
+from evomem.devices import stacked
 from evomem.errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:  # seconds to import
@@ -182,7 +182,7 @@ class SlotCache(Cache):
 
     def bytes_by_row(self) -> Tensor:
         """Bytes that every row would hold in a cache of its own: (batch,) int64."""
-        return torch.stack([layer.bytes_by_row() for layer in self.layers]).sum(0)
+        return stacked([layer.bytes_by_row() for layer in self.layers]).sum(0)
 
     @property
     def bytes_mean(self) -> float:

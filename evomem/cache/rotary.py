@@ -71,7 +71,7 @@ def unrotate(query: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
     """Queries before rotation: query (batch, heads, queries, head_dim), positions (batch, queries)."""
     if rotary is None:
         return query
-    cos, sin = (t.float()[:, None] for t in rotary(query, positions))
+    cos, sin = (t.to(query.device).float()[:, None] for t in rotary(query, positions))
     width = cos.shape[-1]
     rotated, rest = query[..., :width].float(), query[..., width:].float()
     # cos² + sin² is 1, or the square of the attention scaling that some rotary types fold in.
@@ -89,7 +89,7 @@ def future_rotation(rotary: Rotary | None, newest: Tensor, size: int, steps: int
     if rotary is None:
         return eye.expand(len(newest), size, size)
     positions = newest[:, None] + 1 + torch.arange(steps, device=like.device)
-    cos, sin = (t.float().mean(1) for t in rotary(like, positions))
+    cos, sin = (t.to(like.device).float().mean(1) for t in rotary(like, positions))
     width = cos.shape[-1]
     half = rotate_half(torch.eye(width, device=like.device)).transpose(
         0, 1

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from evomem.cache import LayerView, SlotCache, attached
+from evomem.devices import stacked
 from evomem.errors import ConfigError
 from evomem.evaluation.population import PopulationPolicy
 from evomem.evaluation.store import Reading, token_key
@@ -136,8 +137,8 @@ def retained_attention(
         counts = keep.sum(-1)
         kept.append(counts.float().mean(-1))
         held = held + counts.amax(-1).float().cpu() * slot_bytes(view, policy.fades(view.layer))
-    table = torch.stack(shares, 1).double().cpu()
-    slots = torch.stack(kept, 1).mean(1).tolist()
+    table = stacked(shares, 1).double().cpu()
+    slots = stacked(kept, 1).mean(1).tolist()
     seconds = (time.perf_counter() - begin) / len(managers)
     return [
         Evaluation(

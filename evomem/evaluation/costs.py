@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from evomem.cache import LayerView
+from evomem.devices import stacked
 from evomem.errors import ConfigError
 from evomem.evaluation import oracle as against
 from evomem.evaluation.attention import Future, sample_key, slot_bytes
@@ -158,14 +159,16 @@ class _Score(nn.Module):
 
 def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bool) -> tuple[Tensor, Step]:
     """Return the costs (layers, kv_heads), and the step with the exact gradient if it is asked for."""
-    module = _Score(manager)
-    parameters = {name: value.detach().requires_grad_(gradient) for name, value in module.named_parameters()}
+    named = _Score(manager).named_parameters()
+    parameters = {name: value.detach().requires_grad_(gradient) for name, value in named}
     total = [torch.zeros_like(value, dtype=torch.float64) for value in parameters.values()]
     rows = []
     heads = sum(view.slots.shape[1] for view in context.views)
     for view, future in zip(context.views, context.future.peak, strict=True):
+        device = view.slots.device
         with torch.set_grad_enabled(gradient):
-            scores = functional_call(module, parameters, (view,))
+            here = {name: value.to(device) for name, value in parameters.items()}
+            scores = functional_call(_Score(manager.on(device)), here, (view,))
             if how == "sorted":
                 order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
                 cost = plackett_luce.trace_cost(future, order)
@@ -222,7 +225,7 @@ def _protected_first(manager: MemoryManager, view: LayerView, ranking: Tensor, n
 
 def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
     """Slots that the manager keeps whatever it scores: (batch, kv_heads, slots) bool."""
-    selection = manager.select()
+    selection = manager.on(view.slots.device).select()
     if not isinstance(selection, TopN):
         return torch.zeros(view.slots.shape, dtype=torch.bool, device=view.slots.device)
     scores = torch.zeros(view.slots.shape, device=view.slots.device)
@@ -241,7 +244,7 @@ def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:
         counts.append(kept.mean())
         known = 1.0 if view.keys.shape[-1] else float("nan")
         held += known * float(kept.amax()) * float(slot_bytes(view, torch.tensor(decision.decay is not None)))
-    return float(torch.stack(counts).mean()), held
+    return float(stacked(counts).mean()), held
 
 
 def _oracle(manager: MemoryManager, context: _Context) -> Mapping[str, float]:
@@ -254,4 +257,4 @@ def _oracle(manager: MemoryManager, context: _Context) -> Mapping[str, float]:
         found["rank_correlation"].append(against.rank_correlation(scores, future, view.valid))
         found["good_decisions"].append(against.good_decision_ratio(keep, context.future.next_use[place], view.valid))
         found["sorted_cost"].append(plackett_luce.trace_cost(future, order))
-    return {name: float(torch.cat([part.flatten() for part in parts]).nanmean()) for name, parts in found.items()}
+    return {name: float(torch.cat([part.flatten().cpu() for part in parts]).nanmean()) for name, parts in found.items()}

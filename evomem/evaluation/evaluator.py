@@ -6,13 +6,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from evomem.cache import SlotCache, attached
 from evomem.cache.cache import CachePolicy
+from evomem.devices import stacked
 from evomem.errors import TaskError
 from evomem.evaluation.attention import FutureAttention, retained_attention, sample_key
 from evomem.evaluation.costs import How, KnownSamples, ranking_costs
@@ -70,6 +71,7 @@ class Evaluator:
         self.traces: KnownSamples | None = None
         self.encoder = TextEncoder(loaded.tokenizer)
         self._drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
+        self._one_device = len({parameter.device for parameter in loaded.model.parameters()}) <= 1
         config = loaded.model.generation_config
         ends = getattr(config, "eos_token_id", None) if config is not None else None
         self._ends = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id} - {None}
@@ -193,7 +195,7 @@ class Evaluator:
             cache, shared, own = self._compress(policy, tokens, observes)
         else:
             cache, shared, own = self._stream(policy, tokens, meter)
-        slots = torch.stack([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
+        slots = stacked([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
         texts: list[str] | None = None
         if exact and task.has_exact and sample.max_new_tokens:  # a row of likelihood only may stand among others
             texts, generated = self.generate(cache, policy.aside(), tokens, sample.max_new_tokens)
@@ -347,7 +349,10 @@ class Evaluator:
     def forward(self, tokens: Tensor, cache: SlotCache, keep: int) -> Tensor:
         """Logits of the last ``keep`` tokens: (rows, keep, vocabulary)."""
         # Indices, not a number: a slice of the hidden states is strided, and the head would run row by row.
-        last = torch.arange(tokens.shape[1] - keep, tokens.shape[1], device=tokens.device)
+        first = tokens.shape[1] - keep
+        last: Any = torch.arange(first, tokens.shape[1], device=tokens.device)
+        if not self._one_device:  # the last hidden states lie elsewhere than the tokens; plain numbers serve anywhere
+            last = list(range(first, tokens.shape[1]))
         output = self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=last)
         logits: Tensor = output.logits[:, -keep:]
         return logits

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evomem.cache import SlotCache, attached
+from evomem.devices import stacked
 from evomem.errors import TaskError
 from evomem.evaluation.population import Recording
 from evomem.evaluation.types import Evaluation
@@ -37,7 +38,7 @@ def evaluate_plainly(
         with cache.reading():
             evaluator.forward(tokens.read, cache, 1)
         held = cache.nbytes() - recorded_bytes(cache)
-        slots = float(torch.stack([s.float().mean() for s in cache.slots_held()]).mean())
+        slots = float(stacked([s.float().mean() for s in cache.slots_held()]).mean())
         if exact and task.has_exact and sample.max_new_tokens:
             texts, generated = evaluator.generate(cache, manager, tokens, sample.max_new_tokens)
         asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
@@ -76,7 +77,7 @@ def mean_loglik(logits: Tensor, answer: Tensor) -> list[float]:
     """
     if not answer.shape[1]:
         raise TaskError("an answer has no token; give every sample an answer")
-    answers = answer.expand(logits.shape[0], -1)
+    answers = answer.to(logits.device).expand(logits.shape[0], -1)
     chosen = logits.float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
     means: list[float] = chosen.double().mean(1).tolist()
     return means

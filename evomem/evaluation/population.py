@@ -75,6 +75,11 @@ class _Group:
     parameters: dict[str, Tensor]
     places: Tensor
 
+    def on(self, device: torch.device) -> _Group:
+        """Return the group with all its tensors on a device."""
+        parameters = {name: stacked.to(device) for name, stacked in self.parameters.items()}
+        return _Group(self.template.on(device), parameters, self.places.to(device))
+
 
 class PopulationPolicy:
     """A population as one cache policy: row c of the cache is decided by manager c.
@@ -97,6 +102,13 @@ class PopulationPolicy:
         self.schedule: Schedule = schedules.pop()
         self.groups = list(_grouped(managers))
         self._fades: dict[int, Tensor] = {}
+        self._placed: dict[torch.device, list[_Group]] = {}
+
+    def _groups_on(self, device: torch.device) -> list[_Group]:
+        """Return the groups on a device, where each of them is copied once."""
+        if device not in self._placed:
+            self._placed[device] = [group.on(device) for group in self.groups]
+        return self._placed[device]
 
     def fades(self, layer: int) -> Tensor:
         """Which managers let slots of a layer fade, as far as they have decided: (managers,) bool."""
@@ -116,7 +128,7 @@ class PopulationPolicy:
         shape = (self.size, *view.slots.shape[1:])
         keep = torch.zeros(shape, dtype=torch.bool, device=view.slots.device)
         decay: Tensor | None = None
-        for group in self.groups:
+        for number, group in enumerate(self._groups_on(view.slots.device)):
             own = view if shared else _rows(view, group.places)
             with full_precision(view.keys):
                 kept, faded = _decide(group, own, shared)
@@ -124,7 +136,8 @@ class PopulationPolicy:
             if faded is not None:
                 decay = torch.zeros(shape, device=keep.device) if decay is None else decay
                 decay[group.places] = faded
-                self._fades[view.layer] = self.fades(view.layer).index_fill(0, group.places, True)
+                places = self.groups[number].places
+                self._fades[view.layer] = self.fades(view.layer).index_fill(0, places, True)
         return Decision(keep, decay)
 
 
@@ -137,7 +150,7 @@ def _grouped(managers: Sequence[MemoryManager]) -> list[_Group]:
     groups = []
     for members in places.values():
         rows = [dict(managers[i].named_parameters()) for i in members]
-        stacked = {name: torch.stack([row[name].detach() for row in rows]) for name in rows[0]}
+        stacked = {name: torch.stack([row[name].detach().to(rows[0][name].device) for row in rows]) for name in rows[0]}
         groups.append(_Group(managers[members[0]], stacked, torch.tensor(members)))
     return groups
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evomem.devices import stacked
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager
 from evomem.models.loading import LoadedModel
@@ -79,7 +80,7 @@ def rollout(
             unread = [model.config.first_action + actions[-1]]
             total += float(reward)
             over = terminated or truncated
-    slots = float(torch.stack([held.float().mean() for held in cache.slots_held()]).mean())
+    slots = float(stacked([held.float().mean() for held in cache.slots_held()]).mean())
     return Rollout(total, tuple(actions), cache.bytes_peak, cache.bytes_mean, slots)
 
 

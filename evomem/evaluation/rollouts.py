@@ -205,7 +205,7 @@ class DrawnRows:
         (rollouts, kv_heads).
         """
         weights = weights if weights.dim() == 3 else weights[..., None]
-        module = _LogProbs(manager)
+        module = _LogProbs(manager.on(self.view.slots.device))
         parameters = {name: value.detach() for name, value in module.named_parameters()}
 
         def weighted(

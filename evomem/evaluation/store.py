@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections import OrderedDict
@@ -134,8 +135,10 @@ class PrefillStore:
         path = self._path(key)
         if path is None or path.exists():
             return
-        tensors = {f"{i}.{n}": t.contiguous() for i, v in enumerate(reading.views) for n, t in _named(v).items()}
+        named = {f"{i}.{n}": t for i, v in enumerate(reading.views) for n, t in _named(v).items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
         facts = {"seen": str(reading.views[0].seen), "tokens": str(reading.tokens), "layers": str(len(reading.views))}
+        facts["devices"] = json.dumps([str(view.keys.device) for view in reading.views])  # where they go back to
         temporary = path.with_suffix(".partial")
         try:
             save_file(tensors, temporary, metadata=facts)
@@ -166,12 +169,13 @@ def _load(path: Path) -> Reading:
     views = []
     with safe_open(path, framework="pt") as file:
         facts = file.metadata()
-        layers = int(facts["layers"])
+        layers, devices = int(facts["layers"]), json.loads(facts["devices"])
         names: dict[int, list[str]] = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             names.setdefault(int(name.split(".", 1)[0]), []).append(name)
         for layer in range(layers):
-            found: dict[str, Tensor] = {n.split(".", 1)[1]: file.get_tensor(n) for n in names[layer]}
+            place = torch.device(devices[layer])
+            found: dict[str, Tensor] = {n.split(".", 1)[1]: file.get_tensor(n).to(place) for n in names[layer]}
             keys, values, slots, start = (found.pop(name) for name in _TENSORS)
             recorded = {name.removeprefix("recorded."): tensor for name, tensor in found.items()}
             seen = int(facts["seen"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from evomem.cache import Decision, LayerView, attached
 from evomem.errors import ConfigError, PluginError
+from evomem.managers.placement import follows_view, on_device
 from evomem.managers.selection import Selection, TopN
 from evomem.registry import Registry
 
@@ -65,12 +66,16 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     A manager is pure in its parameters: `score`, `admit` and `decay` are functions of (parameters, view), so that
     `torch.func.vmap` evaluates a whole population at once. It holds no state of a sequence; that is in the cache.
 
+    Its tensors follow the view: whatever device a layer lies on, the methods named in ``on_view_device`` run there, on
+    a copy of parameters and buffers that is kept until they change (`evomem.managers.placement`).
+
     Class attributes
     ----------------
     name : registry name, set by ``@register("name")``.
     head_parameters : names of parameters whose first axes are (layer, kv head) and which act on that head only; a
         driver may search every head's part by itself.
     calibrates : it has statistics that are measured on contexts before a search, and may be on another model.
+    on_view_device : methods ``(self, view, ...)`` that see the manager's tensors on the view's device.
     Options : pydantic model of its options; ``manager.options`` holds the validated values.
 
     Attributes
@@ -83,6 +88,12 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     Options: ClassVar[type[ManagerOptions]] = ManagerOptions
     head_parameters: ClassVar[frozenset[str]] = frozenset()
     calibrates: ClassVar[bool] = False
+    on_view_device: ClassVar[frozenset[str]] = frozenset({"decide", "forward", "score", "admit", "decay"})
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for name in cls.on_view_device & vars(cls).keys():
+            setattr(cls, name, follows_view(vars(cls)[name]))
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -134,6 +145,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     # ---- composed once, here --------------------------------------------------------------------------------------
 
+    @follows_view
     def decide(self, view: LayerView) -> Decision:
         """Compose `score`, `admit`, `decay` and the selection into one decision.
 
@@ -150,6 +162,13 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         return self.decide(view)
 
     # ---- use ------------------------------------------------------------------------------------------------------
+
+    def on(self, device: torch.device) -> Self:
+        """Return the manager with its tensors on ``device``: itself if they lie there, else a twin.
+
+        Needed only for what takes no view, such as `select`. The twin shares everything but the tensors.
+        """
+        return on_device(self, device)
 
     @contextmanager
     def attach(self, model: PreTrainedModel, *, self_check: bool = True) -> Iterator[SlotCache]:

@@ -95,6 +95,7 @@ class KVPolicy(StochasticManager):
     options: Options
     head_parameters: ClassVar[frozenset[str]] = frozenset({"own"})
     calibrates: ClassVar[bool] = True
+    on_view_device: ClassVar[frozenset[str]] = StochasticManager.on_view_device | {"outputs"}
     feature_mean: Tensor
     feature_deviation: Tensor
 

@@ -66,6 +66,7 @@ class NAMM(MemoryManager):
     Options: ClassVar[type[ManagerOptions]] = NAMMOptions
     options: NAMMOptions
     calibrates: ClassVar[bool] = True
+    on_view_device: ClassVar[frozenset[str]] = MemoryManager.on_view_device | {"features"}
     spectrum_mean: Tensor
     spectrum_var: Tensor
 

@@ -24,7 +24,9 @@ def sample_ranking(scores: Tensor, generator: torch.Generator | None = None) -> 
 
     P(ranking) = Π_j exp(s_j) / Σ_{i picked at j or later} exp(s_i). A slot whose score is -inf comes after all others.
     """
-    uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=torch.float64)
+    # A generator draws on its own device only.
+    device = scores.device if generator is None else generator.device
+    uniform = torch.rand(scores.shape, generator=generator, device=device, dtype=torch.float64).to(scores.device)
     gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300))).to(scores.dtype)
     return torch.argsort(scores + gumbel, dim=-1, descending=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,10 @@ class StochasticManager(MemoryManager):
 
     A rollout is a pure function of parameters and noise; its likelihood is differentiable in the parameters.
     """
+
+    on_view_device: ClassVar[frozenset[str]] = MemoryManager.on_view_device | {
+        "draw", "carry_out", "log_prob", "log_probs", "choices",
+    }  # fmt: skip
 
     @abstractmethod
     def draw(self, view: LayerView, noise: Noise) -> Action:

@@ -113,7 +113,7 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
         """Return scores (batch, kv_heads, tokens) fp32, protected tokens infinite: what other presses build upon."""
         view = self._view(module, hidden_states, keys, values, kwargs)
         manager = self._sized(keys.shape[2])
-        scores, selection = manager.score(view).float(), manager.select()
+        scores, selection = manager.score(view).float(), manager.on(view.slots.device).select()
         return selection.protected(scores, view) if isinstance(selection, TopN) else scores
 
     def compress(
