@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
+import signal
+import tempfile
+import time
 import weakref
 from dataclasses import replace
 
@@ -12,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from test_evaluation import TASK, made, make_sample
 
+from evomem.cache import LayerView
 from evomem.errors import EvomemError
 from evomem.evaluation import Evaluator, PrefillStore, Reading, store
 from evomem.models import LoadedModel
@@ -192,3 +197,31 @@ def test_a_damaged_file_is_read_again(loaded, tmp_path, damage, caplog):
     assert "damaged" in caplog.text
     assert second.store.misses == 2
     assert len(file.read_bytes()) == len(content)  # written anew when it had to make room
+
+
+def test_what_a_killed_process_has_spilled_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spilled, told = os.pipe()
+    process = os.fork()
+    if process == 0:
+        store = PrefillStore(limit=1)
+        for key in "ab":
+            store.get(key, lambda: Reading((view(),), 8))
+        os.write(told, b".")
+        time.sleep(100)
+        os._exit(0)
+    os.close(told)
+    assert os.read(spilled, 1) == b"."
+    for killed in (False, True):
+        if killed:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        monkeypatch.setattr(PrefillStore, "swept", False)  # as in a process that has just begun
+        PrefillStore().close()
+        assert len(list(tmp_path.glob("evomem-prefill-*/*.safetensors"))) == (not killed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def view():
+    keys, slots = torch.zeros(1, 1, 8, 2), torch.zeros(1, 1, 8, dtype=torch.int64)
+    return LayerView(keys, keys.clone(), slots, torch.zeros(1, dtype=torch.int64), 8, 8, 0, 1)

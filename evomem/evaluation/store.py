@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from evomem.cache import LayerView
 from evomem.errors import EvomemError
+from evomem.scratch import Scratch, sweep
 
 logger = logging.getLogger("evomem")
 
@@ -69,12 +69,19 @@ class PrefillStore:
     Parameters
     ----------
     limit : bytes of memory for readings; the newest one stays even if it alone is larger.
-    folder : where readings go that do not fit; a temporary folder, removed with the store, if None.
+    folder : where readings go that do not fit; if None a temporary folder, which is removed with the store, or by the
+        next process if this one is killed.
     """
+
+    swept = False
+    """Whether this process has removed what killed ones have left."""
 
     def __init__(self, limit: int = 4 << 30, folder: Path | None = None) -> None:
         self.limit = limit
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if folder is None and not PrefillStore.swept:
+            PrefillStore.swept = True
+            sweep("prefill")
+        self._temporary: Scratch | None = None
         self._folder = folder
         self._memory: OrderedDict[str, Reading] = OrderedDict()
         self._sizes: dict[str, int] = {}
@@ -124,8 +131,8 @@ class PrefillStore:
     def _spill(self, key: str, reading: Reading) -> None:
         try:
             if self._folder is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="evomem-prefill-", ignore_cleanup_errors=True)
-                self._folder = Path(self._temporary.name)
+                self._temporary = Scratch("prefill")
+                self._folder = self._temporary.path
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EvomemError(
@@ -156,7 +163,7 @@ class PrefillStore:
         self._memory.clear()
         self._sizes.clear()
         if self._temporary is not None:
-            self._temporary.cleanup()
+            self._temporary.close()
             self._temporary = self._folder = None
 
 
