@@ -55,6 +55,14 @@ def evolve(
     timeout: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds after which a silent worker is replaced. \\[default: judged]")
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Join a Ray cluster that asks for no token: whoever reaches it can run code there, and here "
+            "(docs/distributed.md).",
+        ),
+    ] = False,
     track: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", help="Who is told: terminal, jsonl, tensorboard, wandb[:online].")
     ] = "terminal",
@@ -82,11 +90,14 @@ def evolve(
     words += ["--address", address] if address is not None else []
     asked = {"--cpus-per-worker": cpus_per_worker, "--gpus-per-worker": gpus_per_worker, "--timeout": timeout}
     words += [word for name, value in asked.items() if value is not None for word in (name, f"{value:g}")]
+    words += ["--insecure"] if insecure else []
     with guarded(shlex.join(words)):
         from evomem.commands import evolve as command
         from evomem.workers import WorkerOptions
 
-        options = WorkerOptions(command.count_of(workers, address), address, cpus_per_worker, gpus_per_worker, timeout)
+        options = WorkerOptions(
+            command.count_of(workers, address), address, cpus_per_worker, gpus_per_worker, timeout, insecure
+        )
         command.evolve(
             experiment, setting or [], out, resume=resume, workers=options, track=track, again=shlex.join(words)
         )

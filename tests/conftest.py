@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import os
 import random
 import sys
@@ -73,6 +72,7 @@ def smollm2() -> LoadedModel:
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for all tests with pools on this machine: it takes seconds to start, and a pool uses the one it finds."""
     from evomem.workers.ray_cluster import library
+    from evomem.workers.ray_local import LocalRay
 
     if "PYTEST_XDIST_WORKER" in os.environ:  # fails if another process of this run has one: see `Files`
         (tmp_path_factory.getbasetemp().parent / "ray").touch(exist_ok=False)
@@ -80,14 +80,6 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(places))  # what workers import
         patch.setenv("OMP_NUM_THREADS", "1")
-        ray = library()
-        ray.init(
-            address="local",  # whatever else runs on this machine
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=256 << 20,
-        )
+        running = LocalRay(library(), num_cpus=2, object_store_memory=256 << 20)
         yield
-        ray.shutdown()
+        running.close()

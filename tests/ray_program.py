@@ -20,7 +20,7 @@ from evomem.errors import EvomemError
 from evomem.evaluation.store import Reading
 from evomem.runs import Bench, search
 from evomem.runs.bench import Elsewhere
-from evomem.workers import Recipe, WorkerOptions, ray_cluster
+from evomem.workers import Recipe, WorkerOptions, ray_address, ray_local
 
 
 def drive(folder, log):
@@ -68,7 +68,7 @@ class ReadingBench:
 
 
 def lose_a_node(folder, log):
-    """Two machines with a worker each; the second one vanishes, and later a third one comes."""
+    """Two machines with a worker each; the second one vanishes, and later a third one comes. They ask for a token."""
     from ray.cluster_utils import Cluster
 
     from evomem.workers import ray_pool
@@ -82,8 +82,14 @@ def lose_a_node(folder, log):
         "health_check_failure_threshold": 10,
     }
     machine = {"num_cpus": 1, "object_store_memory": 128 << 20, "include_dashboard": False}
-    cluster = Cluster(True, head_node_args={**machine, "_system_config": quickly})
-    second = cluster.add_node(**machine)
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("a" * 64)
+    token.chmod(0o644)
+    with ray_local.environment({"RAY_AUTH_MODE": "token"}):
+        ray_local.forget_token()
+        cluster = Cluster(True, head_node_args={**machine, "_system_config": quickly})
+        second = cluster.add_node(**machine)
 
     class Seen(ray_pool.RayPool):
         def __init__(self, *arguments, **options):
@@ -100,6 +106,8 @@ def lose_a_node(folder, log):
         ray.__version__, version = "1.0.0", ray.__version__
         told["clash"] = error_of(WorkerOptions(1, address=cluster.address))
         ray.__version__ = version
+        with ray_local.environment({"RAY_AUTH_TOKEN": "b" * 64}):
+            told["wrong token"] = error_of(WorkerOptions(1, address=cluster.address))
         told["too many"] = error_of(WorkerOptions(3, address=cluster.address, cpus=1.0))
         running = threading.Thread(target=run, daemon=True)
         running.start()
@@ -109,7 +117,8 @@ def lose_a_node(folder, log):
         cluster.remove_node(second, allow_graceful=False)
         wait_for(lambda: len(pools[0].workers()) == 1)
         told["noticed"] = time.time()
-        cluster.add_node(**machine)
+        with ray_local.environment({"RAY_AUTH_MODE": "token"}):
+            cluster.add_node(**machine)
         running.join(120)
         told["stats"] = pools[0].stats
     finally:
@@ -131,10 +140,13 @@ def wait_for(condition, seconds=90.0):
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
+PARTS = ((0, 4, 0), (1, 1, 1), (5, 0, 1))  # size, type, stream of HTTP/2 frames: settings, headers, data
+
+
 def errors(folder):
     """Every way in which there is no Ray: the message, and how long it took."""
     told = {}
-    ray_cluster.REACH_SECONDS = 1.0
+    ray_address.REACH_SECONDS = 1.0
     sys.modules["ray"] = None  # as if it were not installed
     told["missing"] = error_of(WorkerOptions(1))
     del sys.modules["ray"]
@@ -142,15 +154,18 @@ def errors(folder):
 
     services.find_gcs_addresses = functools.cache(set)  # others may run Ray on this machine
     os.environ["RAY_TMPDIR"] = folder
-    silent, web = socket.create_server(("", 0)), socket.create_server(("", 0))
+    silent, web, everybody = (socket.create_server(("", 0)) for _ in range(3))
 
-    def serve():
+    def serve(server, answer):
         while True:
-            connection, _ = web.accept()
+            connection, _ = server.accept()
             connection.recv(100)
-            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            connection.sendall(answer)
 
-    threading.Thread(target=serve, daemon=True).start()
+    settings, header, data = (bytes([0, 0, size, kind, 0, 0, 0, 0, stream]) for size, kind, stream in PARTS)
+    answers = {web: b"HTTP/1.1 400 Bad Request\r\n\r\n", everybody: settings + header + b"\x88" + data + bytes(5)}
+    for server, answer in answers.items():
+        threading.Thread(target=serve, args=(server, answer), daemon=True).start()
     closed = socket.create_server(("", 0))
     port = closed.getsockname()[1]
     closed.close()
@@ -161,6 +176,7 @@ def errors(folder):
         "closed": f"127.0.0.1:{port}",
         "silent": f"127.0.0.1:{silent.getsockname()[1]}",
         "web": f"127.0.0.1:{web.getsockname()[1]}",
+        "open": f"127.0.0.1:{everybody.getsockname()[1]}",
     }
     told |= {name: error_of(WorkerOptions(1, address=address)) for name, address in addresses.items()}
     told["64"] = error_of(WorkerOptions(64))

@@ -251,10 +251,23 @@ def without(candidate, log):
 )
 def test_workers_that_cannot_start(tmp_path, pools, monkeypatch, how, error, message):
     monkeypatch.setattr(ray_pool, "STARTS", 2)
+    monkeypatch.setattr(ray_pool, "KILLED_STARTS", 2)
     make = OnlyHere(logged(tmp_path / "log"), how, tmp_path)
     with pytest.raises(error, match=message):
         search(experiment(*SETTINGS), tmp_path / "run", make, workers=TWO)
     assert len(list(tmp_path.glob("start*"))) <= 3
+
+
+def test_workers_that_are_killed_while_they_start(tmp_path, pools, undisturbed, monkeypatch):
+    """More of them than may raise: as with other deaths, others take their places."""
+    monkeypatch.setattr(ray_pool, "PAUSES", (0.0, 0.1))
+    kills = ray_pool.STARTS + 1
+    make = OnlyHere(logged(tmp_path / "log"), die, tmp_path, successes=-kills)
+    search(experiment(*SETTINGS), tmp_path / "run", make, workers=TWO)
+    same(outcome(tmp_path / "run"), undisturbed[0])
+    told = [event["message"] for event in events_in(tmp_path / "run", "warning")]
+    assert sum("was lost while it started" in message for message in told) == kills
+    assert pools[0].stats["workers_started"] == kills + 2
 
 
 def test_a_worker_that_cannot_be_replaced(tmp_path, pools, undisturbed, monkeypatch):

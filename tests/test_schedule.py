@@ -13,6 +13,7 @@ from evomem.errors import EvomemError
 from evomem.workers.pending import Queue
 from evomem.workers.records import Work
 from evomem.workers.schedule import Job, Lease, Piece, Policy, Quarantined, Schedule
+from evomem.workers.starts import Starts
 
 AFFINITIES = ["", "a", "b", "c"]
 NUMBER = st.integers(0, 1000)
@@ -600,3 +601,15 @@ def test_errors_are_for_users():
 def test_leases_are_records():
     _, leases = started([Job("a", 1, "")], ["x"])
     assert leases == [Lease(0, "x", (Piece("a"),), 0.0, False)]
+
+
+def test_starts_count_in_a_row_and_wait_longer_and_longer():
+    starts = Starts(errors=3, kills=5, pauses=(0.0, 1.0, 2.0))
+    assert [starts.raised(0.0), starts.ended(0.0), starts.raised(0.0)] == [True] * 3
+    assert (starts.waiting, starts.take(0.0), starts.waiting) == (3, 3, 0)
+    starts.joined()
+    assert [starts.raised(0.0), starts.raised(0.0), starts.raised(0.0)] == [True, True, False]
+    starts.joined()
+    starts.take(0.0)
+    assert [starts.ended(10.0) for _ in range(5)] == [True] * 4 + [False]
+    assert [starts.take(now) for now in (9.9, 10.0, 10.9, 11.0, 12.0, 13.0)] == [0, 1, 0, 1, 2, 0]

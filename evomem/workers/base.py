@@ -128,6 +128,8 @@ class WorkerOptions:
     cpus : processor cores that a worker asks of Ray; None: as many as it has threads.
     gpus : GPUs that a worker asks of Ray; None: one each if the cluster has GPUs.
     timeout : seconds after which a worker that has not answered is taken for hanging; None: judged by the others.
+    insecure : a cluster that asks for no token, where whoever reaches it can run code, is joined with a warning instead
+        of refused.
     """
 
     count: int | None = 0
@@ -135,6 +137,7 @@ class WorkerOptions:
     cpus: float | None = None
     gpus: float | None = None
     timeout: float | None = None
+    insecure: bool = False
 
 
 def cores() -> int:

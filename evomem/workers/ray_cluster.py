@@ -7,17 +7,23 @@ import logging
 import os
 import re
 import shutil
-import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from evomem.errors import WorkerError
 from evomem.installing import pip_install
 from evomem.workers.base import WorkerOptions, cores
+from evomem.workers.ray_address import access
+from evomem.workers.ray_local import LocalRay, environment, forget_token
 
 MEGABYTE = 1 << 20
-REACH_SECONDS = 5.0
-_SETTINGS = b"\x04"  # HTTP/2's type of frame; a frame begins with its length (3 bytes) and type
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
+TOKENS = "docs/distributed.md says how to give a cluster a token"
+OPEN = (
+    "asks for no token: whoever reaches its ports can run code as its user, on this machine and the others, and read "
+    "all that workers hold"
+)
 
 
 class Connection:
@@ -28,6 +34,7 @@ class Connection:
     options : how many workers, where, and what each asks for.
     threads : processor threads of a worker.
     shared_bytes : what the workers of a machine share in memory: weights and contexts.
+    report : told, in a sentence, what a user should know of the cluster.
 
     Attributes
     ----------
@@ -41,16 +48,24 @@ class Connection:
     WorkerError : Ray is missing, cannot be started or reached, is of another version, or has not the resources.
     """
 
-    def __init__(self, options: WorkerOptions, threads: int, shared_bytes: int) -> None:
+    def __init__(
+        self,
+        options: WorkerOptions,
+        threads: int,
+        shared_bytes: int,
+        report: Callable[[str], None] = lambda message: None,
+    ) -> None:
         self.ray = library()
         self.cpus = float(threads) if options.cpus is None else options.cpus
-        self._own = False
-        if not self.ray.is_initialized():
-            if options.address is None:
-                self._check_cores(options.count or 1)
-                self._start(shared_bytes)
-            else:
-                self._join(options.address)
+        self._report, self._insecure = report, options.insecure
+        self._close: Callable[[], None] = lambda: None
+        if self.ray.is_initialized():
+            self._check_access(self.ray.get_runtime_context().gcs_address, "Ray, which ran already in this process,")
+        elif options.address is None:
+            self._check_cores(options.count or 1)
+            self._start(shared_bytes)
+        else:
+            self._join(options.address)
         try:
             self.gpus, self.count = self._check_resources(options)
             self.node: str = self.ray.get_runtime_context().get_node_id()
@@ -72,40 +87,61 @@ class Connection:
             )
 
     def _start(self, shared_bytes: int) -> None:
-        memory = _object_store(shared_bytes)
         try:
-            self.ray.init(
-                address="local",  # a cluster that happens to run here is joined only by its address
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=memory,
-            )
+            self._close = LocalRay(self.ray, object_store_memory=_object_store(shared_bytes)).close
         except Exception as error:
             raise WorkerError(
                 f"Ray could not be started on this machine: {_first_line(error)}. Evaluations also run without it: "
                 "--workers 0"
             ) from error
-        self._own = True
 
     def _join(self, address: str) -> None:
-        if "://" in address:
+        head = _found() if address == "auto" else address
+        if "://" in head:
             raise WorkerError(
-                f"--address {address}: evomem runs on a machine of the cluster and not through Ray's client. Start Ray "
+                f"--address {head}: evomem runs on a machine of the cluster and not through Ray's client. Start Ray "
                 "on this machine (ray start --address HEAD:6379), then take --address auto"
             )
-        if address != "auto":
-            _check_reachable(address)
+        asked = self._check_access(head, f"--address {head}: the cluster")
         try:
-            self.ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with environment(_authentication(asked)):
+                forget_token()
+                self.ray.init(address=head, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             reason = _first_line(error)
-            advice = "start one with: ray start --head" if address == "auto" else "is its head node running?"
+            advice = "is its head node running?"
+            if asked == "token":
+                advice = f"does this machine have the cluster's token? {TOKENS}"
             if "ersion mismatch" in str(error):
                 reason = " ".join(str(error).split())
                 advice = "install the same versions of Ray and Python on every machine of the cluster"
+            forget_token()
             raise WorkerError(f"--address {address}: no Ray cluster could be joined: {reason}; {advice}") from error
-        self._own = True
+        self._close = self._leave
+        for file in _readable_tokens() if asked == "token" else ():
+            self._report(f"{file}: other users of this machine can read the cluster's token; chmod 600 {file}")
+
+    def _leave(self) -> None:
+        self.ray.shutdown()
+        forget_token()
+
+    def _check_access(self, address: str, who: str) -> str:
+        """Return whom the cluster lets in; one that lets in everybody is refused, or at least named.
+
+        Raises
+        ------
+        WorkerError : nothing answers, or it lets in everybody and the user has not said that this is meant.
+        """
+        asked = access(address)
+        if asked == "token":
+            return asked
+        what = OPEN if asked == "open" else "does not say whether it asks for a token"
+        if not self._insecure:
+            raise WorkerError(
+                f"{who} {what}. Give it one ({TOKENS}); or, where nobody else reaches it, say so with --insecure"
+            )
+        self._report(f"{who} {what} (--insecure)")
+        return asked
 
     def _check_resources(self, options: WorkerOptions) -> tuple[float, int]:
         there = self.ray.cluster_resources()
@@ -132,9 +168,8 @@ class Connection:
 
     def close(self) -> None:
         """Leave the cluster; Ray on this machine ends if it was started for this connection."""
-        if self._own:
-            self._own = False
-            self.ray.shutdown()
+        close, self._close = self._close, lambda: None
+        close()
 
 
 def library() -> Any:
@@ -174,31 +209,39 @@ def _object_store(shared_bytes: int) -> int:
     return max(128 * MEGABYTE, min(shared_bytes + 256 * MEGABYTE, limit))
 
 
-def _check_reachable(address: str) -> None:
-    """Raise `WorkerError` unless something at HOST:PORT speaks Ray's protocol: Ray itself would try for minutes.
+def _found() -> str:
+    """Return the address of the cluster that this machine belongs to.
 
-    Ray's servers speak gRPC, which is HTTP/2 (RFC 9113): after the client's preface the server sends its settings.
+    Raises
+    ------
+    WorkerError : it belongs to none.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise WorkerError(f"--address {address}: not an address; give auto, or HOST:PORT of the cluster's head node")
-    with contextlib.suppress(
-        ImportError, AttributeError
-    ):  # Ray never asks at 127.0.0.1, but at the machine's own address
-        from ray._private.services import resolve_ip_for_localhost
+    from ray._private import services
 
-        host = resolve_ip_for_localhost(host)
-    hint = "Is the head node running (ray start --head), is this its port, and is it open to this machine?"
     try:
-        with socket.create_connection((host, int(port)), timeout=REACH_SECONDS) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "1":
-                return
-            connection.sendall(_PREFACE)
-            answer = connection.recv(9)
-    except (OSError, OverflowError) as error:
-        raise WorkerError(f"--address {address}: nothing answers there ({error}). {hint}") from error
-    if answer[3:4] != _SETTINGS:
-        raise WorkerError(f"--address {address}: what answers there is not Ray. {hint}")
+        getattr(services.find_gcs_addresses, "cache_clear", lambda: None)()
+        found: str | None = services.canonicalize_bootstrap_address("auto")
+    except Exception as error:
+        raise WorkerError(
+            f"--address auto: no Ray cluster could be joined: {_first_line(error)}; start one with: ray start --head"
+        ) from error
+    return found or "auto"
+
+
+def _authentication(asked: str) -> dict[str, str | None]:
+    """Return what Ray has to be told so that it shows the token that this machine has; a user's own word stands."""
+    return {"RAY_AUTH_MODE": "token"} if asked == "token" and "RAY_AUTH_MODE" not in os.environ else {}
+
+
+def _readable_tokens() -> list[Path]:
+    """Return the file that Ray takes the token from, if others may read it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return []
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with contextlib.suppress(OSError, RuntimeError):
+        if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            return [path]
+    return []
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,9 +21,14 @@ from evomem.workers.exchange import Directory
 from evomem.workers.ray_cluster import Connection
 from evomem.workers.ray_worker import Answer, Order, RayWorker, pickled
 from evomem.workers.schedule import Lease, Piece, Policy, Schedule
+from evomem.workers.starts import Starts
 
 STARTS = 3
 """Workers that may fail to start one after the other before the pool gives up."""
+KILLED_STARTS = 12
+"""Workers that may be killed one after the other while they start: not their fault, but no run waits for ever."""
+PAUSES = (0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 4.0)
+"""Seconds before another one is started, by how many were killed; the last holds for all others."""
 STARVED = 600.0
 """Seconds without any worker after which the pool gives up."""
 QUICK = 0.05
@@ -81,7 +86,7 @@ class RayPool:
         policy: Policy | None = None,
     ) -> None:
         self._options, self._report, self._threads = options, report, recipe.threads
-        self._connection = Connection(options, recipe.threads, store_bytes + _nbytes(recipe.parts))
+        self._connection = Connection(options, recipe.threads, store_bytes + _nbytes(recipe.parts), report)
         self._ray = self._connection.ray
         self._schedule = Schedule(policy or _policy(attempts, options.timeout))
         self._directory = Directory(store_bytes)
@@ -90,7 +95,8 @@ class RayPool:
         self._running: dict[int, Running] = {}
         self._cases = Casebook(quarantined)
         self._doubts: dict[str, int] = {}
-        self._started = self._failed_starts = 0
+        self._started = 0
+        self._starts = Starts(STARTS, KILLED_STARTS, PAUSES)
         self._starved_since: float | None = None
         try:
             self._build = pickled(recipe)
@@ -201,6 +207,8 @@ class RayPool:
         """Wait until something happens; take it in. Return the answers that came, with their units' keys."""
         leases = {running.answers: running for running in self._running.values()}
         starting = {m.ready: name for name, m in self._members.items() if name not in self._joined}
+        for _ in range(self._starts.take(time.monotonic())):
+            self._start()
         due = self._schedule.next_check(time.monotonic())
         timeout = min(1.0, due) if due is not None else 1.0
         waiting = [*leases, *starting]
@@ -265,29 +273,39 @@ class RayPool:
             facts = self._ray.get(member.ready)
         except self._ray.exceptions.RayError as error:
             del self._members[name]
-            self._failed_starts += 1
             self._not_started(name, error)
             return
-        self._failed_starts = 0
+        self._starts.joined()
         member.node, member.pid, member.host = facts["node"], facts["pid"], facts["host"]
         self._joined.add(name)
         self._schedule.join(name, member.node)
 
     def _not_started(self, name: str, error: Exception) -> None:
         """Try another one, or go on with the others; without any, give up."""
-        cause, reason = _cause(error), _reason(error)
-        if isinstance(cause, EvomemError) and not self._joined:
-            raise cause from error
-        if self._failed_starts < STARTS:
-            self._report(f"worker {name} could not start: {reason}. Another one is started")
-            self._start()
-        elif self._members:
-            self._report(f"worker {name} could not start: {reason}. The run goes on with {len(self._members)}")
+        cause, reason, now = _cause(error), _reason(error), time.monotonic()
+        if self._was_ended(error):
+            what, again, tries = "was lost while it started", self._starts.ended(now), self._starts.kills
+        else:
+            if isinstance(cause, EvomemError) and not self._joined:
+                raise cause from error
+            what, again, tries = "could not start", self._starts.raised(now), self._starts.errors
+        if again:
+            self._report(f"worker {name} {what}: {reason}. Another one is started")
+        elif left := len(self._members) + self._starts.waiting:
+            self._report(f"worker {name} {what}: {reason}. The run goes on with {left}")
         else:
             raise WorkerError(
-                f"{STARTS} workers in a row could not start; the last one: {reason}. What is finished is kept: mend "
+                f"{tries} workers in a row could not start; the last one: {reason}. What is finished is kept: mend "
                 "the cause and resume the run, or resume with --workers 0"
             ) from error
+
+    def _was_ended(self, error: Exception) -> bool:
+        """Tell whether a worker's process or machine ended, from whether its own code raised."""
+        ways = (
+            getattr(self._ray.exceptions, name)
+            for name in ("RayActorError", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
+        )
+        return isinstance(error, tuple(ways)) and not getattr(error, "actor_init_failed", False)
 
     def _died(self, lease: Lease, error: Exception) -> None:
         """Take note of a worker's death, and decide whether what it did may be the cause."""
