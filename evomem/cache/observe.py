@@ -134,7 +134,9 @@ class Recorder:
         """
         held = attention.shape[3]
         if self.wanted.attention_sum:
-            self.slotwise["attention_sum"][:, :, :held] += attention.sum(2)
+            total = _writable(self.slotwise["attention_sum"])
+            total[:, :, :held] += attention.sum(2)
+            self.slotwise["attention_sum"] = total
         if self.wanted.attention_spectrum:
             self._spectrum(attention, first, starts)
 
@@ -158,7 +160,7 @@ class Recorder:
                 stream = torch.cat((old[:, :, :held, HOP : HOP + pending].transpose(2, 3), arrived), dim=2)
             full = stream.shape[2] // HOP * HOP
             if full:
-                state = self.slotwise["attention_spectrum"]
+                state = self.slotwise["attention_spectrum"] = _writable(self.slotwise["attention_spectrum"])
                 before = state if whole else state[rows]
                 after, tail = advance(before[:, :, :held], tail, stream[:, :, :full])
                 if whole:
@@ -209,8 +211,8 @@ class Recorder:
         read = self.rowwise.get("read")
         if read is None:
             read = torch.zeros(batch, dtype=torch.int64, device=query.device)
-            self.rowwise["query_sum"] = torch.zeros(batch, heads, size, device=query.device)
-            self.rowwise["query_square"] = torch.zeros(batch, heads, size, size, device=query.device)
+            self.rowwise["query_sum"] = torch.zeros(batch, heads, size, device=query.device, dtype=torch.float32)
+            self.rowwise["query_square"] = self.rowwise["query_sum"].new_zeros(batch, heads, size, size)
         if real is None:
             real = torch.ones(batch, queries, dtype=torch.bool, device=query.device)
         own = read[:, None] + real.cumsum(1) - 1
@@ -218,8 +220,9 @@ class Recorder:
             positions = own.clamp(min=0)
         weight = (real & (own >= SINKS)).float()
         plain = unrotate(query, rotary, positions.expand(batch, queries)).float() * weight[:, None, :, None]
-        self.rowwise["query_sum"] += plain.sum(2)
-        self.rowwise["query_square"] += torch.einsum("bhqd,bhqe->bhde", plain, plain)
+        # Not in place: what was read in inference mode cannot be written to outside of it.
+        self.rowwise["query_sum"] = self.rowwise["query_sum"] + plain.sum(2)
+        self.rowwise["query_square"] = self.rowwise["query_square"] + torch.einsum("bhqd,bhqe->bhde", plain, plain)
         self.rowwise["read"] = read + real.sum(1)
         self.rowwise["newest"] = positions.expand(batch, queries)[:, -1]
 
@@ -293,6 +296,11 @@ class Recorder:
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
         return [*self.slotwise.values(), *self.rowwise.values()]
+
+
+def _writable(state: Tensor) -> Tensor:
+    """``state``, copied if it was made in inference mode and that has ended: then it cannot be written to."""
+    return state.clone() if state.is_inference() and not torch.is_inference_mode_enabled() else state
 
 
 def window_statistics(attention: Tensor, real: Tensor) -> Tensor:

@@ -30,11 +30,12 @@ def _basis(device: torch.device) -> Tensor:
 
     Periodic Hann window. Bins 0 and 16 have no sine part, so that the rows are as many as the window's queries.
     """
-    time = torch.arange(WINDOW, dtype=torch.float64)
-    angle = 2 * math.pi / WINDOW * torch.arange(BINS, dtype=torch.float64)[:, None] * time
-    window = 0.5 - 0.5 * torch.cos(2 * math.pi / WINDOW * time)
-    rows = torch.cat([torch.cos(angle), torch.sin(angle)[1 : BINS - 1]]) * window
-    return rows.float().to(device)
+    with torch.inference_mode(False), torch.device("cpu"):  # it outlives whatever context it is first needed in
+        time = torch.arange(WINDOW, dtype=torch.float64)
+        angle = 2 * math.pi / WINDOW * torch.arange(BINS, dtype=torch.float64)[:, None] * time
+        window = 0.5 - 0.5 * torch.cos(2 * math.pi / WINDOW * time)
+        rows = torch.cat([torch.cos(angle), torch.sin(angle)[1 : BINS - 1]]) * window
+        return rows.float().to(device)
 
 
 @torch.no_grad()

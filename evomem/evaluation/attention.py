@@ -76,11 +76,13 @@ class FutureAttention:
                 self.known.popitem(last=False)
         return self.known[key]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _look(self, evaluator: Evaluator, tokens: Tokens, reading: Reading, names: dict[str, str]) -> None:
         """Let the model read question and answer after the whole context, and leave what it looked at in the memos."""
         fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
         watched = {part: f"{kind}:{fed.shape[1]}" for part, kind in _WATCHED.items()}
-        with torch.no_grad(), attached(evaluator.loaded.model):
+        with attached(evaluator.loaded.model):
             watching = evaluator.watching(frozenset(watched.values()))
             cache = SlotCache.from_views(reading.views, watching, model=evaluator.loaded.model)
             evaluator.forward(fed, cache, 1)
@@ -104,6 +106,7 @@ def slot_bytes(view: LayerView, fades: Tensor) -> Tensor:
     return view.keys.shape[1] * (size + fades.float() * torch.float32.itemsize)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def retained_attention(
     evaluator: Evaluator, managers: Sequence[MemoryManager], sample: Sample, observes: frozenset[str] = frozenset()

@@ -69,6 +69,7 @@ class _Context:
     tokens: int
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def ranking_costs(
     evaluator: Evaluator,
@@ -160,7 +161,8 @@ class _Score(nn.Module):
 def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bool) -> tuple[Tensor, Step]:
     """Return the costs (layers, kv_heads), and the step with the exact gradient if it is asked for."""
     named = _Score(manager).named_parameters()
-    parameters = {name: value.detach().requires_grad_(gradient) for name, value in named}
+    # Copies, because a manager may have been made in inference mode.
+    parameters = {name: value.detach().clone().requires_grad_(gradient) for name, value in named}
     total = [torch.zeros_like(value, dtype=torch.float64) for value in parameters.values()]
     rows = []
     heads = sum(view.slots.shape[1] for view in context.views)

@@ -59,6 +59,9 @@ class Evaluator:
     ``compress_once`` reads a context once for all candidates and generations; a candidate then costs its own decision,
     one gather, and the question's and answer's tokens as a row of a batch. In ``streaming`` the candidates share what
     is read up to the first decision. `evaluate_plainly` is the plain way to the same numbers, one candidate at a time.
+
+    What is read is kept, and gradients may be taken of it later: so nothing is read in `torch.inference_mode`, also
+    where the caller is in it.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Evaluator:
 
     # ---- the fast way ---------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def evaluate(
         self,
@@ -140,6 +144,7 @@ class Evaluator:
         """Return what the managers' rankings cost on one sample: `ranking_costs`."""
         return ranking_costs(self, managers, sample, how, seeds=seeds, gradient=gradient, oracle=oracle)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def rollouts(
         self,
@@ -254,6 +259,7 @@ class Evaluator:
         """Return a cache policy that records and never decides."""
         return Recording(observes)
 
+    @torch.inference_mode(False)
     def reading(self, tokens: Tensor, observes: frozenset[str]) -> Reading:
         """Return a context (1, length) as the model reads it, with observations; from the store if it is there."""
         names = ",".join(sorted(observes))
