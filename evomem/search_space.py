@@ -316,7 +316,7 @@ class SearchSpace:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self._parameters(self.template).values():
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
                 parameter.add_(deviation * noise.to(parameter.device))
 
     def _fill(self, numbers: Mapping[str, float]) -> None:

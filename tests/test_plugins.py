@@ -134,8 +134,8 @@ DAMAGE = {
     r"model.safetensors: weights: has shape \(3, 5\), \(3, 4\) is": lambda f: retensor(
         f, lambda t: t.update(weights=torch.zeros(3, 5))
     ),
-    "model.safetensors: weights: has type torch.float16": lambda f: retensor(
-        f, lambda t: t.update(weights=t["weights"].half())
+    "model.safetensors: weights: has type torch.int32": lambda f: retensor(
+        f, lambda t: t.update(weights=t["weights"].int())
     ),
     "model.safetensors: weights: 1 of 12 values are NaN": lambda f: retensor(f, poison(float("nan"))),
     "model.safetensors: weights: 1 of 12 values": lambda f: retensor(f, poison(float("-inf"))),

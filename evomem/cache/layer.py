@@ -127,7 +127,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         if self.seen:
-            self.select_rows(torch.arange(len(self.start)).repeat_interleave(repeats))
+            self.select_rows(torch.arange(len(self.start), device=self.start.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named, in that order."""

@@ -59,7 +59,7 @@ def find_rotaries(model: PreTrainedModel, layers: int) -> tuple[Rotary | None, .
 def _check_pattern(model: PreTrainedModel, rotary: nn.Module) -> None:
     source = sys.modules[type(rotary).__module__]
     theirs: Any = getattr(source, "rotate_half", None)
-    probe = torch.arange(4.0)
+    probe = torch.arange(4.0, device="cpu")
     if theirs is None or not torch.equal(theirs(probe), rotate_half(probe)):
         raise UnsupportedModelError(
             f"{type(model).__name__} rotates queries in another pattern than Llama's; managers that need the "
@@ -85,15 +85,14 @@ def future_rotation(rotary: Rotary | None, newest: Tensor, size: int, steps: int
     ``R @ q`` takes an unrotated query to the mean of its rotations at those (absolute) positions, the frame in which
     keys are cached. Identity for a model without rotary embedding. (Expected Attention, arXiv 2510.00636.)
     """
-    eye = torch.eye(size, device=like.device)
+    eye = torch.eye(size, device=like.device, dtype=torch.float32)
     if rotary is None:
         return eye.expand(len(newest), size, size)
     positions = newest[:, None] + 1 + torch.arange(steps, device=like.device)
     cos, sin = (t.to(like.device).float().mean(1) for t in rotary(like, positions))
     width = cos.shape[-1]
-    half = rotate_half(torch.eye(width, device=like.device)).transpose(
-        0, 1
-    )  # column vectors: half @ v = rotate_half(v)
+    # Column vectors: half @ v = rotate_half(v).
+    half = rotate_half(torch.eye(width, device=like.device, dtype=torch.float32)).transpose(0, 1)
     matrix = eye.repeat(len(newest), 1, 1)
     matrix[:, :width, :width] = torch.diag_embed(cos) + sin[:, :, None] * half
     return matrix

@@ -130,7 +130,7 @@ def retained_attention(
     key = sample_key(tokens)
     first = key not in evaluator.future.known
     future = evaluator.future.of(evaluator, tokens, key, observes)
-    shares, kept, held = [], [], torch.zeros(len(managers))
+    shares, kept, held = [], [], torch.zeros(len(managers), dtype=torch.float32)
     for view, paid in zip(reading.views, future.paid, strict=True):
         keep = policy.decide(view).keep
         total = paid.sum(-1)

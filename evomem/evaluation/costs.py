@@ -181,7 +181,7 @@ def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bo
             parts = torch.autograd.grad(gain, list(parameters.values()), allow_unused=True)
             total = [whole if part is None else whole + part.double() for whole, part in zip(total, parts, strict=True)]
         rows.append(cost[0].detach().double().cpu())
-    flat = torch.cat([part.reshape(-1) for part in total]) if total else torch.zeros(0)
+    flat = torch.cat([part.reshape(-1) for part in total]) if total else torch.zeros(0, dtype=torch.float64)
     return torch.stack(rows), Step(Step.pack(flat.cpu().numpy()) if gradient else b"", ascent=True)
 
 
@@ -230,7 +230,7 @@ def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
     selection = manager.on(view.slots.device).select()
     if not isinstance(selection, TopN):
         return torch.zeros(view.slots.shape, dtype=torch.bool, device=view.slots.device)
-    scores = torch.zeros(view.slots.shape, device=view.slots.device)
+    scores = torch.zeros(view.slots.shape, device=view.slots.device, dtype=torch.float32)
     return selection.protected(scores, view) == torch.inf
 
 

@@ -134,7 +134,7 @@ class PopulationPolicy:
                 kept, faded = _decide(group, own, shared)
             keep[group.places] = kept
             if faded is not None:
-                decay = torch.zeros(shape, device=keep.device) if decay is None else decay
+                decay = torch.zeros(shape, device=keep.device, dtype=torch.float32) if decay is None else decay
                 decay[group.places] = faded
                 places = self.groups[number].places
                 self._fades[view.layer] = self.fades(view.layer).index_fill(0, places, True)

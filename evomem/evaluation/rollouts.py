@@ -142,7 +142,7 @@ class RolloutPolicy:
     def _learn(self, number: int, view: LayerView, action: Action) -> None:
         rows = DrawnRows(view, action, self.size)
         if self.behaviour is None:
-            ones = torch.ones(self.size, view.slots.shape[1], device=view.slots.device)
+            ones = torch.ones(self.size, view.slots.shape[1], device=view.slots.device, dtype=torch.float32)
             gradient, log_prob = rows.gradient(self.manager, ones)
             lower, clipped = gradient, torch.zeros(self.size)
         else:

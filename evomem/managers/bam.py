@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def _zeros(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(*shape))
+from evomem.managers.vector import zeros
 
 
 class LinearScorer(nn.Module):
@@ -25,12 +23,12 @@ class LinearScorer(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.score_weight = _zeros(features)
-        self.score_bias = _zeros(1)
+        self.score_weight = zeros(features)
+        self.score_bias = zeros(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return scores: x (batch, kv_heads, slots, features) -> (batch, kv_heads, slots)."""
-        return x @ self.score_weight + self.score_bias
+        return x @ self.score_weight.float() + self.score_bias.float()
 
 
 class MLPScorer(nn.Module):
@@ -44,16 +42,16 @@ class MLPScorer(nn.Module):
         self.hidden = len(hidden)
         sizes = (features, *hidden)
         for layer, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
-            self.register_parameter(f"weight_{layer}", _zeros(inputs, outputs))
-            self.register_parameter(f"bias_{layer}", _zeros(outputs))
-        self.score_weight = _zeros(sizes[-1])
-        self.score_bias = _zeros(1)
+            self.register_parameter(f"weight_{layer}", zeros(inputs, outputs))
+            self.register_parameter(f"bias_{layer}", zeros(outputs))
+        self.score_weight = zeros(sizes[-1])
+        self.score_bias = zeros(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return scores: x (batch, kv_heads, slots, features) -> (batch, kv_heads, slots)."""
         for layer in range(1, self.hidden + 1):
-            x = torch.tanh(x @ getattr(self, f"weight_{layer}") + getattr(self, f"bias_{layer}"))
-        return x @ self.score_weight + self.score_bias
+            x = torch.tanh(x @ getattr(self, f"weight_{layer}").float() + getattr(self, f"bias_{layer}").float())
+        return x @ self.score_weight.float() + self.score_bias.float()
 
 
 class BAMScorer(nn.Module):
@@ -68,12 +66,12 @@ class BAMScorer(nn.Module):
 
     def __init__(self, features: int, width: int = 32) -> None:
         super().__init__()
-        self.qkv_weight = _zeros(features, 3 * width)
-        self.qkv_bias = _zeros(3 * width)
-        self.out_weight = _zeros(width, 2 * features)
-        self.out_bias = _zeros(2 * features)
-        self.score_weight = _zeros(features)
-        self.score_bias = _zeros(1)
+        self.qkv_weight = zeros(features, 3 * width)
+        self.qkv_bias = zeros(3 * width)
+        self.out_weight = zeros(width, 2 * features)
+        self.out_bias = zeros(2 * features)
+        self.score_weight = zeros(features)
+        self.score_bias = zeros(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return scores: x (batch, kv_heads, slots, features) -> (batch, kv_heads, slots).
@@ -83,15 +81,15 @@ class BAMScorer(nn.Module):
         # Seen from the newest slot backwards, "attends the later ones" is ordinary causal attention. A bias becomes the
         # weight of a constant input: in a population, adding it would cost as much as the product.
         x = F.pad(x.flip(-2), (0, 1), value=1.0)
-        qkv = x @ torch.cat([self.qkv_weight, self.qkv_bias[None]])
+        qkv = x @ torch.cat([self.qkv_weight, self.qkv_bias[None]]).float()
         attended = causal_attention(*qkv.chunk(3, dim=-1))
         # s = w.(x (1 + m) + r) + b with r = attended W_r + b_r and m = attended W_m + b_m, with w multiplied into the
         # weights first: s = (attended W + c).[x 1] with W = [W_m w | W_r w'], c = [(1 + b_m) w | b_r w' + b].
-        r_weight, m_weight = self.out_weight.chunk(2, dim=-1)
-        r_bias, m_bias = self.out_bias.chunk(2)
-        w = self.score_weight
+        r_weight, m_weight = self.out_weight.float().chunk(2, dim=-1)
+        r_bias, m_bias = self.out_bias.float().chunk(2)
+        w = self.score_weight.float()
         weight = torch.cat([m_weight * w, (r_weight @ w)[:, None]], dim=-1)
-        bias = torch.cat([(1 + m_bias) * w, (r_bias @ w)[None] + self.score_bias])
+        bias = torch.cat([(1 + m_bias) * w, (r_bias @ w)[None] + self.score_bias.float()])
         return ((attended @ weight + bias) * x).sum(-1).flip(-1)
 
 

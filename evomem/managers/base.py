@@ -199,10 +199,13 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     def with_options(self, **changes: Any) -> Self:
         """Return a manager with the same parameters and buffers and some options changed (for example the budget)."""
-        other = type(self)(**{**self.options.model_dump(), **changes})
-        other.load_state_dict(self.state_dict())
+        state = self.state_dict()
+        with torch.inference_mode(False):
+            other = type(self)(**{**self.options.model_dump(), **changes})
+            retype(other, {name: tensor.dtype for name, tensor in state.items()})
+            other.load_state_dict(state)
         other.provenance, other.pictures = self.provenance, self.pictures
-        return other.to(next((t.device for t in self.state_dict().values()), torch.device("cpu")))
+        return other.to(next((t.device for t in state.values()), torch.device("cpu")))
 
     # ---- to and from plug-ins: the methods of huggingface_hub's mixin ------------------------------------------------
     # Its own would read config.json before anything is checked, take pickles, and write a configuration and a card that
@@ -292,6 +295,14 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         """Show every option that differs from its default."""
         changed = self.options.model_dump(exclude_defaults=True)
         return ", ".join(f"{key}={value!r}" for key, value in changed.items())
+
+
+def retype(manager: MemoryManager, types: Mapping[str, torch.dtype]) -> None:
+    """Give every parameter and buffer the type named for it, and memory that can be written to; tied ones stay tied."""
+    with torch.no_grad():
+        for name, tensor in manager.state_dict(keep_vars=True).items():
+            if tensor.dtype != types[name] or not tensor.is_contiguous():
+                tensor.data = tensor.data.to(types[name]).contiguous()
 
 
 def check_budget(budget: int | float | None) -> None:

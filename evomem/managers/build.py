@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import torch
+
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, managers
 
@@ -40,7 +42,8 @@ def build(spec: str | Mapping[str, Any], **options: Any) -> MemoryManager:
     ConfigError : the text cannot be read, or an option is wrong; `UnknownNameError` for a manager that does not exist.
     """
     described = parse(spec) if isinstance(spec, str) else _checked(spec)
-    manager: MemoryManager = managers.get(described["name"])(**{**described["options"], **options})
+    with torch.inference_mode(False):  # its parameters may be trained later
+        manager: MemoryManager = managers.get(described["name"])(**{**described["options"], **options})
     return manager
 
 

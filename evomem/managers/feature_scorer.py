@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from evomem.cache import LayerView
 from evomem.errors import ConfigError
 from evomem.managers.base import TOKENS, MemoryManager, register
 from evomem.managers.features import FeatureOptions, features, required
 from evomem.managers.selection import Selection, TopN, slots_of_budget
+from evomem.managers.vector import zeros
 
 
 def interpolate(knots: Tensor, place: float) -> Tensor:
@@ -104,15 +105,15 @@ class FeatureScorer(MemoryManager):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         count, o = len(self.options.features), self.options
-        self.weights = nn.Parameter(torch.zeros(o.knots, count))
+        self.weights = zeros(o.knots, count)
         if o.hidden:
-            self.inner = nn.Parameter(torch.zeros(o.hidden, count))
-            self.bias = nn.Parameter(torch.zeros(o.hidden))
-            self.outer = nn.Parameter(torch.zeros(o.knots, o.hidden))
+            self.inner = zeros(o.hidden, count)
+            self.bias = zeros(o.hidden)
+            self.outer = zeros(o.knots, o.hidden)
         if o.layers:
-            self.own = nn.Parameter(torch.zeros(o.layers, o.heads, count))
+            self.own = zeros(o.layers, o.heads, count)
         if o.allocation:
-            self.log_shares = nn.Parameter(torch.zeros(o.allocation))
+            self.log_shares = zeros(o.allocation)
 
     @property
     def observes(self) -> frozenset[str]:
@@ -128,14 +129,14 @@ class FeatureScorer(MemoryManager):
         names = self.options.features
         x = view.once("features " + " ".join(names), lambda: features(view, names))
         place = view.depth + 0.5 if view.layers > 1 else 0.0
-        weights = interpolate(self.weights, place)[None]
+        weights = interpolate(self.weights.float(), place)[None]
         if self.options.layers:
-            own = interpolate(self.own, place)
+            own = interpolate(self.own.float(), place)
             weights = weights + (own if own.shape[0] == x.shape[1] else own.mean(0, keepdim=True))
         score = torch.matmul(x, weights[..., None])[..., 0]
         if self.options.hidden:
-            units = torch.tanh(torch.matmul(x, self.inner.transpose(0, 1)) + self.bias)
-            score = score + torch.matmul(units, interpolate(self.outer, place))
+            units = torch.tanh(torch.matmul(x, self.inner.float().transpose(0, 1)) + self.bias.float())
+            score = score + torch.matmul(units, interpolate(self.outer.float(), place))
         return score
 
     def select(self) -> Selection:
@@ -143,7 +144,7 @@ class FeatureScorer(MemoryManager):
         if not self.options.allocation:
             return self.selection
         o = self.options
-        return AllocatedTopN(o.budget, o.sinks, o.recent, log_shares=self.log_shares)
+        return AllocatedTopN(o.budget, o.sinks, o.recent, log_shares=self.log_shares.float())
 
     @classmethod
     def start_from(cls, heuristic: str, **options: Any) -> Self:

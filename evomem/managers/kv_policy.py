@@ -22,6 +22,7 @@ from evomem.managers.feature_scorer import allocated, interpolate
 from evomem.managers.features import FeatureOptions, columns, required, standardise
 from evomem.managers.selection import TopN, best
 from evomem.managers.stochastic import Action, Noise, StochasticManager
+from evomem.managers.vector import zeros
 
 ActionName = Literal["evict", "store", "forget"]
 POLICY_FEATURES = (
@@ -103,27 +104,27 @@ class KVPolicy(StochasticManager):
         super().__init__(**options)
         o = self.options
         count, outputs = len(o.features), len(o.actions)
-        self.weights = nn.Parameter(torch.zeros(outputs, o.knots, count))
+        self.weights = zeros(outputs, o.knots, count)
         if o.hidden:
             # Random inside, zero outside: the network says nothing at first, and every unit can learn something else.
             # Always the same numbers, so that a policy is a pure function of its options and its vector.
-            generator = torch.Generator().manual_seed(0)
-            self.inner = nn.Parameter(torch.randn(o.hidden, count, generator=generator) / math.sqrt(count))
-            self.by_depth = nn.Parameter(torch.randn(o.hidden, generator=generator))
-            self.bias = nn.Parameter(torch.zeros(o.hidden))
-            self.outer = nn.Parameter(torch.zeros(outputs, o.hidden))
+            generator = torch.Generator("cpu").manual_seed(0)
+            self.inner = nn.Parameter(_normal(generator, o.hidden, count) / math.sqrt(count))
+            self.by_depth = nn.Parameter(_normal(generator, o.hidden))
+            self.bias = zeros(o.hidden)
+            self.outer = zeros(outputs, o.hidden)
         if o.layers:
-            self.own = nn.Parameter(torch.zeros(o.layers, o.heads, count))
+            self.own = zeros(o.layers, o.heads, count)
         if o.allocation:
-            self.log_shares = nn.Parameter(torch.zeros(o.allocation))
+            self.log_shares = zeros(o.allocation)
         # Of the ranking no constant matters. By default everything is stored at first, and nothing fades to speak of.
         # What a change of o_forget does is in proportion to exp(o_forget): a search for rates should begin higher up.
         starts = {"store": o.odds, "forget": o.rate}
         others = [starts[name] for name in o.actions if name in starts]
         if others:
-            self.offset = nn.Parameter(torch.tensor(others))
-        self.register_buffer("feature_mean", torch.zeros(count))
-        self.register_buffer("feature_deviation", torch.ones(count))
+            self.offset = nn.Parameter(torch.tensor(others, dtype=torch.float32))
+        self.register_buffer("feature_mean", torch.zeros(count, dtype=torch.float32))
+        self.register_buffer("feature_deviation", torch.ones(count, dtype=torch.float32))
 
     @property
     def observes(self) -> frozenset[str]:
@@ -171,7 +172,8 @@ class KVPolicy(StochasticManager):
         ------
         ConfigError : no slot to measure.
         """
-        count, total, square = 0, torch.zeros(()), torch.zeros(())
+        count, total = 0, torch.zeros((), dtype=torch.float64, device="cpu")
+        square = total
         for view in views:
             rows = torch.stack(columns(view, self.options.features), -1)[view.valid].double().cpu()
             count, total, square = count + len(rows), total + rows.sum(0), square + rows.square().sum(0)
@@ -187,21 +189,22 @@ class KVPolicy(StochasticManager):
         """Return o_a (batch, kv_heads, slots) fp32 by action."""
         o = self.options
         raw = view.once("policy " + o.scale + " ".join(o.features), lambda: self._columns(view))
-        z = raw if o.scale == "head" else (raw - self.feature_mean) / self.feature_deviation
+        z = raw if o.scale == "head" else (raw - self.feature_mean.float()) / self.feature_deviation.float()
         z = z.clamp(-LARGEST, LARGEST)
         place = view.depth + 0.5 if view.layers > 1 else 0.0
-        weights = torch.stack([interpolate(own, place) for own in self.weights.unbind(0)])
+        weights = torch.stack([interpolate(own, place) for own in self.weights.float().unbind(0)])
         found = torch.matmul(z, weights.transpose(0, 1))
         if o.hidden:
-            units = torch.tanh(torch.matmul(z, self.inner.transpose(0, 1)) + self.bias + self.by_depth * view.depth)
-            found = found + torch.matmul(units, self.outer.transpose(0, 1))
+            depth = self.by_depth.float() * view.depth
+            units = torch.tanh(torch.matmul(z, self.inner.float().transpose(0, 1)) + self.bias.float() + depth)
+            found = found + torch.matmul(units, self.outer.float().transpose(0, 1))
         outputs: dict[str, Tensor] = dict(zip(map(str, o.actions), found.unbind(-1), strict=True))
         if o.layers and "evict" in outputs:
-            own = interpolate(self.own, place)
+            own = interpolate(self.own.float(), place)
             own = own if own.shape[0] == z.shape[1] else own.mean(0, keepdim=True)
             outputs["evict"] = outputs["evict"] + torch.matmul(z, own[..., None])[..., 0]
         for number, name in enumerate(name for name in o.actions if name != "evict"):
-            outputs[name] = outputs[name] + self.offset[number]
+            outputs[name] = outputs[name] + self.offset[number].float()
         return outputs
 
     def _columns(self, view: LayerView) -> Tensor:
@@ -231,7 +234,7 @@ class KVPolicy(StochasticManager):
         outputs = self.outputs(view)
         scores = outputs["evict"] if "evict" in outputs else -view.age.float()
         held = self._held(view, None if "store" not in outputs else outputs["store"] >= 0)
-        keep = self._kept(scores, view, held, self.log_shares[None] if self.options.allocation else None)
+        keep = self._kept(scores, view, held, self.log_shares.float()[None] if self.options.allocation else None)
         rates = outputs.get("forget")
         return Decision(keep, None if rates is None else self._faded(view, rates))
 
@@ -240,7 +243,7 @@ class KVPolicy(StochasticManager):
         outputs = self.outputs(view)
         stored = ranking = rates = shares = None
         if self.options.allocation:
-            shares = self.log_shares + SHARE_SPREAD * noise.common[:, : self.options.allocation]
+            shares = self.log_shares.float() + SHARE_SPREAD * noise.common[:, : self.options.allocation]
         if "store" in outputs:
             stored = outputs["store"] + noise.logistic(view.slots) > 0
         if "evict" in outputs:
@@ -258,7 +261,7 @@ class KVPolicy(StochasticManager):
         else:
             # Places in the ranking as scores; what is safe comes first in either case.
             places = torch.arange(action.ranking.shape[-1], 0, -1, device=view.slots.device, dtype=torch.float32)
-            scores = torch.zeros(action.ranking.shape, device=view.slots.device)
+            scores = places.new_zeros(action.ranking.shape)
             scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
             keep = self._kept(scores, view, held, action.shares)
         return Decision(keep, None if action.rates is None else self._faded(view, action.rates))
@@ -269,7 +272,7 @@ class KVPolicy(StochasticManager):
 
     def log_prob(self, view: LayerView, action: Action) -> Tensor:
         """Return log π(action | view): (batch, kv_heads); the parts add up."""
-        total = torch.zeros((), device=view.slots.device)
+        total = torch.zeros((), device=view.slots.device, dtype=torch.float32)
         for terms in self._terms(view, action):
             total = total + terms.sum(-1)
         return total
@@ -288,18 +291,18 @@ class KVPolicy(StochasticManager):
             terms = -0.5 * z.square() - math.log(SPREAD * math.sqrt(2 * math.pi))
             found.append(torch.where(view.valid, terms, 0.0))
         if action.shares is not None and view.layer == 0:  # drawn once for all layers and heads: counted once
-            z = (action.shares - self.log_shares) / SHARE_SPREAD
+            z = (action.shares - self.log_shares.float()) / SHARE_SPREAD
             terms = -0.5 * z.square() - math.log(SHARE_SPREAD * math.sqrt(2 * math.pi))
             found.append(torch.nn.functional.pad(terms[:, None], (0, 0, 0, view.slots.shape[1] - 1)))
         return found
 
     def choices(self, view: LayerView, action: Action) -> Tensor:
         """Return the number of picks, gates and rates that were drawn: (batch, kv_heads)."""
-        total = torch.zeros((), device=view.slots.device)
+        total = torch.zeros((), device=view.slots.device, dtype=torch.float32)
         if action.stored is not None:
             total = total + _arrived(view).sum(-1)
         if action.ranking is not None:
-            nothing = torch.zeros(action.ranking.shape, device=view.slots.device)
+            nothing = torch.zeros(action.ranking.shape, device=view.slots.device, dtype=torch.float32)
             scores, picks = self._open(nothing, view, action.stored, action.shares)
             total = total + torch.minimum(picks, torch.isfinite(scores).sum(-1))
         if action.rates is not None:
@@ -353,6 +356,14 @@ class KVPolicy(StochasticManager):
         safe = self._safe(view, held, shares)
         picks = (self._limits(view, shares)[0] - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
         return torch.where(held & ~safe, scores, -torch.inf), picks
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers on the default device, the same on every one; none on the meta device."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(shape, dtype=torch.float32)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def _arrived(view: LayerView) -> Tensor:

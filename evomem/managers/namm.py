@@ -81,8 +81,8 @@ class NAMM(MemoryManager):
             self.scorer = MLPScorer(FEATURES, self.options.hidden)
         else:
             self.scorer = LinearScorer(FEATURES)
-        self.register_buffer("spectrum_mean", torch.zeros(BINS))
-        self.register_buffer("spectrum_var", torch.ones(BINS))
+        self.register_buffer("spectrum_mean", torch.zeros(BINS, dtype=torch.float32))
+        self.register_buffer("spectrum_var", torch.ones(BINS, dtype=torch.float32))
 
     @property
     def observes(self) -> frozenset[str]:
@@ -108,8 +108,8 @@ class NAMM(MemoryManager):
         """Return what the scorer sees: (batch, kv_heads, slots, 25) fp32, the age first, finite at empty slots."""
         raw = view.once("namm_features", lambda: raw_features(view))
         # Of the age's numbers nothing is taken off, and they are divided by one: in place of taking both apart.
-        mean = F.pad(self.spectrum_mean, (2 * AGE_FREQUENCIES, 0))
-        deviation = F.pad(self.spectrum_var.sqrt().clamp(min=1e-7), (2 * AGE_FREQUENCIES, 0), value=1.0)
+        mean = F.pad(self.spectrum_mean.float(), (2 * AGE_FREQUENCIES, 0))
+        deviation = F.pad(self.spectrum_var.float().sqrt().clamp(min=1e-7), (2 * AGE_FREQUENCIES, 0), value=1.0)
         return (raw - mean) / deviation
 
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
@@ -163,7 +163,7 @@ def raw_features(view: LayerView) -> Tensor:
 def age_frequencies(device: torch.device) -> Tensor:
     """Return f_k = 50000 ** (-k / 4): (4,) fp32. Made once: a decision is so short that making it anew would show."""
     with torch.inference_mode(False):
-        return 50000.0 ** (-torch.arange(AGE_FREQUENCIES, device=device) / AGE_FREQUENCIES)
+        return 50000.0 ** (-torch.arange(AGE_FREQUENCIES, device=device, dtype=torch.float32) / AGE_FREQUENCIES)
 
 
 class SpectrumStatistics:
@@ -175,8 +175,8 @@ class SpectrumStatistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean = torch.zeros(BINS, dtype=torch.float64)
-        self._deviations = torch.zeros(BINS, dtype=torch.float64)
+        self._mean = torch.zeros(BINS, dtype=torch.float64, device="cpu")
+        self._deviations = torch.zeros(BINS, dtype=torch.float64, device="cpu")
 
     def add(self, spectrum: Tensor, valid: Tensor) -> None:
         """Take in spectrum (batch, kv_heads, slots, 17) where valid (batch, kv_heads, slots) is True."""

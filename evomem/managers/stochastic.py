@@ -64,10 +64,12 @@ class Noise:
         rows, common = [], []
         for place, seed in enumerate(seeds):
             start = starts[place if len(starts) > 1 else 0]
-            common.append(torch.randn(64, generator=torch.Generator().manual_seed(_mixed((*seed, -1)))))
-            generator = torch.Generator().manual_seed(_mixed((*seed, view.layer)))
+            first = torch.Generator("cpu").manual_seed(_mixed((*seed, -1)))
+            common.append(torch.randn(64, generator=first, dtype=torch.float32, device="cpu"))
+            generator = torch.Generator("cpu").manual_seed(_mixed((*seed, view.layer)))
             # As many numbers as the row has tokens of its own, whatever it is padded to.
-            own = torch.rand(3, kv_heads, view.seen - start, generator=generator, dtype=torch.float64)
+            shape = (3, kv_heads, view.seen - start)
+            own = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
             rows.append(F.pad(own, (start, 0)))
         return cls(torch.stack(rows).to(device), torch.stack(common).to(device))
 

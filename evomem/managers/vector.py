@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from evomem.errors import ConfigError
 
 
+def zeros(*shape: int) -> nn.Parameter:
+    """Return a parameter of zeros in fp32, whatever PyTorch's default type is: vectors must fit it exactly."""
+    return nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
+
+
 def vector_size(module: nn.Module) -> int:
     """Return how many numbers the vector of ``module`` has."""
     return sum(parameter.numel() for parameter in module.parameters())

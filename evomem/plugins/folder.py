@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -31,6 +30,7 @@ from evomem.managers import MemoryManager, managers
 from evomem.plugins.card import render_card
 from evomem.plugins.hub import download
 from evomem.plugins.replacing import current, located, strangers, write_folder
+from evomem.plugins.tensors import check_tensors, set_tensors, to_bytes
 from evomem.plugins.untrusted import (
     CARD,
     CONFIG,
@@ -40,6 +40,8 @@ from evomem.plugins.untrusted import (
     PROVENANCE,
     TENSORS,
     checked_picture,
+    parse_object,
+    parse_tensors,
     read_object,
     read_pictures,
     read_tensors,
@@ -91,27 +93,32 @@ def save(
 
     Raises
     ------
-    PluginError : a tensor has NaN or infinite values; something could not be loaded again (too large, or a constructor
-        that needs real tensors); the folder holds something that is no plug-in, or a file that is none of a plug-in's;
+    PluginError : a tensor has NaN or infinite values, or is of a kind that the file format does not have; something
+        could not be loaded again, to the bit (too large, other shapes than the options give, or a constructor that
+        needs real tensors); the folder holds something that is no plug-in, or a file that is none of a plug-in's;
         the disk is full.
     """
     folder = located(folder)
     provenance = manager.provenance if provenance is None else provenance
     pictures = manager.pictures if pictures is None else pictures
-    config = _describe(manager)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in manager.state_dict().items()}
-    for name, value in tensors.items():
-        _check_finite(value, f"{folder}: cannot be saved", name)
+    config = describe_manager(manager)
     contents = {
         CONFIG: _pretty(config),
-        TENSORS: safetensors.torch.save(tensors, {"format": "pt"}),
+        TENSORS: to_bytes(manager, f"{folder}: cannot be saved"),
         PROVENANCE: _pretty(provenance),
         CARD: (card if card is not None else render_card(folder.name, config, provenance, sorted(pictures))).encode(),
     }
     for name, content in contents.items():
         if len(content) > LIMITS[name]:
             raise PluginError(f"{folder}: {name}: would have {len(content):,} bytes; at most {LIMITS[name]:,} are read")
-    _expected(folder / CONFIG, config)
+    try:  # what is written here can be read there
+        parsed = parse_config(folder / CONFIG, parse_object(folder / CONFIG, contents[CONFIG]))
+        to_manager(
+            folder / CONFIG, parsed, folder / TENSORS, lambda: parse_tensors(folder / TENSORS, contents[TENSORS])
+        )
+        parse_object(folder / PROVENANCE, contents[PROVENANCE])
+    except PluginError as error:
+        raise PluginError(f"{folder}: cannot be saved, because it could not be loaded again: {error}") from None
     for name, content in pictures.items():
         contents[f"{PICTURES}/{name}"] = checked_picture(folder, name, content)
     check_replaceable(folder)
@@ -136,13 +143,8 @@ def load(folder_or_repo: str | Path, **hub: Any) -> MemoryManager:
     PluginError : there is none, or it is damaged, incomplete, too large or of an unknown version; names file and field.
     """
     folder = _located(folder_or_repo, hub)
-    config = _read_config(folder / CONFIG)
-    expected = _expected(folder / CONFIG, config)
-    tensors = read_tensors(folder / TENSORS)
-    _check_tensors(folder / TENSORS, config["manager"], tensors, expected)
-    # Only now is anything of the size that the options ask for: it is the size of the file.
-    manager = _build(folder / CONFIG, config)
-    manager.load_state_dict(tensors)
+    config = parse_config(folder / CONFIG, read_object(folder / CONFIG))
+    manager = to_manager(folder / CONFIG, config, folder / TENSORS, lambda: read_tensors(folder / TENSORS))
     if (folder / PROVENANCE).exists():
         manager.provenance = read_object(folder / PROVENANCE)
     manager.pictures = read_pictures(folder)
@@ -166,7 +168,8 @@ def is_plugin(folder: str | Path) -> bool:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def _describe(manager: MemoryManager) -> dict[str, Any]:
+def describe_manager(manager: MemoryManager) -> dict[str, Any]:
+    """Return the content of ``config.json``."""
     described = manager.describe()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -215,8 +218,8 @@ def _located(folder_or_repo: str | Path, hub: Mapping[str, Any]) -> Path:
     return download(str(folder_or_repo), LIMITS, **hub)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_object(path)
+def parse_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a plug-in's configuration; raise `PluginError` if a field is missing, unknown or of another kind."""
     if "schema_version" not in config:
         raise PluginError(f"{path}: schema_version: is missing; this is not the configuration of a plug-in")
     version = config["schema_version"]
@@ -239,12 +242,33 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def to_manager(
+    path: Path, config: Mapping[str, Any], tensors_path: Path, read: Callable[[], dict[str, Tensor]]
+) -> MemoryManager:
+    """Return the manager that a configuration describes, with the tensors that ``read`` returns, on the processor.
+
+    ``read`` is called once the configuration has been found right.
+
+    Raises
+    ------
+    PluginError : the configuration contradicts itself, or the tensors are not those that it asks for.
+    """
+    expected = _expected(path, config)
+    tensors = read()
+    check_tensors(tensors_path, config["manager"], tensors, expected)
+    # Only now is anything of the size that the options ask for: it is the size of the file.
+    with torch.inference_mode(False), torch.device("cpu"):
+        manager = _build(path, config)
+        set_tensors(manager, tensors, tensors_path)
+    return manager
+
+
 def _expected(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors that the configuration asks for, without memory behind them, having checked it all."""
     with torch.device("meta"):
         manager = _build(path, config)
     # Three fields repeat what the options say, for readers that have no evomem; they must not contradict it.
-    found = _describe(manager)
+    found = describe_manager(manager)
     for field in ("budget", "schedule", "observes"):
         if config[field] != found[field]:
             raise PluginError(
@@ -283,25 +307,3 @@ def _build(path: Path, config: Mapping[str, Any]) -> MemoryManager:
             "inside `with torch.device('meta')`: sizes are checked before there is memory behind them.)"
         ) from None
     return manager
-
-
-def _check_tensors(path: Path, name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    for field, tensor in expected.items():
-        if field not in found:
-            raise PluginError(f"{path}: {field}: is missing")
-        if found[field].shape != tensor.shape:
-            raise PluginError(
-                f"{path}: {field}: has shape {tuple(found[field].shape)}, {tuple(tensor.shape)} is expected"
-            )
-        if found[field].dtype != tensor.dtype:
-            raise PluginError(f"{path}: {field}: has type {found[field].dtype}, {tensor.dtype} is expected")
-        _check_finite(found[field], str(path), field)
-    for field in found:
-        if field not in expected:
-            raise PluginError(f"{path}: {shown(field)}: is not a tensor of manager {name!r}")
-
-
-def _check_finite(tensor: Tensor, where: str, name: str) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        count = int((~torch.isfinite(tensor)).sum())
-        raise PluginError(f"{where}: {name}: {count} of {tensor.numel()} values are NaN or infinite")

@@ -77,7 +77,11 @@ def read_object(path: Path) -> dict[str, Any]:
     ------
     PluginError : it is none; see also `read_bytes`.
     """
-    content = read_bytes(path, LIMITS[path.name])
+    return parse_object(path, read_bytes(path, LIMITS[path.name]))
+
+
+def parse_object(path: Path, content: bytes) -> dict[str, Any]:
+    """Return the JSON object that the content of a file is; see `read_object`."""
     try:
         data = parse_strict(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -125,7 +129,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists() and (path.parent / "pytorch_model.bin").exists():
         raise PluginError(f"{path}: is missing; pytorch_model.bin is a pickle, which could run code and is never read")
     # Into memory: a mapped file that shrinks while it is read would end the process.
-    content = read_bytes(path, LIMITS[path.name])
+    return parse_tensors(path, read_bytes(path, LIMITS[path.name]))
+
+
+def parse_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    """Return the tensors that the content of a safetensors file holds; see `read_tensors`."""
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > len(content) - 8:
         raise PluginError(f"{path}: is damaged: a header of {length:,} bytes in a file of {len(content):,}")
