@@ -11,7 +11,6 @@ optimization", PPSN 1994; EvolKV (arXiv 2509.08315) searches groups of layers on
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomem.drivers.base import Array, Population, drivers
-from evomem.drivers.cmaes import alone, strategy
+from evomem.drivers.cmaes import alone, put_together, strategy, taken_apart
 from evomem.drivers.common import (
     DriverOptions,
     check_told,
@@ -30,6 +29,7 @@ from evomem.drivers.common import (
     parse_options,
     sampling_seeds,
 )
+from evomem.drivers.state import overlay
 from evomem.errors import ConfigError
 
 Blocks = Sequence[NDArray[np.int64]]
@@ -191,16 +191,21 @@ class BlockCMAES:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, the running strategies as pickled bytes."""
+        """Return everything that an exact resume needs, as plain values and arrays."""
         return {
-            "strategies": pickle.dumps((self._strategies, self._rest)),
+            "strategies": [taken_apart(one) for one in self._strategies],
+            "rest": None if self._rest is None else taken_apart(self._rest),
             "generation": self._generation,
             "headwise": self._headwise,
             "asked": self._asked,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`. The bytes are unpickled: load only what this machine saved."""
-        self._strategies, self._rest = pickle.loads(state["strategies"])
+        """Continue from `state_dict`."""
+        restored = overlay if self.options.search == "random" else put_together
+        pairs = zip(self._strategies, state["strategies"], strict=True)
+        self._strategies = [restored(one, tree) for one, tree in pairs]
+        if self._rest is not None:
+            self._rest = restored(self._rest, state["rest"])
         self._generation, self._headwise = state["generation"], state["headwise"]
         self._asked = state["asked"]

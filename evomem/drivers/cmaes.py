@@ -5,7 +5,6 @@ N. Hansen, "The CMA evolution strategy: a tutorial", arXiv 1604.00772; separable
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from evomem.drivers.common import (
     sampling_seeds,
 )
 from evomem.drivers.restarts import RestartState, Strategy, first, following
+from evomem.drivers.state import overlay, snapshot
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError
 
@@ -107,13 +107,25 @@ def strategy(
         return cma.CMAEvolutionStrategy(mean, sigma, settings)
 
 
-def restored(content: bytes) -> Any:
-    """Return a strategy from its pickle.
+_SETTINGS = ("opts", "_es_opts", "inopts", "inputargs", "logger", "CMAOptions", "CMADataLogger")
+"""What of a strategy follows from how it was made. pycma evaluates its options as Python: no file may set them."""
+
+
+def taken_apart(one: Any) -> Any:
+    """Return what varies of a pycma strategy (`evomem.drivers.state.snapshot`)."""
+    return snapshot(one, _SETTINGS)
+
+
+def put_together(fresh: Any, tree: Any) -> Any:
+    """Return a strategy that goes on where `taken_apart` took it, made of one with the same settings.
 
     pycma files what it injected (mirrors) under Python's hash of the bytes, which is another one in every process. So
     that it finds it again, it is filed anew.
     """
-    one = pickle.loads(content)
+    from cma.optimization_tools import BestSolution
+    from cma.utilities.utils import BlancClass, ElapsedWCTime, SolutionDict
+
+    one = overlay(fresh, tree, (BestSolution, BlancClass, ElapsedWCTime, SolutionDict), _SETTINGS)
     for name in ("sent_solutions", "_injected_solutions_archive"):
         old = getattr(one, name)
         new = type(old)()
@@ -234,9 +246,9 @@ class CMAES:
         return self._stopped
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, the running strategy as pickled bytes."""
+        """Return everything that an exact resume needs, as plain values and arrays."""
         return {
-            "strategy": pickle.dumps(self._strategy),
+            "strategy": taken_apart(self._strategy),
             "restart": self._restart,
             "generation": self._generation,
             "asked": self._asked,
@@ -246,9 +258,9 @@ class CMAES:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`. The bytes are unpickled: load only what this machine saved."""
-        self._strategy = restored(state["strategy"])
+        """Continue from `state_dict`."""
         self._restart = state["restart"]
+        self._strategy = put_together(self._descent(), state["strategy"])
         self._generation = state["generation"]
         self._asked = state["asked"]
         self._stopped = state["stopped"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from evomem.drivers.common import (
     parse_options,
     sampling_seeds,
 )
+from evomem.drivers.state import overlay, snapshot
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError
 from evomem.varying import Variable
@@ -104,26 +104,26 @@ class _Library:
         return self._stopped
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, the strategy as pickled bytes.
-
-        Its attributes are pickled, not itself: the package's own pickles leave out the generator and round the
-        covariance to symmetry.
-        """
+        """Return everything that an exact resume needs, as plain values and arrays."""
         return {
-            "strategy": pickle.dumps(vars(self._strategy)),
+            "strategy": snapshot(self._strategy),
             "generation": self._generation,
-            "solutions": pickle.dumps(self._solutions),
+            "solutions": snapshot(self._solutions),
             "asked": self._asked,
             "stopped": self._stopped,
             "kept": self._kept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`. The bytes are unpickled: load only what this machine saved."""
-        self._strategy = object.__new__(type(self._strategy))
-        vars(self._strategy).update(pickle.loads(state["strategy"]))
-        self._solutions, self._asked = pickle.loads(state["solutions"]), state["asked"]
+        """Continue from `state_dict`."""
+        self._strategy = overlay(self._strategy, state["strategy"])
+        self._solutions = overlay(None, state["solutions"], self._kinds())
+        self._asked = state["asked"]
         self._generation, self._stopped, self._kept = state["generation"], state["stopped"], state["kept"]
+
+    def _kinds(self) -> tuple[type, ...]:
+        """Return the classes of the package that solutions are of, besides arrays."""
+        return ()
 
 
 @drivers.register("lra_cma")
@@ -229,6 +229,10 @@ class CatCMA(_Library):
             cat_param=self._first_probabilities(),
             seed=seed,
         )
+
+    def _kinds(self) -> tuple[type, ...]:
+
+        return (type(self._strategy).Solution,)
 
     def _first_probabilities(self) -> Array | None:
         """Return (categorical variables, largest number of values): the start's value is twice as likely as others."""

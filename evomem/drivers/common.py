@@ -95,7 +95,7 @@ def filled(fitness: Array, count: int) -> Array:
 
 
 class Gaussian:
-    """Standard normal numbers from a generator of its own, which pickles; pycma's default is numpy's global one."""
+    """Standard normal numbers from a generator of its own, which is saved; pycma's default is numpy's global one."""
 
     def __init__(self, *seed: int) -> None:
         self._generator = np.random.default_rng(list(seed))

@@ -6,7 +6,6 @@ the number of actors. The library, which brings Ray with it, is imported when a 
 
 from __future__ import annotations
 
-import pickle
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -24,10 +23,13 @@ from evomem.drivers.common import (
     parse_options,
     sampling_seeds,
 )
+from evomem.drivers.state import overlay, snapshot
 from evomem.errors import ConfigError
 
 _MEMORY = 4 * 2**30
 """Bytes that full CMA-ES of EvoTorch may take for its update: it holds an outer product per candidate."""
+
+_CLOCK = ("_first_step_datetime",)
 
 O = TypeVar("O", bound=DriverOptions)  # noqa: E741
 
@@ -169,9 +171,9 @@ class _EvoTorch(Generic[O]):
         return self._stopped
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, the searcher as pickled bytes."""
+        """Return everything that an exact resume needs, as plain values and arrays."""
         return {
-            "steps": pickle.dumps(self._steps),
+            "steps": snapshot(self._steps, _CLOCK),
             "generation": self._generation,
             "asked": self._asked,
             "stopped": self._stopped,
@@ -179,8 +181,8 @@ class _EvoTorch(Generic[O]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`. The bytes are unpickled: load only what this machine saved."""
-        self._steps = pickle.loads(state["steps"])
+        """Continue from `state_dict`."""
+        self._steps = overlay(self._steps, state["steps"], skip=_CLOCK)
         self._generation, self._asked = state["generation"], state["asked"]
         self._stopped, self._kept = state["stopped"], state["kept"]
 

@@ -83,7 +83,7 @@ class Told(Problem):  # type: ignore[misc]
 
 
 class Steps(Protocol):
-    """A searcher of EvoTorch by ask and tell; its pickle continues bit-exactly."""
+    """A searcher of EvoTorch by ask and tell; its snapshot (`evomem.drivers.state`) continues bit-exactly."""
 
     @property
     def vectors(self) -> Array:
