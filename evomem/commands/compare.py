@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from evomem.managers import build, names
 from evomem.managers.base import MemoryManager, check_budget
 from evomem.runs import open_run
 from evomem.runs.config import TaskConfig
+from evomem.runs.inputs import changed_tasks, task_inputs
 from evomem.runs.report import notes, rows_json, sentences, tables, write_rows
 from evomem.tasks.base import Split
 
@@ -66,6 +67,7 @@ class Subject:
     tasks : of the last stage.
     budgets : of the last stage, or its own.
     samples : sealed samples per task.
+    changed : what of the tasks is no longer as it was in the search, a line each.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Subject:
     protocol: EvaluationProtocol | None = None
     budgets: tuple[Budget, ...] = ()
     samples: int | None = None
+    changed: tuple[str, ...] = ()
 
 
 def compare(
@@ -186,7 +189,39 @@ def _of_run(source: str, path: Path) -> Subject:
         protocol=config.protocol,
         budgets=stage.budgets or _own_budget(winner),
         samples=config.sealed.contexts,
+        changed=_changed(source, stage.tasks, config.resolved()),
     )
+
+
+def _changed(source: str, tasks: Sequence[TaskConfig], known: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what of a search's tasks has changed; say so if it was made before that was known."""
+    if not known.get("inputs") and any(True for task in tasks for _ in task_inputs(task)):
+        wide_console(stderr=True).print(
+            Text(
+                f"{source}: has no digests of its tasks' files; whether they have changed is not known", style="yellow"
+            )
+        )
+    return tuple(changed_tasks(known))
+
+
+def own_tasks(subjects: Sequence[Subject]) -> tuple[TaskConfig, ...]:
+    """Return the tasks of the first subject that has any.
+
+    Raises
+    ------
+    RunError : they are not what they were in its search.
+    """
+    for subject in subjects:
+        if not subject.tasks:
+            continue
+        if subject.changed:
+            raise RunError(
+                f"{subject.source}: its tasks are not what they were in the search (then -> now):\n  "
+                + "\n  ".join(subject.changed)
+                + "\nPut the files back, or name the tasks yourself (--task) to measure on them as they are now"
+            )
+        return subject.tasks
+    return ()
 
 
 def run_label(name: str) -> str:
@@ -201,14 +236,16 @@ def _of_plugin(source: str, folder: str | Path) -> Subject:
     known, where = plugin.provenance, f"{folder}/provenance.json"
     models = known.get("models") or [known.get("model")]
     protocol = known.get("protocol")
+    tasks = tuple(validate(TaskConfig, task, where) for task in known.get("tasks") or ())
     return Subject(
         name=run_label(str(known.get("experiment") or Path(source).name)),
         source=source,
         manager=plugin.manager,
         models=tuple(str(model["name"] if isinstance(model, dict) else model) for model in models if model),
-        tasks=tuple(validate(TaskConfig, task, where) for task in known.get("tasks") or ()),
+        tasks=tasks,
         protocol=validate(EvaluationProtocol, protocol, where) if protocol else None,
         budgets=tuple(known.get("budgets") or ()) or _own_budget(plugin.manager),
+        changed=_changed(source, tasks, known),
     )
 
 
@@ -292,7 +329,7 @@ def make_places(wishes: Wishes, subjects: Sequence[Subject]) -> list[Place]:
 
     models = wishes.models or first([subject.models for subject in subjects], [_MODEL])
     tasks = [TaskConfig(spec=spec) for spec in wishes.tasks]
-    tasks = tasks or list(first([subject.tasks for subject in subjects], ()))
+    tasks = tasks or list(own_tasks(subjects))
     if not tasks:
         raise ConfigError("--task: say what to measure on, e.g. --task multikey_1:length=500 (evomem list tasks)")
     default = first([subject.protocol for subject in subjects], EvaluationProtocol())

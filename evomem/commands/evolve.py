@@ -20,8 +20,10 @@ from evomem.evaluation.rows import Budget, Row
 from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
 from evomem.runs.diagnostics import diagnostics_plot
 from evomem.runs.files import write_atomically
+from evomem.runs.inputs import changed_tasks, require_inputs
 from evomem.runs.pareto import Member, read_front
 from evomem.runs.plots import fitness_plot, memory_plot
+from evomem.runs.remote import limited_threads
 from evomem.runs.report import markdown, read_rows, sentences
 from evomem.tasks.base import Split
 from evomem.tracking import build_trackers
@@ -78,7 +80,8 @@ def evolve(
         console.print(front_table(front))
         for note in front_notes(front):
             console.print(Text(note, style="dim"))
-    rows = _comparison(run, held.get("bench"), front)
+    with limited_threads(config.threads):  # like the search, so that no digit depends on the machine
+        rows = _comparison(run, held.get("bench"), front)
     _write_report(run, result, rows)
     if front:
         draw_front(run, front, rows)
@@ -105,6 +108,7 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[
     path = run.folder / "comparison.json"
     if path.exists():
         return read_rows(path)
+    require_inputs(run)
     config, stage = run.config, run.config.plan()[-1]
     # Reports are in full precision, whatever the search used; but a front was measured in its search's own type, in
     # which the bytes are others, and the field stands beside it.
@@ -202,5 +206,7 @@ def export(source: str, folder: Path, place: int | None = None, size: float | No
     found = plugins.read(plugin)
     plugins.save(found.manager, folder, found.provenance)
     console = wide_console()
+    for line in changed_tasks(found.provenance):
+        console.print(Text(f"since the search: {line} (the manager is what it was)", style="yellow"))
     console.print(Text(f"{folder}: {', '.join(plugins.FILES)}"))
     console.print(Text(f"  python: {snippet(folder)}"))

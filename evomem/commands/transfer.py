@@ -15,6 +15,7 @@ from evomem.commands.compare import (
     Subject,
     Wishes,
     load,
+    own_tasks,
     parse_budgets,
     parse_protocol,
     partial_file,
@@ -213,7 +214,7 @@ def _tasks(specs: Sequence[str], models: Sequence[str]) -> list[TaskConfig]:
 
 def _tasks_of(subjects: Sequence[Subject]) -> list[TaskConfig]:
     """Return the tasks that the subjects were found on, for all models."""
-    tasks = [task.for_all_models() for subject in subjects for task in subject.tasks]
+    tasks = [task.for_all_models() for subject in subjects for task in own_tasks([subject])]
     if not tasks:
         raise ConfigError("--tasks: say what to measure on, e.g. --tasks multikey_1:length=500 (evomem list tasks)")
     return list({task.title: task for task in tasks}.values())

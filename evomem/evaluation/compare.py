@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def compare(
     TaskError : a split has too few samples.
     EvaluationError : a manager's likelihood, score or memory on a sample is NaN or infinite.
     """
+    places, budgets = _once(places, budgets)
     field = field_of(against)
     taken = {subject.name for subject in subjects}
     field = [member for member in field if member.name not in taken]
@@ -177,11 +179,34 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Comparison:
     """Evaluate one manager, without a comparison; see `compare`."""
+    places, budgets = _once(places, budgets)
     entrants = _entrants([subject], "subject", budgets)
     found = measure(
         entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
     )
     return _comparison(None, subject.name, entrants, places, found, split)
+
+
+def _once(places: Sequence[Place], budgets: Sequence[Budget]) -> tuple[list[Place], list[Budget]]:
+    """Return places and budgets without those that are named again: twice the samples would halve an interval.
+
+    Raises
+    ------
+    ConfigError : 1 and 1.0, a slot and everything, which the rows could not tell apart.
+    """
+    distinct = list({(type(budget), budget): budget for budget in budgets}.values())
+    if len(set(distinct)) < len(distinct):
+        raise ConfigError("budgets: 1 is one slot and 1.0 is everything; compare at one after the other")
+    found: dict[tuple[str, str], list[str]] = {}
+    kept = []
+    for place in places:
+        what = json.dumps([place.subject_task.name, place.subject_task.describe()], sort_keys=True, default=str)
+        there = found.setdefault((place.model, place.task), [])
+        if what not in there:
+            there.append(what)
+            # Tasks that differ in options which their title does not tell are two, and their samples do not mix.
+            kept.append(place if len(there) == 1 else replace(place, task=f"{place.task} ({len(there)})"))
+    return kept, distinct
 
 
 def _entrants(members: Sequence[NamedManager], role: Role, budgets: Sequence[Budget]) -> list[_Entrant]:
@@ -224,6 +249,7 @@ def measure(
     """Return every entrant's evaluations on every place, in the order of the samples."""
     drawn = [_draw(place, split, samples, seed) for place in places]
     what = _fingerprint(entrants, places, split, seed, exact)
+    what["samples"] = sha256("".join(sample.digest for pool in drawn for sample in pool).encode()).hexdigest()[:16]
     found: dict[tuple[str, str, str, Budget], list[Evaluation]] = {}
     done, total = 0, sum(map(len, drawn))
     with SampleFile(keep, what) as file:

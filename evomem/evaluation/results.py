@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import IO, Any, Self
 
 from evomem.errors import ConfigError, EvomemError
 from evomem.evaluation.types import Evaluation
+from evomem.sealed_lines import Seals, sealed, whole_lines
 from evomem.strict_json import as_float, to_json
+
+logger = logging.getLogger("evomem")
 
 _NUMBERS = ("loglik", "slots", "bytes_peak", "bytes_mean", "seconds")
 
@@ -20,7 +24,8 @@ class SampleFile:
     """An append-only JSONL file: a first line that says what is measured, then one line a sample.
 
     A line holds the number of the place, the sample's id, and one evaluation per manager in the order of the first
-    line. A last line that a kill has torn is cut off.
+    line. A last line that a kill has torn is cut off. Lines are sealed (`evomem.sealed_lines`): one that is not as
+    it was written is left out with a warning, and its sample is measured again.
 
     Parameters
     ----------
@@ -34,21 +39,25 @@ class SampleFile:
 
     def __init__(self, path: Path | None, what: Mapping[str, Any]) -> None:
         self.path = path
-        self._what = to_json(dict(what))
+        self._what = dict(what)
+        self._seals = Seals()
         self._known: dict[tuple[int, str], list[Evaluation]] = {}
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         if self.path is None:
             return self
-        good = self._read(self.path) if self.path.exists() else 0
+        try:
+            good = self._read(self.path) if os.path.lexists(self.path) else 0
+        except OSError as error:
+            raise EvomemError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
             self._file.truncate(good)
         except OSError as error:
             raise EvomemError(f"{self.path}: cannot be written: {error.strerror}") from None
-        if good == 0:
+        if self._seals.number == 0:
             self._write(self._what)
         return self
 
@@ -65,14 +74,15 @@ class SampleFile:
     def put(self, place: int, sample: str, evaluations: Sequence[Evaluation]) -> None:
         """Keep a finished sample."""
         if self._file is not None:
-            self._write(to_json({"place": place, "sample": sample, "evaluations": [e.to_json() for e in evaluations]}))
+            self._write({"place": place, "sample": sample, "evaluations": [e.to_json() for e in evaluations]})
 
-    def _write(self, line: str) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         file = self._file
         if file is None:
             return
         try:
-            file.write(line.encode() + b"\n")
+            file.write(sealed(record, self._seals.number + 1))
+            self._seals.number += 1
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
@@ -82,32 +92,48 @@ class SampleFile:
 
     def _read(self, path: Path) -> int:
         """Read what is there; return the length of its whole lines in bytes."""
-        content = path.read_bytes()
-        good = content.rfind(b"\n") + 1
-        lines = content[:good].decode("utf-8", errors="replace").splitlines()
-        if lines and json.loads(to_json(_parsed(lines[0], path))) != json.loads(self._what):
-            raise ConfigError(
-                f"{path}: holds samples of another comparison (other managers, model, task or settings); "
-                "delete it, or choose another file"
-            )
-        for line in lines[1:]:
-            record = _parsed(line, path)
-            evaluations = [_evaluation(data) for data in record["evaluations"]]
-            self._known[record["place"], record["sample"]] = evaluations
+        good = 0
+        with path.open("rb") as file:
+            # Bytes, cut at newlines only: text may hold other characters that some take for the end of a line.
+            for line in whole_lines(file, path):
+                first, record = good == 0, self._seals.take(line)
+                good += len(line)
+                if first:
+                    self._check_same(record, path)
+                elif record is not None and not self._keep(record):
+                    self._seals.reject()
+        for problem in self._seals.problems():
+            logger.warning("%s: %s; those samples are measured again", path, problem)
         return good
 
+    def _check_same(self, record: dict[str, Any] | None, path: Path) -> None:
+        what = json.loads(to_json(self._what))
+        if record is not None and "samples" not in record:  # a file from before samples had a digest
+            what.pop("samples", None)
+        if record != what:
+            what = what if record is None else [name for name in what if record.get(name) != what[name]]
+            differs = f" (its {', '.join(what)})" if isinstance(what, list) else ""
+            raise ConfigError(
+                f"{path}: holds samples of another comparison{differs}: other managers, model, task, questions or "
+                "settings; delete it, or choose another file"
+            )
 
-def _parsed(line: str, path: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError:
-        raise ConfigError(f"{path}: a line is damaged; delete the file to begin again") from None
-    return record
+    def _keep(self, record: dict[str, Any]) -> bool:
+        """Take in a finished sample; return whether the line is one."""
+        try:
+            place, sample = int(record["place"]), str(record["sample"])
+            evaluations = [_evaluation(data) for data in record["evaluations"]]
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            return False
+        if len(evaluations) != len(self._what.get("managers", evaluations)):
+            return False
+        self._known[place, sample] = evaluations
+        return True
 
 
 def _evaluation(data: Mapping[str, Any]) -> Evaluation:
     exact = data["exact"]
     numbers: dict[str, Any] = {name: as_float(data[name]) for name in _NUMBERS}
     return Evaluation(
-        sample=data["sample"], exact=None if exact is None else as_float(exact), tokens=data["tokens"], **numbers
+        sample=data["sample"], exact=None if exact is None else as_float(exact), tokens=int(data["tokens"]), **numbers
     )

@@ -141,16 +141,18 @@ class Measuring:
 
         Raises
         ------
-        RunError : a unit failed on every attempt. Errors of evomem itself are passed on at once.
+        RunError : a unit failed on every attempt; a sample is no longer the one that the journal knows by its name.
+            Errors of evomem itself are passed on at once.
         """
         results: dict[str, list[Evaluation]] = {}
         missing = []
         for unit in units:
             record = self._known.get((unit.key, unit.digest))
-            if record is None:
+            found = None if record is None else self._of_journal(record, unit)
+            if found is None:
                 missing.append(unit)
             else:
-                results[unit.key] = evaluations_of(record)
+                results[unit.key] = found
         attempts: Counter[str] = Counter()
         for outcome in self._pool.evaluate(missing):
             key = outcome.unit.key
@@ -183,6 +185,35 @@ class Measuring:
                     "What is finished is kept: mend the cause and resume the run"
                 ) from outcome.error
         return results
+
+    def agrees(self, generation: int, candidates: set[str]) -> bool:
+        """Whether the journal has evaluated some of these candidates in a generation, or nothing of it."""
+        known = {
+            digest
+            for (_, digest), record in self._known.items()
+            if record["generation"] == generation and record["phase"] == "train"
+        }
+        return not known or not known.isdisjoint(candidates)
+
+    def _of_journal(self, record: Record, unit: Unit) -> list[Evaluation] | None:
+        """Return what the journal says of a unit; None if it is damaged, so that the unit is evaluated again."""
+        content = record.get("content", unit.sample.digest)  # older lines have none
+        if content != unit.sample.digest:
+            raise RunError(
+                f"unit {unit.key}: sample {unit.sample.id} is another one than when it was evaluated ({content} -> "
+                f"{unit.sample.digest}): the data of its task, or the package that makes it, has changed since the run "
+                "began. Put it back to resume this run, or begin another one in another folder"
+            )
+        try:
+            found = evaluations_of(record)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            found = []
+        if len(found) != unit.candidates or any(one.sample != unit.sample.id for one in found):
+            message = f"journal.jsonl: the line of unit {unit.key} is damaged; it is evaluated again"
+            logger.warning(message)
+            self._journal.event("warning", message=message)
+            return None
+        return found
 
     def forget(self, generation: int) -> None:
         """Drop what is known of generations up to this one; they do not come back."""

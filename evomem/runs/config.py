@@ -170,6 +170,8 @@ class ExperimentConfig(Settings):
     attempts : how often a failing evaluation is tried before the search stops.
     traces : folders that `evomem trace` made: what is recorded there is not read by the model again.
     diagnostics : see `DiagnosticsConfig`.
+    inputs : digests of what is read from outside the run's folder (`evomem.runs.inputs`). A run fills it in when it is
+        made; an experiment that has some is refused where the files are others.
     threads : processor threads that an evaluation uses, in this process or in a worker. Part of the experiment because
         another number moves results in the last digits; to use more cores, take more workers.
     """
@@ -198,6 +200,7 @@ class ExperimentConfig(Settings):
     threads: int = Field(default=1, ge=1)
     traces: list[str] = Field(default_factory=list)
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    inputs: dict[str, str] = Field(default_factory=dict)
 
     _name = field_validator("name")(lambda value: file_name(value))
     _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
@@ -362,7 +365,8 @@ def _checked_budgets(value: list[Budget] | None) -> list[Budget] | None:
             check_budget(budget)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-    return value
+    # One is evaluated once, however often it is named; 1 (a slot) and 1.0 (everything) are two.
+    return None if value is None else list({(type(budget), budget): budget for budget in value}.values())
 
 
 def load_experiment(name: str | Path, settings: Iterable[str] = ()) -> ExperimentConfig:

@@ -213,7 +213,7 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
         if is_headwise_driver(driver):
             driver.enter(headwise=False)
         population = driver.ask()
-        if evaluated.get(told.generation, set()).isdisjoint(_digests(population, run.config.chunk)):
+        if evaluated.get(told.generation, set()).isdisjoint(digests(population, run.config.chunk)):
             raise RunError(
                 f"{run.folder}: generation {told.generation} cannot be reproduced: with these versions of the "
                 f"libraries, driver {name!r} proposes other candidates than the run evaluated. Start "
@@ -224,6 +224,7 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
         yield population, fitness
 
 
-def _digests(population: Population, chunk: int) -> set[str]:
+def digests(population: Population, chunk: int) -> set[str]:
+    """Return what the journal calls the candidates of a population, a chunk each (`Unit.digest`)."""
     parts = [slice(begin, begin + chunk) for begin in range(0, len(population.vectors), chunk)]
     return {digest(population.vectors[part], population.seeds[part]) for part in parts}

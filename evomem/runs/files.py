@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,8 @@ _TEMPORARY = re.compile(rf"\..+\.[0-9]+{re.escape(_MARK)}", re.DOTALL)
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or failing disk into a `RunError` that says what to do."""
+def disk_errors(path: Path, what: Literal["written", "read"] = "written") -> Iterator[None]:
+    """Turn a full or failing disk, or one that does not let us, into a `RunError` that says what to do."""
     try:
         yield
     except OSError as error:
@@ -30,7 +31,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise RunError(
                 f"{path}: the disk is full; what is finished is kept. Free some space and resume the run"
             ) from error
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise RunError(f"{path}: cannot be {what}: {error.strerror or error}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -134,7 +134,7 @@ def _save_plugin(search: Search, folder: Path, result: RunResult) -> None:
     save(manager, folder, provenance(search, result))
 
 
-_TOLD = ("model", "space", "driver", "seed", "tasks", "protocol", "budgets", "stages")
+_TOLD = ("model", "space", "driver", "seed", "tasks", "protocol", "budgets", "stages", "inputs")
 """Parts of the experiment that a plug-in tells as they are."""
 
 

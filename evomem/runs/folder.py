@@ -28,6 +28,7 @@ from evomem.config import difference, validate
 from evomem.errors import ConfigError, RunError
 from evomem.runs.config import ExperimentConfig, to_yaml
 from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
+from evomem.runs.inputs import START, changes
 from evomem.runs.journal import Journal
 
 
@@ -52,6 +53,7 @@ class RunFolder:
         self._resume = resume
         self._lock = filelock.FileLock(str(path / "run.lock"), timeout=0)
         self.resumed = False
+        self.notes: list[str] = []
         self.journal: Journal
 
     def __enter__(self) -> Self:
@@ -104,19 +106,58 @@ class RunFolder:
 
     def _open(self) -> None:
         self._refuse()  # again, because now nobody else works in it
+        stored = self.path / "config.yaml"
+        if stored.exists():
+            self.journal = Journal(
+                self.path / "journal.jsonl"
+            )  # before anything is touched: it is the lock that counts
+        try:
+            self._take(stored)
+        except BaseException:
+            if "journal" in vars(self):
+                self.journal.close()
+            raise
+
+    def _take(self, stored: Path) -> None:
+        """Make the folder this process's own."""
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         write_atomically(self.path / "owner.json", json.dumps(owner).encode())
         sweep(self.path, *(self.path / name for name in ("checkpoints", "start", "winner", "plots")))
         resolved = self._config.resolved()
-        stored = self.path / "config.yaml"
         if stored.exists():
+            self._check_inputs(check_same_config(stored, resolved))
             self.resumed = True
         else:
             write_atomically(stored, to_yaml(resolved).encode())
+            self.journal = Journal(self.path / "journal.jsonl")
         for name in ("checkpoints", "start", "winner"):
             with disk_errors(self.path):
                 (self.path / name).mkdir(exist_ok=True)
-        self.journal = Journal(self.path / "journal.jsonl")
+
+    def _check_inputs(self, stored: dict[str, Any]) -> None:
+        """Compare the inputs that the run began with with those that are there now.
+
+        Raises
+        ------
+        RunError : one that the search still needs is another.
+        """
+        before, now = stored.get("inputs") or {}, self._config.inputs
+        if not before and now:
+            self.notes.append(
+                "this run was begun by an evomem that kept no digests of its inputs "
+                f"({', '.join(now)}): whether they have changed since cannot be known; from now on they are compared"
+            )
+            write_atomically(self.path / "config.yaml", to_yaml({**stored, "inputs": now}).encode())
+            return
+        lines = changes(before, now)
+        fatal = [] if (self.path / "result.json").exists() else [line for line in lines if not line.startswith(START)]
+        if fatal:
+            raise RunError(
+                f"{self.path}: what the run reads is not what it was when it began (run -> now):\n  "
+                + "\n  ".join(fatal)
+                + "\nPut it back to resume this run, or begin another one in another folder"
+            )
+        self.notes += [f"{line}; the run goes on with what it began with" for line in lines]
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -135,20 +176,25 @@ class RunFolder:
             raise RunError(f"{self.path}: the run began with another model:\n  " + "\n  ".join(lines))
 
 
-def check_same_config(stored: Path, resolved: dict[str, Any]) -> None:
-    """Raise `RunError` with the difference unless a stored configuration is the given one."""
+def check_same_config(stored: Path, resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration; raise `RunError` with the difference unless it is the given one.
+
+    The inputs' digests are compared elsewhere.
+    """
     try:
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{stored}: cannot be read: {error}") from None
     # Through YAML and back, so that only differences in value count.
-    lines = difference(_with_defaults(before or {}), yaml.safe_load(to_yaml(resolved)))
+    filled = _with_defaults(before or {})
+    lines = difference({**filled, "inputs": {}}, yaml.safe_load(to_yaml({**resolved, "inputs": {}})))
     if lines:
         raise RunError(
             f"{stored.parent}: this run has another configuration (run -> now):\n  "
             + "\n  ".join(lines)
             + "\nResume it with its own configuration, or choose another folder."
         )
+    return filled
 
 
 def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:

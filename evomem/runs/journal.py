@@ -1,12 +1,12 @@
 """Run: the journal, an append-only file of JSON lines from which everything else can be made again.
 
 Three kinds of lines: ``unit`` (an evaluated `Unit` with all its evaluations), ``generation`` (its summary) and
-``event`` (start, resume, warning, failed attempt, finish).
+``event`` (start, resume, warning, failed attempt, finish). Each is sealed (`evomem.sealed_lines`): a line that was
+changed, lost, doubled or moved after it was written is noticed and does not count.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -14,10 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evomem.errors import RunError
 from evomem.evaluation.types import Evaluation, Step
 from evomem.runs.files import disk_errors
-from evomem.strict_json import as_float, to_json
+from evomem.sealed_lines import Seals, sealed, whole_lines
+from evomem.strict_json import as_float
+from evomem.tracking.base import logger
 from evomem.workers.base import Outcome
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not on this system; run.lock has to do
+    fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 
@@ -61,6 +69,7 @@ def unit_record(outcome: Outcome) -> Record:
         "phase": unit.phase,
         "generation": unit.generation,
         "candidates": unit.digest,
+        "content": unit.sample.digest,
         "seconds": outcome.seconds,
         "evaluations": [evaluation.to_json() for evaluation in outcome.evaluations],
     }
@@ -86,70 +95,168 @@ def evaluations_of(record: Record) -> list[Evaluation]:
     ]
 
 
-def read_journal(path: Path) -> Iterator[Record]:
-    """Yield the lines of a journal; damaged ones (a torn last line after a kill) are left out."""
-    if not path.exists():
+def read_journal(path: Path, *, report: bool = True) -> Iterator[Record]:
+    """Yield the lines of a journal that count; what is wrong with the others is logged, if ``report``.
+
+    A torn last line after a kill is left out without a word.
+
+    Raises
+    ------
+    RunError : the file cannot be read.
+    """
+    if not os.path.lexists(path):
         return
-    with path.open("rb") as file:
-        for line in file:
-            record = _parse(line)
+    seals = Seals()
+    with disk_errors(path, "read"), path.open("rb") as file:
+        for line in whole_lines(file, path):
+            record = _counted(seals, line)
             if record is not None:
                 yield record
+    for problem in seals.problems() if report else ():
+        logger.warning("%s: %s", path, problem)
 
 
-def _parse(line: bytes) -> Record | None:
-    if not line.endswith(b"\n"):
+def _counted(seals: Seals, line: bytes) -> Record | None:
+    record = seals.take(line)
+    if record is not None and not _has_shape(record):
+        seals.reject()
         return None
+    return record
+
+
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "unit": {
+        "key": (str,),
+        "phase": (str,),
+        "generation": (int, type(None)),
+        "candidates": (str,),
+        "seconds": (int, float, str),
+        "evaluations": (list,),
+    },
+    "generation": {"generation": (int,), "stage": (str,), "fitness": (list,)},
+    "event": {"event": (str,)},
+}
+"""What every line of a kind has, and of which type."""
+
+_EVENTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "chance": {"task": (str,), "passed": (bool,)},
+    "quarantined": {"candidate": (str,)},
+    "all_failed": {"phase": (str,), "generation": (int, type(None))},
+    "attempt_failed": {"seconds": (int, float, str)},
+    "identity": {"files": (dict,)},
+}
+"""The same of events that are read again."""
+
+
+def _has_shape(record: Record) -> bool:
+    """Whether a line has what those who read it rely on."""
+    fields = _FIELDS.get(str(record.get("kind")))
+    if fields is None:
+        return False
+    if record["kind"] == "event":
+        fields = fields | _EVENTS.get(str(record.get("event")), {})
+    if not all(isinstance(record.get(name, ...), types) for name, types in fields.items()):
+        return False
+    if record["kind"] == "unit":
+        evaluations = record["evaluations"]
+        return all(isinstance(one, dict) and type(one.get("tokens")) is int for one in evaluations) and _number(
+            record["seconds"]
+        )
+    return record.get("event") != "attempt_failed" or _number(record["seconds"])
+
+
+def _number(value: Any) -> bool:
     try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "kind" in record else None
+        as_float(value)
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 class Journal:
-    """The journal of a run that is going on.
+    """The journal of a run that is going on; this process alone writes into it.
 
-    Opening it repairs a torn last line by cutting it off; ``repaired`` says how many bytes that were, ``damaged`` which
-    lines in the middle cannot be read (they are left out, and what they held is evaluated again).
+    Opening it repairs a torn last line by cutting it off.
+
+    Raises
+    ------
+    RunError : another process has it open, or it cannot be written.
+
+    Attributes
+    ----------
+    repaired : bytes of a torn last line that were cut off.
+    seals : what is wrong with the lines; those that are damaged are left out, and what they held is evaluated again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.totals = Totals()
-        self.damaged: list[int] = []
+        self.seals = Seals()
         self.repaired = 0
         with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._size = self._repair()
+        status = os.fstat(self._file)
+        self._identity = status.st_dev, status.st_ino
+        try:
+            self._lock()
+            self._check_in_place()
+            with disk_errors(path):
+                self._size = self._repair()
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        """Keep others out by a lock on the open file itself: no name can be removed to get around it."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{self.path}: is in use by another process; wait or stop it first") from None
+        except OSError:
+            return  # a file system without locks; run.lock has to do
+
+    def _check_in_place(self) -> None:
+        """Raise `RunError` if the file that is written into is no longer the one in the folder."""
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != self._identity:
+            raise RunError(
+                f"{self.path}: was moved, removed or replaced while this process works with it. Nothing more is "
+                "written; put it back and resume the run"
+            )
 
     def _repair(self) -> int:
         """Cut off what follows the last newline; return the size."""
-        size = good = 0
+        good = 0
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                size += len(line)
-                if not line.endswith(b"\n"):
-                    break
-                good = size
-                record = _parse(line)
-                if record is None:
-                    self.damaged.append(number)
-                else:
+            for line in whole_lines(file, self.path):
+                good += len(line)
+                record = _counted(self.seals, line)
+                if record is not None:
                     self.totals.add(record)
-        if good < size:
-            self.repaired = size - good
+        self.repaired = os.fstat(self._file).st_size - good
+        if self.repaired:
             os.ftruncate(self._file, good)
         return good
+
+    @property
+    def lines(self) -> int:
+        """Number of the last line."""
+        return self.seals.number
 
     def append(self, record: Record) -> None:
         """Write a line with one system call, so that a kill leaves it whole or torn at the end of the file.
 
         Raises
         ------
-        RunError : the disk is full; the line is taken back and the run can be resumed.
+        RunError : the disk is full (the line is taken back and the run can be resumed), or somebody has moved the file.
         """
-        line = (to_json(record) + "\n").encode()
+        self._check_in_place()
+        line = sealed(record, self.seals.number + 1)
         with disk_errors(self.path):
             written = 0
             try:
@@ -160,6 +267,7 @@ class Journal:
                     os.ftruncate(self._file, self._size)
                 raise
         self._size += len(line)
+        self.seals.number += 1
         self.totals.add(record)
 
     def event(self, event: str, **fields: Any) -> None:

@@ -24,10 +24,13 @@ from evomem.runs.bench import BenchFactory, model_bench
 from evomem.runs.candidates import Judge, Measuring, Plan, WantedRollouts
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.config import ExperimentConfig, Stage
+from evomem.runs.driving import digests
 from evomem.runs.files import write_atomically, write_vector
 from evomem.runs.final import choose
 from evomem.runs.fitness import Fitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
+from evomem.runs.identity import check_identity, identity_of
+from evomem.runs.inputs import pinned
 from evomem.runs.journal import Record, read_journal
 from evomem.runs.pareto import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
 from evomem.runs.relay import Relay
@@ -69,6 +72,7 @@ def search(
     """
     folder = Path(folder)
     check_objectives(config)
+    config = pinned(config)
     with RunFolder(folder, config, resume=resume) as run:
         finished = run.result
         if finished is not None:
@@ -119,6 +123,7 @@ class Search:
         self.space: SearchSpace
         self.start: Array
         self.records: dict[int, GenerationRecord] = {}
+        self.identity: dict[str, str] = {}
         self.archive: Archive | FrontArchive = Archive(
             config.select.top, evenly_spaced(self.generations, config.select.snapshots)
         )
@@ -139,9 +144,17 @@ class Search:
         journal.event("resume" if self.run_folder.resumed else "start")
         if journal.repaired:
             self.warn(f"journal.jsonl: the last line was torn ({journal.repaired} bytes) and is cut off")
-        if journal.damaged:
-            self.warn(f"journal.jsonl: line {journal.damaged[0]} is damaged; what it held is evaluated again")
+        for note in self.run_folder.notes:
+            self.warn(note)
+        if journal.seals.unchecked:
+            self.warn(
+                f"journal.jsonl: has {journal.seals.unchecked} lines without a checksum, from an earlier evomem: "
+                "whether they are as they were written cannot be known"
+            )
+        for problem in journal.seals.problems():
+            self.warn(f"journal.jsonl: {problem}; what is not there is evaluated again")
         self._prepare_start()
+        self._identify()
         self._check_chance()
         relay, told = self._restore()
         pool = make_pool(
@@ -190,12 +203,26 @@ class Search:
         write_atomically(state, safetensors.torch.save(tensors))
         write_vector(vector, self.start)  # last: it says that both are there
 
+    def _identify(self) -> None:
+        """Make sure that the journal is of this run; say in it which run that is, if it does not say so yet."""
+        journal = self.run_folder.journal
+        self.identity = identity_of(self.path, self.config)
+        known = [
+            record["files"]
+            for record in read_journal(journal.path, report=False)
+            if record["kind"] == "event" and record["event"] == "identity"
+        ]
+        for files in known:
+            check_identity(self.path, files, self.identity)
+        if not known:
+            journal.event("identity", files=self.identity)
+
     def _check_chance(self) -> None:
         """Refuse a task that measures nothing on this model, before anything is spent on it; once per run."""
         if not self.config.chance_contexts:
             return
         journal = self.run_folder.journal
-        records = read_journal(journal.path)
+        records = read_journal(journal.path, report=False)
         passed = {r["task"] for r in records if r["kind"] == "event" and r["event"] == "chance" and r["passed"]}
         for stage in self.plan:
             for task in stage.tasks:
@@ -212,19 +239,34 @@ class Search:
                 passed.add(name)
 
     def _restore(self) -> tuple[Relay, int]:
-        """Return the drivers in the state of the newest checkpoint, and how many generations have been told."""
-        relay = Relay(self.config, self.space, self.start, self.path)
-        for record in read_journal(self.run_folder.journal.path):
+        """Return the drivers in the state of the newest checkpoint, and how many generations have been told.
+
+        Without a checkpoint that counts they are at the beginning, and every generation is told again from the journal.
+        """
+        journal = self.run_folder.journal
+        for record in read_journal(journal.path, report=False):
             if record["kind"] == "generation":
                 self.records[record["generation"]] = generation_record(record)
-        found, messages = checkpoints.latest(self.path / "checkpoints")
-        for message in messages:
-            self.warn(message)
-        if found is None:
-            return relay, 0
-        relay.restore(found)
-        self.archive.load_state_dict(found.archive)
-        return relay, found.generation
+        empty = self.archive.state_dict()
+        for found in checkpoints.newest(self.path / "checkpoints", self.identity, journal.lines, list(self.records)):
+            if isinstance(found, str):
+                self.warn(found)
+                continue
+            relay = self._relay()
+            try:
+                relay.restore(found)
+                self.archive.load_state_dict(found.archive)
+                if not np.isfinite(relay.driver.mean).all():
+                    raise RunError("its mean is not finite")
+            except Exception as error:  # what a state that fits no driver makes of it
+                self.warn(f"checkpoint {found.name} does not fit ({error}); {checkpoints.ALL_FROM_JOURNAL}")
+                self.archive.load_state_dict(empty)
+                continue
+            return relay, found.generation
+        return self._relay(), 0
+
+    def _relay(self) -> Relay:
+        return Relay(self.config, self.space, self.start, self.path)
 
     def _known_units(self, told: int) -> list[Record]:
         """Return the journal's units that may still be asked for.
@@ -232,7 +274,7 @@ class Search:
         What failed as a whole is evaluated again: the user has been told to mend the cause and resume.
         """
         known: list[Record] = []
-        for record in read_journal(self.run_folder.journal.path):
+        for record in read_journal(self.run_folder.journal.path, report=False):
             if record["kind"] == "unit" and (record["generation"] is None or record["generation"] >= told):
                 known.append(record)
             elif record["kind"] == "event" and record["event"] == "all_failed":
@@ -242,7 +284,7 @@ class Search:
 
     def _quarantined(self) -> list[str]:
         """Return the candidates that ended their workers in earlier processes of this run."""
-        records = read_journal(self.run_folder.journal.path)
+        records = read_journal(self.run_folder.journal.path, report=False)
         return [r["candidate"] for r in records if r["kind"] == "event" and r["event"] == "quarantined"]
 
     def all_failed(self, phase: str, generation: int | None, what: str) -> FitnessError:
@@ -268,6 +310,12 @@ class Search:
             if generation == stage.begin and stage.place and stage.fitness != self.plan[stage.place - 1].fitness:
                 self.archive.best.clear()  # its numbers mean something else
             population = driver.ask()
+            if not measuring.agrees(generation, digests(population, self.config.chunk)):
+                raise RunError(
+                    f"{self.path}: generation {generation} cannot be gone on with: driver {stage.driver.name!r} "
+                    "proposes other candidates than the journal has evaluations of (another version of its library, or "
+                    "another kind of processor). Go on where the run began, or begin another one"
+                )
             self._checkpoint(driver, generation, asked=True)
             draw = relay.since + (population.generation if population.draw is None else population.draw)
             samples = tuple(tuple(self.samples.minibatch(stage, task, draw)) for task in stage.tasks)
@@ -352,7 +400,17 @@ class Search:
         journal.sync()
 
     def _checkpoint(self, driver: Driver, generation: int, *, asked: bool) -> None:
-        state = Checkpoint(generation, asked, driver.state_dict(), self.archive.state_dict())
+        journal = self.run_folder.journal
+        journal.sync()  # a checkpoint is never ahead of it
+        state = Checkpoint(
+            generation=generation,
+            asked=asked,
+            driver=driver.state_dict(),
+            archive=self.archive.state_dict(),
+            identity=self.identity,
+            lines=journal.lines,
+            generations=sum(known < generation for known in self.records),
+        )
         checkpoints.save(self.path / "checkpoints", state)
 
 

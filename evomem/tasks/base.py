@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from evomem.registry import Registry
@@ -42,6 +43,11 @@ class Sample:
     max_new_tokens: int
     meta: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Short hash of all fields: two samples of one name are the same only if this is."""
+        return blake2b(repr(astuple(self)).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 @runtime_checkable

@@ -1,0 +1,46 @@
+"""Run: what makes a run the one that it is: its configuration (with the seed), model, and start, by content.
+
+It is written into the journal when the search begins, and into every checkpoint. So neither a journal nor a checkpoint
+of another run is taken for this one's, and a start that was exchanged afterwards is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from evomem.errors import RunError
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.files import disk_errors
+
+_FILES = ("start/provenance.json", "start/state.safetensors", "start/vector.npy")
+
+
+def identity_of(folder: Path, config: ExperimentConfig) -> dict[str, str]:
+    """Return the digests of a run's configuration and of the files that it began with.
+
+    Settings that are at their defaults do not count: a later evomem has more of them.
+    """
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"inputs"})
+    found = {"configuration": _digest(json.dumps(settings, sort_keys=True).encode())}
+    for name in _FILES:
+        with disk_errors(folder / name, "read"):
+            found[name] = _digest((folder / name).read_bytes())
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def check_identity(folder: Path, known: Mapping[str, object], now: Mapping[str, str]) -> None:
+    """Raise `RunError` unless a journal is of the run that the folder holds."""
+    lines = [f"{name}: {known.get(name)} -> {digest}" for name, digest in now.items() if known.get(name) != digest]
+    if lines:
+        raise RunError(
+            f"{folder}: journal.jsonl is of another run, or files have been exchanged since it began (then -> now):\n  "
+            + "\n  ".join(lines)
+            + "\nPut them back to resume it, or begin another run in another folder"
+        )
