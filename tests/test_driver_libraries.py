@@ -256,7 +256,8 @@ def test_what_cannot_be_followed_is_said(tmp_path):
         follow(space={"manager": {"name": "toy"}, "weights": [{"match": "first"}]})
     journal = first / "journal.jsonl"
     text = journal.read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    sealed = [json.loads(line) for line in text.splitlines()]
+    lines = [{key: value for key, value in line.items() if key not in ("line", "check")} for line in sealed]
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines if line["kind"] != "generation"))
     with pytest.raises(RunError, match="not finished a generation"):
         follow()

@@ -55,7 +55,7 @@ def test_the_second_begins_where_the_first_ended_and_stays_at_work(undisturbed):
     second = make_driver(config, space, first.mean, undisturbed, config.plan()[1])
     for generation in generations[2:]:
         second.tell(second.ask(), np.array(generation.fitness))
-    state = checkpoints.latest(undisturbed / "checkpoints")[0]
+    state = checkpoints.load(max((undisturbed / "checkpoints").iterdir()))
     assert state.generation == 5
     again = make_driver(config, space, first.mean, undisturbed, config.plan()[2])
     again.load_state_dict(state.driver)
@@ -190,7 +190,7 @@ def test_exact_gradients_then_evolution(tmp_path, monkeypatch):
     search(alone, tmp_path / "alone", model_bench)
     config = configured(stages=[exact, evolved], diagnostics=NO_LOOKS)
     search(config, tmp_path / "whole", model_bench)
-    reached = checkpoints.latest(tmp_path / "alone" / "checkpoints")[0].driver["_average"]
+    reached = checkpoints.load(max((tmp_path / "alone" / "checkpoints").iterdir())).driver["_average"]
     assert np.array_equal(np.load(tmp_path / "whole" / "start" / "driver-3.npy"), reached)
     generations = open_run(tmp_path / "whole").generations()
     assert [len(g.fitness) for g in generations] == [1, 1, 1, 4, 4]

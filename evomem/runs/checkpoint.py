@@ -84,7 +84,7 @@ def newest(folder: Path, identity: Mapping[str, str], lines: int, generations: l
     """
     for path in reversed(_files(folder)):
         try:
-            found = _load(path)
+            found = load(path)
             if found.identity != dict(identity):
                 raise RunError(f"checkpoint {path} belongs to another run (configuration, seed, model or start)")
             there = sum(generation < found.generation for generation in generations)
@@ -101,7 +101,8 @@ def newest(folder: Path, identity: Mapping[str, str], lines: int, generations: l
         yield found
 
 
-def _load(path: Path) -> Checkpoint:
+def load(path: Path) -> Checkpoint:
+    """Return a checkpoint; raise `RunError` if the file is damaged, or none."""
     with disk_errors(path, "read"):
         if not path.is_file() or path.stat().st_size > _LARGEST:
             raise RunError(f"checkpoint {path} is damaged (no regular file, or too large)")
