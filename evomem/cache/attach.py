@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from evomem.cache.attention import IMPLEMENTATION, handover, managed_attention
+from evomem.cache.attention import IMPLEMENTATION, handover, managed_attention, uncompiled
 from evomem.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # seconds to import; whoever has a model has done so
@@ -128,9 +128,9 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Non
         check_computes_the_same(model)
     configurations = _configurations(model)
     with _lock:
-        AttentionInterface.register(IMPLEMENTATION, managed_attention)
+        AttentionInterface.register(IMPLEMENTATION, uncompiled(managed_attention))
         # Without a registered mask function transformers would drop the model's mask silently.
-        AttentionMaskInterface.register(IMPLEMENTATION, slots_mask)
+        AttentionMaskInterface.register(IMPLEMENTATION, uncompiled(slots_mask))
         for config in configurations:
             _, count, previous = _switched.get(id(config), (config, 0, config._attn_implementation_internal))
             _switched[id(config)] = config, count + 1, previous

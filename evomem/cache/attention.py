@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from evomem.errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from evomem.cache.layer import SlotLayer
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 IMPLEMENTATION = "evomem_slots"
 """Name under which the managed attention is registered with transformers."""
@@ -76,6 +79,33 @@ def _equal(held: Tensor | None, given: Tensor) -> bool:
 
 
 handover = _Handover()
+
+UNTRACED = (
+    "the slots of evomem's cache change from call to call, so no graph can hold them: compile without fullgraph=True, "
+    "and export or trace a model outside of `with manager.attach(model):`"
+)
+"""Why functions that touch slots stay out of compiled graphs; torch shows it where it may not leave a graph."""
+
+
+def uncompiled(function: Function) -> Function:
+    """Return ``function`` for transformers to call: always the same object, which `torch.compile` leaves alone.
+
+    Compiled, the attention would be wrong without a word: Dynamo does not see that the handover changes between calls.
+    """
+    if function not in _uncompiled:
+        _uncompiled[function] = torch.compiler.disable(function, reason=UNTRACED)  # type: ignore[no-untyped-call]
+    left_alone: Function = _uncompiled[function]
+    return left_alone
+
+
+_uncompiled: dict[Any, Any] = {}
+
+
+def refuse_tracing() -> None:
+    """Raise `CacheError` while a model is exported or traced: the program would hold one moment's slots for ever."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or torch.compiler.is_exporting():
+        raise CacheError(f"a cache of slots was given to a model that is exported or traced; {UNTRACED}")
 
 
 def managed_attention(

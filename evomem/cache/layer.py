@@ -18,6 +18,8 @@ from evomem.cache.attention import (
     grouped_attention,
     handover,
     mixed,
+    refuse_tracing,
+    uncompiled,
 )
 from evomem.cache.masks import Visibility, hides, slot_mask
 from evomem.cache.observe import Recorder
@@ -96,8 +98,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Note that tensors exist from now on; nothing is allocated ahead."""
         self.is_initialized = True
 
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the new tokens' keys and values (batch, kv_heads, tokens, head_dim); attention follows at once."""
+        refuse_tracing()
         if self.index == 0:  # every pass begins here, and what holds now holds for its other layers
             self.cache.require_attached()
             self.cache.require_whole()
