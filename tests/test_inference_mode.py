@@ -114,3 +114,14 @@ def test_evaluations_in_inference_mode_are_those_outside_and_leave_what_gradient
         assert _numbers(inside) == wanted[first]
         for then in ("gradients", "draws"):
             assert _numbers(_calls(evaluator)[then]()) == wanted[then], (first, then)
+
+
+def test_nothing_but_inference_mode_is_left() -> None:
+    """Leaving it alone would switch the recording of gradients on: every reading would hold its graph."""
+    evaluator = Evaluator(load())
+    evaluator.loaded.model.requires_grad_(True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            reading = evaluator.reading(evaluator.tokens(SAMPLE).read, frozenset({"attention_sum"}))
+        assert not any(view.keys.requires_grad or view.keys.is_inference() for view in reading.views)
+        evaluator.store.close()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
+from evomem.modes import outside_inference_mode
 
 HOP = 16
 """Queries between two frames; also the number of queries of the past that the next frame needs (the tail)."""
@@ -30,7 +31,7 @@ def _basis(device: torch.device) -> Tensor:
 
     Periodic Hann window. Bins 0 and 16 have no sine part, so that the rows are as many as the window's queries.
     """
-    with torch.inference_mode(False), torch.device("cpu"):  # it outlives whatever context it is first needed in
+    with outside_inference_mode(), torch.device("cpu"):  # it outlives whatever context it is first needed in
         time = torch.arange(WINDOW, dtype=torch.float64)
         angle = 2 * math.pi / WINDOW * torch.arange(BINS, dtype=torch.float64)[:, None] * time
         window = 0.5 - 0.5 * torch.cos(2 * math.pi / WINDOW * time)

@@ -27,6 +27,7 @@ from evomem.evaluation.population import PopulationPolicy
 from evomem.evaluation.store import Reading, token_key
 from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
+from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class FutureAttention:
                 self.known.popitem(last=False)
         return self.known[key]
 
-    @torch.inference_mode(False)
+    @outside_inference_mode()
     @torch.no_grad()
     def _look(self, evaluator: Evaluator, tokens: Tokens, reading: Reading, names: dict[str, str]) -> None:
         """Let the model read question and answer after the whole context, and leave what it looked at in the memos."""
@@ -106,7 +107,7 @@ def slot_bytes(view: LayerView, fades: Tensor) -> Tensor:
     return view.keys.shape[1] * (size + fades.float() * torch.float32.itemsize)
 
 
-@torch.inference_mode(False)
+@outside_inference_mode()
 @torch.no_grad()
 def retained_attention(
     evaluator: Evaluator, managers: Sequence[MemoryManager], sample: Sample, observes: frozenset[str] = frozenset()

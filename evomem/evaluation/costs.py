@@ -28,6 +28,7 @@ from evomem.managers import plackett_luce
 from evomem.managers.base import MemoryManager
 from evomem.managers.selection import TopN
 from evomem.managers.stochastic import Noise, StochasticManager
+from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class _Context:
     tokens: int
 
 
-@torch.inference_mode(False)
+@outside_inference_mode()
 @torch.no_grad()
 def ranking_costs(
     evaluator: Evaluator,

@@ -27,6 +27,7 @@ from evomem.managers.base import MemoryManager
 from evomem.managers.stochastic import StochasticManager
 from evomem.managers.vector import to_vector
 from evomem.models import LoadedModel
+from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample, Task
 from evomem.tasks.encoding import TextEncoder
 
@@ -81,7 +82,7 @@ class Evaluator:
 
     # ---- the fast way ---------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)
+    @outside_inference_mode()
     @torch.no_grad()
     def evaluate(
         self,
@@ -144,7 +145,7 @@ class Evaluator:
         """Return what the managers' rankings cost on one sample: `ranking_costs`."""
         return ranking_costs(self, managers, sample, how, seeds=seeds, gradient=gradient, oracle=oracle)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode()
     @torch.no_grad()
     def rollouts(
         self,
@@ -259,7 +260,7 @@ class Evaluator:
         """Return a cache policy that records and never decides."""
         return Recording(observes)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode()
     def reading(self, tokens: Tensor, observes: frozenset[str]) -> Reading:
         """Return a context (1, length) as the model reads it, with observations; from the store if it is there."""
         names = ",".join(sorted(observes))

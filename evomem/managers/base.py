@@ -18,6 +18,7 @@ from evomem.cache import Decision, LayerView, attached
 from evomem.errors import ConfigError, PluginError
 from evomem.managers.placement import follows_view, on_device
 from evomem.managers.selection import Selection, TopN
+from evomem.modes import outside_inference_mode
 from evomem.registry import Registry
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     def with_options(self, **changes: Any) -> Self:
         """Return a manager with the same parameters and buffers and some options changed (for example the budget)."""
         state = self.state_dict()
-        with torch.inference_mode(False):
+        with outside_inference_mode():
             other = type(self)(**{**self.options.model_dump(), **changes})
             retype(other, {name: tensor.dtype for name, tensor in state.items()})
             other.load_state_dict(state)

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import torch
-
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, managers
+from evomem.modes import outside_inference_mode
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -42,7 +41,7 @@ def build(spec: str | Mapping[str, Any], **options: Any) -> MemoryManager:
     ConfigError : the text cannot be read, or an option is wrong; `UnknownNameError` for a manager that does not exist.
     """
     described = parse(spec) if isinstance(spec, str) else _checked(spec)
-    with torch.inference_mode(False):  # its parameters may be trained later
+    with outside_inference_mode():  # its parameters may be trained later
         manager: MemoryManager = managers.get(described["name"])(**{**described["options"], **options})
     return manager
 

@@ -23,6 +23,7 @@ from evomem.managers.bam import BAMScorer, LinearScorer, MLPScorer
 from evomem.managers.base import ManagerOptions, MemoryManager, register
 from evomem.managers.selection import Dense, Selection, Threshold
 from evomem.managers.vector import load_vector, to_vector
+from evomem.modes import outside_inference_mode
 
 OBSERVATION = "attention_spectrum"
 AGE_FREQUENCIES = 4
@@ -162,7 +163,7 @@ def raw_features(view: LayerView) -> Tensor:
 @cache
 def age_frequencies(device: torch.device) -> Tensor:
     """Return f_k = 50000 ** (-k / 4): (4,) fp32. Made once: a decision is so short that making it anew would show."""
-    with torch.inference_mode(False):
+    with outside_inference_mode():
         return 50000.0 ** (-torch.arange(AGE_FREQUENCIES, device=device, dtype=torch.float32) / AGE_FREQUENCIES)
 
 

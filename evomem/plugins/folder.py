@@ -27,6 +27,7 @@ from torch import Tensor
 
 from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.managers import MemoryManager, managers
+from evomem.modes import outside_inference_mode
 from evomem.plugins.card import render_card
 from evomem.plugins.hub import download
 from evomem.plugins.replacing import current, located, strangers, write_folder
@@ -257,7 +258,7 @@ def to_manager(
     tensors = read()
     check_tensors(tensors_path, config["manager"], tensors, expected)
     # Only now is anything of the size that the options ask for: it is the size of the file.
-    with torch.inference_mode(False), torch.device("cpu"):
+    with outside_inference_mode(), torch.device("cpu"):
         manager = _build(path, config)
         set_tensors(manager, tensors, tensors_path)
     return manager
