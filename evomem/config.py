@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from evomem import strict_yaml
 from evomem.errors import ConfigError
+from evomem.reading import TEXT, read_text
+from evomem.strict_json import shown
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -21,54 +23,25 @@ M = TypeVar("M", bound=BaseModel)
 class Settings(BaseModel):
     """Base of every configuration model: immutable, and a key that nothing reads is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML itself silently keeps the last) and reads 1e-3 as a number."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for place, key in enumerate(keys):
-        if key in keys[:place]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-    pairs = zip(keys, node.value, strict=True)
-    return {key: loader.construct_object(value, deep=True) for key, (_, value) in pairs}
-
-
-def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    # YAML 1.1 reads "1e-3" as text because it has no dot; nobody who writes it means text.
-    text = str(node.value)
-    try:
-        return float(text) if "e" in text.lower() and node.style is None else text
-    except ValueError:
-        return text
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _number)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML; raise `ConfigError` naming ``where`` with line and column."""
+    """Parse YAML, see `evomem.strict_yaml`; raise `ConfigError` naming ``where`` with line and column."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        return strict_yaml.parse(text)
+    except strict_yaml.YamlError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; raise `ConfigError` otherwise."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    data = parse_yaml(text, str(path))
+    data = parse_yaml(read_text(path, TEXT, ConfigError), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a mapping of settings is expected, this is {type(data).__name__}")
+    for key in data:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: {key!r}: names of settings are texts")
     return data
 
 
@@ -79,10 +52,15 @@ def apply_settings(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str
     """
     result = copy.deepcopy(dict(data))
     for setting in settings:
+        if len(setting) > TEXT:
+            raise ConfigError(f"setting {shown(setting)!r}: has {len(setting):,} characters; write it into a file")
         key, mark, text = setting.partition("=")
         if not mark or not key.strip():
-            raise ConfigError(f"setting {setting!r}: write it as key=value, for example driver.population=32")
-        _assign(result, key.strip().split("."), parse_yaml(text, f"setting {setting!r}"), setting)
+            raise ConfigError(f"setting {shown(setting)!r}: write it as key=value, for example driver.population=32")
+        path = key.strip().split(".")
+        if len(path) > strict_yaml.DEPTH:
+            raise ConfigError(f"setting {shown(setting)!r}: at most {strict_yaml.DEPTH} names with dots between them")
+        _assign(result, path, parse_yaml(text, f"setting {shown(setting)!r}"), shown(setting))
     return result
 
 
@@ -91,7 +69,7 @@ def _assign(data: dict[str, Any], path: list[str], value: Any, setting: str) -> 
     for place, key in enumerate(path):
         last = place == len(path) - 1
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not (key.isascii() and key.isdigit() and len(key) < 10) or int(key) >= len(node):
                 raise ConfigError(
                     f"setting {setting!r}: {'.'.join(path[:place])} is a list of {len(node)}; {key!r} is none of them"
                 )

@@ -20,7 +20,7 @@ import copy
 import fnmatch
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from evomem.bounds import LARGE, VALUE
 from evomem.config import Settings, merge, read_yaml, validate
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, managers
@@ -36,11 +37,14 @@ from evomem.varying import Option, Variable
 Array = NDArray[np.float64]
 
 
+Number = Annotated[float, Field(ge=-VALUE, le=VALUE, allow_inf_nan=False)]
+
+
 class Weights(Settings):
     """Parameters whose names match a pattern (shell style) vary with this scale; the first pattern that fits counts."""
 
     match: str = "*"
-    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, gt=0, le=LARGE, allow_inf_nan=False)
 
 
 class ManagerConfig(Settings):
@@ -63,11 +67,11 @@ class Start(Settings):
         network of zeros has no gradient inside.
     """
 
-    vector: str | list[float] | None = None
+    vector: str | Annotated[list[Number], Field(max_length=10**7)] | None = None
     heuristic: str | None = None
     plugin: str | None = None
-    parameters: dict[str, float] | None = None
-    noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    parameters: dict[str, Number] | None = None
+    noise: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -84,7 +88,7 @@ class SpaceConfig(Settings):
     weights: Literal["all", "none"] | list[Weights] = "all"
     options: dict[str, Option] = Field(default_factory=dict)
     start: Literal["initial", "zeros"] | Start = "initial"
-    sigma: float = Field(default=0.3, gt=0, allow_inf_nan=False)
+    sigma: float = Field(default=0.3, gt=0, le=LARGE, allow_inf_nan=False)
 
 
 def load_space(name: str, changes: Mapping[str, Any] | None = None) -> SpaceConfig:

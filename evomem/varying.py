@@ -16,10 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
+from evomem.bounds import LARGE, LISTED, VALUE
 from evomem.config import Settings
 from evomem.errors import ConfigError
 
 Array = NDArray[np.float64]
+
+_VALUES = 100_000
+"""Whole numbers between an option's bounds, at most: drivers for mixed spaces list them."""
 
 
 def _fold(u: float) -> float:
@@ -69,12 +73,14 @@ class Variable:
 
 
 class _Numeric(Settings):
-    low: float = Field(allow_inf_nan=False)
-    high: float = Field(allow_inf_nan=False)
+    low: float = Field(le=VALUE, ge=-VALUE, allow_inf_nan=False)
+    high: float = Field(le=VALUE, ge=-VALUE, allow_inf_nan=False)
     scale: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="range that one unit of the vector crosses"
+        default=1.0, gt=0, le=LARGE, allow_inf_nan=False, description="range that one unit of the vector crosses"
     )
-    start: float | None = Field(default=None, description="where the search starts; the manager's own value by default")
+    start: float | None = Field(
+        default=None, le=VALUE, ge=-VALUE, description="where the search starts; the manager's own value by default"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -168,6 +174,8 @@ class _Whole(_Numeric):
             value = getattr(self, name)
             if value is not None and value != int(value):
                 raise ValueError(f"{name} {value} must be a whole number")
+        if self.high - self.low > _VALUES:
+            raise ValueError(f"low {self.low:.0f} to high {self.high:.0f} are more than {_VALUES:,} whole numbers")
         return self
 
     def whole(self, value: float) -> float:
@@ -222,8 +230,8 @@ class Categorical(Settings):
     """One of several values: a coordinate each, the largest counts (the first of equals)."""
 
     kind: Literal["categorical"]
-    choices: list[Any] = Field(min_length=2)
-    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    choices: list[Any] = Field(min_length=2, max_length=LISTED)
+    scale: float = Field(default=1.0, gt=0, le=LARGE, allow_inf_nan=False)
     start: Any = None
 
     @field_validator("choices")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from evomem.bounds import LARGE
 from evomem.drivers.base import Array, Population, drivers
 from evomem.drivers.cmaes import alone, put_together, strategy, taken_apart
 from evomem.drivers.common import (
@@ -46,7 +47,7 @@ class BlockOptions(DriverOptions):
         seen so far (by its own generation's fitness) stands for the distribution's mean.
     """
 
-    block_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    block_sigma: float | None = Field(default=None, gt=0, le=LARGE, allow_inf_nan=False)
     shared_diagonal: bool = True
     search: Literal["cmaes", "random"] = "cmaes"
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from evomem.bounds import LARGE
 from evomem.drivers.base import Array, Population, drivers
 from evomem.drivers.common import (
     DriverOptions,
@@ -70,7 +71,7 @@ class CMAESOptions(DriverOptions):
 
     diagonal: bool | None = None
     restarts: Strategy = "none"
-    restart_spread: float = Field(default=1.0, ge=0)
+    restart_spread: float = Field(default=1.0, ge=0, le=LARGE)
     mirrored: bool = False
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from evomem.bounds import LARGE, POPULATION
 from evomem.config import Settings
 from evomem.drivers.base import Array, Population
 from evomem.errors import ConfigError, FitnessError
@@ -24,8 +25,8 @@ class DriverOptions(Settings):
     popsize : candidates of a generation; by default 4 + 3 ln(dim), pycma's.
     """
 
-    sigma: float = Field(default=0.3, gt=0, allow_inf_nan=False)
-    popsize: int | None = Field(default=None, ge=2)
+    sigma: float = Field(default=0.3, gt=0, le=LARGE, allow_inf_nan=False)
+    popsize: int | None = Field(default=None, ge=2, le=POPULATION)
 
 
 O = TypeVar("O", bound=DriverOptions)  # noqa: E741

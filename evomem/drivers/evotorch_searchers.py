@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from evomem.bounds import LARGE
 from evomem.drivers.base import Array, Population, drivers
 from evomem.drivers.common import (
     DriverOptions,
@@ -54,8 +55,8 @@ class NESOptions(DriverOptions):
     stdev_learning_rate : of the standard deviations, as a multiple of the papers' value for the dimension.
     """
 
-    center_learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    stdev_learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    center_learning_rate: float = Field(default=1.0, gt=0, le=LARGE, allow_inf_nan=False)
+    stdev_learning_rate: float = Field(default=1.0, gt=0, le=LARGE, allow_inf_nan=False)
 
 
 class PGPEOptions(DriverOptions):
@@ -74,9 +75,9 @@ class PGPEOptions(DriverOptions):
     """
 
     optimizer: Literal["clipup", "adam", "sgd"] = "clipup"
-    center_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_speed: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    stdev_learning_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    center_learning_rate: float | None = Field(default=None, gt=0, le=LARGE, allow_inf_nan=False)
+    max_speed: float | None = Field(default=None, gt=0, le=LARGE, allow_inf_nan=False)
+    stdev_learning_rate: float = Field(default=0.1, ge=0, le=LARGE, allow_inf_nan=False)
     stdev_max_change: float = Field(default=0.2, gt=0, lt=1)
 
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from evomem.bounds import LARGE, POPULATION
 from evomem.drivers.base import Array, Population, drivers
 from evomem.drivers.common import (
     DriverOptions,
@@ -53,10 +54,10 @@ class NSGA2Options(DriverOptions):
         found 0.53 of a front's hypervolume, 0.3 found 0.67).
     """
 
-    popsize: int | None = Field(default=None, ge=4)
+    popsize: int | None = Field(default=None, ge=4, le=POPULATION)
     remeasure: bool = True
-    tournament: int = Field(default=2, ge=1)
-    crossover: float = Field(default=5.0, ge=0, allow_inf_nan=False)
+    tournament: int = Field(default=2, ge=1, le=POPULATION)
+    crossover: float = Field(default=5.0, ge=0, le=LARGE, allow_inf_nan=False)
     mutation: float = Field(default=0.3, gt=0, le=1)
 
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from evomem.bounds import LARGE
 from evomem.drivers.base import Array, Population, drivers
 from evomem.drivers.common import DriverOptions, check_told, checked_start, parse_options, sampling_seeds
 from evomem.drivers.estimators import Baseline, Rollouts, advantages, combined, group_gradient
@@ -49,16 +50,16 @@ class PolicyGradientOptions(DriverOptions):
     baseline: Baseline = "leave_one_out"
     normalise: bool | None = None
     passes: int | None = Field(default=None, ge=1, le=100)
-    learning_rate: float = Field(default=0.02, gt=0, allow_inf_nan=False)
-    exact_learning_rate: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=0.02, gt=0, le=LARGE, allow_inf_nan=False)
+    exact_learning_rate: float = Field(default=0.05, gt=0, le=LARGE, allow_inf_nan=False)
     decay: float = Field(default=0.4, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0, le=LARGE)
     rollout_heads: bool = False
     ema: float = Field(default=0.8, ge=0, lt=1)
-    entropy: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    entropy: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
 
 
 @drivers.register("policy_gradient")

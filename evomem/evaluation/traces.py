@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from evomem.bounds import BYTES, SEED, TOKENS
 from evomem.cache import LayerView
 from evomem.errors import ConfigError, EvaluationError, RunError
 from evomem.evaluation.attention import Future
@@ -56,7 +57,7 @@ _LARGEST = 2.0**15
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TraceModel(_Strict):
@@ -90,10 +91,10 @@ class TraceFile(_Strict):
     file: str = Field(pattern=r"^[0-9]+\.safetensors$")
     sample: str
     key: str
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=BYTES)
     sha256: str
-    slots: int = Field(ge=1)
-    kv_bytes: int = Field(ge=0)
+    slots: int = Field(ge=1, le=TOKENS)
+    kv_bytes: int = Field(ge=0, le=BYTES)
 
 
 class TraceHeader(_Strict):
@@ -111,9 +112,9 @@ class TraceHeader(_Strict):
     task: TraceTask
     mode: Literal["query_agnostic", "query_aware"]
     split: str
-    seed: int
+    seed: int = Field(ge=0, le=SEED)
     features: tuple[str, ...]
-    used: float
+    used: float = Field(ge=0, le=1)
     prefix: str = ""
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from evomem.bounds import TOKENS
+
 
 class EvaluationProtocol(BaseModel):
     """How a candidate is put to the test.
@@ -20,11 +22,11 @@ class EvaluationProtocol(BaseModel):
     ``query_agnostic``: the question comes after the decision(s). ``query_aware``: the question is part of what is read.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["compress_once", "streaming"] = "compress_once"
     mode: Literal["query_agnostic", "query_aware"] = "query_agnostic"
-    every: int = Field(default=512, ge=1, description="streaming only: tokens between decisions")
+    every: int = Field(default=512, ge=1, le=TOKENS, description="streaming only: tokens between decisions")
 
     def __str__(self) -> str:
         kind = self.kind if self.kind == "compress_once" else f"streaming:{self.every}"

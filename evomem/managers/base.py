@@ -14,6 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from evomem.bounds import TOKENS
 from evomem.cache import Decision, LayerView, attached
 from evomem.errors import ConfigError, PluginError
 from evomem.managers.placement import follows_view, on_device
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 managers: Registry[type[MemoryManager]]
 
-TOKENS = 2**31 - 1
-"""More tokens than any model reads; slots, spans and budgets are at most this, so that int64 arithmetic holds."""
 NEIGHBOURS = 4096
 """The largest window of queries or slots that a manager looks at; attention or pooling of more would fill memory."""
 
@@ -50,7 +49,7 @@ class Schedule:
 class ManagerOptions(BaseModel):
     """Options that every manager has; subclasses add theirs. Saved whole in a plug-in's ``config.json``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     budget: int | float | None = Field(
         default=None,

@@ -8,15 +8,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from evomem.bounds import LARGE, TOKENS
 from evomem.cache.view import LayerView
-from evomem.managers.base import TOKENS, ManagerOptions, MemoryManager, register
+from evomem.managers.base import ManagerOptions, MemoryManager, register
 from evomem.managers.selection import Selection, TopN
 
 
 class ExpectedAttentionOptions(ManagerOptions):
     """Options of `ExpectedAttention`."""
 
-    epsilon: float = Field(default=0.02, ge=0, description="added to the expected attention before the value's norm")
+    epsilon: float = Field(
+        default=0.02, ge=0, le=LARGE, description="added to the expected attention before the value's norm"
+    )
     sinks: int = Field(default=4, ge=0, le=TOKENS, description="tokens kept at the beginning")
 
 

@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from evomem.bounds import TOKENS, UNITS
 from evomem.cache import LayerView
 from evomem.errors import ConfigError
-from evomem.managers.base import TOKENS, MemoryManager, register
+from evomem.managers.base import MemoryManager, register
 from evomem.managers.features import FeatureOptions, features, required
 from evomem.managers.selection import Selection, TopN, slots_of_budget
 from evomem.managers.vector import zeros
@@ -85,9 +86,11 @@ class FeatureScorer(MemoryManager):
     class Options(FeatureOptions):
         """Options of `FeatureScorer`."""
 
-        knots: int = Field(2, ge=1, description="points of depth at which the weights are given")
-        hidden: int = Field(0, ge=0, description="units of a nonlinear part; 0: linear")
-        allocation: int = Field(0, ge=0, description="points of depth for the layers' shares of the budget; 0: equal")
+        knots: int = Field(2, ge=1, le=UNITS, description="points of depth at which the weights are given")
+        hidden: int = Field(0, ge=0, le=UNITS, description="units of a nonlinear part; 0: linear")
+        allocation: int = Field(
+            0, ge=0, le=UNITS, description="points of depth for the layers' shares of the budget; 0: equal"
+        )
         sinks: int = Field(4, ge=0, le=TOKENS, description="first tokens that are always kept")
         recent: int = Field(8, ge=0, le=TOKENS, description="newest tokens that are always kept")
 

@@ -14,10 +14,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from evomem.bounds import TOKENS
 from evomem.cache import Decision, LayerView
 from evomem.errors import ConfigError
 from evomem.managers import plackett_luce
-from evomem.managers.base import TOKENS, register
+from evomem.managers.base import register
 from evomem.managers.feature_scorer import allocated, interpolate
 from evomem.managers.features import FeatureOptions, columns, required, standardise
 from evomem.managers.selection import TopN, best

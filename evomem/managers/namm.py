@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evomem.bounds import TOKENS, UNITS
 from evomem.cache import LayerView
 from evomem.cache.spectrum import BINS
 from evomem.errors import CacheError, ConfigError
@@ -35,12 +36,14 @@ class NAMMOptions(ManagerOptions):
     """Options of `NAMM`."""
 
     every: int | None = Field(
-        default=512, ge=1, description="decide every that many tokens; none: once, after the context"
+        default=512, ge=1, le=TOKENS, description="decide every that many tokens; none: once, after the context"
     )
     scorer: Literal["bam", "mlp", "linear"] = Field(
         default="bam", description="bam compares a slot with the later ones; mlp and linear see each slot by itself"
     )
-    hidden: tuple[int, ...] = Field(default=(32,), description="sizes of the mlp scorer's hidden layers")
+    hidden: tuple[Annotated[int, Field(ge=1, le=UNITS)], ...] = Field(
+        default=(32,), max_length=8, description="sizes of the mlp scorer's hidden layers"
+    )
     selection: Literal["threshold", "capped", "dense"] = Field(
         default="capped",
         description="threshold: keep scores >= 0; capped: of these, the budget's best first (no budget: no cap); "

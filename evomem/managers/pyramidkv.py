@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from evomem.bounds import LARGE
 from evomem.managers.base import register
 from evomem.managers.selection import PyramidTopN
 from evomem.managers.snapkv import SnapKV, SnapKVOptions
@@ -12,7 +13,9 @@ from evomem.managers.snapkv import SnapKV, SnapKVOptions
 class PyramidKVOptions(SnapKVOptions):
     """Options of `PyramidKV`."""
 
-    beta: float = Field(default=20.0, ge=1, description="steepness: the last layer gets about 1/beta of the budget")
+    beta: float = Field(
+        default=20.0, ge=1, le=LARGE, description="steepness: the last layer gets about 1/beta of the budget"
+    )
 
 
 @register("pyramidkv")

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from evomem.bounds import SEED
 from evomem.cache.view import LayerView
 from evomem.managers.base import ManagerOptions, MemoryManager, register
 
@@ -17,7 +18,7 @@ _SECOND = 0x94D049BB133111EB
 class RandomOptions(ManagerOptions):
     """Options of `Random`."""
 
-    seed: int = Field(default=0, description="another seed draws other tokens")
+    seed: int = Field(default=0, le=SEED, ge=-SEED, description="another seed draws other tokens")
 
 
 @register("random")

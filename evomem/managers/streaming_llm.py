@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
+from evomem.bounds import TOKENS
 from evomem.cache.view import LayerView
-from evomem.managers.base import TOKENS, ManagerOptions, MemoryManager, register
+from evomem.managers.base import ManagerOptions, MemoryManager, register
 from evomem.managers.selection import Selection, TopN
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from evomem.bounds import BYTES, CONTEXTS, GENERATIONS, LARGE, LENGTH, LISTED, POPULATION, SEED, UNITS
 from evomem.config import Settings, apply_settings, read_yaml, validate
 from evomem.errors import ConfigError
 from evomem.evaluation.types import EvaluationProtocol
@@ -27,7 +28,7 @@ class ModelConfig(Settings):
 
     name: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device_map: str | dict[str, str | int] | None = None
+    device_map: str | dict[str, str | Annotated[int, Field(ge=0, le=LISTED)]] | None = None
 
 
 class TaskConfig(Settings):
@@ -38,9 +39,9 @@ class TaskConfig(Settings):
 
     spec: str
     model: str | None = None
-    length: int | None = Field(default=None, ge=1)
+    length: int | None = Field(default=None, ge=1, le=LENGTH)
     options: dict[str, Any] = Field(default_factory=dict)
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0, le=LARGE, allow_inf_nan=False)
 
     def for_all_models(self) -> TaskConfig:
         """Return the task, not limited to a model."""
@@ -65,8 +66,8 @@ class DriverConfig(Settings):
 
     name: str = "cmaes"
     options: dict[str, Any] = Field(default_factory=dict)
-    population: int | None = Field(default=None, ge=2)
-    sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    population: int | None = Field(default=None, ge=2, le=POPULATION)
+    sigma: float | None = Field(default=None, gt=0, le=LARGE, allow_inf_nan=False)
 
 
 class FitnessConfig(Settings):
@@ -83,9 +84,9 @@ class FitnessConfig(Settings):
     """
 
     objective: str = "loglik"
-    price_per_megabyte: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    price_per_megabyte: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
     normalise: Literal["none", "full"] = "none"
-    reading: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    reading: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
 
 
 class DiagnosticsConfig(Settings):
@@ -97,8 +98,8 @@ class DiagnosticsConfig(Settings):
     contexts : training contexts per task to look at, always the same ones.
     """
 
-    every: int = Field(default=0, ge=0)
-    contexts: int = Field(default=4, ge=1)
+    every: int = Field(default=0, ge=0, le=GENERATIONS)
+    contexts: int = Field(default=4, ge=1, le=CONTEXTS)
 
 
 class StageConfig(Settings):
@@ -110,12 +111,12 @@ class StageConfig(Settings):
     """
 
     name: str | None = None
-    generations: int = Field(ge=1)
-    tasks: list[TaskConfig] | None = Field(default=None, min_length=1)
-    length: int | None = Field(default=None, ge=1)
-    budgets: list[Budget] | None = Field(default=None, min_length=1)
-    samples_per_generation: int | None = Field(default=None, ge=1)
-    train_contexts: int | None = Field(default=None, ge=1)
+    generations: int = Field(ge=1, le=GENERATIONS)
+    tasks: list[TaskConfig] | None = Field(default=None, min_length=1, max_length=LISTED)
+    length: int | None = Field(default=None, ge=1, le=LENGTH)
+    budgets: list[Budget] | None = Field(default=None, min_length=1, max_length=LISTED)
+    samples_per_generation: int | None = Field(default=None, ge=1, le=CONTEXTS)
+    train_contexts: int | None = Field(default=None, ge=1, le=CONTEXTS)
     fitness: FitnessConfig | None = None
     driver: DriverConfig | None = None
 
@@ -135,15 +136,15 @@ class SelectConfig(Settings):
     snapshots : means of the distribution at so many evenly spaced earlier generations (a long search overfits).
     """
 
-    contexts: int = Field(default=48, ge=1)
-    top: int = Field(default=4, ge=0)
-    snapshots: int = Field(default=0, ge=0)
+    contexts: int = Field(default=48, ge=1, le=CONTEXTS)
+    top: int = Field(default=4, ge=0, le=POPULATION)
+    snapshots: int = Field(default=0, ge=0, le=POPULATION)
 
 
 class SealedConfig(Settings):
     """How the one winner is reported on the `sealed` split: samples per task, and whether text is generated too."""
 
-    contexts: int = Field(default=100, ge=1)
+    contexts: int = Field(default=100, ge=1, le=CONTEXTS)
     exact: bool = True
 
 
@@ -177,28 +178,28 @@ class ExperimentConfig(Settings):
     """
 
     name: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=SEED)
     model: ModelConfig
-    models: list[ModelConfig] | None = Field(default=None, min_length=1)
+    models: list[ModelConfig] | None = Field(default=None, min_length=1, max_length=LISTED)
     space: SpaceConfig
-    tasks: list[TaskConfig] = Field(min_length=1)
+    tasks: list[TaskConfig] = Field(min_length=1, max_length=LISTED)
     protocol: EvaluationProtocol = EvaluationProtocol()
     driver: DriverConfig = DriverConfig()
-    generations: int = Field(default=50, ge=1)
-    samples_per_generation: int = Field(default=6, ge=1)
-    train_contexts: int = Field(default=100, ge=1)
+    generations: int = Field(default=50, ge=1, le=GENERATIONS)
+    samples_per_generation: int = Field(default=6, ge=1, le=CONTEXTS)
+    train_contexts: int = Field(default=100, ge=1, le=CONTEXTS)
     fitness: FitnessConfig = FitnessConfig()
-    budgets: list[Budget] | None = Field(default=None, min_length=1)
-    stages: list[StageConfig] | None = Field(default=None, min_length=1)
+    budgets: list[Budget] | None = Field(default=None, min_length=1, max_length=LISTED)
+    stages: list[StageConfig] | None = Field(default=None, min_length=1, max_length=LISTED)
     select: SelectConfig = SelectConfig()
     sealed: SealedConfig = SealedConfig()
-    against: list[str] = Field(default_factory=list)
-    chunk: int = Field(default=32, ge=1)
-    store_bytes: int = Field(default=2 * 2**30, ge=0)
-    chance_contexts: int = Field(default=8, ge=0)
-    attempts: int = Field(default=2, ge=1)
-    threads: int = Field(default=1, ge=1)
-    traces: list[str] = Field(default_factory=list)
+    against: list[str] = Field(default_factory=list, max_length=LISTED)
+    chunk: int = Field(default=32, ge=1, le=POPULATION)
+    store_bytes: int = Field(default=2 * 2**30, ge=0, le=BYTES)
+    chance_contexts: int = Field(default=8, ge=0, le=CONTEXTS)
+    attempts: int = Field(default=2, ge=1, le=LISTED)
+    threads: int = Field(default=1, ge=1, le=UNITS)
+    traces: list[str] = Field(default_factory=list, max_length=LISTED)
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     inputs: dict[str, str] = Field(default_factory=dict)
 
@@ -321,17 +322,17 @@ class Stage(Settings):
     Its driver began at generation ``since``, at or before the stage's own beginning.
     """
 
-    place: int
+    place: int = Field(ge=0, le=LISTED)
     name: str
-    begin: int
-    end: int
+    begin: int = Field(ge=0, le=LISTED * GENERATIONS)
+    end: int = Field(ge=0, le=LISTED * GENERATIONS)
     tasks: tuple[TaskConfig, ...]
     budgets: tuple[Budget, ...]
-    samples_per_generation: int
-    train_contexts: int
+    samples_per_generation: int = Field(ge=0, le=CONTEXTS)
+    train_contexts: int = Field(ge=0, le=CONTEXTS)
     fitness: FitnessConfig
     driver: DriverConfig
-    since: int
+    since: int = Field(ge=0, le=LISTED * GENERATIONS)
 
 
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}

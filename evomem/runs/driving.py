@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from evomem import drivers
+from evomem.bounds import LARGE
 from evomem.config import Settings, validate
 from evomem.drivers.base import Array, Driver, Population
 from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
@@ -44,7 +45,7 @@ class WarmStartOption(Settings):
 
     run: str
     gamma: float = Field(default=0.1, gt=0, le=1)
-    alpha: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=0.1, gt=0, le=LARGE, allow_inf_nan=False)
 
 
 def make_driver(

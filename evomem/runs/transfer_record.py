@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import filelock
 from pydantic import Field
 
 from evomem import plugins
+from evomem.bounds import BYTES, CONTEXTS, VALUE
 from evomem.config import Settings, validate
 from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.evaluation.rows import budget_size
@@ -35,6 +36,9 @@ _ROWS, _DRAWN = 1000, 60
 _ROOM = 64 << 10
 """Bytes that a provenance must have left for rows."""
 _COLORS = {"wins": "#D55E00", "loses": "#0072B2", "ties": "#8C8C8C"}
+
+
+Value = Annotated[float, Field(ge=-VALUE, le=VALUE)]
 
 
 class RecordedRow(Settings):
@@ -56,17 +60,17 @@ class RecordedRow(Settings):
     budget: int | float | None
     protocol: str
     split: str
-    samples: int
+    samples: int = Field(ge=0, le=CONTEXTS)
     dtype: str = "float32"
     recalibrated: bool = False
-    loglik: float | None
-    bytes_mean: float = Field(ge=0)
-    full: float | None = None
+    loglik: Value | None
+    bytes_mean: float = Field(ge=0, le=BYTES)
+    full: Value | None = None
     best: str | None = None
-    best_loglik: float | None = None
-    best_bytes_mean: float | None = None
-    difference: float | None = None
-    interval: tuple[float, float] | None = None
+    best_loglik: Value | None = None
+    best_bytes_mean: float | None = Field(default=None, ge=0, le=BYTES)
+    difference: Value | None = None
+    interval: tuple[Value, Value] | None = None
 
     @property
     def cell(self) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from random import Random
 
 from pydantic import Field
 
+from evomem.bounds import LENGTH
 from evomem.errors import TaskError
 from evomem.tasks.base import Sample, Split, tasks
 from evomem.tasks.cutting import cut_end
@@ -17,7 +18,9 @@ from evomem.tasks.prose import load_prose
 class BookOptions(FittedOptions):
     """Options of the book continuation."""
 
-    continuation: int = Field(default=128, ge=8, description="tokens of the answer, at most (a few less: whole words)")
+    continuation: int = Field(
+        default=128, ge=8, le=LENGTH, description="tokens of the answer, at most (a few less: whole words)"
+    )
     essay: str | None = Field(default=None, description="text file, instead of the built-in text")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from evomem.bounds import LENGTH, LISTED
 from evomem.errors import TaskError
 from evomem.installing import require
 from evomem.tasks.base import Sample, Split, tasks
@@ -27,7 +28,9 @@ WORDS = 3
 class EpisodeOptions(TaskOptions):
     """Options of the tasks made of episodes."""
 
-    length: int = Field(default=480, ge=6, description="words of context, question and answer, three a step, at most")
+    length: int = Field(
+        default=480, ge=6, le=LENGTH, description="words of context, question and answer, three a step, at most"
+    )
 
     @property
     def step(self) -> int:
@@ -72,7 +75,7 @@ class TMazeOptions(EpisodeOptions):
     """Options of the maze."""
 
     cues: int = Field(default=6, ge=1, le=8, description="colours of which there are doors")
-    visits: int = Field(default=2, ge=1, description="doors of each colour; the arrow on the newest counts")
+    visits: int = Field(default=2, ge=1, le=LISTED, description="doors of each colour; the arrow on the newest counts")
 
 
 @tasks.register("tmaze")

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from evomem.bounds import LENGTH
 from evomem.errors import TaskError
 from evomem.strict_json import shown
 from evomem.tasks.base import Sample, Split, Tokenizer, tasks
@@ -34,6 +35,7 @@ class FileOptions(TaskOptions):
     length: int | None = Field(
         default=None,
         ge=1,
+        le=LENGTH,
         description="tokens of a sample, at most: longer contexts are cut in the middle; none: whole",
     )
     chat_template: bool = Field(

@@ -13,6 +13,7 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from evomem.bounds import SEED
 from evomem.errors import TaskError
 from evomem.strict_json import NotStrictError, parse_strict, shown
 from evomem.tasks.base import Split
@@ -35,13 +36,13 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 class Row(BaseModel):
     """One line of the file; fields of other names are the user's own, unless they look like a misspelling."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
     context: Text
     question: Text
     answers: Annotated[list[Text], Field(min_length=1, max_length=1000)]
     metric: Literal["substring", "exact", "f1", "rouge_l", "loglik"] = "substring"
-    id: Name | int | None = None
+    id: Name | Annotated[int, Field(ge=-SEED, le=SEED)] | None = None
     split: Literal["train", "select", "sealed"] | None = None
     max_new_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from evomem.bounds import LENGTH
 from evomem.errors import ConfigError
 from evomem.tasks.base import Sample, Split, Tokenizer
 from evomem.tasks.chat import ChatTemplate
@@ -22,13 +23,15 @@ from evomem.tasks.metrics import substring_share
 class TaskOptions(BaseModel):
     """Options that every task has; subclasses add theirs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FittedOptions(TaskOptions):
     """Options of the tasks whose haystack is fitted to a length."""
 
-    length: int = Field(default=500, ge=1, description="tokens of context, question and answer together, at most")
+    length: int = Field(
+        default=500, ge=1, le=LENGTH, description="tokens of context, question and answer together, at most"
+    )
 
 
 class ChatOptions(FittedOptions):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from evomem.bounds import LARGE, LENGTH
 from evomem.errors import TaskError
 from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.generated import GeneratedTask, TaskOptions
@@ -24,8 +25,12 @@ _ANCHOR = " the"
 class RecallOptions(TaskOptions):
     """Options of MQAR."""
 
-    length: int = Field(default=256, ge=8, description="tokens of context, question and answer together, at most")
-    pairs: int | None = Field(default=None, ge=1, description="key-value pairs; none: Zoology's number for the length")
+    length: int = Field(
+        default=256, ge=8, le=LENGTH, description="tokens of context, question and answer together, at most"
+    )
+    pairs: int | None = Field(
+        default=None, ge=1, le=LENGTH, description="key-value pairs; none: Zoology's number for the length"
+    )
     separator: Literal["comma", "none"] = Field(
         default="comma",
         description="what stands behind each pair: a comma, or nothing, as in Zoology, where models are trained for it",
@@ -34,7 +39,7 @@ class RecallOptions(TaskOptions):
         default="dots", description="what fills the gaps between the queries: dots, or random adjectives, as in Zoology"
     )
     power: float = Field(
-        default=0.01, gt=0, description="a in p(gap) ~ gap^(a-1): how far behind the pairs queries are"
+        default=0.01, gt=0, le=LARGE, description="a in p(gap) ~ gap^(a-1): how far behind the pairs queries are"
     )
 
 

@@ -1,0 +1,27 @@
+"""Run: how large the numbers of configurations may be: far beyond what anybody uses, far below what has no end.
+
+Every field of every configuration has two bounds (`tests/test_bounds.py` walks them all). What fits within them and is
+still too much for a machine, `evomem.needs` says before it begins.
+"""
+
+from __future__ import annotations
+
+TOKENS = 2**31 - 1
+"""Slots of a head, and whatever counts tokens of a cache."""
+LENGTH = 10**7
+"""Tokens of one sample."""
+CONTEXTS = 10**6
+"""Samples of a split."""
+GENERATIONS = 10**7
+POPULATION = 10**5
+"""Candidates of a generation."""
+LISTED = 1000
+"""Entries of a list that a person writes: tasks, stages, budgets."""
+UNITS = 4096
+"""Units of a network's layer, knots, points of depth."""
+BYTES = 2**50
+SEED = 2**63 - 1
+LARGE = 1e6
+"""Step sizes, rates, factors."""
+VALUE = 1e12
+"""Measured values, options, weights."""
