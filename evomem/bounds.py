@@ -21,7 +21,7 @@ UNITS = 4096
 """Units of a network's layer, knots, points of depth."""
 BYTES = 2**50
 SEED = 2**63 - 1
-LARGE = 1e6
-"""Step sizes, rates, factors."""
+SMALL, LARGE = 1e-30, 1e6
+"""Step sizes, rates, factors: the square of the smallest is still a number that can be divided by."""
 VALUE = 1e12
 """Measured values, options, weights."""

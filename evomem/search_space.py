@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from evomem.bounds import LARGE, VALUE
+from evomem.bounds import LARGE, SMALL, VALUE
 from evomem.config import Settings, merge, read_yaml, validate
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, managers
@@ -44,7 +44,7 @@ class Weights(Settings):
     """Parameters whose names match a pattern (shell style) vary with this scale; the first pattern that fits counts."""
 
     match: str = "*"
-    scale: float = Field(default=1.0, gt=0, le=LARGE, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=SMALL, le=LARGE, allow_inf_nan=False)
 
 
 class ManagerConfig(Settings):
@@ -88,7 +88,7 @@ class SpaceConfig(Settings):
     weights: Literal["all", "none"] | list[Weights] = "all"
     options: dict[str, Option] = Field(default_factory=dict)
     start: Literal["initial", "zeros"] | Start = "initial"
-    sigma: float = Field(default=0.3, gt=0, le=LARGE, allow_inf_nan=False)
+    sigma: float = Field(default=0.3, ge=SMALL, le=LARGE, allow_inf_nan=False)
 
 
 def load_space(name: str, changes: Mapping[str, Any] | None = None) -> SpaceConfig:

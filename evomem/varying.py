@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from evomem.bounds import LARGE, LISTED, VALUE
+from evomem.bounds import LARGE, LISTED, SMALL, VALUE
 from evomem.config import Settings
 from evomem.errors import ConfigError
 
@@ -76,7 +76,7 @@ class _Numeric(Settings):
     low: float = Field(le=VALUE, ge=-VALUE, allow_inf_nan=False)
     high: float = Field(le=VALUE, ge=-VALUE, allow_inf_nan=False)
     scale: float = Field(
-        default=1.0, gt=0, le=LARGE, allow_inf_nan=False, description="range that one unit of the vector crosses"
+        default=1.0, ge=SMALL, le=LARGE, allow_inf_nan=False, description="range that one unit of the vector crosses"
     )
     start: float | None = Field(
         default=None, le=VALUE, ge=-VALUE, description="where the search starts; the manager's own value by default"
@@ -231,7 +231,7 @@ class Categorical(Settings):
 
     kind: Literal["categorical"]
     choices: list[Any] = Field(min_length=2, max_length=LISTED)
-    scale: float = Field(default=1.0, gt=0, le=LARGE, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=SMALL, le=LARGE, allow_inf_nan=False)
     start: Any = None
 
     @field_validator("choices")

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from evomem.bounds import LARGE
+from evomem.bounds import LARGE, SMALL
 from evomem.drivers.base import Array, Population, drivers
-from evomem.drivers.cmaes import alone, put_together, strategy, taken_apart
+from evomem.drivers.cmaes import SMALLEST, alone, put_together, strategy, taken_apart
 from evomem.drivers.common import (
     DriverOptions,
     check_told,
@@ -47,7 +47,7 @@ class BlockOptions(DriverOptions):
         seen so far (by its own generation's fitness) stands for the distribution's mean.
     """
 
-    block_sigma: float | None = Field(default=None, gt=0, le=LARGE, allow_inf_nan=False)
+    block_sigma: float | None = Field(default=None, ge=SMALL, le=LARGE)
     shared_diagonal: bool = True
     search: Literal["cmaes", "random"] = "cmaes"
 
@@ -97,6 +97,11 @@ class BlockCMAES:
             raise ConfigError("driver 'block_cmaes': blocks overlap")
         if len(used) and (used.min() < 0 or used.max() >= dim):
             raise ConfigError(f"driver 'block_cmaes': blocks name coordinates outside 0..{dim - 1}")
+        if self.options.search == "cmaes" and (self.options.popsize or SMALLEST) < SMALLEST:
+            raise ConfigError(
+                f"driver 'block_cmaes': popsize (driver.population): CMA-ES needs at least {SMALLEST} candidates (got "
+                f"{self.options.popsize}); or use search: random"
+            )
         if self.options.search == "cmaes" and any(len(block) < 2 for block in self._blocks):
             raise ConfigError(
                 "driver 'block_cmaes': CMA-ES needs at least 2 dimensions, and a head has fewer of its own; give the "

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evomem.bounds import LARGE
+from evomem.bounds import LARGE, POPULATION
 from evomem.drivers.base import Array, Population, drivers
 from evomem.drivers.common import (
     DriverOptions,
@@ -56,6 +56,10 @@ def alone() -> Iterator[None]:
         yield
 
 
+SMALLEST = 3
+"""Candidates of a generation that pycma takes."""
+
+
 class CMAESOptions(DriverOptions):
     """Options of `CMAES`.
 
@@ -69,6 +73,7 @@ class CMAESOptions(DriverOptions):
     mirrored : add mirrored candidates to a part of the population (selective, Auger et al. 2011).
     """
 
+    popsize: int | None = Field(default=None, ge=SMALLEST, le=POPULATION)
     diagonal: bool | None = None
     restarts: Strategy = "none"
     restart_spread: float = Field(default=1.0, ge=0, le=LARGE)

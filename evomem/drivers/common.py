@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from evomem.bounds import LARGE, POPULATION
+from evomem.bounds import LARGE, POPULATION, SMALL
 from evomem.config import Settings
 from evomem.drivers.base import Array, Population
 from evomem.errors import ConfigError, FitnessError
@@ -25,7 +25,7 @@ class DriverOptions(Settings):
     popsize : candidates of a generation; by default 4 + 3 ln(dim), pycma's.
     """
 
-    sigma: float = Field(default=0.3, gt=0, le=LARGE, allow_inf_nan=False)
+    sigma: float = Field(default=0.3, ge=SMALL, le=LARGE)
     popsize: int | None = Field(default=None, ge=2, le=POPULATION)
 
 
@@ -38,8 +38,14 @@ def parse_options(model: type[O], driver: str, options: dict[str, Any]) -> O:
         return model(**{key: value for key, value in options.items() if value is not None})
     except ValidationError as error:
         known = ", ".join(model.model_fields)
-        lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        lines = "; ".join(f"{_named(e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors())
         raise ConfigError(f"driver {driver!r}: {lines}. Its options: {known}") from None
+
+
+def _named(location: tuple[int | str, ...]) -> str:
+    """Return an option as users know it: two of them stand beside the driver's name."""
+    name = ".".join(map(str, location))
+    return {"popsize": "popsize (driver.population)", "sigma": "sigma (driver.sigma)"}.get(name, name)
 
 
 def library(module: str, driver: str, extra: str = "search") -> Any:

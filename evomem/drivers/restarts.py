@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from evomem.bounds import POPULATION
+
 Strategy = Literal["none", "ipop", "bipop"]
 
 
@@ -59,8 +61,8 @@ def following(
 ) -> RestartState | None:
     """Return the ledger after the running descent has ended, or None if there is no restart.
 
-    IPOP (Auger and Hansen 2005) doubles the population at every restart. BIPOP (Hansen 2009, "Benchmarking a
-    BI-population CMA-ES on the BBOB-2009 function testbed") has a second regime with populations
+    IPOP (Auger and Hansen 2005) doubles the population at every restart, here up to `POPULATION`. BIPOP (Hansen 2009,
+    "Benchmarking a BI-population CMA-ES on the BBOB-2009 function testbed") has a second regime with populations
     floor(l0 (l_large / (2 l0))^(U^2)), step sizes sigma0 10^(-2U) and at most half the evaluations of the last large
     descent; the regime that has used fewer evaluations is next.
 
@@ -82,10 +84,10 @@ def following(
     if strategy == "bipop" and not first_ended and state.used_small < state.used_large:
         large = popsize * 2**state.doublings
         exponent, width = np.random.default_rng([seed, state.descents, 2]).random(2)
-        small = max(2, int(popsize * (large / popsize / 2) ** (exponent**2)))
+        small = max(3, int(popsize * (large / popsize / 2) ** (exponent**2)))
         regime = Regime("small", small, sigma * 10.0 ** (-2.0 * width), max(small, state.last_large // 2))
         return replace(state, regime=regime)
-    doublings = state.doublings + 1
+    doublings = state.doublings + (popsize * 2 ** (state.doublings + 1) <= POPULATION)
     used_large = 0 if first_ended else state.used_large
     return replace(
         state, regime=Regime("large", popsize * 2**doublings, sigma), doublings=doublings, used_large=used_large

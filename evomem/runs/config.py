@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from evomem.bounds import BYTES, CONTEXTS, GENERATIONS, LARGE, LENGTH, LISTED, POPULATION, SEED, UNITS
+from evomem.bounds import BYTES, CONTEXTS, GENERATIONS, LARGE, LENGTH, LISTED, POPULATION, SEED, SMALL, UNITS
 from evomem.config import Settings, apply_settings, read_yaml, validate
 from evomem.errors import ConfigError
 from evomem.evaluation.types import EvaluationProtocol
@@ -67,7 +67,7 @@ class DriverConfig(Settings):
     name: str = "cmaes"
     options: dict[str, Any] = Field(default_factory=dict)
     population: int | None = Field(default=None, ge=2, le=POPULATION)
-    sigma: float | None = Field(default=None, gt=0, le=LARGE, allow_inf_nan=False)
+    sigma: float | None = Field(default=None, ge=SMALL, le=LARGE, allow_inf_nan=False)
 
 
 class FitnessConfig(Settings):
