@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from evomem.cache.attention import IMPLEMENTATION, handover, managed_attention, uncompiled
+from evomem.cache.positions import within_positions
 from evomem.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # seconds to import; whoever has a model has done so
@@ -117,6 +118,7 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Non
     Raises
     ------
     UnsupportedModelError : a family without a managed attention, or one that computes something else under it.
+    ModelError : inside the block, where a model would read beyond its table of positions (`evomem.cache.positions`).
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -136,7 +138,8 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Non
             _switched[id(config)] = config, count + 1, previous
             config._attn_implementation_internal = IMPLEMENTATION
     try:
-        yield
+        with within_positions(model):
+            yield
     finally:
         with _lock:
             for config in configurations:

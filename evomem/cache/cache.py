@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache
 from evomem.cache.attention import IMPLEMENTATION
 from evomem.cache.layer import SlotLayer
 from evomem.cache.observe import Recorder, Wanted
+from evomem.cache.positions import beyond, position_limit
 from evomem.cache.rotary import Rotary, find_rotaries
 from evomem.cache.view import Decision, LayerView
 from evomem.devices import stacked
@@ -79,6 +81,7 @@ class SlotCache(Cache):
         self.decides_after_forward = True
         self.awaiting: int | None = None  # layer whose new keys no attention has read yet
         self._model = None if model is None else ref(model)
+        self._limit = None if model is None else position_limit(model)
         self._sums: dict[int, int] = {}
         self.bytes_peak = 0
         super().__init__(layers=[SlotLayer(index, self) for index in range(layers)])
@@ -99,6 +102,13 @@ class SlotCache(Cache):
             raise CacheError(
                 "this cache belongs to a model that is not attached; use it inside `with manager.attach(model):`"
             )
+
+    def note_position(self, tokens: int) -> None:
+        """Warn, once a process, when a model with rotary positions reads more tokens than it was made for."""
+        limit, model = self._limit, None if self._model is None else self._model()
+        if limit is not None and not limit.learned and tokens > limit.tokens and model is not None:
+            self._limit = None
+            warnings.warn(f"evomem: {beyond(model, limit)}", stacklevel=2)
 
     def require_whole(self) -> None:
         """Raise `CacheError` when an error or interruption cut a forward pass short, so that layers disagree."""
@@ -214,7 +224,7 @@ class SlotCache(Cache):
     def clone(self) -> SlotCache:
         """Return an independent continuation of this cache; tensors are shared until one of the two changes them."""
         other = SlotCache(self.depth, self.policy, rotaries=self.rotaries)
-        other._model, other.bytes_peak = self._model, self.bytes_peak
+        other._model, other.bytes_peak, other._limit = self._model, self.bytes_peak, self._limit
         other.decides_after_forward = self.decides_after_forward
         for mine, copy in zip(self.layers, other.layers, strict=True):
             state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder")}

@@ -105,6 +105,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.index == 0:  # every pass begins here, and what holds now holds for its other layers
             self.cache.require_attached()
             self.cache.require_whole()
+            self.cache.note_position(self.seen + key_states.shape[2] - min(self.starts, default=0))
         self.cache.require_attended()
         self.is_initialized = True
         self.pending = (key_states, value_states)

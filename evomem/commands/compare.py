@@ -31,7 +31,7 @@ from evomem.runs import open_run
 from evomem.runs.config import TaskConfig
 from evomem.runs.inputs import changed_tasks, task_inputs
 from evomem.runs.report import notes, rows_json, sentences, tables, write_rows
-from evomem.tasks.base import Split
+from evomem.tasks.base import Split, at_hand
 
 if TYPE_CHECKING:
     from evomem.models import LoadedModel
@@ -119,7 +119,8 @@ def require_above_chance(place: Place, split: Split, count: int) -> None:
     """Raise `TaskError` where the full cache is no better than no context; one sample says nothing and passes."""
     from evomem.runs.bench import check_chance
 
-    samples = place.subject_task.samples(split, min(_CHECKED, count), 0)
+    task = place.subject_task
+    samples = task.samples(split, at_hand(task, split, min(_CHECKED, count)), 0)
     if len(samples) > 1:
         check_chance(place.evaluator, place.task, place.subject_task, samples).require()
 

@@ -49,7 +49,7 @@ from evomem.runs.transfer import (
     transfer_tables,
 )
 from evomem.runs.transfer_record import Record, open_record, write_record
-from evomem.tasks.base import Sample, Split
+from evomem.tasks.base import Sample, Split, at_hand
 
 _TITLE = "advantage over the best heuristic there, nats (bold: 0 excluded)"
 _SAMPLES, _CHECKED, _CALIBRATED, _TIMED = 100, 8, 8, 3
@@ -135,8 +135,9 @@ def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> l
     """Return the rows of all subjects on one place."""
     split, count = Split(plan.wishes.split), plan.wishes.samples or _SAMPLES
     if check and count > 1:
-        samples = place.subject_task.samples(split, min(_CHECKED, count), 0)
-        check_chance(place.evaluator, place.task, place.subject_task, samples).require()
+        samples = _samples(place, split, min(_CHECKED, count))
+        if len(samples) > 1:
+            check_chance(place.evaluator, place.task, place.subject_task, samples).require()
     managers = {subject.name: subject.manager for subject in plan.subjects}
     trained = {subject.name: " + ".join(subject.models) for subject in plan.subjects}
     if plan.recalibrate:
@@ -157,8 +158,13 @@ def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> l
             keep=keep,
             progress=bar.report,
         )
-    samples = place.subject_task.samples(split, min(_TIMED, count), 0)
+    samples = _samples(place, split, min(_TIMED, count))
     return transfer_rows(comparison, trained, _speeds(comparison, managers, place, samples))
+
+
+def _samples(place: Place, split: Split, count: int) -> list[Sample]:
+    """Return the first samples of a split, or all where there are fewer."""
+    return place.subject_task.samples(split, at_hand(place.subject_task, split, count), 0)
 
 
 def _anew(name: str) -> str:
@@ -171,7 +177,7 @@ def _recalibrated(manager: MemoryManager, place: Place) -> MemoryManager | None:
     if not manager.calibrates:
         return None
     other = manager.with_options()
-    calibrate_manager(other, [(place.evaluator, place.subject_task.samples(Split.TRAIN, _CALIBRATED, 0))])
+    calibrate_manager(other, [(place.evaluator, _samples(place, Split.TRAIN, _CALIBRATED))])
     place.evaluator.store.close()
     return other
 

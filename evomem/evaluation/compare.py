@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from evomem.errors import ConfigError, EvaluationError
-from evomem.evaluation.evaluator import Evaluator
+from evomem.evaluation.evaluator import Evaluator, Reach
 from evomem.evaluation.oracle import FutureOracle, evaluate_oracle
 from evomem.evaluation.results import SampleFile
 from evomem.evaluation.rows import Budget, Measured, Role, Row, budget_size, rows_of
 from evomem.evaluation.types import Evaluation
 from evomem.managers import MemoryManager, build, names
-from evomem.tasks.base import Sample, Split, Task
+from evomem.tasks.base import Sample, Split, Task, at_hand
 from evomem.tasks.chat import ChatTemplate
 
 Progress = Callable[[int, int], None]
@@ -62,6 +62,22 @@ class Place:
         """Hash of the chat template that the task asks in; "" if it does not."""
         chat: ChatTemplate | None = getattr(self.subject_task, "chat", None)
         return "" if chat is None else chat.digest
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The samples of a place.
+
+    Attributes
+    ----------
+    remark : `Row.remark`.
+    reach : how long they are, and what the model was made for.
+    """
+
+    place: Place
+    samples: list[Sample]
+    remark: str
+    reach: Reach
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ def compare(
     ----------
     subjects : what the comparison is about; the first is the one that differences are taken of.
     places : models and tasks.
-    samples : per task.
+    samples : per task; fewer where a split has no more (`Row.remark`).
     budgets : every manager is evaluated at each; None: at its own. A manager that takes no budget is evaluated as it
         is, once. So is the full cache; without a field it is left out too.
     against : the field, see `field_of`; an empty list: none.
@@ -145,7 +161,7 @@ def compare(
     Raises
     ------
     ConfigError : two managers have the same name, or ``keep`` holds another comparison.
-    TaskError : a split has too few samples.
+    TaskError : a split has no samples, or one is longer than a model can read.
     EvaluationError : a manager's likelihood, score or memory on a sample is NaN or infinite.
     """
     places, budgets = _once(places, budgets)
@@ -160,10 +176,9 @@ def compare(
             raise ConfigError("oracle: what will be attended to is known under the protocol compress_once only")
         given = dict.fromkeys(entrant.budget for entrant in entrants if entrant.budget is not None)
         entrants += [_Entrant(FutureOracle.name, "oracle", budget, FutureOracle((), budget=budget)) for budget in given]
-    found = measure(
-        entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
-    )
-    return _comparison(subjects[0].name, subjects[0].name, entrants, places, found, split)
+    pools = draw(places, samples, split, seed, exact=exact)
+    found = measure(entrants, pools, split=split, seed=seed, exact=exact, keep=keep, progress=progress)
+    return _comparison(subjects[0].name, subjects[0].name, entrants, pools, found, split)
 
 
 def evaluate(
@@ -181,10 +196,9 @@ def evaluate(
     """Evaluate one manager, without a comparison; see `compare`."""
     places, budgets = _once(places, budgets)
     entrants = _entrants([subject], "subject", budgets)
-    found = measure(
-        entrants, places, samples=samples, split=split, seed=seed, exact=exact, keep=keep, progress=progress
-    )
-    return _comparison(None, subject.name, entrants, places, found, split)
+    pools = draw(places, samples, split, seed, exact=exact)
+    found = measure(entrants, pools, split=split, seed=seed, exact=exact, keep=keep, progress=progress)
+    return _comparison(None, subject.name, entrants, pools, found, split)
 
 
 def _once(places: Sequence[Place], budgets: Sequence[Budget]) -> tuple[list[Place], list[Budget]]:
@@ -237,9 +251,8 @@ def _at_budget(member: NamedManager, role: Role, budget: Budget) -> _Entrant:
 
 def measure(
     entrants: Sequence[_Entrant],
-    places: Sequence[Place],
+    pools: Sequence[Pool],
     *,
-    samples: int,
     split: Split,
     seed: int,
     exact: bool,
@@ -247,14 +260,15 @@ def measure(
     progress: Progress | None,
 ) -> dict[tuple[str, str, str, Budget], list[Evaluation]]:
     """Return every entrant's evaluations on every place, in the order of the samples."""
-    drawn = [_draw(place, split, samples, seed) for place in places]
-    what = _fingerprint(entrants, places, split, seed, exact)
-    what["samples"] = sha256("".join(sample.digest for pool in drawn for sample in pool).encode()).hexdigest()[:16]
+    what = _fingerprint(entrants, [pool.place for pool in pools], split, seed, exact)
+    digests = "".join(sample.digest for pool in pools for sample in pool.samples)
+    what["samples"] = sha256(digests.encode()).hexdigest()[:16]
     found: dict[tuple[str, str, str, Budget], list[Evaluation]] = {}
-    done, total = 0, sum(map(len, drawn))
+    done, total = 0, sum(len(pool.samples) for pool in pools)
     with SampleFile(keep, what) as file:
-        for number, (place, pool) in enumerate(zip(places, drawn, strict=True)):
-            for sample in pool:
+        for number, pool in enumerate(pools):
+            place = pool.place
+            for sample in pool.samples:
                 evaluations = file.get(number, sample.id)
                 if evaluations is None:
                     evaluations = _on_sample(entrants, place, sample, exact)
@@ -283,10 +297,26 @@ def require_numbers(names: Sequence[str], place: Place, sample: Sample, evaluati
                 )
 
 
-def _draw(place: Place, split: Split, count: int, seed: int) -> list[Sample]:
+def draw(places: Sequence[Place], count: int, split: Split, seed: int, *, exact: bool) -> list[Pool]:
+    """Return the samples of every place, as many as are asked for or as there are.
+
+    Raises
+    ------
+    ConfigError : fewer than one sample is asked for.
+    TaskError : a split is empty, or a sample is longer than a model can read.
+    """
     if count < 1:
         raise ConfigError(f"samples: {count}; give at least 1")
-    return place.subject_task.samples(split, count, seed)
+    pools = []
+    for place in places:
+        task = place.subject_task
+        samples = task.samples(split, at_hand(task, split, count), seed)
+        remarks = [str(getattr(task, "note", ""))]
+        if len(samples) < count:
+            remarks.append(f"{len(samples)} of {count} samples: the {split} split has no more")
+        reach = place.evaluator.check_positions(samples, exact=exact and task.has_exact)
+        pools.append(Pool(place, samples, "; ".join(filter(None, remarks)), reach))
+    return pools
 
 
 def _on_sample(entrants: Sequence[_Entrant], place: Place, sample: Sample, exact: bool) -> list[Evaluation]:
@@ -366,13 +396,14 @@ def _comparison(
     subject: str | None,
     first: str,
     entrants: Sequence[_Entrant],
-    places: Sequence[Place],
+    pools: Sequence[Pool],
     found: dict[tuple[str, str, str, Budget], list[Evaluation]],
     split: Split,
 ) -> Comparison:
     rows: list[Row] = []
     measured: list[Measured] = []
-    for place in places:
+    for pool in pools:
+        place, reach = pool.place, pool.reach
         here = [
             Measured(
                 model=place.model,
@@ -385,6 +416,9 @@ def _comparison(
                 evaluations=found[place.model, place.task, entrant.name, entrant.budget],
                 prefix=place.evaluator.encoder.spelled,
                 chat_template=place.chat_template,
+                remark=pool.remark,
+                longest=None if reach.limit is None else reach.longest,
+                positions=reach.limit,
             )
             for entrant in entrants
         ]

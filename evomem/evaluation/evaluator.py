@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evomem.cache import SlotCache, attached
 from evomem.cache.cache import CachePolicy
+from evomem.cache.positions import beyond, position_limit
 from evomem.devices import stacked
 from evomem.errors import TaskError
 from evomem.evaluation.attention import FutureAttention, retained_attention, sample_key
@@ -28,6 +29,7 @@ from evomem.managers.stochastic import StochasticManager
 from evomem.managers.vector import to_vector
 from evomem.models import LoadedModel
 from evomem.modes import outside_inference_mode
+from evomem.strict_json import shown
 from evomem.tasks.base import Sample, Task
 from evomem.tasks.encoding import TextEncoder
 
@@ -44,6 +46,25 @@ class Tokens:
     read: Tensor
     prompt: Tensor
     answer: Tensor
+
+
+def _needed(tokens: Tokens, following: int) -> int:
+    """Return the positions that it takes to read a sample and ``following`` tokens, the last of which is not fed."""
+    return tokens.read.shape[1] + tokens.prompt.shape[1] + following - 1
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far samples reach.
+
+    Attributes
+    ----------
+    longest : tokens of the longest sample, generated ones included.
+    limit : positions that the model was made for, if that is fewer; else None.
+    """
+
+    longest: int
+    limit: int | None
 
 
 class Evaluator:
@@ -234,7 +255,7 @@ class Evaluator:
 
         Raises
         ------
-        TaskError : nothing is left to read, or there is no answer.
+        TaskError : nothing is left to read, there is no answer, or the model has no positions for so many tokens.
         """
         encoder, head = self.encoder, len(self.encoder.head(sample))
         context = self._ids(encoder.context(sample))
@@ -249,7 +270,42 @@ class Evaluator:
                 raise TaskError(
                     f"sample {sample.id}: its {name} has no token; give every sample a context and an answer"
                 )
-        return Tokens(read, prompt, answer)
+        found = Tokens(read, prompt, answer)
+        self._require_positions(sample, found, answer.shape[1], "the answer")
+        return found
+
+    def check_positions(self, samples: Sequence[Sample], *, exact: bool = False) -> Reach:
+        """Compare what samples need with the positions that the model has, before anything is measured.
+
+        Parameters
+        ----------
+        exact : whether text will be generated too, up to `Sample.max_new_tokens`.
+
+        Raises
+        ------
+        TaskError : a sample is longer than a model with a table of positions can read. Rotary models go on, at
+            positions that they were not trained for; the return value tells of it.
+        """
+        longest = 0
+        for sample in samples:
+            tokens = self.tokens(sample)
+            following = tokens.answer.shape[1]
+            if exact and sample.max_new_tokens:
+                following = max(following, sample.max_new_tokens)
+                self._require_positions(sample, tokens, sample.max_new_tokens, "the text that is generated")
+            longest = max(longest, _needed(tokens, following))
+        limit = position_limit(self.loaded.model)
+        return Reach(longest, None if limit is None or longest <= limit.tokens else limit.tokens)
+
+    def _require_positions(self, sample: Sample, tokens: Tokens, following: int, what: str) -> None:
+        limit, needed = position_limit(self.loaded.model), _needed(tokens, following)
+        if limit is None or not limit.learned or needed <= limit.tokens:
+            return
+        raise TaskError(
+            f"sample {shown(sample.id)}: {needed:,} tokens (context and question {_needed(tokens, 1):,}, then {what}), "
+            f"but {beyond(self.loaded.model, limit)}. Ask for a shorter length (the option length of the task), a "
+            "smaller max_new_tokens, or take a model with rotary positions"
+        )
 
     def scheduled(self, manager: AnyManager) -> AnyManager:
         """Return the manager on the protocol's schedule."""
@@ -335,6 +391,12 @@ class Evaluator:
 
     def generate(self, cache: SlotCache, policy: CachePolicy, tokens: Tokens, limit: int) -> tuple[list[str], int]:
         """Greedy continuation of the prompt, per row, on a copy of the cache; and the tokens that a row took."""
+        most = position_limit(self.loaded.model)
+        if most is not None and most.learned and _needed(tokens, limit) > most.tokens:
+            raise TaskError(
+                f"max_new_tokens {limit:,} after {_needed(tokens, 1):,} tokens: {beyond(self.loaded.model, most)}; ask "
+                "for fewer"
+            )
         cache = cache.clone()
         cache.policy = policy  # decides while it answers
         rows = cache.layers[0].slots.shape[0]

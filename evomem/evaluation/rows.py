@@ -40,6 +40,9 @@ class Row:
     seconds : wall time per sample.
     prefix : what the tokenizer puts before every context, as it spells it; "": nothing.
     chat_template : hash of the chat template that the samples are asked in; "": plain text.
+    remark : what else a reader must know of the place's samples: how few there are, how a small file was divided.
+    longest, positions : tokens of the longest sample, and the fewer positions that a rotary model was made for; both
+        None where it was made for all of them.
     """
 
     model: str
@@ -65,6 +68,9 @@ class Row:
     recovered: float | None = None
     prefix: str = ""
     chat_template: str = ""
+    remark: str = ""
+    longest: int | None = None
+    positions: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, numbers that are not finite as None."""
@@ -96,8 +102,8 @@ def budget_size(budget: Budget) -> float:
 class Measured:
     """What one manager was measured to do at one budget in one place: what a row is made of.
 
-    ``evaluations`` are in the order of the samples, which is the same for all managers of a place; ``prefix`` and
-    ``chat_template`` are the `Row`'s.
+    ``evaluations`` are in the order of the samples, which is the same for all managers of a place; the last
+    fields are the `Row`'s.
     """
 
     model: str
@@ -110,6 +116,9 @@ class Measured:
     evaluations: Sequence[Evaluation]
     prefix: str = ""
     chat_template: str = ""
+    remark: str = ""
+    longest: int | None = None
+    positions: int | None = None
 
 
 def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
@@ -187,6 +196,9 @@ def _row(
         recovered=recovered,
         prefix=one.prefix,
         chat_template=one.chat_template,
+        remark=one.remark,
+        longest=one.longest,
+        positions=one.positions,
     )
 
 

@@ -118,6 +118,11 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
         self.register_buffer("action_values", torch.eye(config.act_dim))
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @property
+    def learned_positions(self) -> int:
+        """Tokens that it can read: three for each of its timesteps."""
+        return int(self.config.max_ep_len) * TOKENS_PER_STEP
+
     def set_codes(self, returns: Tensor, states: Tensor) -> None:
         """Set what the tokens stand for: returns (return_codes, 1) and states (state_codes, state_dim).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
@@ -15,7 +15,7 @@ from evomem.tasks.chance import ChanceReport, check
 
 if TYPE_CHECKING:
     from evomem.evaluation.costs import KnownSamples
-    from evomem.evaluation.evaluator import Evaluator
+    from evomem.evaluation.evaluator import Evaluator, Reach
     from evomem.evaluation.store import Readings
     from evomem.models import LoadedModel
 
@@ -30,6 +30,15 @@ class CandidateEvaluator(Protocol):
         self, managers: Sequence[MemoryManager], sample: Sample, task: Task, *, exact: bool = False
     ) -> list[Evaluation]:
         """Return one evaluation a manager, in order: a pure function of the arguments."""
+        ...
+
+
+@runtime_checkable
+class PositionChecker(Protocol):
+    """An evaluator that knows how far its model can read."""
+
+    def check_positions(self, samples: Sequence[Sample], *, exact: bool = False) -> Reach:
+        """Raise `TaskError` for a sample that is too long; return how long they are (`Evaluator.check_positions`)."""
         ...
 
 

@@ -177,5 +177,6 @@ def provenance(search: Search, result: RunResult) -> dict[str, Any]:
         "generations": result.generations,
         "spent": result.spent,
         "scores": {split: asdict(getattr(result, split)) for split in ("train", "select", "sealed")},
+        **({"remarks": list(search.samples.remarks)} if search.samples.remarks else {}),
         "fitness_curve": curve[:: max(step, 1)],
     }

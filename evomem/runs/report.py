@@ -18,6 +18,9 @@ from evomem.runs.files import write_atomically
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
+FEW = 10
+"""Samples below which a bootstrap interval is not to be trusted: it can only be made of the values that are there."""
+
 _HEADINGS = ("manager", "loglik", "advantage [95 %]", "exact", "slots", "KiB", "recovered")
 
 
@@ -76,6 +79,21 @@ def notes(rows: Sequence[Row]) -> list[str]:
         )
     for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
         found.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
+    for (task, model), group in _by_place(rows):
+        remarks, count = [group[0].remark] if group[0].remark else [], group[0].samples
+        if count == 1:
+            remarks.append("of 1 sample there is no interval")
+        elif count < FEW:
+            remarks.append(f"an interval of {count} samples says little: it is too narrow as often as not")
+        if remarks:
+            found.append(f"{task} on {model}: {'; '.join(remarks)}.")
+    for task, model, longest, positions in dict.fromkeys(
+        (row.task, row.model, row.longest, row.positions) for row in rows if row.positions is not None
+    ):
+        found.append(
+            f"{task} on {model}: samples of up to {longest:,} tokens, but the model was made for {positions:,} "
+            "positions; it was not trained for later ones."
+        )
     chats = dict.fromkeys(f"{row.task} on {row.model}" for row in rows if row.chat_template)
     if chats:
         found.append(f"Asked in the words of the model's chat template: {', '.join(chats)}.")

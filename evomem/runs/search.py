@@ -153,6 +153,9 @@ class Search:
             )
         for problem in journal.seals.problems():
             self.warn(f"journal.jsonl: {problem}; what is not there is evaluated again")
+        self.samples.check()
+        for remark in self.samples.remarks:
+            self.warn(remark)
         self._prepare_start()
         self._identify()
         self._check_chance()
@@ -231,6 +234,9 @@ class Search:
                     continue
                 count = min(self.config.chance_contexts, stage.train_contexts)
                 pool = self.samples.pool(task, Split.TRAIN, max(2, count))
+                if len(pool) < 2:
+                    self.warn(f"task {task.label}: one training sample; whether it measures memory cannot be checked")
+                    continue
                 report = check(task.label, self.samples.tasks[name], pool, self.space.template)
                 facts = report.to_json()
                 del facts["task"]

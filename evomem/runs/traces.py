@@ -37,7 +37,7 @@ from evomem.evaluation.traces import (
 from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers.features import base_columns, required
 from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
-from evomem.tasks.base import Sample, Split, Task
+from evomem.tasks.base import Sample, Split, Task, at_hand
 from evomem.tasks.encoding import TextEncoder
 
 if TYPE_CHECKING:
@@ -103,9 +103,12 @@ def record(
     if samples < 1:
         raise ConfigError(f"samples: {samples}; record at least 1")
     columns = base_columns(tuple(features))
-    chosen = task.samples(split, samples, seed)
-    if len(chosen) < samples:
-        raise TaskError(f"task {spec}: split {split.value!r} has {len(chosen)} samples, {samples} are needed")
+    there = at_hand(task, split, samples)
+    chosen = task.samples(split, there, seed)
+    if len(chosen) < there:
+        raise TaskError(f"task {spec}: split {split.value!r} has {len(chosen)} samples, {there} are needed")
+    if there < samples:
+        say(f"{there} of {samples} samples: the {split} split of {spec} has no more")
     header = TraceHeader(
         model=TraceModel(name=loaded.name, digest=loaded.digest, dtype=str(loaded.model.dtype).removeprefix("torch.")),
         task=TraceTask(spec=spec, name=task.name, options=task.describe()),
@@ -117,6 +120,9 @@ def record(
         prefix=TextEncoder(loaded.tokenizer).spelled,
     )
     evaluator = Evaluator(loaded, EvaluationProtocol(mode=header.mode), store=PrefillStore())
+    reach = evaluator.check_positions(chosen)
+    if reach.limit is not None:
+        say(f"samples of up to {reach.longest:,} tokens, but {loaded.name} was made for {reach.limit:,} positions")
     with _locked(folder):
         whole = _opened(folder, header, chosen, say)
         say(_estimate(evaluator, header, chosen, whole, limit))

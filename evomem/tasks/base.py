@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
@@ -84,6 +85,15 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the options that rebuild this task, JSON-serialisable."""
         ...
+
+
+def at_hand(task: Task, split: Split, count: int) -> int:
+    """Return how many of ``count`` samples a split of a task has: all, unless the task tells of fewer (``available``).
+
+    One that tells of none gives ``count``, so that the task itself says what is missing.
+    """
+    available: Callable[[Split], int] | None = getattr(task, "available", None)
+    return count if available is None else min(count, available(split)) or count
 
 
 tasks: Registry[type] = Registry("task", "evomem.tasks")
