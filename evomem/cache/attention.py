@@ -143,6 +143,8 @@ def managed_attention(
     softcap = kwargs.get("softcap")
     if layer is not None:
         visibility = _visibility(module, query, key, attention_mask, layer.seen, kwargs.get("sliding_window"), causal)
+        if softcap is not None:  # the softmax that is written out has no answer where nothing is to be seen
+            visibility = visibility.seeing_themselves()
         output = layer.attend(query, visibility, scale, softcap, kwargs.get("position_ids"))
     else:
         output = _unmanaged(query, key, value, attention_mask, scale, kwargs.get("sliding_window"), softcap, causal)

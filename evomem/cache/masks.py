@@ -37,6 +37,15 @@ class Visibility:
             return self
         return Visibility(self.padding, self.window, self.explicit[:, :, queries])
 
+    def seeing_themselves(self) -> Visibility:
+        """Return the same, but that a query which an explicit mask lets look at nothing looks at itself."""
+        if self.explicit is None:
+            return self
+        queries, tokens = self.explicit.shape[-2:]
+        own = torch.ones(queries, tokens, dtype=torch.bool, device=self.explicit.device)
+        own = own.tril(tokens - queries).triu(tokens - queries) & ~_seen(self.explicit).any(-1, keepdim=True)
+        return Visibility(self.padding, self.window, torch.where(own, torch.ones_like(self.explicit), self.explicit))
+
     @cached_property
     def reaches(self) -> list[int] | None:
         """Per query, one past the last token that it or an earlier query may look at; None when that is itself."""

@@ -1,7 +1,8 @@
 """Cache: the slow attention that the slot cache is held against: nothing evicted, one explicit mask per layer and head.
 
-Nothing here uses the slot cache's own mask, compaction or schedule: what is hidden from whom is worked out from the
-manager's decisions alone, over the whole sequence, and applied by a plain softmax.
+Nothing here uses the slot cache's own mask, compaction or schedule: who may look at whom is what the model's own mask
+says, written out by transformers, less what the manager's decisions evicted, worked out over the whole sequence and
+applied by a plain softmax.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from evomem.cache import CachePolicy, Decision, LayerView
 from evomem.cache.cache import SchedulePolicy
@@ -109,15 +111,11 @@ def explicit_biases(
 ) -> list[Tensor]:
     """Return per layer the additive mask (batch, kv_heads, tokens, tokens) that hides what the decisions evicted.
 
-    Query i sees key j when j <= i, both are real, and no decision taken after fewer than i + 1 tokens evicted j. A
-    decision counts for a row when it is the row's turn: every ``every`` of its own tokens, or once for all.
+    Query i does not see key j when a decision taken after fewer than i + 1 tokens evicted j. A decision counts for a
+    row when it is the row's turn: every ``every`` of its own tokens, or once for all. The model's own mask is left out.
     """
     rows, length = batch.ids.shape
-    index = torch.arange(length)
-    seen = (index[None, :] <= index[:, None]) & batch.real[:, None, :]
-    # A padded query looks at itself: its output is of no use, but must be a number.
-    seen = torch.where(batch.real[:, :, None], seen, torch.eye(length, dtype=torch.bool))
-    base = torch.zeros(rows, 1, length, length).masked_fill(~seen[:, None], -torch.inf)
+    base = torch.zeros(rows, 1, length, length)
     biases = []
     for layer in range(layers):
         bias = base.repeat(1, kv_heads, 1, 1)
@@ -160,35 +158,44 @@ def _explicit_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as the textbook has it, under the mask given for this layer."""
+    """Attention as the textbook has it, under the model's mask and the one given for this layer."""
     if _given.biases is None:
         raise RuntimeError("the reference attention runs inside explicit_logits() only")
-    bias = _given.biases[int(module.layer_idx)]  # type: ignore[arg-type]
+    layer = getattr(module, "layer_idx", None)  # a vision tower's have none
     group = query.shape[1] // key.shape[1]
-    key, value, bias = (x.repeat_interleave(group, dim=1) for x in (key, value, bias))
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     logits = torch.einsum("bhqd,bhkd->bhqk", query.float(), key.float())
     logits = logits * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    if sliding_window is not None:
-        index = torch.arange(query.shape[2])
-        logits = logits.masked_fill(index[:, None] - index[None, :] >= sliding_window, -torch.inf)
-    weights = torch.softmax(logits + bias, dim=-1)
-    if _given.attention is not None:
+    if layer is not None:
+        logits = logits + _given.biases[layer].repeat_interleave(group, dim=1)
+    if attention_mask is not None:
+        # A padded query looks at itself: its output is of no use, but must be a number.
+        alone = torch.eye(logits.shape[-1], dtype=torch.bool) & ~attention_mask.any(-1, keepdim=True)
+        logits = logits.masked_fill(~(attention_mask | alone), -torch.inf)
+    weights = torch.softmax(logits, dim=-1)
+    if layer is not None and _given.attention is not None:
         _given.attention.append(weights.view(len(weights), -1, group, *weights.shape[2:]).mean(2))
-    if _given.queries is not None:
+    if layer is not None and _given.queries is not None:
         _given.queries.append(query.clone())
     output = torch.einsum("bhqk,bhkd->bhqd", weights, value.float()).to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
 
 
+def _written_mask(**arguments: Any) -> Tensor:
+    """The model's own mask, by transformers: (batch, 1, tokens, tokens) bool."""
+    mask = sdpa_mask(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    return cast(Tensor, mask)
+
+
 @contextmanager
 def _reference(model: PreTrainedModel) -> Iterator[None]:
     AttentionInterface.register(REFERENCE, _explicit_attention)
+    AttentionMaskInterface.register(REFERENCE, _written_mask)
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
@@ -202,14 +209,17 @@ def _reference(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def explicit_logits(model: PreTrainedModel, batch: Batch, biases: list[Tensor]) -> Tensor:
-    """Return the logits (batch, tokens, vocabulary) of one pass over everything, under one mask per layer and head."""
-    return explicit_pass(model, batch, biases)[0]
+def explicit_logits(model: PreTrainedModel, batch: Batch, biases: list[Tensor], **inputs: Any) -> Tensor:
+    """Return the logits (batch, tokens, vocabulary) of one pass over everything, under one mask per layer and head.
+
+    ``inputs`` are further ones of the model: images, token types.
+    """
+    return explicit_pass(model, batch, biases, **inputs)[0]
 
 
 @torch.no_grad()
 def explicit_pass(
-    model: PreTrainedModel, batch: Batch, biases: list[Tensor]
+    model: PreTrainedModel, batch: Batch, biases: list[Tensor], **inputs: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """As `explicit_logits`, and per layer the attention and the queries.
 
@@ -221,5 +231,6 @@ def explicit_pass(
     """
     with _reference(model):
         _given.biases, _given.attention, _given.queries = biases, [], []
-        logits = model(batch.ids, position_ids=batch.positions, use_cache=False).logits
+        given = {"attention_mask": batch.real.long(), "position_ids": batch.positions, "use_cache": False, **inputs}
+        logits = model(batch.ids, **given).logits
         return logits, _given.attention, _given.queries
