@@ -147,17 +147,19 @@ def test_a_chat_on_one_cache(smollm2) -> None:
 DOCS = Path(__file__).parents[1] / "docs/integrations.md"
 
 
-def test_snippets_of_the_page_run(smollm2, monkeypatch) -> None:
+def test_snippets_of_the_page_run(smollm2, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
     load = evomem.models.load  # a model that is read already need not be read again
     monkeypatch.setattr(evomem.models, "load", lambda name, **more: load(name, **more) if more else smollm2)
     blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     ready = [block for block in blocks if not block.startswith(("# in kvpress", "# needs a model"))]
-    assert len(ready) == len(blocks) - 2 == 6
+    assert len(ready) == len(blocks) - 2 == 8
     names: dict[str, Any] = {}
     for block in ready:
         exec(compile(block, str(DOCS), "exec"), names)
     assert "banana" in names["answer"]["generated_text"][-12:]
     assert names["keep"].sum(-1).tolist() == [[64, 64]]
+    assert (tmp_path / "context.safetensors").exists()
 
 
 # ---- other engines ---------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class SlotCache(Cache):
 
     def require_attached(self) -> None:
         """Raise `CacheError` when the model would run stock attention over this cache."""
-        model = None if self._model is None else self._model()
+        model = self.model
         if model is not None and model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
             raise CacheError(
                 "this cache belongs to a model that is not attached; use it inside `with manager.attach(model):`"
@@ -218,8 +218,23 @@ class SlotCache(Cache):
         """Slots that hold a token, per layer: (batch, kv_heads)."""
         return [(layer.slots >= 0).sum(-1) for layer in self.layers]
 
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model that the cache was made for, while it exists."""
+        return None if self._model is None else self._model()
+
+    def __copy__(self) -> SlotCache:
+        return self.clone()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotCache:
         return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheError(
+            "a cache cannot be pickled: it belongs to a model and a manager of this process. For another process, or "
+            "for later, write it with evomem.plugins.save_cache(cache, path) and read it with load_cache(path, model); "
+            "in this process cache.clone() makes a copy"
+        )
 
     def clone(self) -> SlotCache:
         """Return an independent continuation of this cache; tensors are shared until one of the two changes them."""

@@ -67,6 +67,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise CacheError("this layer's cache is gone: keep the cache, not only its layers")
         return cache
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheError(
+            "a layer belongs to its cache and is not copied or pickled by itself: cache.clone() copies all"
+        )
+
     # ---- what transformers calls ----------------------------------------------------------------------------------
 
     @property
@@ -288,6 +293,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         (keys, values), self.pending = self.pending, None
         self.cache.awaiting = None
         batch, count, begin = query.shape[0], query.shape[2], self.seen
+        if begin and (keys.shape[:2] != self.keys.shape[:2] or keys.shape[3] != self.keys.shape[3]):
+            raise CacheError(
+                f"the input's keys are {tuple(keys.shape)} (rows, KV heads, tokens, size), the cache holds "
+                f"{tuple(self.keys.shape)}; for several questions about one context repeat its row in a clone: "
+                "other.batch_repeat_interleave(questions)"
+            )
         padding, reaches = visibility.padding, visibility.reaches
         self.scale, self.softcap, self.window = scale, softcap, visibility.window
         real = None if padding is None else padding[:, begin : begin + count]
