@@ -151,6 +151,7 @@ def evaluate(
     split: SplitOption = Splits.sealed,
     samples: Samples = None,
     exact: Exact = True,
+    check: Check = True,
     dtype: DtypeOption = Dtype.float32,
     json: Json = None,
 ) -> None:
@@ -170,7 +171,7 @@ def evaluate(
         wishes = command.Wishes(
             model or [], task or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
         )
-        command.evaluate(subject, wishes, json)
+        command.evaluate(subject, wishes, json, check=check)
 
 
 def _again(context: typer.Context, json: str | None) -> str | None:

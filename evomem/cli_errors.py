@@ -13,6 +13,7 @@ from typing import NoReturn
 import typer
 
 from evomem.errors import EvomemError
+from evomem.plain_text import plain
 
 ENDINGS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 """Signals that end a command, and how it says so; its exit code is 128 + the signal's number."""
@@ -37,7 +38,7 @@ def guarded(resume: str | None = None) -> Iterator[None]:
         try:
             yield
         except EvomemError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(plain(f"error: {error}"), err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGINT

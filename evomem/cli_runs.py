@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from evomem.cli_errors import guarded
-from evomem.options import CheckpointVector, Listing, Scorer, Sink, WandbMode
+from evomem.options import CheckpointVector, Listing, Overwrite, Scorer, Sink, WandbMode
 
 
 def track(
@@ -38,7 +38,7 @@ def track(
 
 def export(
     run: Annotated[str, typer.Argument(help="Run folder, or a plug-in.")],
-    folder: Annotated[Path, typer.Argument(help="Where the plug-in goes; a plug-in that is there is replaced.")],
+    folder: Annotated[Path, typer.Argument(help="Where the plug-in goes.")],
     place: Annotated[
         int | None, typer.Option(min=0, help="Of a run with a front: its member at this place, 0 is the smallest.")
     ] = None,
@@ -46,6 +46,7 @@ def export(
         float | None,
         typer.Option("--bytes", min=1, help="Of a run with a front: its largest member within so many bytes of cache."),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Copy a run's winner as a plug-in: config.json, model.safetensors, provenance.json, README.md.
 
@@ -58,16 +59,17 @@ def export(
     with guarded():
         from evomem.commands import evolve as command
 
-        command.export(run, folder, place, size)
+        command.export(run, folder, place, size, overwrite=overwrite)
 
 
 def import_namm(
     file: Annotated[str, typer.Argument(help="Vector and normalisation: .npz, .safetensors, or a checkpoint (.pt).")],
-    out: Annotated[Path, typer.Option(help="Where the plug-in goes; a plug-in that is there is replaced.")],
+    out: Annotated[Path, typer.Option(help="Where the plug-in goes.")],
     scorer: Annotated[Scorer, typer.Option(help="Network that the vector is of.")] = Scorer.bam,
     every: Annotated[int, typer.Option(min=0, help="Decide every that many tokens; 0: once, after the context.")] = 512,
     budget: Annotated[int | None, typer.Option(min=1, help="Slots per head at most. \\[default: no cap]")] = None,
     vector: Annotated[CheckpointVector, typer.Option(help="Which one of a checkpoint.")] = CheckpointVector.mean,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a plug-in of a NAMM that was searched elsewhere, in the layout of "An Evolved Universal Transformer Memory".
 
@@ -80,7 +82,7 @@ def import_namm(
     with guarded():
         from evomem.commands import import_namm as command
 
-        command.import_namm(file, out, scorer.value, every or None, budget, vector.value)
+        command.import_namm(file, out, scorer.value, every or None, budget, vector.value, overwrite=overwrite)
 
 
 def list_(

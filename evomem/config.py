@@ -82,6 +82,12 @@ def _assign(data: dict[str, Any], path: list[str], value: Any, setting: str) -> 
                 node[key] = value
             else:
                 if node.get(key) is None:
+                    if path[place + 1].isdecimal():
+                        whole = ".".join(path[: place + 1])
+                        raise ConfigError(
+                            f"setting {setting!r}: there is no list {whole} whose element {path[place + 1]} could be "
+                            f"set; give it whole, for example {whole}=[{{...}}]"
+                        )
                     node[key] = {}
                 node = node[key]
         else:
@@ -102,8 +108,12 @@ def validate(model: type[M], data: Any, where: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(fault, model)}" for fault in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        raise ConfigError("\n".join(f"{where}: {fault}" for fault in faults(error, model))) from None
+
+
+def faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Return one line per fault of a validated model: field, what is wrong, value, nearest valid key."""
+    return list(dict.fromkeys(_explain(fault, model) for fault in error.errors()))
 
 
 def _explain(fault: Any, model: type[BaseModel]) -> str:

@@ -107,10 +107,11 @@ Check = Annotated[
     typer.Option("--check/--no-check", help="Refuse a task at which the full cache is no better than no context."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a plug-in that is there.")]
 Json = Annotated[
     str | None,
     typer.Option(
-        "--json", metavar="FILE",
+        "--json", "--out", metavar="FILE",
         help="Write the rows as JSON; - for standard output. With a file, a killed comparison goes on where it was.",
     ),
 ]  # fmt: skip

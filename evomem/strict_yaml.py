@@ -54,11 +54,20 @@ def parse(text: str) -> Any:
         _check_size(node)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
-        raise YamlError(str(error)) from None
+        raise YamlError(_one_line(error)) from None
     except yaml.YAMLError as error:  # a character that no YAML has
         raise YamlError(shown(str(error), 200)) from None
     except RecursionError:
         raise YamlError(f"nested more than {DEPTH} levels deep") from None
+
+
+def _one_line(error: yaml.MarkedYAMLError) -> str:
+    """Return where a fault is and what it is, without the lines of the text that PyYAML shows with it."""
+    mark, problem = error.problem_mark or error.context_mark, error.problem or error.context or "cannot be read"
+    if problem.startswith("but ") and error.context:
+        problem = f"{error.context}, {problem}"
+    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return place + shown(" ".join(problem.split()), 200)
 
 
 def _check_size(root: yaml.Node) -> None:

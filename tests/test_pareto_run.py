@@ -265,15 +265,15 @@ def exported(*words):
 def test_export_by_place_and_by_bytes(found, tmp_path):
     members = read_front(found)
     for place in (0, len(members) // 2):
-        assert exported(found, tmp_path / "out", "--place", place)[0] == 0
+        assert exported(found, tmp_path / "out", "--place", place, "--overwrite")[0] == 0
         assert plugins.load(tmp_path / "out").options.budget == members[place].budget
     sizes = [member.sealed.bytes_mean for member in members]
     for size in (*sizes, 1e12, (sizes[1] + sizes[2]) / 2):
-        assert exported(found, tmp_path / "out", "--bytes", size)[0] == 0
+        assert exported(found, tmp_path / "out", "--bytes", size, "--overwrite")[0] == 0
         fitting = [member for member in members if member.sealed.bytes_mean <= size]
         assert plugins.load(tmp_path / "out").options.budget == fitting[-1].budget
         assert member_of(found, None, size) == fitting[-1]
-    assert exported(found, tmp_path / "out")[0] == 0
+    assert exported(found, tmp_path / "out", "--overwrite")[0] == 0
     assert plugins.load(tmp_path / "out").options.budget == members[-1].budget
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from evomem.commands.listing import wide_console
 from evomem.commands.outputs import claim
 from evomem.commands.packages import require_for
+from evomem.commands.progress import ProgressBar
 from evomem.config import validate
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.compare import NamedManager, Place
@@ -32,6 +31,7 @@ from evomem.runs.config import TaskConfig
 from evomem.runs.inputs import changed_tasks, task_inputs
 from evomem.runs.report import notes, rows_json, sentences, tables, write_rows
 from evomem.tasks.base import Split, at_hand
+from evomem.terminal import wide_console
 
 if TYPE_CHECKING:
     from evomem.models import LoadedModel
@@ -92,6 +92,7 @@ def compare(
 ) -> None:
     """Compare subjects with the field, print tables, and write rows; with ``check``, refuse tasks at chance."""
     output = claim_rows(output)
+    check_tasks(wishes.tasks)
     subjects = resolve_all(sources)
     budgets = _budgets(wishes, subjects)
     field = split_specs(against)
@@ -103,7 +104,7 @@ def compare(
         comparison = compare_managers(
             [NamedManager(subject.name, subject.manager) for subject in subjects],
             places,
-            samples=wishes.samples or subjects[0].samples or _SAMPLES,
+            samples=count,
             budgets=budgets,
             against=field,
             split=Split(wishes.split),
@@ -125,19 +126,24 @@ def require_above_chance(place: Place, split: Split, count: int) -> None:
         check_chance(place.evaluator, place.task, place.subject_task, samples).require()
 
 
-def evaluate(source: str, wishes: Wishes, output: str | None) -> None:
-    """Evaluate one subject, print its table, and write rows."""
+def evaluate(source: str, wishes: Wishes, output: str | None, *, check: bool = True) -> None:
+    """Evaluate one subject, print its table, and write rows; with ``check``, refuse tasks at chance."""
     output = claim_rows(output)
+    check_tasks(wishes.tasks)
     subject = resolve(source)
     if subject.manager.name == "full" or subject.manager.options.budget is not None:
         budgets: Sequence[Budget] = parse_budgets(wishes.budgets) or subject.budgets or (None,)
     else:
         budgets = _budgets(wishes, [subject])
     with ProgressBar("evaluating") as bar:
+        places = make_places(wishes, [subject])
+        count = wishes.samples or subject.samples or _SAMPLES
+        for place in places if check else ():
+            require_above_chance(place, Split(wishes.split), count)
         comparison = evaluate_manager(
             NamedManager(subject.name, subject.manager),
-            make_places(wishes, [subject]),
-            samples=wishes.samples or subject.samples or _SAMPLES,
+            places,
+            samples=count,
             budgets=budgets,
             split=Split(wishes.split),
             exact=wishes.exact,
@@ -145,6 +151,14 @@ def evaluate(source: str, wishes: Wishes, output: str | None) -> None:
             progress=bar.report,
         )
     deliver(comparison.rows, output)
+
+
+def check_tasks(specs: Sequence[str]) -> None:
+    """Check the names and options of tasks, which needs no model; raise `ConfigError` for one that is wrong."""
+    from evomem.tasks.building import check_options
+
+    for spec in specs:
+        check_options(spec)
 
 
 # ---- what the words mean -------------------------------------------------------------------------------------------
@@ -406,26 +420,3 @@ def show(rows: Sequence[Row], console: Console) -> None:
         console.print(Text(note, style="dim"))
     for sentence in sentences(rows):
         console.print(Text(sentence, style="bold"))
-
-
-class ProgressBar:
-    """A progress bar on standard error, with time left; silent where that is no terminal."""
-
-    def __init__(self, what: str) -> None:
-        columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(
-            *columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-        )
-        self._task = self._bar.add_task(f"{what}, samples", total=None)
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def report(self, done: int, total: int) -> None:
-        """Show how far it is."""
-        self._bar.update(self._task, completed=done, total=total)

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from evomem import plugins
-from evomem.commands.compare import ProgressBar, keep_rows, load, partial_file, places_of, run_label, show
+from evomem.commands.compare import keep_rows, load, partial_file, places_of, run_label, show
 from evomem.commands.front import compared_budgets, draw_front, front_notes, front_table, member_plugin
-from evomem.commands.listing import wide_console
+from evomem.commands.overwriting import check_free
 from evomem.commands.packages import require_for
+from evomem.commands.progress import ProgressBar
 from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.compare import NamedManager, compare
 from evomem.evaluation.rows import Budget, Row
@@ -26,6 +27,7 @@ from evomem.runs.plots import fitness_plot, memory_plot
 from evomem.runs.remote import limited_threads
 from evomem.runs.report import markdown, read_rows, sentences
 from evomem.tasks.base import Split
+from evomem.terminal import wide_console
 from evomem.tracking import build_trackers
 from evomem.workers import WorkerOptions
 
@@ -122,6 +124,7 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[
             loaded = evaluator.loaded if model.dtype == dtype else None
         places += places_of(loaded or load(model.name, dtype), stage.tasks, config.protocol)
     budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
+    wide_console(stderr=True).print(Text(f"comparing with the field on {config.sealed.contexts} sealed samples a task"))
     with ProgressBar("comparing") as bar:
         comparison = compare(
             # At the front's smaller sizes the winner's scorer stands beside their own members.
@@ -175,8 +178,20 @@ def _print_end(run: Run, console: Console, front: Sequence[Member]) -> None:
     if front:
         place = len(front) // 2
         console.print(Text(f"  evomem export {folder} {config.name}-{place} --place {place}   (or --bytes 2e6)"))
-    console.print(Text(f"  evomem compare {folder} --budgets 32,64,128 --task passkey:length=500"))
+    console.print(Text(f"  {_other_budgets(run)}"))
     console.print(Text(f"  python: {snippet(plugin)}"))
+
+
+def _other_budgets(run: Run) -> str:
+    """Return the command that compares the winner on its own tasks with half and twice the memory."""
+    own = run.config.plan()[-1].budgets or (run.winner.options.budget,)
+    sizes = [budget for budget in own if budget is not None]
+    if not sizes:
+        return f"evomem compare {run.folder}"
+    half = max(1, min(sizes) // 2) if isinstance(min(sizes), int) else min(sizes) / 2
+    double = 2 * max(sizes) if isinstance(max(sizes), int) else min(1.0, 2 * max(sizes))
+    budgets = dict.fromkeys([half, *sorted(sizes), double])
+    return f"evomem compare {run.folder} --budgets {','.join(map(str, budgets))}"
 
 
 def snippet(folder: Path) -> str:
@@ -187,13 +202,17 @@ def snippet(folder: Path) -> str:
     )
 
 
-def export(source: str, folder: Path, place: int | None = None, size: float | None = None) -> None:
+def export(
+    source: str, folder: Path, place: int | None = None, size: float | None = None, *, overwrite: bool = False
+) -> None:
     """Write a run's winner, a member of its front, or another plug-in, as a plug-in into ``folder``.
 
     Parameters
     ----------
     place, size : of the member of a front (`evomem.runs.pareto.member_of`); the winner if neither is given.
+    overwrite : replace a plug-in that is there.
     """
+    check_free(folder, overwrite=overwrite)
     path = Path(source).expanduser()
     if not path.exists():
         raise EvomemError(f"{source}: no such run or plug-in")

@@ -28,23 +28,28 @@ from torch import Tensor
 import evomem
 from evomem import plugins
 from evomem.cache.spectrum import BINS
-from evomem.commands.listing import wide_console
+from evomem.commands.overwriting import check_free
 from evomem.errors import ConfigError
 from evomem.managers import NAMM
 from evomem.managers.vector import vector_size
+from evomem.terminal import wide_console
 from evomem.testing.namm import DAMAGE, PER_UPDATE
 
 _STORED = "stored_buffers_to_save."
 _SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
 
 
-def import_namm(source: str, out: Path, scorer: str, every: int | None, budget: int | None, vector: str) -> None:
+def import_namm(
+    source: str, out: Path, scorer: str, every: int | None, budget: int | None, vector: str, *, overwrite: bool = False
+) -> None:
     """Write the plug-in and say where it is.
 
     Raises
     ------
+    ConfigError : a plug-in is there and ``overwrite`` is not given.
     ConfigError : the file is not there, damaged, of another layout or length, or has values that are not finite.
     """
+    check_free(out, overwrite=overwrite)
     manager, provenance = read_namm(Path(source).expanduser(), scorer, every, budget, vector)
     plugins.save(manager, out, provenance)
     console = wide_console()

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from evomem.errors import ConfigError
 from evomem.registry import Registry
 from evomem.resources import list_resources, resource_path
+from evomem.terminal import wide_console
 
 Entries = dict[str, str]
 
@@ -107,12 +107,6 @@ def show_models(*, as_json: bool = False) -> None:
     console.print(Text(f"cache: {cache_root()}; any local folder or hub id of a causal language model works too"))
 
 
-def wide_console(*, stderr: bool = False) -> Console:
-    """Return a console that does not cut tables where output goes to a file."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 140))
-
-
 def _registered(registry: Registry[Any]) -> Entries:
     """Return what is registered; what another package offers and breaks is listed with the reason."""
     found = {}
@@ -126,10 +120,17 @@ def _registered(registry: Registry[Any]) -> Entries:
 
 
 def _comment(kind: str, name: str) -> str:
-    """The comment that a YAML file begins with."""
-    lines = []
+    """The comment that a YAML file begins with; indented lines, which are commands, stay lines of their own."""
+    paragraphs: list[str] = []
+    flowing = False
     for line in resource_path(kind, name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
-        lines.append(line.lstrip("# "))
-    return " ".join(lines)
+        text = line.removeprefix("#").removeprefix(" ")
+        indented = text.startswith(" ")
+        if flowing and not indented:
+            paragraphs[-1] += f" {text}"
+        else:
+            paragraphs.append(text)
+        flowing = not indented
+    return "\n".join(paragraphs)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
-from evomem.commands.compare import ProgressBar, load
-from evomem.commands.listing import wide_console
+from evomem.commands.compare import load
 from evomem.commands.packages import require_for
+from evomem.commands.progress import ProgressBar
 from evomem.evaluation.traces import DEFAULT_FEATURES
 from evomem.runs.traces import parse_bytes, readable, record
 from evomem.tasks.base import Split
+from evomem.terminal import plain_console, wide_console
 
 
 def trace(
@@ -38,7 +38,7 @@ def trace(
     loaded = load(model, dtype)
     built = tasks.build(task, loaded.tokenizer)
     begin = time.perf_counter()
-    messages = Console(stderr=True, soft_wrap=True, highlight=False)
+    messages = plain_console(stderr=True, soft_wrap=True, highlight=False)
     with ProgressBar("recording") as bar:
         done = record(
             loaded, built, task, folder.expanduser(),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.text import Text
 
-from evomem.commands.listing import wide_console
 from evomem.errors import RunError
 from evomem.runs import open_run
+from evomem.terminal import wide_console
 from evomem.tracking.build import build_tracker
 from evomem.tracking.jsonl import BEGINNING
 from evomem.tracking.replay import replay

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.text import Text
 
 from evomem.commands.compare import (
-    ProgressBar,
     Subject,
     Wishes,
+    check_tasks,
     load,
     own_tasks,
     parse_budgets,
@@ -23,9 +23,9 @@ from evomem.commands.compare import (
     resolve_all,
     split_specs,
 )
-from evomem.commands.listing import wide_console
 from evomem.commands.outputs import claim
 from evomem.commands.packages import require_for
+from evomem.commands.progress import ProgressBar
 from evomem.errors import ConfigError, PluginError, TaskError
 from evomem.evaluation.compare import Comparison, NamedManager, Place
 from evomem.evaluation.compare import compare as compare_managers
@@ -50,6 +50,7 @@ from evomem.runs.transfer import (
 )
 from evomem.runs.transfer_record import Record, open_record, write_record
 from evomem.tasks.base import Sample, Split, at_hand
+from evomem.terminal import wide_console
 
 _TITLE = "advantage over the best heuristic there, nats (bold: 0 excluded)"
 _SAMPLES, _CHECKED, _CALIBRATED, _TIMED = 100, 8, 8, 3
@@ -98,6 +99,7 @@ def transfer(
     if not names:
         raise ConfigError("--models: say which models to move to, e.g. --models zoo-gpt2,smollm2-135m (evomem models)")
     tasks = _tasks(wishes.tasks, names) or _tasks_of(subjects)
+    check_tasks([task.spec for task in tasks])
     budgets = parse_budgets(wishes.budgets) or next((list(s.budgets) for s in subjects if s.budgets), [])
     if not budgets:
         raise ConfigError(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from evomem.bounds import LARGE, POPULATION, SMALL
-from evomem.config import Settings
+from evomem.config import Settings, faults
 from evomem.drivers.base import Array, Population
 from evomem.errors import ConfigError, FitnessError
 from evomem.installing import pip_install
@@ -38,14 +38,14 @@ def parse_options(model: type[O], driver: str, options: dict[str, Any]) -> O:
         return model(**{key: value for key, value in options.items() if value is not None})
     except ValidationError as error:
         known = ", ".join(model.model_fields)
-        lines = "; ".join(f"{_named(e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        lines = "; ".join(_named(fault) for fault in faults(error, model))
         raise ConfigError(f"driver {driver!r}: {lines}. Its options: {known}") from None
 
 
-def _named(location: tuple[int | str, ...]) -> str:
-    """Return an option as users know it: two of them stand beside the driver's name."""
-    name = ".".join(map(str, location))
-    return {"popsize": "popsize (driver.population)", "sigma": "sigma (driver.sigma)"}.get(name, name)
+def _named(fault: str) -> str:
+    """Return a fault with its option as users know it: two of them stand beside the driver's name."""
+    name, _, rest = fault.partition(": ")
+    return {"popsize": "popsize (driver.population)", "sigma": "sigma (driver.sigma)"}.get(name, name) + f": {rest}"
 
 
 def library(module: str, driver: str, extra: str = "search") -> Any:

@@ -102,9 +102,9 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         try:
             self.options = self.Options(**options)
         except ValidationError as error:
-            lines = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
-            )
+            from evomem.config import faults
+
+            lines = "; ".join(faults(error, self.Options))
             raise ConfigError(f"manager {getattr(self, 'name', type(self).__name__)!r}: {lines}") from None
         check_budget(self.options.budget)
         self.schedule = Schedule(self.options.every)

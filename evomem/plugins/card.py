@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jinja2
 
 from evomem.errors import PluginError
+from evomem.plain_text import plain
 from evomem.plugins.hub import REPOSITORY
 
 _TEMPLATE = "card.md.jinja"
@@ -24,6 +26,8 @@ _CAPTIONS = {
     "front": "The front: score against measured bytes",
     "transfer": "Advantage over the best heuristic of each model; bars are 95 % intervals",
 }
+_MARKUP = re.compile(r"[\\|\[\]]")
+"""What would end a table's cell, or begin a link or a picture."""
 _EMPHASIS = {"better": "**{}**", "worse": "*{}*"}
 
 
@@ -155,9 +159,9 @@ def _count(value: Any) -> str:
 
 
 def _cell(value: Any, length: int = 200) -> str:
-    """Return a text on one line, in which nothing ends a table's cell or opens a tag."""
-    text = " ".join(str(value).split())[:length]
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    """Return a text on one line that Markdown shows as it is: it ends no cell, opens no tag, and makes no link."""
+    text = plain(" ".join(str(value).split())[:length]).replace("`", "'")
+    return _MARKUP.sub(r"\\\g<0>", text).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _yaml(value: Any) -> str:

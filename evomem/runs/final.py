@@ -19,6 +19,7 @@ from evomem.runs.pareto import FrontArchive, Member, front_json, plugin_folder
 from evomem.runs.result import RunResult, Score, by_sample
 from evomem.strict_json import to_json
 from evomem.tasks.base import Split
+from evomem.tracking.base import logger
 
 if TYPE_CHECKING:
     from evomem.runs.search import Search
@@ -77,6 +78,8 @@ def _scores(
     stage = search.plan[-1]
     samples = tuple(tuple(search.samples.pool(task, split, contexts)) for task in stage.tasks)
     exact = split is Split.SEALED and search.config.sealed.exact
+    who = "the winner" if len(finalists) == 1 else f"{len(finalists)} candidates"
+    logger.info(f"{phase}: {who} on {sum(map(len, samples))} {split} samples")
     vectors = np.stack([finalist.vector for finalist in finalists])
     seeds = np.arange(len(finalists), dtype=np.int64)
     fitness, rows = judge.judge(Plan(phase, None, stage, samples, exact), vectors, seeds)

@@ -21,7 +21,7 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 FEW = 10
 """Samples below which a bootstrap interval is not to be trusted: it can only be made of the values that are there."""
 
-_HEADINGS = ("manager", "loglik", "advantage [95 %]", "exact", "slots", "KiB", "recovered")
+_COLUMNS = ("manager", "loglik", "advantage", "exact", "slots", "KiB", "recovered")
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -54,13 +54,14 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             title=f"{task} on {model}, {first.protocol}, {first.samples} {first.split} samples",
             title_justify="left", title_style="bold", header_style="dim", expand=False,
         )  # fmt: skip
-        for heading in ("budget", *_HEADINGS):
+        headings = _headings(group)
+        for heading in ("budget", *headings):
             table.add_column(heading, justify="left" if heading == "manager" else "right", no_wrap=True)
         for budget, section in groupby(group, key=lambda row: row.budget):
             members = list(section)
             best = best_heuristic(members)
             for place, row in enumerate(members):
-                cells = [budget_text(budget) if place == 0 else "", *_cells(row)]
+                cells = [budget_text(budget) if place == 0 else "", *_cells(row, headings)]
                 style = "bold green" if row.role == "subject" else "cyan" if row is best else ""
                 table.add_row(*[Text(cell) for cell in cells], style=style)
             table.add_section()
@@ -73,13 +74,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found = []
     if any(row.difference is not None for row in rows):
         subject = next(row.manager for row in rows if row.role == "subject")
-        found.append(
-            f"loglik: nats per answer token. advantage: of {subject} over the row, 95 % paired bootstrap. "
-            "recovered: share of what random eviction loses."
-        )
+        spread = "95 % paired bootstrap" if any(row.interval is not None for row in rows) else "of one sample"
+        text = f"loglik: nats per answer token. advantage: of {subject} over the row, {spread}."
+        if any(row.recovered is not None for row in rows):
+            text += " recovered: share of what random eviction loses."
+        found.append(text)
     for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
         found.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
-    for (task, model), group in _by_place(rows):
+    for (model, task), group in _by_place(rows):
         remarks, count = [group[0].remark] if group[0].remark else [], group[0].samples
         if count == 1:
             remarks.append("of 1 sample there is no interval")
@@ -174,9 +176,10 @@ def markdown(rows: Sequence[Row], title: str = "Comparison") -> str:
     for (model, task), group in _by_place(rows):
         first = group[0]
         lines += [f"## {task} on {model}, {first.protocol}, {first.samples} {first.split} samples", ""]
-        lines += ["| budget | " + " | ".join(_HEADINGS) + " |", "|---:|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
+        headings = _headings(group)
+        lines += ["| budget | " + " | ".join(headings) + " |", "|---:|---" + "|---:" * (len(headings) - 1) + "|"]
         for row in group:
-            cells = [cell.replace("|", r"\|") for cell in _cells(row)]
+            cells = [cell.replace("|", r"\|") for cell in _cells(row, headings)]
             if row.role == "subject":
                 cells[0] = f"**{cells[0]}**"
             lines.append(f"| {budget_text(row.budget)} | " + " | ".join(cells) + " |")
@@ -195,17 +198,30 @@ def _by_place(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]
         yield place, list(group)
 
 
-def _cells(row: Row) -> list[str]:
+def _headings(rows: Sequence[Row]) -> list[str]:
+    """Return the columns in which any row says something; one sample has no interval."""
+    empty = {
+        "advantage": all(row.difference is None for row in rows),
+        "exact": all(row.score is None for row in rows),
+        "recovered": all(row.recovered is None for row in rows),
+    }
+    interval = " [95 %]" if any(row.interval is not None for row in rows) else ""
+    return [name + interval * (name == "advantage") for name in _COLUMNS if not empty.get(name, False)]
+
+
+def _cells(row: Row, headings: Sequence[str]) -> list[str]:
+    """Return a row's text in the columns of some headings."""
     mark = "*" if row.role != "full" and row.bytes_ratio is not None and not row.equal_bytes else ""
-    return [
-        row.manager,
-        f"{row.loglik:.3f}",
-        "" if row.difference is None else f"{row.difference:+.3f} {_span(row.interval)}".rstrip(),
-        "" if row.score is None else f"{row.score:.3f}",
-        f"{row.slots:.1f}",
-        _kib(row.bytes_mean) + mark,
-        "" if row.recovered is None else f"{row.recovered:.2f}",
-    ]
+    cells = {
+        "manager": row.manager,
+        "loglik": f"{row.loglik:.3f}",
+        "advantage": "" if row.difference is None else f"{row.difference:+.3f} {_span(row.interval)}".rstrip(),
+        "exact": "" if row.score is None else f"{row.score:.3f}",
+        "slots": f"{row.slots:.1f}",
+        "KiB": _kib(row.bytes_mean) + mark,
+        "recovered": "" if row.recovered is None else f"{row.recovered:.2f}",
+    }
+    return [cells[heading.partition(" ")[0]] for heading in headings]
 
 
 def _span(interval: Sequence[float] | None) -> str:

@@ -147,14 +147,14 @@ class RunResult:
         )
         parts += [] if self.sealed.exact is None else [f"exact match {self.sealed.exact:.3f}"]
         parts += [f"{self.sealed.slots:.1f} slots a head", f"{self.sealed.bytes_mean / 1e6:.2f} MB"]
-        text.append(f"sealed ({self.sealed.contexts} contexts): {', '.join(parts)}")
+        text.append(f"sealed ({self.sealed.contexts} samples): {', '.join(parts)}")
         if self.winner == "start" and not self.front:
             text.append("no candidate was better than the start on select: the search has found nothing")
         return text
 
     def _finalist_lines(self) -> list[str]:
         finalists = sorted(self.finalists.items(), key=lambda item: -_order(item[1].fitness))
-        lines = [f"select ({self.select.contexts} contexts):"]
+        lines = [f"select ({self.select.contexts} samples over all tasks):"]
         for label, score in finalists:
             mark = "  <- winner" if label == self.winner else ""
             likelihood = "" if math.isnan(score.loglik) else f"  loglik {score.loglik:8.4f}"
@@ -164,7 +164,7 @@ class RunResult:
     def _front_line(self) -> str:
         return (
             f"front: {self.front} of {len(self.finalists)} finalists, by score against measured bytes on select "
-            f"({self.select.contexts} contexts); the winner is the largest, {self.winner}"
+            f"({self.select.contexts} samples); the winner is the largest, {self.winner}"
         )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from evomem.errors import EvomemError
 from evomem.models import load
 from evomem.tasks import Split, build
 from evomem.tasks.encoding import TextEncoder
+from evomem.terminal import plain_console
 
 
 def show(
@@ -23,13 +23,13 @@ def show(
     seed: Annotated[int, typer.Option(help="seed of the split")] = 0,
 ) -> None:
     """Print samples of a task: context, question (cyan), answer (green)."""
-    console = Console(highlight=False)
+    console = plain_console(highlight=False)
     try:
         tokenizer = load(model).tokenizer
         samples = build(spec, tokenizer, length).samples(split, n, seed)
         encoder = TextEncoder(tokenizer)
     except EvomemError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False)
+        plain_console(stderr=True).print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
     for sample in samples:
         tokens = len(encoder.context(sample)) + sum(len(encoder.following(t)) for t in (sample.question, sample.answer))

@@ -68,6 +68,24 @@ def build(spec: str, tokenizer: Tokenizer, length: int | None = None, **options:
     return task
 
 
+def check_options(spec: str, length: int | None = None, **options: Any) -> None:
+    """Check a task's name and options as `build` does, as far as that needs no tokenizer.
+
+    Raises
+    ------
+    UnknownNameError : no task has that name.
+    ConfigError : an option is unknown or not allowed.
+    """
+    from evomem.tasks.generated import TaskOptions, validate_options
+
+    name, given = parse(spec)
+    model = getattr(tasks.get(name), "Options", None)
+    if length is not None:
+        given.setdefault("length", length)
+    if isinstance(model, type) and issubclass(model, TaskOptions):
+        validate_options(name, model, {**options, **given})
+
+
 def _is_setting(part: str, known: set[str]) -> bool:
     match = re.match(r"\s*(\w+)\s*=", part)
     return match is not None and match.group(1) in known

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from evomem.terminal import clock, plain_console
 from evomem.tracking.base import GenerationRecord, logger
 
 
@@ -36,17 +37,20 @@ class TerminalTracker:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or plain_console(stderr=True)
         self._handler = _ToConsole(self._console)
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         self._generations = 0
         self._began = 0.0
         self._timed = 0
+        self._level = logger.level
 
     def start(self, config: Mapping[str, Any], generations: int, done: Sequence[GenerationRecord]) -> None:
         """Show what runs."""
         logger.addHandler(self._handler)
+        self._level = logger.level
+        logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
         logger.propagate = False
         self._generations, self._began, self._timed = generations, time.monotonic(), 0
         more = f", {len(done)} done before" if done else ""
@@ -80,6 +84,7 @@ class TerminalTracker:
             self._progress.stop()
             self._progress = None
         logger.removeHandler(self._handler)
+        logger.setLevel(self._level)
         logger.propagate = True
         for line in summary.get("lines", ()):
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -93,9 +98,3 @@ def describe(generation: GenerationRecord) -> str:
     more = "".join(f"  {word} {value:.2f}" for word, value in found if math.isfinite(value))
     spread = f"  spread {generation.spread:.3f}" if math.isfinite(generation.spread) else ""
     return f"best {generation.best:.3f}  mean {generation.mean:.3f}{spread}{more}{failed}"
-
-
-def clock(seconds: float) -> str:
-    """Return a time span as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
