@@ -11,7 +11,7 @@ from evomem.cli_errors import guarded
 from evomem.options import (
     Budgets,
     Check,
-    Dtype,
+    DeviceOption,
     DtypeOption,
     Exact,
     Json,
@@ -45,7 +45,8 @@ def compare(
         bool,
         typer.Option("--oracle", help="Also the decision that knows what will be attended to: a mark, no manager."),
     ] = False,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     json: Json = None,
 ) -> None:
     """Compare managers on the same samples at the same budgets, with paired bootstrap intervals and measured bytes.
@@ -67,8 +68,17 @@ def compare(
         from evomem.commands import compare as command
 
         wishes = command.Wishes(
-            model or [], task or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
-        )
+            model or [],
+            task or [],
+            budgets,
+            protocol,
+            mode and mode.value,
+            split.value,
+            samples,
+            exact,
+            dtype and dtype.value,
+            device,
+        )  # fmt: skip
         command.compare(subjects, against, wishes, json, check=check, oracle=oracle)
 
 
@@ -107,7 +117,8 @@ def transfer(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Leave out tasks that a model cannot do with the full cache.")
     ] = True,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     record: Annotated[
         bool,
         typer.Option(
@@ -133,8 +144,17 @@ def transfer(
         from evomem.commands import transfer as command
 
         wishes = words.Wishes(
-            models, tasks or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
-        )
+            models,
+            tasks or [],
+            budgets,
+            protocol,
+            mode and mode.value,
+            split.value,
+            samples,
+            exact,
+            dtype and dtype.value,
+            device,
+        )  # fmt: skip
         command.transfer(plugins, against, wishes, json, recalibrate=recalibrate, check=check, record=record)
 
 
@@ -152,7 +172,8 @@ def evaluate(
     samples: Samples = None,
     exact: Exact = True,
     check: Check = True,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     json: Json = None,
 ) -> None:
     """Evaluate one manager: score, log-likelihood, slots and measured bytes.
@@ -169,8 +190,17 @@ def evaluate(
         from evomem.commands import compare as command
 
         wishes = command.Wishes(
-            model or [], task or [], budgets, protocol, mode and mode.value, split.value, samples, exact, dtype.value
-        )
+            model or [],
+            task or [],
+            budgets,
+            protocol,
+            mode and mode.value,
+            split.value,
+            samples,
+            exact,
+            dtype and dtype.value,
+            device,
+        )  # fmt: skip
         command.evaluate(subject, wishes, json, check=check)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evomem.cli_errors import guarded
-from evomem.options import Dtype, DtypeOption, Protocol, Splits
+from evomem.options import DeviceOption, DtypeOption, Protocol, Splits
 
 TRAIN = """Train a memory policy: `evolve` under the name that is expected of policy gradients, with the same options.
 
@@ -35,6 +35,7 @@ def evolve(
         bool, typer.Option("--resume", help="Go on with the run in the folder; begin if there is none.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. \\[default: runs/NAME]")] = None,
+    device: DeviceOption = None,
     workers: Annotated[
         str,
         typer.Option(
@@ -85,6 +86,7 @@ def evolve(
     """
     words = ["evomem", context.info_name or "evolve", experiment, *[w for s in setting or [] for w in ("-s", s)]]
     words += [*(["--out", str(out)] if out is not None else []), "--resume"]
+    words += ["--device", device] if device is not None else []
     words += ["--track", track] if track != "terminal" else []
     words += ["--workers", workers] if workers != "0" else []
     words += ["--address", address] if address is not None else []
@@ -99,7 +101,14 @@ def evolve(
             command.count_of(workers, address), address, cpus_per_worker, gpus_per_worker, timeout, insecure
         )
         command.evolve(
-            experiment, setting or [], out, resume=resume, workers=options, track=track, again=shlex.join(words)
+            experiment,
+            setting or [],
+            out,
+            resume=resume,
+            workers=options,
+            track=track,
+            again=shlex.join(words),
+            device=device,
         )
 
 
@@ -123,7 +132,8 @@ def trace(
     limit: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Disk space at most, e.g. 2GB. \\[default: what it takes]")
     ] = None,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Record what every head sees of a task's contexts, and what question and answer then attend to (docs/traces.md).
 
@@ -143,5 +153,5 @@ def trace(
 
         command.trace(
             model, task, out, samples=samples, seed=seed, split=split.value, mode=mode.value, features=features,
-            limit=limit, dtype=dtype.value,
+            limit=limit, dtype=dtype and dtype.value, device=device,
         )  # fmt: skip

@@ -58,5 +58,18 @@ class EvaluationError(EvomemError, RuntimeError):
     """A measurement gave no number (NaN or infinite), where one was asked for."""
 
 
+class OutOfMemoryError(EvomemError, RuntimeError):
+    """Memory has ended: of a device, or of the machine itself.
+
+    Attributes
+    ----------
+    memory : ``device`` or ``host``.
+    """
+
+    def __init__(self, message: str, memory: str) -> None:
+        super().__init__(message)
+        self.memory = memory
+
+
 class WorkerError(EvomemError, RuntimeError):
     """Workers cannot be started, or cannot go on; what is finished is kept."""

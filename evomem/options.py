@@ -24,8 +24,9 @@ class Splits(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Types of a model's weights."""
+    """Types of a model's weights; ``auto``: the checkpoint's own."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -106,7 +107,21 @@ Check = Annotated[
     bool,
     typer.Option("--check/--no-check", help="Refuse a task at which the full cache is no better than no context."),
 ]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of the model's weights.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="Type of the weights; auto: the checkpoint's. \\[default: float32 on the processor, else auto]",
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="cpu|cuda|cuda:N",
+        help="Where the model runs. \\[default: the first GPU, else the processor]",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a plug-in that is there.")]
 Json = Annotated[
     str | None,

@@ -90,8 +90,10 @@ class SlotCache(Cache):
     def for_model(cls, model: PreTrainedModel, policy: CachePolicy) -> SlotCache:
         """Return an empty cache for ``model``; raises `UnsupportedModelError`."""
         from evomem.cache.attach import check_supported
+        from evomem.cache.parallel import check_parallel
 
         layers = check_supported(model)
+        check_parallel(model, policy, layers)
         rotaries = find_rotaries(model, layers) if "query_statistics" in policy.observes else None
         return cls(layers, policy, rotaries=rotaries, model=model)
 

@@ -52,7 +52,8 @@ class Wishes:
     split: str
     samples: int | None
     exact: bool
-    dtype: str
+    dtype: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -352,16 +353,14 @@ def make_places(wishes: Wishes, subjects: Sequence[Subject]) -> list[Place]:
     if wishes.models and not wishes.tasks:  # the user's models do what others did in the search
         tasks = list({task.title: task.for_all_models() for task in tasks}.values())
     require_for(models, [task.spec for task in tasks])
-    return [place for name in models for place in places_of(load(name, wishes.dtype), tasks, protocol)]
+    return [place for name in models for place in places_of(load(name, wishes.dtype, wishes.device), tasks, protocol)]
 
 
-def load(name: str, dtype: str) -> LoadedModel:
-    """Return the model called ``name`` with weights of a type by name."""
-    import torch
-
+def load(name: str, dtype: str | None = None, device: str | None = None) -> LoadedModel:
+    """Return the model called ``name`` with weights of a type by name, on a device by name (`evomem.models.load`)."""
     from evomem import models
 
-    return models.load(name, dtype=getattr(torch, dtype))
+    return models.load(name, dtype=dtype, device=device)
 
 
 def places_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: EvaluationProtocol) -> list[Place]:

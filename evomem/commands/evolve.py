@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from evomem import plugins
-from evomem.commands.compare import keep_rows, load, partial_file, places_of, run_label, show
+from evomem.commands.compare import keep_rows, partial_file, places_of, run_label, show
 from evomem.commands.front import compared_budgets, draw_front, front_notes, front_table, member_plugin
 from evomem.commands.overwriting import check_free
 from evomem.commands.packages import require_for
@@ -19,6 +19,7 @@ from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.compare import NamedManager, compare
 from evomem.evaluation.rows import Budget, Row
 from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
+from evomem.runs.bench import load_model
 from evomem.runs.diagnostics import diagnostics_plot
 from evomem.runs.files import write_atomically
 from evomem.runs.inputs import changed_tasks, require_inputs
@@ -41,6 +42,7 @@ def evolve(
     workers: WorkerOptions,
     again: str,
     track: str = "terminal",
+    device: str | None = None,
 ) -> None:
     """Search (or go on), compare, and write everything that a run folder holds.
 
@@ -48,8 +50,9 @@ def evolve(
     ----------
     again : the command that goes on with this run, for messages.
     track : names of the trackers (`evomem.tracking.build_trackers`).
+    device : where the models run, in place of what the experiment says.
     """
-    config = load_experiment(experiment, settings)
+    config = load_experiment(experiment, settings, device=device)
     folder = out if out is not None else Path("runs") / config.name
     if (folder / "config.yaml").exists() and not resume:
         raise RunError(f"{folder}: holds a run already. Go on with it: {again}\nor choose another folder with --out")
@@ -112,17 +115,18 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[
         return read_rows(path)
     require_inputs(run)
     config, stage = run.config, run.config.plan()[-1]
-    # Reports are in full precision, whatever the search used; but a front was measured in its search's own type, in
-    # which the bytes are others, and the field stands beside it.
+    # Reports are in full precision, if the search was told another type; but a front was measured in its search's own
+    # type, in which the bytes are others, and the field stands beside it. The checkpoint's type is the full one there.
     places = []
     for model in config.all_models:
-        dtype = model.dtype if front else "float32"
+        own = bool(front) or model.dtype in (None, "auto") or model.quantization is not None
+        dtype = model.dtype if own else "float32"
         loaded = None
         if bench is not None:
             evaluator: Any = bench.benches.get(model.name, bench).evaluator
             evaluator.store.close()
             loaded = evaluator.loaded if model.dtype == dtype else None
-        places += places_of(loaded or load(model.name, dtype), stage.tasks, config.protocol)
+        places += places_of(loaded or load_model(model, dtype), stage.tasks, config.protocol)
     budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
     wide_console(stderr=True).print(Text(f"comparing with the field on {config.sealed.contexts} sealed samples a task"))
     with ProgressBar("comparing") as bar:

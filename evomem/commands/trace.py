@@ -27,7 +27,8 @@ def trace(
     mode: str,
     features: str | None,
     limit: str | None,
-    dtype: str,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> None:
     """Record traces, and say what they take."""
     from evomem import tasks
@@ -35,7 +36,7 @@ def trace(
     most = None if limit is None else parse_bytes(limit)
     names = tuple(name.strip() for name in features.split(",") if name.strip()) if features else DEFAULT_FEATURES
     require_for([model], [task], intervals=False)
-    loaded = load(model, dtype)
+    loaded = load(model, dtype, device)
     built = tasks.build(task, loaded.tokenizer)
     begin = time.perf_counter()
     messages = plain_console(stderr=True, soft_wrap=True, highlight=False)
@@ -51,7 +52,7 @@ def trace(
         share = done.kv_bytes / done.bytes
         lines.append(
             f"  {readable(done.bytes)}, {readable(done.bytes / done.samples)} a sample; keys and values of the same "
-            f"contexts in {dtype}: {readable(done.kv_bytes)}, {share:.1f} times as much"
+            f"contexts in {loaded.dtype}: {readable(done.kv_bytes)}, {share:.1f} times as much"
         )
     if done.samples < done.wanted:
         lines.append(f"  {done.wanted - done.samples} of {done.wanted} samples did not fit in --limit {limit}")

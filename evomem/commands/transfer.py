@@ -115,7 +115,7 @@ def transfer(
     partials: list[Path] = []
     console = wide_console(stderr=True)
     for name in dict.fromkeys(names):
-        loaded = load(name, wishes.dtype)
+        loaded = load(name, wishes.dtype, wishes.device)
         for place in places_of(loaded, tasks, protocol):
             keep = None if output in (None, "-") else partial_file(f"{output}.{len(partials)}")
             if keep is not None:
@@ -128,7 +128,7 @@ def transfer(
     if not rows:
         raise TaskError("nothing was measured: " + "; ".join(skipped or ["no task is for any of the models"]))
     _deliver(rows, skipped, output)
-    _record(records, cells(rows), wishes.dtype)
+    _record(records, cells(rows))
     for path in partials:
         path.unlink(missing_ok=True)
 
@@ -269,14 +269,14 @@ def _records(subjects: Sequence[Subject]) -> dict[str, Record]:
     return found
 
 
-def _record(records: dict[str, Record], found: Sequence[Cell], dtype: str) -> None:
+def _record(records: dict[str, Record], found: Sequence[Cell]) -> None:
     """Write each plug-in's cells into it; what fails for one does not keep the others from theirs."""
     console, failed = wide_console(), []
     for name, record in records.items():
         names = {name: False, _anew(name): True}
         mine = [(cell, names[cell.row.subject]) for cell in found if cell.row.subject in names]
         try:
-            notes = write_record(record, mine, dtype)
+            notes = write_record(record, mine)
         except PluginError as error:
             failed.append(str(error))
             continue

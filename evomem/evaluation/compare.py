@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from evomem.errors import ConfigError, EvaluationError
+from evomem.devices import CURES, named, out_of_memory
+from evomem.errors import ConfigError, EvaluationError, OutOfMemoryError
 from evomem.evaluation.evaluator import Evaluator, Reach
 from evomem.evaluation.oracle import FutureOracle, evaluate_oracle
 from evomem.evaluation.results import SampleFile
@@ -20,6 +22,8 @@ from evomem.evaluation.types import Evaluation
 from evomem.managers import MemoryManager, build, names
 from evomem.tasks.base import Sample, Split, Task, at_hand
 from evomem.tasks.chat import ChatTemplate
+
+logger = logging.getLogger("evomem")
 
 Progress = Callable[[int, int], None]
 
@@ -328,9 +332,25 @@ def _on_sample(entrants: Sequence[_Entrant], place: Place, sample: Sample, exact
             found[index] = evaluate_oracle(
                 place.evaluator, sample, place.subject_task, entrant.budget, exact=exact, observes=observes
             )
-    for chunk in _chunks(entrants):
+    chunks = list(_chunks(entrants))
+    while chunks:
+        chunk = chunks.pop(0)
         members = [entrants[index].manager for index in chunk]
-        results = place.evaluator.evaluate(members, sample, place.subject_task, exact=exact, observes=observes)
+        try:
+            results = place.evaluator.evaluate(members, sample, place.subject_task, exact=exact, observes=observes)
+        except Exception as error:
+            ended = out_of_memory(error, f"sample {sample.id}: {len(chunk)} managers as one batch")
+            if ended is None:
+                raise
+            if len(chunk) == 1:
+                name = entrants[chunk[0]].name
+                raise OutOfMemoryError(
+                    f"{ended} {name} alone does not fit. {CURES[ended.memory]}", ended.memory
+                ) from None
+            half = len(chunk) // 2
+            logger.warning("%s They are measured as two batches", ended)
+            chunks[:0] = [chunk[:half], chunk[half:]]
+            continue
         found.update(zip(chunk, results, strict=True))
     place.evaluator.store.close()
     return [found[index] for index in range(len(entrants))]
@@ -414,6 +434,8 @@ def _comparison(
                 split=str(split),
                 role=entrant.role,
                 evaluations=found[place.model, place.task, entrant.name, entrant.budget],
+                dtype=place.evaluator.loaded.dtype,
+                device=named(place.evaluator.loaded.devices),
                 prefix=place.evaluator.encoder.spelled,
                 chat_template=place.chat_template,
                 remark=pool.remark,

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from evomem.cache import SlotCache, attached
 from evomem.cache.cache import CachePolicy
+from evomem.cache.parallel import degree
 from evomem.cache.positions import beyond, position_limit
-from evomem.devices import stacked
-from evomem.errors import TaskError
+from evomem.devices import devices_of, stacked
+from evomem.errors import TaskError, UnsupportedModelError
 from evomem.evaluation.attention import FutureAttention, retained_attention, sample_key
 from evomem.evaluation.costs import How, KnownSamples, ranking_costs
 from evomem.evaluation.meter import Meter
@@ -96,7 +97,12 @@ class Evaluator:
         self.traces: KnownSamples | None = None
         self.encoder = TextEncoder(loaded.tokenizer)
         self._drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
-        self._one_device = len({parameter.device for parameter in loaded.model.parameters()}) <= 1
+        self._one_device = len(devices_of(loaded.model)) <= 1
+        if degree(loaded.model) > 1:
+            raise UnsupportedModelError(
+                f"model {loaded.name!r} is split over {degree(loaded.model)} processes (tensor parallel), each of "
+                "which would measure its own part; spread it by layers instead (device_map)"
+            )
         config = loaded.model.generation_config
         ends = getattr(config, "eos_token_id", None) if config is not None else None
         self._ends = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id} - {None}
@@ -224,12 +230,18 @@ class Evaluator:
             cache, shared, own = self._stream(policy, tokens, meter)
         slots = stacked([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
         texts: list[str] | None = None
-        if exact and task.has_exact and sample.max_new_tokens:  # a row of likelihood only may stand among others
-            texts, generated = self.generate(cache, policy.aside(), tokens, sample.max_new_tokens)
+        writes = exact and task.has_exact and sample.max_new_tokens > 0  # a row may be of likelihood only
+        once, decided = self.protocol.kind == "compress_once", cache.get_seq_length()
+        if writes and not once:  # decisions while it answers cannot be taken back: on a copy
+            texts, generated = self.generate(cache.clone(), policy.aside(), tokens, sample.max_new_tokens)
             own += generated
         asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1).expand(policy.size, -1)
         loglik = mean_loglik(self._feed(asked, cache, tokens.answer.shape[1], policy, meter), tokens.answer)
         own += asked.shape[1]
+        if writes and once:  # a copy would hold what every candidate kept a second time
+            cache.crop(decided)
+            texts, generated = self.generate(cache, policy, tokens, sample.max_new_tokens)
+            own += generated
         return [
             Evaluation(
                 sample=sample.id,
@@ -390,14 +402,13 @@ class Evaluator:
     # ---- answering ------------------------------------------------------------------------------------------------
 
     def generate(self, cache: SlotCache, policy: CachePolicy, tokens: Tokens, limit: int) -> tuple[list[str], int]:
-        """Greedy continuation of the prompt, per row, on a copy of the cache; and the tokens that a row took."""
+        """Greedy continuation of the prompt, per row, and the tokens that a row took; the cache goes on with them."""
         most = position_limit(self.loaded.model)
         if most is not None and most.learned and _needed(tokens, limit) > most.tokens:
             raise TaskError(
                 f"max_new_tokens {limit:,} after {_needed(tokens, 1):,} tokens: {beyond(self.loaded.model, most)}; ask "
                 "for fewer"
             )
-        cache = cache.clone()
         cache.policy = policy  # decides while it answers
         rows = cache.layers[0].slots.shape[0]
         following = self.forward(tokens.prompt.expand(rows, -1), cache, 1)[:, -1].argmax(-1)

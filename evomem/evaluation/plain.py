@@ -40,7 +40,7 @@ def evaluate_plainly(
         held = cache.nbytes() - recorded_bytes(cache)
         slots = float(stacked([s.float().mean() for s in cache.slots_held()]).mean())
         if exact and task.has_exact and sample.max_new_tokens:
-            texts, generated = evaluator.generate(cache, manager, tokens, sample.max_new_tokens)
+            texts, generated = evaluator.generate(cache.clone(), manager, tokens, sample.max_new_tokens)
         asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
         loglik = mean_loglik(evaluator.forward(asked, cache, tokens.answer.shape[1]), tokens.answer)[0]
     after = cache.nbytes() - recorded_bytes(cache)

@@ -43,6 +43,7 @@ class Row:
     remark : what else a reader must know of the place's samples: how few there are, how a small file was divided.
     longest, positions : tokens of the longest sample, and the fewer positions that a rotary model was made for; both
         None where it was made for all of them.
+    dtype, device : type of the model's weights, and where they lay (`evomem.devices.named`); None if that is not known.
     """
 
     model: str
@@ -71,6 +72,8 @@ class Row:
     remark: str = ""
     longest: int | None = None
     positions: int | None = None
+    dtype: str | None = None
+    device: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, numbers that are not finite as None."""
@@ -119,6 +122,8 @@ class Measured:
     remark: str = ""
     longest: int | None = None
     positions: int | None = None
+    dtype: str | None = None
+    device: str | None = None
 
 
 def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
@@ -199,6 +204,8 @@ def _row(
         remark=one.remark,
         longest=one.longest,
         positions=one.positions,
+        dtype=one.dtype,
+        device=one.device,
     )
 
 

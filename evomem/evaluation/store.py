@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomem.cache import LayerView
+from evomem.devices import CPU, free_bytes
 from evomem.errors import EvomemError
 from evomem.scratch import Scratch, sweep
 
@@ -68,7 +69,8 @@ class PrefillStore:
 
     Parameters
     ----------
-    limit : bytes of memory for readings; the newest one stays even if it alone is larger.
+    limit : bytes of memory for readings; the newest one stays even if it alone is larger. None: `room_for_readings`, on
+        the devices of the first one.
     folder : where readings go that do not fit; if None a temporary folder, which is removed with the store, or by the
         next process if this one is killed.
     """
@@ -76,7 +78,7 @@ class PrefillStore:
     swept = False
     """Whether this process has removed what killed ones have left."""
 
-    def __init__(self, limit: int = 4 << 30, folder: Path | None = None) -> None:
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
         self.limit = limit
         if folder is None and not PrefillStore.swept:
             PrefillStore.swept = True
@@ -85,6 +87,7 @@ class PrefillStore:
         self._folder = folder
         self._memory: OrderedDict[str, Reading] = OrderedDict()
         self._sizes: dict[str, int] = {}
+        self._warned = False
         self.hits = self.misses = self.spills = 0
 
     def get(self, key: str, read: Callable[[], Reading]) -> Reading:
@@ -100,8 +103,17 @@ class PrefillStore:
                 self.misses += 1
                 reading = read()
         self._memory[key] = reading
+        if self.limit is None:
+            self.limit = room_for_readings({view.keys.device for view in reading.views})
         for newest in list(self._memory)[-2:]:  # the one used before has been looked at since, and may have grown
             self._sizes[newest] = self._memory[newest].nbytes()
+        if self._sizes[key] > self.limit and not self._warned:
+            self._warned = True
+            logger.warning(
+                "one context of %s tokens takes %s bytes, and there is room for %s (store_bytes): wherever several are "
+                "used in turn, each goes to disk and back. Give store_bytes more, or take shorter contexts",
+                f"{reading.tokens:,}", f"{self._sizes[key]:,}", f"{self.limit:,}",
+            )  # fmt: skip
         while self.held > self.limit and len(self._memory) > 1:
             oldest, leaving = self._memory.popitem(last=False)
             del self._sizes[oldest]
@@ -165,6 +177,19 @@ class PrefillStore:
         if self._temporary is not None:
             self._temporary.close()
             self._temporary = self._folder = None
+
+
+def room_for_readings(places: Iterable[torch.device]) -> int:
+    """Return how many bytes of readings to keep in the memory of some devices: a quarter of what is free there.
+
+    The rest is for the candidates' caches, which are what a search is about. On the processor it is at least 2 GiB and
+    at most 64 GiB.
+    """
+    free = {place: free_bytes(place) for place in places}
+    accelerators = [room for place, room in free.items() if place.type != "cpu" and room is not None]
+    if accelerators:
+        return max(256 << 20, sum(accelerators) // 4)
+    return min(64 << 30, max(2 << 30, (free.get(CPU) or 0) // 4))
 
 
 def _named(view: LayerView) -> dict[str, Tensor]:

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from evomem.errors import ModelError
+from evomem.devices import chosen_device, devices_of, kind_of
+from evomem.errors import ConfigError, ModelError
 from evomem.models.aliases import Shipped, aliases
 from evomem.models.dequantised import cached_folders, damage, loader_report, quiet
 from evomem.models.exact import check_numbers, check_report, nothing_random, weight_shapes
@@ -46,14 +48,36 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     digest: str
 
+    @property
+    def dtype(self) -> str:
+        """Type of the weights: ``float32``, …; of quantised ones, the type that they are computed in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices that the weights lie on."""
+        return devices_of(self.model)
+
+    @property
+    def kind(self) -> str:
+        """The kind of devices that it computes on: ``cpu``, ``cuda``, … (`evomem.devices.kind_of`)."""
+        return kind_of(self.devices)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the weights are quantised, as the model's configuration says it; None: they are not."""
+        found: Any = getattr(self.model.config, "quantization_config", None)
+        return None if found is None else dict(found if isinstance(found, Mapping) else found.to_dict())
+
 
 def load(
     name: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     attn: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | None = None,
     verify: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and freeze it.
@@ -61,11 +85,15 @@ def load(
     Parameters
     ----------
     name : an alias (`evomem.models.available`), a local folder (config.json, safetensors, tokenizer), or a hub id.
-    dtype : of the weights.
-    device : where to put it; the first GPU when there is one, else the CPU.
+    dtype : of the weights, as a type or its name; ``auto``: that of the checkpoint. None: float32 on the processor,
+        where small models are studied, and ``auto`` on an accelerator.
+    device : where to put it (``cpu``, ``cuda``, ``cuda:1``, …); None: the first GPU when there is one, else the CPU.
+        With accelerate installed the weights are read straight to where they belong.
     attn : transformers' attention implementation ("sdpa", "eager", ...); its own choice when None.
     device_map : spreads a model that is too big for one device over several, as accelerate does ("auto", "balanced",
         or a mapping from modules to devices); then ``device`` must be None.
+    quantization : transformers' ``quantization_config`` as plain values, e.g. ``{"load_in_8bit": True}``; None: as the
+        folder's config.json says. Its library must be installed.
     verify : for an alias, compare every checksum of its cached files even when they look untouched.
 
     Raises
@@ -73,18 +101,24 @@ def load(
     ModelError
         The model is not there, incomplete, damaged, or not a causal language model; its files lack a weight, or hold
         one that the model has no place for; a weight is NaN or infinite.
+    ConfigError : the device does not exist, or the type has no such name.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if device_map is not None and device is not None:
         raise ModelError(f"model {name!r}: give either a device or a device_map, not both")
     folder = resolve(name, verify=verify)
-    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    target = chosen_device(device)
+    kind = dtype_of(dtype, _accelerated(target, device_map))
     # `name` chose the folder; from here on nothing may touch the network, run code from the folder, or ask to.
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
     if device_map is not None:
         options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
+    elif quantization is not None or (target.type != "cpu" and find_spec("accelerate") is not None):
+        options["device_map"] = {"": str(target)}
+    if quantization is not None:
+        options["quantization_config"] = dict(quantization)
     where = f"model {name!r} in {folder}"
     shapes = weight_shapes(folder)
     report: list[str] = []
@@ -94,16 +128,21 @@ def load(
             import_module(own)
         with quiet(), loader_report() as report:
             config = AutoConfig.from_pretrained(folder, **safe)
-            with nothing_random(where, accelerators=device_map is not None):
+            with nothing_random(where, accelerators="device_map" in options):
                 read: Any = AutoModelForCausalLM.from_pretrained
                 model, found = read(
-                    folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                    folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True,
                     ignore_mismatched_sizes=True, **safe, **options,
                 )  # fmt: skip
                 check_report(where, model, found, shapes)
             tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
     except ModelError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{where}: does not fit into the memory of {target}: {error}. Take a smaller type (--dtype bfloat16), "
+            "spread it over several devices (device_map), or quantise it"
+        ) from error
     except Exception as error:  # transformers, safetensors and tokenizers each raise their own classes
         reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
         raise ModelError("\n".join([f"{where}: {reason}", *report])) from error
@@ -117,12 +156,36 @@ def load(
     tokenizer.padding_side = "left"
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if device_map is None:
+    if "device_map" not in options and devices_of(model) != [target]:
         model.to(target)
     check_numbers(where, model, sorted(folder.glob(WEIGHTS)))
     align(model)
     model.eval().requires_grad_(False)
     return LoadedModel(name, model, tokenizer, folder_digest(folder))
+
+
+def dtype_of(name: torch.dtype | str | None, accelerated: bool = False) -> torch.dtype | Literal["auto"]:
+    """Return the type of weights that a name stands for; None: ``auto`` on an accelerator, float32 on the processor.
+
+    Raises
+    ------
+    ConfigError : no floating-point type of PyTorch has that name.
+    """
+    if name is None:
+        return "auto" if accelerated else torch.float32
+    if name == "auto":
+        return "auto"
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype {str(name)!r}: is none for weights; write float32, bfloat16, float16, or auto")
+    return found
+
+
+def _accelerated(target: torch.device, device_map: str | Mapping[str, Any] | None) -> bool:
+    """Whether weights will lie on an accelerator."""
+    if isinstance(device_map, Mapping):
+        return any(str(place) not in ("cpu", "disk") for place in device_map.values())
+    return target.type != "cpu"
 
 
 ALIGNMENT = 64

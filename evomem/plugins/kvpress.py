@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evomem.cache import LayerView, layer_view
+from evomem.cache.parallel import check_parallel
 from evomem.cache.recompute import recomputed
 from evomem.cache.rotary import Rotary, find_rotaries, rotate_half
 from evomem.errors import ConfigError
@@ -103,7 +104,11 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
     # ---- what kvpress calls ---------------------------------------------------------------------------------------
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Find the model's rotary embeddings, which queries are turned by."""
+        """Find the model's rotary embeddings, which queries are turned by.
+
+        Raises `UnsupportedModelError` for a model whose heads are split over processes, if the manager compares heads.
+        """
+        check_parallel(model, self.manager, model.config.get_text_config(decoder=True).num_hidden_layers)
         if self.manager.observes:
             self._rotaries = find_rotaries(model, model.config.get_text_config(decoder=True).num_hidden_layers)
 

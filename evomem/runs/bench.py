@@ -7,13 +7,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from evomem.devices import named
+from evomem.errors import ModelError
 from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
-from evomem.runs.config import ExperimentConfig, TaskConfig
+from evomem.runs.config import ExperimentConfig, ModelConfig, TaskConfig
 from evomem.tasks.base import Sample, Task
 from evomem.tasks.chance import ChanceReport, check
 
 if TYPE_CHECKING:
+    import torch
+
     from evomem.evaluation.costs import KnownSamples
     from evomem.evaluation.evaluator import Evaluator, Reach
     from evomem.evaluation.store import Readings
@@ -56,6 +60,9 @@ class Bench:
     elsewhere : makes the same bench in another process; None: call the factory there.
     provenance : what the measurements depend on (model, hash of its weights); a run is resumed on the same only.
     benches : with several models, the bench of each by name; this one is then the first of them.
+    devices : accelerators that are measured on; empty: the processor.
+    weights : bytes of the models.
+    facts : what else the run's record says of where it ran: names of devices, memory set aside. Nothing depends on it.
     """
 
     evaluator: CandidateEvaluator
@@ -65,6 +72,9 @@ class Bench:
     check: Callable[[str, Task, Sequence[Sample], MemoryManager], ChanceReport] | None = None
     elsewhere: Elsewhere | None = None
     benches: Mapping[str, Bench] = field(default_factory=dict)
+    devices: Sequence[torch.device] = ()
+    weights: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, task: TaskConfig) -> Bench:
         """Return the bench of the model that a task is done on."""
@@ -90,13 +100,22 @@ BenchFactory = Callable[[ExperimentConfig], Bench]
 
 def model_bench(config: ExperimentConfig) -> Bench:
     """Return the bench of a real frozen model: loads it, and evaluates in this process."""
-    from evomem.evaluation.store import PrefillStore
+    from evomem.evaluation.store import PrefillStore, room_for_readings
+    from evomem.models.sharing import why_apart
 
-    loaded = _load(config)
-    # A model that is spread over devices is too big to be copied: every worker loads its own.
-    spread = any(model.device_map for model in config.all_models)
-    shared = Elsewhere(dict, spread_bench) if spread else Elsewhere(partial(_dismantled, loaded), shared_bench)
-    return _bench(config, loaded, PrefillStore(config.store_bytes), shared)
+    loaded = [load_model(model) for model in config.all_models]
+    if any(map(why_apart, loaded)):  # spread over devices, or quantised: every worker loads its own
+        shared = Elsewhere(dict, partial(spread_bench, [one.kind for one in loaded]))
+    else:
+        shared = Elsewhere(partial(_dismantled, loaded), shared_bench)
+    limit = config.store_bytes
+    if limit is None:
+        limit = room_for_readings({device for one in loaded for device in one.devices})
+    bench = _bench(config, loaded, PrefillStore(limit), shared)
+    places = {device: None for one in loaded for device in one.devices if device.type != "cpu"}
+    facts = {"devices": {one.name: named(one.devices) for one in loaded}, "store_bytes": limit}
+    weights = sum(tensor.nbytes for one in loaded for tensor in one.model.parameters())
+    return replace(bench, devices=tuple(places), weights=weights, facts=facts)
 
 
 def shared_bench(config: ExperimentConfig, parts: Mapping[str, Any], readings: Readings) -> Bench:
@@ -106,9 +125,19 @@ def shared_bench(config: ExperimentConfig, parts: Mapping[str, Any], readings: R
     return _bench(config, [assemble(part) for part in parts["models"]], readings)
 
 
-def spread_bench(config: ExperimentConfig, parts: Mapping[str, Any], readings: Readings) -> Bench:
-    """Return the bench of `model_bench` in another process, with models of its own."""
-    return _bench(config, _load(config), readings)
+def spread_bench(kinds: Sequence[str], config: ExperimentConfig, parts: Mapping[str, Any], readings: Readings) -> Bench:
+    """Return the bench of `model_bench` in another process, with models of its own.
+
+    Raises `ModelError` where they came to lie on another kind of device than ``kinds``, those of the first process.
+    """
+    loaded = [load_model(model) for model in config.all_models]
+    for one, kind in zip(loaded, kinds, strict=True):
+        if one.kind != kind:
+            raise ModelError(
+                f"model {one.name!r}: the search runs on {kind}, this worker on {one.kind}. Give every worker what the "
+                "search has (--gpus-per-worker), or search on the processor (--device cpu)"
+            )
+    return _bench(config, loaded, readings)
 
 
 def _dismantled(loaded: Sequence[LoadedModel]) -> Mapping[str, Any]:
@@ -117,15 +146,17 @@ def _dismantled(loaded: Sequence[LoadedModel]) -> Mapping[str, Any]:
     return {"models": [dismantle(one) for one in loaded]}
 
 
-def _load(config: ExperimentConfig) -> list[LoadedModel]:
-    import torch
-
+def load_model(config: ModelConfig, dtype: str | None = None) -> LoadedModel:
+    """Return the model of an experiment; ``dtype`` takes the place of its type."""
     from evomem import models
 
-    return [
-        models.load(model.name, dtype=getattr(torch, model.dtype), device_map=model.device_map)
-        for model in config.all_models
-    ]
+    return models.load(
+        config.name,
+        dtype=dtype or config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        quantization=config.quantization,
+    )
 
 
 def _bench(
@@ -159,7 +190,12 @@ def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings)
     def calibrate(manager: MemoryManager, chosen: Sequence[tuple[TaskConfig, Sequence[Sample]]]) -> None:
         calibrate_manager(manager, [(evaluator, samples) for _, samples in chosen])
 
-    provenance = {"model": loaded.name, "model_digest": loaded.digest, **_reading(config, loaded, evaluator)}
+    provenance = {
+        "model": loaded.name,
+        "model_digest": loaded.digest,
+        **_how(loaded),
+        **_reading(config, loaded, evaluator),
+    }
     return Bench(evaluator, make_task, calibrate, provenance, partial(check_chance, evaluator))
 
 
@@ -173,6 +209,12 @@ def _reading(config: ExperimentConfig, loaded: LoadedModel, evaluator: Evaluator
     if any(str(chat).lower() in ("true", "1", "yes", "on", "t", "y") for chat in chats):
         found["chat_template"] = template_digest(loaded.tokenizer)
     return {key: value for key, value in found.items() if value}
+
+
+def _how(loaded: LoadedModel) -> dict[str, Any]:
+    """Return how a model computes, as far as numbers depend on it."""
+    quantised = {"quantization": loaded.quantization} if loaded.quantization is not None else {}
+    return {"dtype": loaded.dtype, "device": loaded.kind, **quantised}
 
 
 def traces_of(config: ExperimentConfig, loaded: LoadedModel) -> KnownSamples | None:

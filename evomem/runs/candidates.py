@@ -10,12 +10,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.devices import CURES, out_of_memory
 from evomem.drivers.base import Population
 from evomem.drivers.estimators import Rollouts
-from evomem.errors import EvomemError, RunError
+from evomem.errors import EvomemError, OutOfMemoryError, RunError
 from evomem.evaluation.types import Evaluation, Step
 from evomem.managers.base import MemoryManager, managers
 from evomem.runs.bench import Bench
+from evomem.runs.chunks import Chunks
 from evomem.runs.config import Budget, Stage, TaskConfig
 from evomem.runs.fitness import Fitness, TaskValues, baseline_scale, combine, objective_of, rollouts_of, worth
 from evomem.runs.journal import Journal, Record, evaluations_of, unit_record
@@ -143,6 +145,7 @@ class Measuring:
         ------
         RunError : a unit failed on every attempt; a sample is no longer the one that the journal knows by its name.
             Errors of evomem itself are passed on at once.
+        OutOfMemoryError : a unit does not fit into memory.
         """
         results: dict[str, list[Evaluation]] = {}
         missing = []
@@ -178,6 +181,9 @@ class Measuring:
             )
             if isinstance(outcome.error, EvomemError):
                 raise outcome.error
+            ended = out_of_memory(outcome.error, f"unit {key} of {outcome.unit.candidates} candidates")
+            if ended is not None:  # the same again would end in the same way
+                raise ended
             if not outcome.again:
                 raise RunError(
                     f"unit {key} failed {attempts[key]} times; the last time: "
@@ -246,6 +252,11 @@ class Plan:
     rollouts: WantedRollouts | None = None
     arguments: Mapping[str, Any] | None = None
 
+    @property
+    def together(self) -> bool:
+        """Whether all rollouts on a sample must be one unit: they are compared head by head where they are drawn."""
+        return self.rollouts is not None and bool(objective_of(self.stage.fitness).drawn)
+
     def evaluator_arguments(self) -> dict[str, Any]:
         """Return what the evaluator is asked for."""
         objective = objective_of(self.stage.fitness)
@@ -298,16 +309,34 @@ class Judge:
     ----------
     measuring : evaluates units.
     samples : names tasks.
-    chunk : candidates of a unit.
+    chunks : how many candidates are a unit, and when.
     """
 
-    def __init__(self, measuring: Measuring, samples: Samples, chunk: int) -> None:
+    def __init__(self, measuring: Measuring, samples: Samples, chunks: Chunks) -> None:
         self._measuring = measuring
         self._samples = samples
-        self._chunk = chunk
+        self._chunks = chunks
 
     def judge(self, plan: Plan, vectors: Vectors, seeds: Seeds) -> tuple[Fitness, list[Row]]:
-        """Return the fitness of candidates (candidates, dim), and all evaluations."""
+        """Return the fitness of candidates (candidates, dim), and all evaluations.
+
+        Where memory ends, the whole plan is measured again in units of half the size: candidates that are compared
+        are measured in batches of one shape.
+
+        Raises
+        ------
+        OutOfMemoryError : not even one candidate fits, or rollouts that must be one unit do not.
+        """
+        while True:
+            try:
+                return self._judge(plan, vectors, seeds)
+            except OutOfMemoryError as error:
+                if plan.together:
+                    cure = CURES[error.memory]
+                    raise OutOfMemoryError(f"{error} These rollouts are one unit. {cure}", error.memory) from error
+                self._chunks.halve(plan.phase, plan.generation, len(vectors), error)
+
+    def _judge(self, plan: Plan, vectors: Vectors, seeds: Seeds) -> tuple[Fitness, list[Row]]:
         arguments = plan.evaluator_arguments()
         places = [
             (place, number, budget)
@@ -315,7 +344,8 @@ class Judge:
             for number in range(len(samples))
             for budget in plan.stage.budgets or (None,)
         ]
-        units = [self._chunks(plan, *where, vectors, seeds, arguments) for where in places]
+        size = self._chunks.at(plan.phase, plan.generation)
+        units = [units_of(plan, self._samples, *where, vectors, seeds, arguments, size) for where in places]
         found = self._measuring.evaluate([unit for chunks in units for unit in chunks])
         baselines = self._baselines(plan)
         values: list[list[list[Vectors]]] = [[[] for _ in samples] for samples in plan.samples]
@@ -338,31 +368,6 @@ class Judge:
         if objective_of(plan.stage.fitness).headwise and len({task.model for task in plan.stage.tasks}) == 1:
             fitness = replace(fitness, heads=by_head(rows))
         return fitness, rows
-
-    def _chunks(
-        self, plan: Plan, place: int, number: int, budget: Budget | None, vectors: Vectors, seeds: Seeds, arguments: Any
-    ) -> list[Unit]:
-        """Return the units of all candidates on one sample at one budget."""
-        name, sample = self._samples.name(plan.stage.tasks[place]), plan.samples[place][number]
-        head = plan.phase if plan.generation is None else f"{plan.phase}/{plan.generation}"
-        head = f"{head}/{name}/{sample.id}/{'own' if budget is None else budget}"
-        units = []
-        for chunk, begin in enumerate(range(0, len(vectors), self._chunk)):
-            part = slice(begin, begin + self._chunk)
-            units.append(
-                Unit(
-                    key=f"{head}/{chunk}",
-                    phase=plan.phase,
-                    generation=plan.generation,
-                    task=name,
-                    sample=sample,
-                    vectors=vectors[part],
-                    seeds=seeds[part],
-                    budget=budget,
-                    arguments=arguments,
-                )
-            )
-        return units
 
     def _baselines(self, plan: Plan) -> list[list[tuple[float | None, float]]]:
         """Return what to subtract and what to divide by, per task and sample."""
@@ -391,3 +396,30 @@ class Judge:
         if objective.against_full == "subtract":
             return [[(value, 1.0) for value in row] for row in full]
         return [[(None, baseline_scale(row))] * len(row) for row in full]
+
+
+def units_of(
+    plan: Plan, samples: Samples, place: int, number: int, budget: Budget | None, vectors: Vectors, seeds: Seeds,
+    arguments: Mapping[str, Any], size: int,
+) -> list[Unit]:  # fmt: skip
+    """Return the units of candidates on sample ``number`` of task ``place`` at one budget, ``size`` candidates each."""
+    name, sample = samples.name(plan.stage.tasks[place]), plan.samples[place][number]
+    head = plan.phase if plan.generation is None else f"{plan.phase}/{plan.generation}"
+    head = f"{head}/{name}/{sample.id}/{'own' if budget is None else budget}"
+    units = []
+    for chunk, begin in enumerate(range(0, len(vectors), size)):
+        part = slice(begin, begin + size)
+        units.append(
+            Unit(
+                key=f"{head}/{chunk}",
+                phase=plan.phase,
+                generation=plan.generation,
+                task=name,
+                sample=sample,
+                vectors=vectors[part],
+                seeds=seeds[part],
+                budget=budget,
+                arguments=arguments,
+            )
+        )
+    return units

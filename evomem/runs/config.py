@@ -20,15 +20,35 @@ Budget = int | float
 
 
 class ModelConfig(Settings):
-    """The frozen model: alias, folder or hub id, the type of its weights, and how it is spread over devices.
+    """The frozen model: alias, folder or hub id, the type of its weights, and where they lie.
 
-    ``device_map`` ("auto", or a mapping from modules to devices, as accelerate takes it) is for models that are too big
-    for one device.
+    Attributes
+    ----------
+    dtype : ``auto``: the checkpoint's own. By default float32 on the processor and ``auto`` on an accelerator.
+    device : ``cpu``, ``cuda``, ``cuda:1``, …; by default the first GPU if there is one.
+    device_map : "auto", or a mapping from modules to devices, as accelerate takes it: for models that are too big for
+        one device.
+    quantization : transformers' ``quantization_config`` as plain values, e.g. ``{load_in_8bit: true}``; by default what
+        the model's own configuration says.
     """
 
     name: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
     device_map: str | dict[str, str | Annotated[int, Field(ge=0, le=LISTED)]] | None = None
+    quantization: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("give either a device or a device_map, not both")
+        return self
+
+    def accelerated(self) -> bool:
+        """Whether the model runs on an accelerator here; raises `ConfigError` for a device that does not exist."""
+        from evomem.devices import chosen_device
+
+        return self.device_map is not None or chosen_device(self.device).type != "cpu"
 
 
 class TaskConfig(Settings):
@@ -164,8 +184,10 @@ class ExperimentConfig(Settings):
     stages : see `StageConfig`; without them there is one, of ``generations``.
     against : heuristics that a comparison sets beside the winner.
     chunk : candidates evaluated as one batch. It is part of the experiment because a batch's shape moves results in
-        the last digits.
-    store_bytes : memory for contexts that were read once and are used again.
+        the last digits. By default 32 on the processor; on an accelerator it is chosen once, from free memory and what
+        two candidates take, and is an event of the journal.
+    store_bytes : memory for contexts that were read once and are used again, on the device that the model is on. By
+        default a share of what is free (`evomem.evaluation.store.room_for_readings`). It moves no result.
     chance_contexts : on so many training contexts per task the full cache must beat having read nothing, before the
         search begins; 0 leaves the check out.
     attempts : how often a failing evaluation is tried before the search stops.
@@ -194,8 +216,8 @@ class ExperimentConfig(Settings):
     select: SelectConfig = SelectConfig()
     sealed: SealedConfig = SealedConfig()
     against: list[str] = Field(default_factory=list, max_length=LISTED)
-    chunk: int = Field(default=32, ge=1, le=POPULATION)
-    store_bytes: int = Field(default=2 * 2**30, ge=0, le=BYTES)
+    chunk: int | None = Field(default=None, ge=1, le=POPULATION)
+    store_bytes: int | None = Field(default=None, ge=0, le=BYTES)
     chance_contexts: int = Field(default=8, ge=0, le=CONTEXTS)
     attempts: int = Field(default=2, ge=1, le=LISTED)
     threads: int = Field(default=1, ge=1, le=UNITS)
@@ -311,6 +333,36 @@ class ExperimentConfig(Settings):
             begin += stage.generations
         return tuple(stages)
 
+    def on(self, device: str) -> ExperimentConfig:
+        """Return the experiment with its models on a device.
+
+        Raises
+        ------
+        ConfigError : a model is spread over devices.
+        """
+        if any(model.device_map is not None for model in self.all_models):
+            raise ConfigError(f"--device {device}: model.device_map says already where models lie; leave one out")
+
+        def moved(model: ModelConfig) -> ModelConfig:
+            return model.model_copy(update={"device": device})
+
+        models = None if self.models is None else [moved(model) for model in self.models]
+        return self.model_copy(update={"model": moved(self.model), "models": models})
+
+    def placed(self) -> ExperimentConfig:
+        """Return the experiment as it is on this machine: what the processor's defaults are is filled in.
+
+        On an accelerator type and chunk stay open: the checkpoint says the one, a measurement the other.
+        """
+        if any(model.accelerated() for model in self.all_models):
+            return self
+
+        def filled(model: ModelConfig) -> ModelConfig:
+            return model.model_copy(update={"dtype": model.dtype or "float32"})
+
+        models = None if self.models is None else [filled(model) for model in self.models]
+        return self.model_copy(update={"model": filled(self.model), "models": models, "chunk": self.chunk or 32})
+
     def resolved(self) -> dict[str, Any]:
         """Return everything as plain values: what is kept in the run and compared on a resume."""
         return self.model_dump(mode="json")
@@ -370,26 +422,28 @@ def _checked_budgets(value: list[Budget] | None) -> list[Budget] | None:
     return None if value is None else list({(type(budget), budget): budget for budget in value}.values())
 
 
-def load_experiment(name: str | Path, settings: Iterable[str] = ()) -> ExperimentConfig:
+def load_experiment(name: str | Path, settings: Iterable[str] = (), *, device: str | None = None) -> ExperimentConfig:
     """Return the experiment of a file or of a name in `experiments/`, with ``key=value`` settings applied.
 
     ``space`` may be the name of a file of `search_spaces/`, or a mapping with ``name`` and what to change in it. The
     setting ``space=NAME`` takes another space as it is; ``space.name=NAME`` keeps what the experiment changes in it.
+    What the processor's defaults are is filled in (`ExperimentConfig.placed`). ``device`` is where the models run, in
+    place of what the experiment says.
 
     Raises
     ------
-    ConfigError : names file, field, value and the nearest valid key.
+    ConfigError : names file, field, value and the nearest valid key; a device does not exist.
     """
     path = Path(name)
     if not path.is_file():
         from evomem.resources import resource_path
 
         path = resource_path("experiments", str(name))
-    return parse_experiment(read_yaml(path), settings, str(path))
+    return parse_experiment(read_yaml(path), settings, str(path), device=device)
 
 
 def parse_experiment(
-    data: Mapping[str, Any], settings: Iterable[str] = (), where: str = "experiment"
+    data: Mapping[str, Any], settings: Iterable[str] = (), where: str = "experiment", *, device: str | None = None
 ) -> ExperimentConfig:
     """Return the `ExperimentConfig` of plain values; see `load_experiment`."""
     settings = list(settings)
@@ -398,7 +452,8 @@ def parse_experiment(
     others = [setting for setting in settings if setting not in first]
     values = apply_settings({**data, "space": _named(data.get("space"))}, first)
     values["space"] = _resolve_space(_named(values["space"]), where)
-    return validate(ExperimentConfig, apply_settings(values, others), where)
+    config = validate(ExperimentConfig, apply_settings(values, others), where)
+    return (config if device is None else config.on(device)).placed()
 
 
 def _named(space: Any) -> Any:

@@ -22,6 +22,7 @@ from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError, RunError
 from evomem.managers.stochastic import StochasticManager
+from evomem.runs.chunks import chunks_of
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.files import write_vector
 from evomem.runs.fitness import objective_of
@@ -118,7 +119,7 @@ def check_policy(config: ExperimentConfig, space: SearchSpace, stages: Sequence[
                 "exact one for every manager that scores, or manager kv_policy"
             )
         rollouts = driver.population or 8
-        if objective.drawn and (driver.options.get("estimator") == "grpo" or config.chunk < rollouts):
+        if objective.drawn and (driver.options.get("estimator") == "grpo" or (config.chunk or rollouts) < rollouts):
             raise ConfigError(
                 f"driver {driver.name!r}: stage {stage.name!r}: objective {stage.fitness.objective!r} compares "
                 f"the rollouts of a context head by head where they are drawn: take estimator reinforce, and a "
@@ -206,6 +207,7 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
             f"{run.folder}: its driver {name!r} learned from the measured bytes too, which are not "
             "kept per generation; start from a member of its front instead (space.start: {plugin: RUN/front/NN})"
         )
+    chunks = chunks_of(run.records(), run.config.chunk)
     evaluated: dict[int, set[str]] = {}
     for record in run.records():
         if record["kind"] == "unit" and record["phase"] == "train":
@@ -214,7 +216,8 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
         if is_headwise_driver(driver):
             driver.enter(headwise=False)
         population = driver.ask()
-        if evaluated.get(told.generation, set()).isdisjoint(digests(population, run.config.chunk)):
+        asked = set[str]().union(*(digests(population, size) for size in chunks.sizes))
+        if evaluated.get(told.generation, set()).isdisjoint(asked):
             raise RunError(
                 f"{run.folder}: generation {told.generation} cannot be reproduced: with these versions of the "
                 f"libraries, driver {name!r} proposes other candidates than the run evaluated. Start "

@@ -49,7 +49,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: ExperimentConfig, *, resume: bool) -> None:
         self.path = path
-        self._config = config
+        self._config = config.placed()
         self._resume = resume
         self._lock = filelock.FileLock(str(path / "run.lock"), timeout=0)
         self.resumed = False
@@ -171,15 +171,21 @@ class RunFolder:
         if not path.exists():
             write_atomically(path, json.dumps(provenance, indent=1).encode())
             return
-        lines = difference(json.loads(path.read_text()), provenance)
+        known = json.loads(path.read_text())
+        told = {key: value for key, value in provenance.items() if key in known or key not in _LATER}
+        lines = difference(known, told)
         if lines:
             raise RunError(f"{self.path}: the run began with another model:\n  " + "\n  ".join(lines))
+
+
+_LATER = frozenset({"dtype", "device", "quantization"})
+"""Parts of a provenance that older runs do not have; of one that has them they are compared."""
 
 
 def check_same_config(stored: Path, resolved: dict[str, Any]) -> dict[str, Any]:
     """Return a stored configuration; raise `RunError` with the difference unless it is the given one.
 
-    The inputs' digests are compared elsewhere.
+    The inputs' digests are compared elsewhere; memory for contexts may be another.
     """
     try:
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))
@@ -187,7 +193,8 @@ def check_same_config(stored: Path, resolved: dict[str, Any]) -> dict[str, Any]:
         raise RunError(f"{stored}: cannot be read: {error}") from None
     # Through YAML and back, so that only differences in value count.
     filled = _with_defaults(before or {})
-    lines = difference({**filled, "inputs": {}}, yaml.safe_load(to_yaml({**resolved, "inputs": {}})))
+    free: dict[str, Any] = {"inputs": {}, "store_bytes": None}  # how much memory contexts get moves no result
+    lines = difference({**filled, **free}, yaml.safe_load(to_yaml({**resolved, **free})))
     if lines:
         raise RunError(
             f"{stored.parent}: this run has another configuration (run -> now):\n  "

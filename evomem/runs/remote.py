@@ -10,7 +10,8 @@ from typing import Any
 
 import safetensors.torch
 
-from evomem.evaluation.store import Readings
+from evomem.devices import CPU
+from evomem.evaluation.store import Readings, room_for_readings
 from evomem.runs.bench import Bench, BenchFactory
 from evomem.runs.candidates import UnitEvaluator
 from evomem.runs.config import ExperimentConfig
@@ -53,7 +54,7 @@ def make_pool(
         recipe,
         options,
         attempts=config.attempts,
-        store_bytes=config.store_bytes,
+        store_bytes=room_for_readings([CPU]) if config.store_bytes is None else config.store_bytes,
         report=report,
         quarantined=quarantined,
     )

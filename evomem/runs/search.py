@@ -20,9 +20,11 @@ from evomem.drivers.kinds import FrontDriver, is_headwise_driver, is_policy_driv
 from evomem.errors import ConfigError, FitnessError, RunError
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
+from evomem.runs.batch_size import choose_chunks
 from evomem.runs.bench import BenchFactory, model_bench
 from evomem.runs.candidates import Judge, Measuring, Plan, WantedRollouts
 from evomem.runs.checkpoint import Checkpoint
+from evomem.runs.chunks import Chunks
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.driving import digests
 from evomem.runs.files import write_atomically, write_vector
@@ -71,6 +73,7 @@ def search(
     ConfigError, TaskError, ModelError : the experiment cannot be run as it is written.
     """
     folder = Path(folder)
+    config = config.placed()
     check_objectives(config)
     config = pinned(config)
     with RunFolder(folder, config, resume=resume) as run:
@@ -121,6 +124,7 @@ class Search:
         self.samples = Samples(config, bench)
         self.trackers = Trackers(trackers, self.warn)
         self.space: SearchSpace
+        self.chunks: Chunks
         self.start: Array
         self.records: dict[int, GenerationRecord] = {}
         self.identity: dict[str, str] = {}
@@ -141,7 +145,7 @@ class Search:
         """Search, choose, report."""
         journal = self.run_folder.journal
         self.run_folder.check_provenance(dict(self.bench.provenance))
-        journal.event("resume" if self.run_folder.resumed else "start")
+        journal.event("resume" if self.run_folder.resumed else "start", **self.bench.facts)
         if journal.repaired:
             self.warn(f"journal.jsonl: the last line was torn ({journal.repaired} bytes) and is cut off")
         for note in self.run_folder.notes:
@@ -159,6 +163,7 @@ class Search:
         self._prepare_start()
         self._identify()
         self._check_chance()
+        self.chunks = choose_chunks(self)
         relay, told = self._restore()
         pool = make_pool(
             self.config,
@@ -171,7 +176,7 @@ class Search:
             quarantined=self._quarantined(),
         )
         measuring = Measuring(pool, journal, self._known_units(told))
-        judge = Judge(measuring, self.samples, self.config.chunk)
+        judge = Judge(measuring, self.samples, self.chunks)
         done = [self.records[g] for g in sorted(self.records) if g < told]
         self.trackers.start(self.config.resolved(), self.generations, done)
         try:
@@ -316,7 +321,8 @@ class Search:
             if generation == stage.begin and stage.place and stage.fitness != self.plan[stage.place - 1].fitness:
                 self.archive.best.clear()  # its numbers mean something else
             population = driver.ask()
-            if not measuring.agrees(generation, digests(population, self.config.chunk)):
+            sizes = self.chunks.sizes  # memory may have ended in the middle of a generation
+            if not measuring.agrees(generation, set[str]().union(*(digests(population, size) for size in sizes))):
                 raise RunError(
                     f"{self.path}: generation {generation} cannot be gone on with: driver {stage.driver.name!r} "
                     "proposes other candidates than the journal has evaluations of (another version of its library, or "

@@ -117,13 +117,13 @@ def open_record(folder: Path) -> Record:
     return Record(folder, plugin.manager)
 
 
-def write_record(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str) -> list[str]:
+def write_record(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str = "float32") -> list[str]:
     """Write cells into the provenance of a plug-in, and make its card and picture anew; the rest of it stays.
 
     Parameters
     ----------
     found : the cells of the matrix that are about this plug-in, and whether its statistics were collected anew.
-    dtype : type of the model's weights that they were measured with.
+    dtype : type of the model's weights, of cells that do not say it.
 
     Returns
     -------
@@ -186,7 +186,7 @@ def record_row(cell: Cell, dtype: str, *, recalibrated: bool) -> RecordedRow:
         protocol=row.protocol,
         split=row.split,
         samples=row.samples,
-        dtype=dtype,
+        dtype=row.dtype or dtype,
         recalibrated=recalibrated,
         loglik=_finite(row.loglik),
         bytes_mean=row.bytes_mean,
