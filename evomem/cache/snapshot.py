@@ -192,7 +192,7 @@ def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, T
     within = bool(((slots >= -1) & (slots < seen)).all()) and bool(rising.all())
     _require(within, f"{index}.slots", "are not the ascending indices of tokens that were read")
     _require(not facts["aligned"] or bool((slots >= 0).all()), f"{index}.slots", "have empty ones, and aligned says no")
-    whole = held == seen and bool((slots == torch.arange(held)).all())
+    whole = held == seen and bool((slots == torch.arange(held, device=slots.device)).all())
     _require(not facts["dense"] or whole, f"{index}.slots", "are not all tokens, and dense says so")
 
 

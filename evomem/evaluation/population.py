@@ -144,8 +144,8 @@ class PopulationPolicy:
 def _grouped(managers: Sequence[MemoryManager]) -> list[_Group]:
     places: dict[str, list[int]] = {}
     for index, manager in enumerate(managers):
-        shapes = {name: tuple(p.shape) for name, p in manager.named_parameters()}
-        buffers = {name: hash(tuple(b.flatten().tolist())) for name, b in manager.named_buffers()}
+        shapes = {name: (tuple(p.shape), p.dtype) for name, p in manager.named_parameters()}
+        buffers = {name: (b.dtype, hash(tuple(b.flatten().tolist()))) for name, b in manager.named_buffers()}
         places.setdefault(repr((manager.describe(), shapes, buffers)), []).append(index)
     groups = []
     for members in places.values():
