@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from evomem import plugins
 from evomem.errors import PluginError
@@ -47,11 +49,16 @@ def same_bits(one: MemoryManager, other: MemoryManager) -> bool:
     )
 
 
+@cache
+def small() -> PreTrainedModel:
+    return tiny("llama", layers=2)
+
+
 def held(manager: MemoryManager) -> list[torch.Tensor]:
-    model = tiny("llama", layers=2)
-    with manager.attach(model) as cache:
-        read(model, cache, Batch.of(random_rows(model, [40], 0)))
-    return [layer.slots for layer in cache.layers]
+    model = small()
+    with manager.attach(model) as memory:
+        read(model, memory, Batch.of(random_rows(model, [40], 0)))
+    return [layer.slots for layer in memory.layers]
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -97,15 +104,10 @@ def test_a_default_type_or_device_changes_no_manager_and_no_decision(spec: str, 
     assert same_bits(again, manager)
     assert not any(tensor.is_inference() for tensor in again.state_dict().values())
     with default_type(torch.bfloat16):
-        model = tiny("llama", layers=2)
-        with again.attach(model) as cache:
-            read(model, cache, Batch.of(random_rows(model, [40], 0)))
-    assert all(torch.equal(layer.slots, slots) for layer, slots in zip(cache.layers, wanted, strict=True))
-    model = tiny("llama", layers=2)
-    with torch.device("meta"), again.attach(model) as cache, torch.no_grad():
-        ids = random_rows_on_cpu(model)
-        model(ids, past_key_values=cache)
-    assert all(torch.equal(layer.slots, slots) for layer, slots in zip(cache.layers, wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(held(again), wanted, strict=True))
+    with torch.device("meta"), again.attach(small()) as memory, torch.no_grad():
+        small()(random_rows_on_cpu(small()), past_key_values=memory)
+    assert all(torch.equal(layer.slots, slots) for layer, slots in zip(memory.layers, wanted, strict=True))
 
 
 def random_rows_on_cpu(model) -> torch.Tensor:
