@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +30,7 @@ from evomem.managers import build
 from evomem.plugins import load_cache, save_cache, saved_cache
 from evomem.testing.comparing import greedy, random_rows, read
 from evomem.testing.models import tiny
+from evomem.testing.pretend import PretendDevices
 from evomem.testing.reference import Batch
 
 SPECS = (
@@ -341,3 +343,27 @@ def test_places(good: Path, model, batch: Batch, tmp_path: Path) -> None:
         with pytest.raises(CacheError, match="cannot be written"):
             save_cache(cache, mine / "below")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "mine.txt", "pipe"]
+
+
+def test_slots_come_back_onto_the_devices_of_their_layers(model, batch: Batch, tmp_path: Path) -> None:
+    """The file says nothing about devices: it is the same to the byte, wherever the layers lay."""
+    places = {
+        "model.embed_tokens": "pretend:0", "model.rotary_emb": "pretend:0", "model.layers.0": "pretend:0",
+        "model.layers.1": "pretend:1", "model.norm": "pretend:1", "lm_head": "pretend:1",
+    }  # fmt: skip
+    manager = build("h2o(budget=14, every=16)")
+    with manager.attach(model) as cache:
+        read(model, cache, Batch.of([batch.ids[0, :40]]))
+        save_cache(cache, tmp_path / "here")
+        wanted = read(model, cache, Batch.of([batch.ids[0]]), at=40)
+    with PretendDevices(2), torch.no_grad():
+        spread = dispatch_model(tiny("llama", layers=2), places)
+        with manager.attach(spread, self_check=False) as cache:
+            spread(batch.ids[:1, :40].to("pretend:0"), past_key_values=cache)
+            save_cache(cache, tmp_path / "there")
+        assert (tmp_path / "there").read_bytes() == (tmp_path / "here").read_bytes()
+        loaded = load_cache(tmp_path / "here", spread)
+        assert [str(layer.keys.device) for layer in loaded.layers] == ["pretend:0", "pretend:1"]
+        with loaded.policy.attach(spread, self_check=False):
+            logits = spread(batch.ids[:1, 40:].to("pretend:0"), past_key_values=loaded).logits
+        assert torch.equal(logits.cpu(), wanted)
