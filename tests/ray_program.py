@@ -108,6 +108,8 @@ def lose_a_node(folder, log):
         ray.__version__ = version
         with ray_local.environment({"RAY_AUTH_TOKEN": "b" * 64}):
             told["wrong token"] = error_of(WorkerOptions(1, address=cluster.address))
+        with ray_local.environment({"RAY_AUTH_TOKEN_PATH": "/nowhere"}):
+            told["no token"] = error_of(WorkerOptions(1, address=cluster.address))
         told["too many"] = error_of(WorkerOptions(3, address=cluster.address, cpus=1.0))
         running = threading.Thread(target=run, daemon=True)
         running.start()

@@ -204,7 +204,10 @@ def test_a_machine_that_vanishes_and_one_that_comes(tmp_path):
     assert sum("other users of this machine can read the cluster's token; chmod 600" in m for m in messages) == 1
     message, kind, _ = facts["wrong token"]
     assert kind == "WorkerError"
-    assert "does this machine have the cluster's token?" in message
+    assert "asks for a token, and that of RAY_AUTH_TOKEN is another one" in message
+    message, kind, _ = facts["no token"]
+    assert kind == "WorkerError"
+    assert "asks for a token, and /nowhere has none: copy the cluster's" in message
     message, kind, _ = facts["clash"]
     assert kind == "WorkerError"
     assert "1.0.0" in message

@@ -8,7 +8,6 @@ connect, which would try for minutes.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -27,8 +26,12 @@ _UNAUTHENTICATED = b"16"
 Access = Literal["open", "token", "unknown"]
 
 
-def access(address: str) -> Access:
-    """Say whom the cluster at HOST:PORT lets in: everybody, or who has its token (or, with TLS, its certificate).
+def access(address: str, token: str | None = None) -> Access:
+    """Say whom the cluster at HOST:PORT lets in: everybody, or who has its token.
+
+    Parameters
+    ----------
+    token : what is shown to it; a cluster that is open then is open to who shows this.
 
     Raises
     ------
@@ -38,9 +41,7 @@ def access(address: str) -> Access:
     hint = "Is the head node running (ray start --head), is this its port, and is it open to this machine?"
     try:
         with socket.create_connection((host, port), timeout=REACH_SECONDS) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "1":
-                return "token"  # both sides show certificates
-            connection.sendall(_question(host))
+            connection.sendall(_question(host, token))
             frames = _frames(connection)
             kind, _, _ = next(frames, (b"", 0, b""))
             if kind != _SETTINGS:
@@ -95,11 +96,13 @@ def _frames(connection: socket.socket) -> Iterator[tuple[bytes, int, bytes]]:
         buffer = buffer[9 + size :]
 
 
-def _question(host: str) -> bytes:
+def _question(host: str, token: str | None) -> bytes:
     """Return the client's preface, its settings, and a call of `QUESTION` with an empty message."""
     headers = b"\x83\x86"  # of the table of known headers: POST, http
     headers += b"\x04" + _text(QUESTION) + b"\x01" + _text(host)  # path and authority, by their number there
     headers += b"\x00" + _text("content-type") + _text("application/grpc") + b"\x00" + _text("te") + _text("trailers")
+    if token is not None:
+        headers += b"\x00" + _text("authorization") + _text(f"Bearer {token}")
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0, b"")
     return preface + _frame(_HEADERS, _END_HEADERS, 1, headers) + _frame(_DATA, _END_STREAM, 1, bytes(5))
 
@@ -109,5 +112,10 @@ def _frame(kind: bytes, flags: int, stream: int, content: bytes) -> bytes:
 
 
 def _text(text: str) -> bytes:
-    content = text.encode()[:126]  # longer ones would need more than a byte for their length
-    return bytes([len(content)]) + content
+    content = text.encode()
+    if len(content) < 127:
+        return bytes([len(content)]) + content
+    more, length = len(content) - 127, b"\x7f"  # the rest in groups of 7 bits, the smallest first
+    while more >= 128:
+        length, more = length + bytes([more % 128 + 128]), more // 128
+    return length + bytes([more]) + content

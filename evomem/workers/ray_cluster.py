@@ -41,6 +41,7 @@ class Connection:
     ray : the library.
     cpus, gpus : what every worker asks for.
     count : how many workers there are to be.
+    own : whether Ray was started for this connection, and ends with it.
     node : Ray's name of this machine.
 
     Raises
@@ -59,6 +60,7 @@ class Connection:
         self.cpus = float(threads) if options.cpus is None else options.cpus
         self._report, self._insecure = report, options.insecure
         self._close: Callable[[], None] = lambda: None
+        self.own = False
         if self.ray.is_initialized():
             self._check_access(self.ray.get_runtime_context().gcs_address, "Ray, which ran already in this process,")
         elif options.address is None:
@@ -89,6 +91,7 @@ class Connection:
     def _start(self, shared_bytes: int) -> None:
         try:
             self._close = LocalRay(self.ray, object_store_memory=_object_store(shared_bytes)).close
+            self.own = True
         except Exception as error:
             raise WorkerError(
                 f"Ray could not be started on this machine: {_first_line(error)}. Evaluations also run without it: "
@@ -103,6 +106,8 @@ class Connection:
                 "on this machine (ray start --address HEAD:6379), then take --address auto"
             )
         asked = self._check_access(head, f"--address {head}: the cluster")
+        if asked == "token":
+            self._check_token(head)
         try:
             with environment(_authentication(asked)):
                 forget_token()
@@ -110,16 +115,12 @@ class Connection:
         except Exception as error:
             reason = _first_line(error)
             advice = "is its head node running?"
-            if asked == "token":
-                advice = f"does this machine have the cluster's token? {TOKENS}"
             if "ersion mismatch" in str(error):
                 reason = " ".join(str(error).split())
                 advice = "install the same versions of Ray and Python on every machine of the cluster"
             forget_token()
             raise WorkerError(f"--address {address}: no Ray cluster could be joined: {reason}; {advice}") from error
         self._close = self._leave
-        for file in _readable_tokens() if asked == "token" else ():
-            self._report(f"{file}: other users of this machine can read the cluster's token; chmod 600 {file}")
 
     def _leave(self) -> None:
         self.ray.shutdown()
@@ -132,6 +133,8 @@ class Connection:
         ------
         WorkerError : nothing answers, or it lets in everybody and the user has not said that this is meant.
         """
+        if os.environ.get("RAY_USE_TLS", "0") == "1":
+            return "certificate"  # both sides show theirs
         asked = access(address)
         if asked == "token":
             return asked
@@ -142,6 +145,27 @@ class Connection:
             )
         self._report(f"{who} {what} (--insecure)")
         return asked
+
+    def _check_token(self, address: str) -> None:
+        """Show the cluster this machine's token: Ray itself would try a wrong one for half a minute.
+
+        Raises
+        ------
+        WorkerError : there is no token, it is another cluster's, or it is not to be shown.
+        """
+        what = f"--address {address}: the cluster asks for a token"
+        if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+            raise WorkerError(f"{what}, and RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']} here: unset it")
+        place, token = _token()
+        if not token:
+            raise WorkerError(f"{what}, and {place} has none: copy the cluster's to this machine; {TOKENS}")
+        if access(address, token) != "open":
+            raise WorkerError(
+                f"{what}, and that of {place} is another one: copy the cluster's to this machine; {TOKENS}"
+            )
+        with contextlib.suppress(OSError):
+            if Path(place).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+                self._report(f"{place}: other users of this machine can read the cluster's token; chmod 600 {place}")
 
     def _check_resources(self, options: WorkerOptions) -> tuple[float, int]:
         there = self.ray.cluster_resources()
@@ -233,15 +257,14 @@ def _authentication(asked: str) -> dict[str, str | None]:
     return {"RAY_AUTH_MODE": "token"} if asked == "token" and "RAY_AUTH_MODE" not in os.environ else {}
 
 
-def _readable_tokens() -> list[Path]:
-    """Return the file that Ray takes the token from, if others may read it."""
+def _token() -> tuple[str, str]:
+    """Return where Ray takes the token from, and the token; an empty one if it is not there."""
     if os.environ.get("RAY_AUTH_TOKEN"):
-        return []
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    with contextlib.suppress(OSError, RuntimeError):
-        if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-            return [path]
-    return []
+        return "RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"].strip()
+    place = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return place, Path(place).read_text(encoding="utf-8").strip()
+    return place, ""
 
 
 def _first_line(error: BaseException) -> str:
