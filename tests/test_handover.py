@@ -30,14 +30,15 @@ class OwnAttention(LlamaAttention):
 
     def forward(
         self, hidden_states: Any, position_embeddings: Any, attention_mask: Any = None, past_key_values: Any = None,
-        **kwargs: Any,
+        cache: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
+        cache = past_key_values if cache is None else cache  # its name until transformers 5.23, and from 5.24 on
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         parts = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = parts
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
         def attend(key: Tensor, value: Tensor) -> Tensor:

@@ -73,7 +73,11 @@ def test_assistants(model) -> None:
             with build("full").attach(model) as cache:
                 outputs.append(greedy(model, cache, ids, 10, **settings))
         assert torch.equal(*outputs)
-        with pytest.raises(CacheError, match="cannot be cropped"), build("namm").attach(model) as cache:
+        refusals, said = (
+            (CacheError, ValueError),
+            "cannot be cropped|requires a cache that can be cropped",
+        )  # 5.24's own
+        with pytest.raises(refusals, match=said), build("namm").attach(model) as cache:
             greedy(model, cache, ids, 10, **more)
 
 

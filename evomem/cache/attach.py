@@ -11,6 +11,7 @@ from torch import nn
 
 from evomem.cache.attention import IMPLEMENTATION, handover, managed_attention, uncompiled
 from evomem.cache.positions import within_positions
+from evomem.cache.versions import warn_untested
 from evomem.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # seconds to import; whoever has a model has done so
@@ -50,6 +51,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 def check_supported(model: PreTrainedModel) -> int:
     """Return the number of managed layers; raise `UnsupportedModelError` for a family that cannot be managed."""
+    warn_untested()
     family = type(model).__name__
     what = "a decoder whose attention goes through transformers' AttentionInterface (Llama, Qwen, Mistral, Gemma, ...)"
     modules = attention_modules(model)

@@ -161,6 +161,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         A recorded ``attention_sum`` keeps what cropped queries added. Raises `CacheError` while another observation is
         recorded: the windows and frames that cropped queries entered cannot be taken back.
         """
+        max_length = int(max_length)  # transformers also gives tensors
         length = max(self.seen + max_length, 0) if max_length <= 0 else max_length
         if not self.seen or length >= self.seen:
             return

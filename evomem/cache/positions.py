@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from evomem.cache.versions import given
 from evomem.errors import ModelError
 
 if TYPE_CHECKING:  # seconds to import
@@ -153,7 +154,7 @@ def _last_position(args: tuple[Any, ...], kwargs: dict[str, Any], *, masked: boo
     fed = kwargs.get("inputs_embeds") if fed is None else fed
     if not isinstance(fed, Tensor):
         return -1
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), given(kwargs)
     seen = 0 if cache is None else int(cache.get_seq_length())
     last = seen + fed.shape[1] - 1
     return int(mask.long().sum(-1).max()) - 1 if masked and isinstance(mask, Tensor) and mask.dim() == 2 else last

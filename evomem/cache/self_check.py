@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from evomem.cache.narrow import VOCABULARY, WINDOW, narrow, random_model
+from evomem.cache.versions import passed
 from evomem.cache.view import Decision, LayerView
 from evomem.errors import EvomemError, UnsupportedModelError
 
@@ -173,7 +174,7 @@ def _read(copy: PreTrainedModel, cache: Any, padded: int) -> Tensor:
     outputs = []
     for piece in (slice(0, TOKENS), slice(TOKENS, count)):
         mask = {"attention_mask": real[:, : piece.stop].long()} if padded else {}
-        outputs.append(copy(input_ids=ids[:, piece], past_key_values=cache, use_cache=True, **mask)[0])
+        outputs.append(copy(input_ids=ids[:, piece], use_cache=True, **passed(cache, copy), **mask)[0])
     return torch.cat(outputs, 1)[real].float()
 
 

@@ -15,6 +15,7 @@ from evomem.cache import SlotCache, attached
 from evomem.cache.cache import CachePolicy
 from evomem.cache.parallel import degree
 from evomem.cache.positions import beyond, position_limit
+from evomem.cache.versions import passed
 from evomem.devices import devices_of, stacked
 from evomem.errors import TaskError, UnsupportedModelError
 from evomem.evaluation.attention import FutureAttention, retained_attention, sample_key
@@ -433,7 +434,9 @@ class Evaluator:
         last: Any = torch.arange(first, tokens.shape[1], device=tokens.device)
         if not self._one_device:  # the last hidden states lie elsewhere than the tokens; plain numbers serve anywhere
             last = list(range(first, tokens.shape[1]))
-        output = self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        output = self.loaded.model(
+            input_ids=tokens, use_cache=True, logits_to_keep=last, **passed(cache, self.loaded.model)
+        )
         logits: Tensor = output.logits[:, -keep:]
         return logits
 

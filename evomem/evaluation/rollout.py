@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evomem.cache.versions import passed
 from evomem.devices import stacked
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager
@@ -74,7 +75,7 @@ def rollout(
                 model.config.first_state + codes.state_code(observation),
             ]
             fed = torch.tensor([unread], device=model.device)
-            logits = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            logits = model(input_ids=fed, use_cache=True, logits_to_keep=1, **passed(cache, model)).logits[0, -1]
             actions.append(int(logits[model.config.first_action :].argmax()))
             observation, reward, terminated, truncated, _ = env.step(actions[-1])
             unread = [model.config.first_action + actions[-1]]

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from evomem.cache.versions import as_output, passed, returned
 from evomem.errors import ConfigError, ModelError
 
 SPECIAL = ("<pad>", "<unk>")
@@ -104,7 +105,7 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
     action_values: Tensor
     base_model_prefix = "decision"
     main_input_name = "input_ids"
-    _supports_sdpa = True
+    _supports_sdpa = DecisionTransformerModel._supports_sdpa  # older versions of transformers know eager attention only
     _supports_attention_backend = True
 
     def __init__(self, config: DecisionStreamConfig) -> None:
@@ -172,6 +173,7 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits (batch, kept tokens, vocab_size) for the action that follows each token, and the cache.
@@ -181,26 +183,27 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
         input_ids : (batch, tokens) int64.
         attention_mask : (batch, tokens ever read), 0 = padding; None: there is none.
         position_ids : (batch or 1, tokens), a token's place in its own row; by default after what the cache has read.
-        past_key_values : any cache of transformers or of evomem.
+        past_key_values, cache : any cache of transformers or of evomem, by its older or its newer name.
         logits_to_keep : how many of the last tokens have logits (0: all), or the indices of those that have.
         """
+        cache = past_key_values if cache is None else cache
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
-        if past_key_values is None and attention_mask is None:
+        if cache is None and attention_mask is None:
             # Without a mask transformers would take equal positions for the beginnings of many sequences.
             attention_mask = torch.ones_like(input_ids)
         read = self.decision.encoder(
             inputs_embeds=self.embed(input_ids, position_ids),
             attention_mask=attention_mask,
             position_ids=torch.zeros_like(input_ids),
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **passed(cache, self.decision.encoder),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         actions = self.decision.predict_action(read.last_hidden_state[:, kept])
         logits = F.pad(actions, (self.config.first_action, 0), value=NEVER)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=read.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **as_output(returned(read), CausalLMOutputWithPast))
 
 
 def stream_words(config: DecisionStreamConfig) -> Mapping[str, int]:

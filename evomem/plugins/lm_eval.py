@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from evomem.cache import SlotCache, check_supported
+from evomem.cache.versions import passed
 from evomem.errors import ConfigError, EvomemError
 from evomem.managers import MemoryManager, build
 from evomem.models.folders import resolve
@@ -142,7 +143,7 @@ class EvomemLM(HFLM):  # type: ignore[misc]
             with torch.no_grad():
                 self._read(context[:, :-1], mask[:, :-1], cache)
             cache.batch_repeat_interleave(int(options.get("num_beams", 1)))
-            generated: Tensor = super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+            generated: Tensor = super()._model_generate(context, max_length, stop, **passed(cache), **options)
             return generated
 
     def _read(self, ids: Tensor, mask: Tensor, cache: SlotCache) -> None:
@@ -157,7 +158,7 @@ class EvomemLM(HFLM):  # type: ignore[misc]
         precision = self.mixed_precision_dtype
         with torch.autocast(device_type=self.device.type, dtype=precision, enabled=precision is not None):
             logits: Tensor = self.model(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **options
+                ids, attention_mask=mask, position_ids=positions, use_cache=True, **passed(cache, self.model), **options
             ).logits
         return logits
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evomem.cache import CachePolicy, SlotCache
+from evomem.cache.versions import passed
 from evomem.errors import EvomemError
 from evomem.testing.reference import Batch
 
@@ -67,8 +68,8 @@ def read(model: PreTrainedModel, cache: Any, batch: Batch, pieces: list[int] | N
                 batch.ids[:, at:end],
                 attention_mask=mask,
                 position_ids=batch.positions[:, at:end],
-                past_key_values=cache,
                 use_cache=True,
+                **passed(cache, model),
             ).logits
         )
         at = end
@@ -82,7 +83,7 @@ def greedy(
     """Return what ``generate`` appends to ids (batch, tokens): (batch, new), greedy unless ``more`` says otherwise."""
     mask = torch.ones_like(ids) if real is None else real.long()
     settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, **more}
-    out: Any = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)  # type: ignore[operator]
+    out: Any = model.generate(ids, attention_mask=mask, **passed(cache), **settings)  # type: ignore[operator]
     appended: Tensor = out[:, ids.shape[1] :]
     return appended
 

@@ -35,6 +35,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from evomem.cache import CachePolicy, Decision, LayerView, SlotCache, attached
 from evomem.cache.cache import SchedulePolicy
+from evomem.cache.versions import passed
 from evomem.testing.comparing import (
     ConformanceError,
     context_length,
@@ -217,9 +218,9 @@ def check_beams(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = N
     batch = Batch.of(random_rows(model, [length, length - 6], 6, tokenizer))
     with attached(model):
         out: Any = model.generate(  # type: ignore[operator]
-            batch.ids, attention_mask=batch.real.long(), past_key_values=_cache(model, manager), num_beams=3,
-            do_sample=False, num_return_sequences=3, max_new_tokens=new, min_new_tokens=new, length_penalty=0.0,
-            pad_token_id=0, return_dict_in_generate=True, output_scores=True,
+            batch.ids, attention_mask=batch.real.long(), **passed(_cache(model, manager)),
+            num_beams=3, do_sample=False, num_return_sequences=3, max_new_tokens=new, min_new_tokens=new,
+            length_penalty=0.0, pad_token_id=0, return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
         found = out.sequences
         real = torch.cat((batch.real.repeat_interleave(3, 0), torch.ones(6, new, dtype=torch.bool)), 1)
