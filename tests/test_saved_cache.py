@@ -90,6 +90,14 @@ def test_types_windows_and_softcaps_come_back(dtype: torch.dtype, tmp_path: Path
             assert measures(loaded) == measures(cache)
 
 
+def test_a_cache_that_was_read_under_autocast_goes_on_under_it(model, batch: Batch, tmp_path: Path) -> None:
+    with build("h2o(budget=14, every=16)").attach(model) as cache, torch.autocast("cpu", torch.bfloat16):
+        read(model, cache, batch, [40])
+        save_cache(cache, tmp_path / "c")
+        loaded = load_cache(tmp_path / "c", model)
+        assert torch.equal(read(model, loaded, batch, at=40), read(model, cache, batch, at=40))
+
+
 def test_empty_caches_and_unfinished_readings(model, batch: Batch, tmp_path: Path) -> None:
     path, manager = tmp_path / "sub" / "context.safetensors", build("snapkv(window=8, budget=12)")
     with manager.attach(model) as cache:
@@ -282,7 +290,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "dense says so": _layer("dense", True),
     "1.keys: is no": _tensor("1.keys", lambda t: t[0]),
     "1.values: has shape": _tensor("1.values", lambda t: t[:1]),
-    "1.values: has shape .* type torch.float64": _tensor("1.values", lambda t: t.double()),
+    "1.values: has shape or type": _tensor("1.values", lambda t: t.long()),
     "0.slots: are not the ascending": _tensor("0.slots", lambda t: t.flip(-1)),
     "0.slots: are not the ascending indices": _tensor("0.slots", lambda t: t + 40),
     "0.start: is outside": _tensor("0.start", lambda t: t - 1),

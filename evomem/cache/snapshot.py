@@ -83,6 +83,19 @@ def put(snapshot: Snapshot, cache: SlotCache, devices: Sequence[torch.device]) -
 
     Raises
     ------
+    CacheError : see `check`.
+    """
+    facts, layers, named = snapshot.facts, snapshot.facts["layers"], check(snapshot, cache)
+    cache.decides_after_forward, cache.bytes_peak = facts["decides_after_forward"], facts["bytes_peak"]
+    for layer, own, tensors, device in zip(cache.layers, layers, named, devices, strict=True):
+        _fill(layer, own, {name: tensor.to(device) for name, tensor in tensors.items()}, cache.wanted)
+
+
+def check(snapshot: Snapshot, cache: SlotCache) -> list[dict[str, Tensor]]:
+    """Return the tensors of every layer by name, after checking that a snapshot can be one of such a cache.
+
+    Raises
+    ------
     CacheError : numbers and tensors contradict each other, or are not those of a cache of this manager.
     """
     facts = snapshot.facts
@@ -104,9 +117,7 @@ def put(snapshot: Snapshot, cache: SlotCache, devices: Sequence[torch.device]) -
     for index, (own, tensors) in enumerate(zip(layers, named, strict=True)):
         here = (own["seen"], None if "keys" not in tensors else tensors["keys"].shape[0])
         _require(here == first, f"layer {index}", "has read other tokens or rows than layer 0")
-    cache.decides_after_forward, cache.bytes_peak = facts["decides_after_forward"], facts["bytes_peak"]
-    for layer, own, tensors, device in zip(cache.layers, layers, named, devices, strict=True):
-        _fill(layer, own, {name: tensor.to(device) for name, tensor in tensors.items()}, cache.wanted)
+    return named
 
 
 def _fill(layer: SlotLayer, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
@@ -171,10 +182,11 @@ def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, T
     _require(keys.dim() == 4 and keys.is_floating_point(), f"{index}.keys", "is no (batch, kv_heads, slots, head_dim)")
     batch, heads, held, size = keys.shape
     _require(batch > 0 and heads > 0, f"{index}.keys", "has no row or no head")
-    value_size = tensors["values"].shape[-1] if tensors["values"].dim() else 0
+    values = tensors["values"]
+    _require(values.dim() == 4 and values.is_floating_point(), f"{index}.values", "has shape or type of no values")
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "keys": ((batch, heads, held, size), keys.dtype),
-        "values": ((batch, heads, held, value_size), keys.dtype),
+        "values": ((batch, heads, held, values.shape[-1]), values.dtype),  # under autocast another type than keys
         "slots": ((batch, heads, held), torch.int64),
         "start": ((batch,), torch.int64),
         "decays": ((batch, heads, held), torch.float32),

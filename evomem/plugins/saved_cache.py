@@ -66,7 +66,7 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
         was exchanged; the model is gone; another file is there; the disk is full.
     PluginError : the manager cannot be saved, see `evomem.plugins.save`.
     """
-    from evomem.cache.snapshot import take
+    from evomem.cache.snapshot import check, take
     from evomem.models.identity import identity
 
     path = Path(path).expanduser()
@@ -82,11 +82,15 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
             f"{path}: the model that this cache was made for is gone; give it: save_cache(..., model=model)"
         )
     held = take(cache)
+    try:  # what could not be loaded is not saved
+        check(held, cache)
+    except CacheError as error:
+        raise CacheError(f"{path}: this cache cannot be saved: {error}") from None
     tensors: dict[str, Tensor] = dict(held.tensors)
     tensors |= {f"{_MANAGER}{name}": value for name, value in manager.state_dict().items()}
     config = describe_manager(manager)
     tensors = _plain(tensors)
-    _manager(path, config, tensors)  # what could not be loaded is not saved
+    _manager(path, config, tensors)
     facts = {
         "schema_version": SCHEMA_VERSION,
         "model": identity(model),
