@@ -142,9 +142,8 @@ class RunResult:
             f"winner's fitness: train {train:.4f}, select {select:.4f} ({select - train:+.4f}), "
             f"sealed {sealed:.4f} ({sealed - select:+.4f})"
         )
-        parts = (
-            [] if math.isnan(self.sealed.loglik) else [f"loglik {self.sealed.loglik:.4f} +- {self.sealed.error:.4f}"]
-        )
+        spread = "" if math.isnan(self.sealed.error) else f" +- {self.sealed.error:.4f}"
+        parts = [] if math.isnan(self.sealed.loglik) else [f"loglik {self.sealed.loglik:.4f}{spread}"]
         parts += [] if self.sealed.exact is None else [f"exact match {self.sealed.exact:.3f}"]
         parts += [f"{self.sealed.slots:.1f} slots a head", f"{self.sealed.bytes_mean / 1e6:.2f} MB"]
         text.append(f"sealed ({self.sealed.contexts} samples): {', '.join(parts)}")

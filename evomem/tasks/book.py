@@ -14,6 +14,9 @@ from evomem.tasks.fitting import fit
 from evomem.tasks.generated import FittedOptions, GeneratedTask
 from evomem.tasks.prose import load_prose
 
+LONGEST_WORD = 16
+"""Tokens that a word may have; what is longer between two blanks is no word, and is cut between its tokens."""
+
 
 class BookOptions(FittedOptions):
     """Options of the book continuation."""
@@ -93,6 +96,7 @@ class Book(GeneratedTask[BookOptions]):
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(" ".join(pieces[:middle])) else (low, middle)
-        if low == 1:  # one word, or text without blanks, is longer
+        whole = " ".join(pieces[:low])
+        if low == 1 or self.counts.exact(whole) < most - LONGEST_WORD:  # text without blanks
             return cut_end(self.tokenizer, text, fits, most) or "", used
-        return " ".join(pieces[:low]), used
+        return whole, used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -116,8 +117,12 @@ class File:
         return metric(sample.references, output)
 
     def describe(self) -> dict[str, Any]:
-        """Return the options that rebuild this task, JSON-serialisable; ``chat_template`` only where it is on."""
-        return self.options.model_dump(mode="json", exclude=None if self.chat else {"chat_template"})
+        """Return the options that rebuild this task, JSON-serialisable, wherever that is: the path is absolute.
+
+        ``chat_template`` is among them only where it is on.
+        """
+        options = self.options.model_dump(mode="json", exclude=None if self.chat else {"chat_template"})
+        return {**options, "path": os.path.abspath(Path(self.options.path).expanduser())}
 
     def _sample(self, entry: Entry, split: Split) -> Sample:
         row = entry.row
@@ -165,4 +170,7 @@ class File:
     def _size(self, sample: Sample) -> int:
         if self.chat is not None:
             return self.chat.size(sample)
-        return len(self.encoder.beginning(sample.context + sample.question + sample.answer))
+        # Apart, as they are read: blanks at the end of a context and before a question are a token fewer together.
+        following = self.encoder.following
+        parts = (self.encoder.context(sample), following(sample.question), following(sample.answer))
+        return sum(map(len, parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -117,7 +118,10 @@ class GeneratedTask(ABC, Generic[Opts]):
 
     def describe(self) -> dict[str, Any]:
         """Return the options that rebuild this task, JSON-serialisable; ``chat_template`` only where it is on."""
-        return self.options.model_dump(mode="json", exclude=None if self.chat else {"chat_template"})
+        options = self.options.model_dump(mode="json", exclude=None if self.chat else {"chat_template"})
+        if options.get("essay"):  # wherever it is rebuilt
+            options["essay"] = os.path.abspath(os.path.expanduser(options["essay"]))
+        return options
 
     def _fitted(self, sample: Callable[[int], Sample], unit: Callable[[int], str], begun: str = "") -> Sample:
         """Return the longest sample that fits the length, in the words of the chat template if that is asked for.
