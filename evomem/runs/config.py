@@ -193,6 +193,8 @@ class ExperimentConfig(Settings):
     attempts : how often a failing evaluation is tried before the search stops.
     traces : folders that `evomem trace` made: what is recorded there is not read by the model again.
     diagnostics : see `DiagnosticsConfig`.
+    base : folder at which relative paths begin; by default the one that the process works in when the run is made.
+        A run notes it, with the absolute paths, so that it may be resumed from elsewhere (`evomem.runs.paths`).
     inputs : digests of what is read from outside the run's folder (`evomem.runs.inputs`). A run fills it in when it is
         made; an experiment that has some is refused where the files are others.
     threads : processor threads that an evaluation uses, in this process or in a worker. Part of the experiment because
@@ -223,6 +225,7 @@ class ExperimentConfig(Settings):
     threads: int = Field(default=1, ge=1, le=UNITS)
     traces: list[str] = Field(default_factory=list, max_length=LISTED)
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    base: str | None = Field(default=None, max_length=4096)
     inputs: dict[str, str] = Field(default_factory=dict)
 
     _name = field_validator("name")(lambda value: file_name(value))

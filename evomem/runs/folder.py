@@ -30,6 +30,7 @@ from evomem.runs.config import ExperimentConfig, to_yaml
 from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
 from evomem.runs.inputs import START, changes
 from evomem.runs.journal import Journal
+from evomem.runs.paths import resolve_paths
 
 
 class RunFolder:
@@ -185,7 +186,7 @@ _LATER = frozenset({"dtype", "device", "quantization"})
 def check_same_config(stored: Path, resolved: dict[str, Any]) -> dict[str, Any]:
     """Return a stored configuration; raise `RunError` with the difference unless it is the given one.
 
-    The inputs' digests are compared elsewhere; memory for contexts may be another.
+    The inputs' digests are compared elsewhere; memory for contexts and where relative paths began may be others.
     """
     try:
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))
@@ -193,7 +194,8 @@ def check_same_config(stored: Path, resolved: dict[str, Any]) -> dict[str, Any]:
         raise RunError(f"{stored}: cannot be read: {error}") from None
     # Through YAML and back, so that only differences in value count.
     filled = _with_defaults(before or {})
-    free: dict[str, Any] = {"inputs": {}, "store_bytes": None}  # how much memory contexts get moves no result
+    # How much memory contexts get moves no result.
+    free: dict[str, Any] = {"inputs": {}, "store_bytes": None, "base": None}
     lines = difference({**filled, **free}, yaml.safe_load(to_yaml({**resolved, **free})))
     if lines:
         raise RunError(
@@ -210,7 +212,8 @@ def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
     One that is no experiment any more is returned as it is, so that the difference shows what has changed.
     """
     try:
-        filled: dict[str, Any] = yaml.safe_load(to_yaml(validate(ExperimentConfig, stored, "run").resolved()))
+        config = resolve_paths(validate(ExperimentConfig, stored, "run"))  # an earlier evomem left them relative
+        filled: dict[str, Any] = yaml.safe_load(to_yaml(config.resolved()))
     except ConfigError:
         return stored
     return filled

@@ -23,7 +23,7 @@ def identity_of(folder: Path, config: ExperimentConfig) -> dict[str, str]:
 
     Settings that are at their defaults do not count: a later evomem has more of them.
     """
-    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"inputs"})
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"inputs", "base"})
     found = {"configuration": _digest(json.dumps(settings, sort_keys=True).encode())}
     for name in _FILES:
         with disk_errors(folder / name, "read"):

@@ -69,11 +69,12 @@ def task_inputs(task: TaskConfig) -> Iterator[tuple[str, str]]:
         return
     yield from _package("task", name, tasks)
     for option, value in {**task.options, **given}.items():
-        if isinstance(value, str) and value and _names_a_file(kind, option):
+        if isinstance(value, str) and value and names_a_file(kind, option):
             yield f"task {name} {value}", _digest(Path(value).expanduser())
 
 
-def _names_a_file(kind: Any, option: str) -> bool:
+def names_a_file(kind: Any, option: str) -> bool:
+    """Whether an option of a task's class is the path of a file."""
     return option == getattr(kind, "main_option", None) or any(word in option for word in _FILES)
 
 

@@ -35,6 +35,7 @@ from evomem.runs.identity import check_identity, identity_of
 from evomem.runs.inputs import pinned
 from evomem.runs.journal import Record, read_journal
 from evomem.runs.pareto import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
+from evomem.runs.paths import base_of, resolve_paths
 from evomem.runs.relay import Relay
 from evomem.runs.remote import limited_threads, make_pool
 from evomem.runs.result import RunResult
@@ -75,7 +76,7 @@ def search(
     folder = Path(folder)
     config = config.placed()
     check_objectives(config)
-    config = pinned(config)
+    config = pinned(resolve_paths(config, base_of(folder) if resume else None))
     with RunFolder(folder, config, resume=resume) as run:
         finished = run.result
         if finished is not None:
