@@ -40,6 +40,15 @@ def guarded(resume: str | None = None) -> Iterator[None]:
         except EvomemError as error:
             typer.echo(plain(f"error: {error}"), err=True)
             raise typer.Exit(2) from None
+        except (MemoryError, RuntimeError) as error:
+            from evomem.devices import CURES, out_of_memory  # PyTorch takes a second to import
+
+            ended = out_of_memory(error, "stopped")
+            if ended is None:
+                raise
+            hint = f" Go on with: {resume}" if resume else ""
+            typer.echo(plain(f"error: {ended} {CURES[ended.memory]}{hint}"), err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGINT
             typer.echo(_said(number, resume), err=True)

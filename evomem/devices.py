@@ -54,7 +54,9 @@ def chosen_device(name: torch.device | str | None) -> torch.device:
     if (device.index or 0) >= count:
         there = f"it sees {count} of that kind" if count else "it sees none of that kind"
         raise ConfigError(f"device {str(device)!r}: PyTorch has no such device on this machine ({there}); write cpu")
-    return device if device.index is not None else torch.device(device.type, int(module.current_device()))
+    if device.index is not None:
+        return device
+    return torch.device(device.type, int(getattr(module, "current_device", lambda: 0)()))
 
 
 def devices_of(module: nn.Module) -> list[torch.device]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from synthetic_search import ToyEvaluator, experiment, factory
 from test_block_search import Words
+from test_cli import error, run
 from test_devices import Described, loaded
 from test_evaluation import TASK, made, make_sample
 
@@ -308,3 +309,19 @@ def test_the_store_may_get_other_memory_when_a_run_is_resumed(tmp_path):
     again = search(experiment(*settings), tmp_path, factory(ToyEvaluator()), resume=True)
     assert np.isfinite(again.vector).all()
     assert json.loads((tmp_path / "result.json").read_text())
+
+
+def test_a_command_whose_memory_ends_says_whose_and_what_to_do(tmp_path, monkeypatch):
+    from evomem.commands import compare as command
+
+    def full(*arguments, **options):
+        raise FULL
+
+    monkeypatch.setattr(command, "compare", full)
+    message = error("compare", "keydiff", "--json", tmp_path / "rows.json")
+    assert "a device has no memory left (CUDA out of memory" in message
+    assert "model.dtype" in message
+    assert "Go on with" in message
+    monkeypatch.setattr(command, "compare", lambda *arguments, **options: [].pop())
+    with pytest.raises(IndexError):  # no other error is hidden
+        run("compare", "keydiff")

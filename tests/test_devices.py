@@ -41,6 +41,7 @@ from evomem.models.sharing import assemble, dismantle, why_apart
 from evomem.runs import Bench, search
 from evomem.runs.bench import calibrate_manager, model_bench
 from evomem.runs.traces import record
+from evomem.testing.conformance import CHECKS, run_check
 from evomem.testing.models import tiny, tiny_tokenizer
 from evomem.testing.pretend import PretendDevices, PretendTensor
 from evomem.workers.exchange import to_arrays, to_reading
@@ -557,3 +558,9 @@ def test_commands_run_where_they_are_told_and_record_it(folder, devices, tmp_pat
     message = error("evolve", tmp_path / "small.yaml", "--out", tmp_path / "run", "--resume")  # on the processor
     assert "model.device: pretend:0 -> null" in message or "model.dtype" in message
     assert "no such device" in error("compare", "h2o", *task, "--model", folder, "--device", "cuda:3", "--budgets", "9")
+
+
+def test_the_conformance_kit_runs_where_the_model_is(devices):
+    model, manager = loaded("two").model, made("kv_policy(actions=[store, evict, forget], hidden=3)")
+    for name in CHECKS:
+        run_check(name, manager, model)

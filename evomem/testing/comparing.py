@@ -58,19 +58,22 @@ def random_rows(model: PreTrainedModel, lengths: list[int], seed: int, tokenizer
 
 @torch.no_grad()
 def read(model: PreTrainedModel, cache: Any, batch: Batch, pieces: list[int] | None = None, at: int = 0) -> Tensor:
-    """Feed ``batch`` from token ``at`` on in pieces of those lengths (by default one); return all logits."""
-    outputs = []
+    """Feed ``batch`` from token ``at`` on in pieces of those lengths (by default one); return all logits.
+
+    What the kit compares is on the processor, wherever the model is.
+    """
+    outputs, device = [], model.device
     for piece in pieces or [batch.ids.shape[1] - at]:
         end = at + piece
         mask = None if bool(batch.real.all()) else batch.real[:, :end].long()
         outputs.append(
             model(
-                batch.ids[:, at:end],
-                attention_mask=mask,
-                position_ids=batch.positions[:, at:end],
+                batch.ids[:, at:end].to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                position_ids=batch.positions[:, at:end].to(device),
                 use_cache=True,
                 **passed(cache, model),
-            ).logits
+            ).logits.cpu()
         )
         at = end
     return torch.cat(outputs, 1)
@@ -83,8 +86,9 @@ def greedy(
     """Return what ``generate`` appends to ids (batch, tokens): (batch, new), greedy unless ``more`` says otherwise."""
     mask = torch.ones_like(ids) if real is None else real.long()
     settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, **more}
-    out: Any = model.generate(ids, attention_mask=mask, **passed(cache), **settings)  # type: ignore[operator]
-    appended: Tensor = out[:, ids.shape[1] :]
+    make: Any = model.generate
+    out = make(ids.to(model.device), attention_mask=mask.to(model.device), **passed(cache), **settings)
+    appended: Tensor = out[:, ids.shape[1] :].cpu()
     return appended
 
 

@@ -317,14 +317,15 @@ def check_ties(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = No
         )  # fmt: skip
         if (dtype := score(low).dtype) != torch.float32:
             raise ConformanceError(f"scores of a bf16 cache are {dtype}, not fp32: most of them would tie by rounding")
-        equal = torch.zeros(view.slots.shape)
+        device = view.slots.device
+        equal = torch.zeros(view.slots.shape, device=device)
         keep = selection.keep(equal, view) & view.valid
         row = LayerView(
             view.keys[:1, :, view.start[0] :], view.values[:1, :, view.start[0] :],
-            view.slots[:1, :, view.start[0] :] - view.start[0], torch.zeros(1, dtype=torch.int64),
+            view.slots[:1, :, view.start[0] :] - view.start[0], torch.zeros(1, dtype=torch.int64, device=device),
             view.seen - int(view.start[0]), view.fresh, view.layer, view.layers,
         )  # fmt: skip
-        if bool((view.slots[0] == torch.arange(view.seen)).logical_or(view.slots[0] < 0).all()):
+        if bool((view.slots[0] == torch.arange(view.seen, device=device)).logical_or(view.slots[0] < 0).all()):
             alone = selection.keep(equal[:1, :, view.start[0] :], row) & row.valid
             same_tensors(f"ties, layer {view.layer}: kept in a padded batch", keep[:1, :, view.start[0] :], alone)
 

@@ -96,8 +96,8 @@ class Tracing:
     def decide(self, view: LayerView) -> Decision:
         """Let the policy decide, and remember what it said."""
         decision = self.policy.decide(view)
-        decay = None if decision.decay is None else decision.decay.float().clone()
-        event = Event(view.seen, view.slots.clone(), decision.keep.clone(), decay)
+        decay = None if decision.decay is None else decision.decay.float().cpu().clone()
+        event = Event(view.seen, view.slots.cpu().clone(), decision.keep.cpu().clone(), decay)
         self.events.setdefault(view.layer, []).append(event)
         if self.spoil:
             gone = ~decision.keep[..., None]
@@ -172,10 +172,12 @@ def _explicit_attention(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if layer is not None:
-        logits = logits + _given.biases[layer].repeat_interleave(group, dim=1)
+        logits = logits + _given.biases[layer].to(logits.device).repeat_interleave(group, dim=1)
     if attention_mask is not None:
         # A padded query looks at itself: its output is of no use, but must be a number.
-        alone = torch.eye(logits.shape[-1], dtype=torch.bool) & ~attention_mask.any(-1, keepdim=True)
+        alone = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device) & ~attention_mask.any(
+            -1, keepdim=True
+        )
         logits = logits.masked_fill(~(attention_mask | alone), -torch.inf)
     weights = torch.softmax(logits, dim=-1)
     if layer is not None and _given.attention is not None:
@@ -231,6 +233,7 @@ def explicit_pass(
     """
     with _reference(model):
         _given.biases, _given.attention, _given.queries = biases, [], []
-        given = {"attention_mask": batch.real.long(), "position_ids": batch.positions, "use_cache": False, **inputs}
-        logits = model(batch.ids, **given).logits
-        return logits, _given.attention, _given.queries
+        given = {"attention_mask": batch.real.long(), "position_ids": batch.positions, **inputs}
+        placed = {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in given.items()}
+        logits = model(batch.ids.to(model.device), use_cache=False, **placed).logits
+        return logits.cpu(), [one.cpu() for one in _given.attention], [one.cpu() for one in _given.queries]
