@@ -17,6 +17,7 @@ from evomem.options import (
     Json,
     Mode,
     Model,
+    PlanCheck,
     ProtocolOption,
     Samples,
     SplitOption,
@@ -47,6 +48,7 @@ def compare(
     ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    plan_check: PlanCheck = True,
     json: Json = None,
 ) -> None:
     """Compare managers on the same samples at the same budgets, with paired bootstrap intervals and measured bytes.
@@ -78,6 +80,7 @@ def compare(
             exact,
             dtype and dtype.value,
             device,
+            plan_check,
         )  # fmt: skip
         command.compare(subjects, against, wishes, json, check=check, oracle=oracle)
 
@@ -119,6 +122,7 @@ def transfer(
     ] = True,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    plan_check: PlanCheck = True,
     record: Annotated[
         bool,
         typer.Option(
@@ -154,6 +158,7 @@ def transfer(
             exact,
             dtype and dtype.value,
             device,
+            plan_check,
         )  # fmt: skip
         command.transfer(plugins, against, wishes, json, recalibrate=recalibrate, check=check, record=record)
 
@@ -174,6 +179,7 @@ def evaluate(
     check: Check = True,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    plan_check: PlanCheck = True,
     json: Json = None,
 ) -> None:
     """Evaluate one manager: score, log-likelihood, slots and measured bytes.
@@ -200,6 +206,7 @@ def evaluate(
             exact,
             dtype and dtype.value,
             device,
+            plan_check,
         )  # fmt: skip
         command.evaluate(subject, wishes, json, check=check)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evomem.cli_errors import guarded
-from evomem.options import DeviceOption, DtypeOption, Protocol, Splits
+from evomem.options import DeviceOption, DtypeOption, PlanCheck, Protocol, Splits
 
 TRAIN = """Train a memory policy: `evolve` under the name that is expected of policy gradients, with the same options.
 
@@ -67,6 +67,7 @@ def evolve(
     track: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", help="Who is told: terminal, jsonl, tensorboard, wandb[:online].")
     ] = "terminal",
+    plan_check: PlanCheck = True,
 ) -> None:
     """Search for a memory manager, compare the winner with the field on sealed samples, and save it as a plug-in.
 
@@ -89,6 +90,7 @@ def evolve(
     words += ["--device", device] if device is not None else []
     words += ["--track", track] if track != "terminal" else []
     words += ["--workers", workers] if workers != "0" else []
+    words += [] if plan_check else ["--no-plan-check"]
     words += ["--address", address] if address is not None else []
     asked = {"--cpus-per-worker": cpus_per_worker, "--gpus-per-worker": gpus_per_worker, "--timeout": timeout}
     words += [word for name, value in asked.items() if value is not None for word in (name, f"{value:g}")]
@@ -109,6 +111,7 @@ def evolve(
             track=track,
             again=shlex.join(words),
             device=device,
+            plan_check=plan_check,
         )
 
 
@@ -134,6 +137,7 @@ def trace(
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    plan_check: PlanCheck = True,
 ) -> None:
     """Record what every head sees of a task's contexts, and what question and answer then attend to (docs/traces.md).
 
@@ -153,5 +157,5 @@ def trace(
 
         command.trace(
             model, task, out, samples=samples, seed=seed, split=split.value, mode=mode.value, features=features,
-            limit=limit, dtype=dtype and dtype.value, device=device,
+            limit=limit, dtype=dtype and dtype.value, device=device, plan_check=plan_check,
         )  # fmt: skip

@@ -54,6 +54,10 @@ class FitnessError(EvomemError, RuntimeError):
     """The search cannot go on with the fitness values that it got."""
 
 
+class PlanError(ConfigError):
+    """A plan needs more memory, disk or time than there is; said before it begins."""
+
+
 class EvaluationError(EvomemError, RuntimeError):
     """A measurement gave no number (NaN or infinite), where one was asked for."""
 

@@ -107,6 +107,10 @@ Check = Annotated[
     bool,
     typer.Option("--check/--no-check", help="Refuse a task at which the full cache is no better than no context."),
 ]
+PlanCheck = Annotated[
+    bool,
+    typer.Option("--plan-check/--no-plan-check", help="Refuse what needs more memory, disk or time than there is."),
+]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(

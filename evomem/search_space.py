@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,9 +33,14 @@ from evomem.bounds import LARGE, SMALL, VALUE
 from evomem.config import Settings, merge, read_yaml, validate
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, managers
+from evomem.reading import read_bytes
+from evomem.strict_json import shown
 from evomem.varying import Option, Variable
 
 Array = NDArray[np.float64]
+
+_VECTOR = 256 << 20
+"""Bytes of a file of numbers, at most."""
 
 
 Number = Annotated[float, Field(ge=-VALUE, le=VALUE, allow_inf_nan=False)]
@@ -375,7 +381,16 @@ def start_from_heuristic(manager: MemoryManager, heuristic: str) -> MemoryManage
 def _read_vector(source: str | list[float]) -> Array:
     if not isinstance(source, str):
         return np.asarray(source, dtype=np.float64)
+    where = f"search space: start.vector: {shown(source)}"
+    content = read_bytes(Path(source).expanduser(), _VECTOR, ConfigError)
     try:
-        return np.asarray(np.load(source, allow_pickle=False), dtype=np.float64)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"search space: start.vector: {source}: cannot be read as a .npy vector: {error}") from None
+        return np.asarray(np.load(io.BytesIO(content), allow_pickle=False), dtype=np.float64)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:  # headers say anything
+        raise ConfigError(f"{where}: cannot be read as a .npy vector: {shown(str(error), 200)}") from None

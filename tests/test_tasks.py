@@ -178,7 +178,7 @@ def test_bad_essays_are_refused(tmp_path):
     short.write_text("One sentence. Another one.", encoding="utf-8")
     with pytest.raises(TaskError, match="2 distinct sentences are too few"):
         build("single_2", ToyTokenizer(), essay=str(short)).samples(Split.TRAIN, 1, 0)
-    with pytest.raises(TaskError, match="cannot read"):
+    with pytest.raises(TaskError, match="cannot be read"):
         build("book", ToyTokenizer(), essay=str(tmp_path / "none.txt")).samples(Split.TRAIN, 1, 0)
 
 

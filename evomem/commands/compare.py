@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from evomem.commands.packages import require_for
 from evomem.commands.progress import ProgressBar
 from evomem.config import validate
 from evomem.errors import ConfigError, RunError
-from evomem.evaluation.compare import NamedManager, Place
+from evomem.evaluation.compare import ROWS, NamedManager, Place, field_of
 from evomem.evaluation.compare import compare as compare_managers
 from evomem.evaluation.compare import evaluate as evaluate_manager
 from evomem.evaluation.evaluator import Evaluator
@@ -54,6 +55,7 @@ class Wishes:
     exact: bool
     dtype: str | None = None
     device: str | None = None
+    plan_check: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def compare(
     with ProgressBar("comparing") as bar:
         places = make_places(wishes, subjects)
         count = wishes.samples or subjects[0].samples or _SAMPLES
+        require_room(wishes, places, count, len(subjects) + len(field_of(field)) + 1, budgets)
         for place in places if check else ():
             require_above_chance(place, Split(wishes.split), count)
         comparison = compare_managers(
@@ -115,6 +118,19 @@ def compare(
             progress=bar.report,
         )
     deliver(comparison.rows, output)
+
+
+def require_room(wishes: Wishes, places: Sequence[Place], count: int, managers: int, budgets: Sequence[Budget]) -> None:
+    """Raise `PlanError` if a comparison needs more memory, disk or time than there is (`evomem.needs`)."""
+    from evomem.needs import Work, needs_of, require
+
+    each, works = managers * max(1, len(budgets)) * (1 + wishes.exact), []
+    for place in places:
+        there = at_hand(place.subject_task, Split(wishes.split), count)
+        works.append(Work(place.evaluator.loaded.model, place.subject_task, there, there * each, ROWS))
+    console = wide_console(stderr=True)
+    needs = needs_of(works, store=0, spill=Path(tempfile.gettempdir()))
+    require(needs, check=wishes.plan_check, say=lambda text: console.print(Text(text, style="yellow")))
 
 
 def require_above_chance(place: Place, split: Split, count: int) -> None:
@@ -139,6 +155,7 @@ def evaluate(source: str, wishes: Wishes, output: str | None, *, check: bool = T
     with ProgressBar("evaluating") as bar:
         places = make_places(wishes, [subject])
         count = wishes.samples or subject.samples or _SAMPLES
+        require_room(wishes, places, count, 1, budgets)
         for place in places if check else ():
             require_above_chance(place, Split(wishes.split), count)
         comparison = evaluate_manager(

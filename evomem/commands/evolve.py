@@ -43,6 +43,7 @@ def evolve(
     again: str,
     track: str = "terminal",
     device: str | None = None,
+    plan_check: bool = True,
 ) -> None:
     """Search (or go on), compare, and write everything that a run folder holds.
 
@@ -51,6 +52,7 @@ def evolve(
     again : the command that goes on with this run, for messages.
     track : names of the trackers (`evomem.tracking.build_trackers`).
     device : where the models run, in place of what the experiment says.
+    plan_check : see `evomem.needs`.
     """
     config = load_experiment(experiment, settings, device=device)
     folder = out if out is not None else Path("runs") / config.name
@@ -74,7 +76,7 @@ def evolve(
         held["bench"] = model_bench(config)
         return held["bench"]
 
-    result = search(config, folder, bench, resume=resume, tracker=trackers, workers=workers)
+    result = search(config, folder, bench, resume=resume, tracker=trackers, workers=workers, plan_check=plan_check)
     if finished:
         console.print(Text(f"{folder}: this run is finished", style="bold"))
         for line in result.lines():

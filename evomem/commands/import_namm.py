@@ -36,6 +36,8 @@ from evomem.terminal import wide_console
 from evomem.testing.namm import DAMAGE, PER_UPDATE
 
 _STORED = "stored_buffers_to_save."
+_LARGEST = 1 << 30
+"""Bytes of a file, packed and unpacked: a checkpoint of the paper's has 200 MB."""
 _SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
 
 
@@ -114,6 +116,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
+    if path.stat().st_size > _LARGEST:
+        raise ConfigError(f"{path}: has {path.stat().st_size:,} bytes; at most {_LARGEST:,} are read")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _LARGEST:
+            raise ConfigError(f"{path}: would be {size:,} bytes unpacked; at most {_LARGEST:,} are read")
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as loaded:
             return {name: torch.from_numpy(np.asarray(loaded[name])) for name in loaded.files if _wanted(name)}

@@ -29,6 +29,7 @@ def trace(
     limit: str | None,
     dtype: str | None = None,
     device: str | None = None,
+    plan_check: bool = True,
 ) -> None:
     """Record traces, and say what they take."""
     from evomem import tasks
@@ -44,7 +45,7 @@ def trace(
         done = record(
             loaded, built, task, folder.expanduser(),
             samples=samples, seed=seed, split=Split(split), mode=mode, features=names, limit=most,
-            say=lambda text: messages.print(Text(text)), progress=bar.report,
+            say=lambda text: messages.print(Text(text)), progress=bar.report, plan_check=plan_check,
         )  # fmt: skip
     seconds = time.perf_counter() - begin
     lines = [f"{folder}: {done.samples} samples, {done.new} of them recorded now in {seconds:,.1f} s"]

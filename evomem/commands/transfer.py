@@ -20,6 +20,7 @@ from evomem.commands.compare import (
     parse_protocol,
     partial_file,
     places_of,
+    require_room,
     resolve_all,
     split_specs,
 )
@@ -27,7 +28,7 @@ from evomem.commands.outputs import claim
 from evomem.commands.packages import require_for
 from evomem.commands.progress import ProgressBar
 from evomem.errors import ConfigError, PluginError, TaskError
-from evomem.evaluation.compare import Comparison, NamedManager, Place
+from evomem.evaluation.compare import Comparison, NamedManager, Place, field_of
 from evomem.evaluation.compare import compare as compare_managers
 from evomem.evaluation.rows import Budget
 from evomem.evaluation.types import EvaluationProtocol
@@ -136,6 +137,7 @@ def transfer(
 def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> list[TransferRow]:
     """Return the rows of all subjects on one place."""
     split, count = Split(plan.wishes.split), plan.wishes.samples or _SAMPLES
+    require_room(plan.wishes, [place], count, len(plan.subjects) + len(field_of(plan.field)) + 1, plan.budgets)
     if check and count > 1:
         samples = _samples(place, split, min(_CHECKED, count))
         if len(samples) > 1:

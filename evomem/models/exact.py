@@ -7,6 +7,7 @@ line in a log. Two processes would then hold two models under one digest. Here b
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ _SHOWN = 8
 _BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|causal_mask)$")
 _MASKS = re.compile(r"(^|\.)(attn|attention|crossattention)\.bias$")
 """Names of tensors that older versions of a model saved and that it makes anew: no weights."""
+
+_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"}
+_WIDTHS = {
+    "vocab_size", "hidden_size", "intermediate_size", "n_embd", "n_inner", "d_model", "d_ff", "ffn_dim", "n_positions",
+    "num_attention_heads", "num_key_value_heads", "n_head", "head_dim", "moe_intermediate_size", "num_experts",
+    "num_local_experts", "state_codes", "return_codes", "max_ep_len", "act_dim", "state_dim",
+}  # fmt: skip
+"""Fields of configurations that say how many layers there are, and how large tables of weights are."""
+_ENTRIES, _INTEGER = 4096, 2**53
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -87,6 +97,39 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
     return found
+
+
+def check_sizes(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
+    """Raise `ModelError` if a configuration asks for much more than its files hold, before a model is made of it.
+
+    A million layers, or a vocabulary of a billion, would fill the memory before anything is compared. Layers are
+    counted; every other whole number, times the width, must not be far beyond the numbers in the files.
+    """
+    held = sum(math.prod(shape) for shape in shapes.values())
+    layers = _layers_of(shapes)
+    width = max((shape[-1] for shape in shapes.values() if shape), default=1)
+    quantised = "quantization_config" in config
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{path}.{key}".lstrip("."), part) for key, part in value.items()]
+        elif isinstance(value, list):
+            waiting += [(path, part) for part in value if isinstance(part, dict)]
+            if len(value) > _ENTRIES:
+                raise ModelError(f"model folder {folder}: config.json: {path}: a list of {len(value):,} entries")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            name = path.rpartition(".")[2]
+            counts = name in _COUNTS and layers and value > 2 * layers + 8
+            if abs(value) > _INTEGER or (name in _COUNTS and value > _ENTRIES) or counts:
+                has = f"; its files hold {layers}" if counts else ""
+                raise ModelError(f"model folder {folder}: config.json: {path}: {value!r} is too large{has}")
+            # Positions are no weights with rotary embeddings, and a table of them is small beside a model.
+            if name in _WIDTHS and not quantised and value * width > 8 * held + 2**24:
+                raise ModelError(
+                    f"model folder {folder}: config.json: {path}: {value:,} is more than its files can hold "
+                    f"({held:,} numbers)"
+                )
 
 
 # ---- what was loaded -----------------------------------------------------------------------------------------------
@@ -154,11 +197,16 @@ def _is_buffer(name: str, shapes: Shapes) -> bool:
 
 def _layers(model: Any, shapes: Shapes) -> str:
     """Say how many layers the configuration and the files have, where that may be the fault."""
-    wanted = getattr(model.config, "num_hidden_layers", None)
-    found = {int(match[1]) for name in shapes if (match := re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name))}
-    if not isinstance(wanted, int) or not found or max(found) + 1 == wanted:
+    wanted, found = getattr(model.config, "num_hidden_layers", None), _layers_of(shapes)
+    if not isinstance(wanted, int) or not found or found == wanted:
         return ""
-    return f"The configuration says {wanted} layers, the files hold layers up to number {max(found)}, from 0. "
+    return f"The configuration says {wanted} layers, the files hold layers up to number {found - 1}, from 0. "
+
+
+def _layers_of(shapes: Shapes) -> int:
+    """Return how many layers the names of weights count; 0 where they count none."""
+    found = (re.search(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d{1,6})\.", name) for name in shapes)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def check_numbers(where: str, model: torch.nn.Module, files: Iterable[Path] = ()) -> None:

@@ -17,7 +17,7 @@ from evomem.devices import chosen_device, devices_of, kind_of
 from evomem.errors import ConfigError, ModelError
 from evomem.models.aliases import Shipped, aliases
 from evomem.models.dequantised import cached_folders, damage, loader_report, quiet
-from evomem.models.exact import check_numbers, check_report, nothing_random, weight_shapes
+from evomem.models.exact import check_numbers, check_report, check_sizes, nothing_random, weight_shapes
 from evomem.models.files import WEIGHTS, folder_digest
 from evomem.models.folders import resolve
 
@@ -121,9 +121,11 @@ def load(
         options["quantization_config"] = dict(quantization)
     where = f"model {name!r} in {folder}"
     shapes = weight_shapes(folder)
+    configuration = json.loads((folder / "config.json").read_text())
+    check_sizes(folder, configuration, shapes)
     report: list[str] = []
     try:
-        own = OWN.get(json.loads((folder / "config.json").read_text())["model_type"])
+        own = OWN.get(configuration["model_type"])
         if own is not None:
             import_module(own)
         with quiet(), loader_report() as report:

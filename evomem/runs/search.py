@@ -18,6 +18,7 @@ import safetensors.torch
 from evomem.drivers.base import Array, Driver, Population, drivers
 from evomem.drivers.kinds import FrontDriver, is_headwise_driver, is_policy_driver
 from evomem.errors import ConfigError, FitnessError, RunError
+from evomem.needs import require
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
 from evomem.runs.batch_size import choose_chunks
@@ -36,6 +37,7 @@ from evomem.runs.inputs import pinned
 from evomem.runs.journal import Record, read_journal
 from evomem.runs.pareto import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
 from evomem.runs.paths import base_of, resolve_paths
+from evomem.runs.plan_needs import search_needs, vectors_needs
 from evomem.runs.relay import Relay
 from evomem.runs.remote import limited_threads, make_pool
 from evomem.runs.result import RunResult
@@ -55,6 +57,7 @@ def search(
     resume: bool = False,
     tracker: Tracker | Sequence[Tracker] = (),
     workers: WorkerOptions | None = None,
+    plan_check: bool = True,
 ) -> RunResult:
     """Run a search in a folder, or go on with it.
 
@@ -66,12 +69,14 @@ def search(
     resume : go on with what the folder holds (with nothing there, begin; a finished run gives its result again).
     tracker : who is told.
     workers : where evaluations happen; this process if None. The result is the same to the bit.
+    plan_check : refuse a plan that needs more memory, disk or time than there is (`evomem.needs`).
 
     Raises
     ------
     RunError : the folder is in use, holds another run, or the disk is full. Whatever is finished is kept.
     FitnessError : every candidate of a generation failed.
     ConfigError, TaskError, ModelError : the experiment cannot be run as it is written.
+    PlanError : it needs more than there is.
     """
     folder = Path(folder)
     config = config.placed()
@@ -83,7 +88,9 @@ def search(
             return RunResult.from_json(folder, finished)
         trackers = list(tracker) if isinstance(tracker, Sequence) else [tracker]
         with limited_threads(config.threads):
-            return Search(run, config, evaluator_factory, trackers, workers or WorkerOptions()).run()
+            made = Search(run, config, evaluator_factory, trackers, workers or WorkerOptions())
+            made.plan_check = plan_check
+            return made.run()
 
 
 def check_objectives(config: ExperimentConfig) -> None:
@@ -120,6 +127,7 @@ class Search:
         self.factory = factory
         self.bench = bench = factory(config)
         self.workers = workers
+        self.plan_check = True
         self.plan = config.plan()
         self.generations = self.plan[-1].end
         self.samples = Samples(config, bench)
@@ -158,10 +166,14 @@ class Search:
             )
         for problem in journal.seals.problems():
             self.warn(f"journal.jsonl: {problem}; what is not there is evaluated again")
+        if not self.run_folder.resumed:
+            needs = search_needs(self.config, self.bench, self.samples, self.path, self.workers.count or 1)
+            require(needs, check=self.plan_check, say=self.warn)
         self.samples.check()
         for remark in self.samples.remarks:
             self.warn(remark)
         self._prepare_start()
+        require(vectors_needs(self.config, self.space.dim), check=self.plan_check, say=self.warn)
         self._identify()
         self._check_chance()
         self.chunks = choose_chunks(self)

@@ -36,6 +36,7 @@ from evomem.evaluation.traces import (
 )
 from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers.features import base_columns, required
+from evomem.needs import Work, length_of, needs_of, require
 from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
 from evomem.tasks.base import Sample, Split, Task, at_hand
 from evomem.tasks.encoding import TextEncoder
@@ -80,6 +81,7 @@ def record(
     limit: int | None = None,
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    plan_check: bool = True,
 ) -> Recorded:
     """Record the first ``samples`` samples of a split, or go on with what an earlier call recorded.
 
@@ -93,6 +95,7 @@ def record(
     limit : bytes of the folder at most; the recording ends before the sample that would exceed it.
     say : is told the estimate beforehand, and what is recorded again because it is damaged.
     progress : is called with samples done and samples in all.
+    plan_check : refuse what needs more memory, disk or time than there is (`evomem.needs`).
 
     Raises
     ------
@@ -104,6 +107,9 @@ def record(
         raise ConfigError(f"samples: {samples}; record at least 1")
     columns = base_columns(tuple(features))
     there = at_hand(task, split, samples)
+    needs = needs_of([Work(loaded.model, task, there, there, 0)], store=0, spill=folder)
+    needs.write(folder, 0 if limit is not None else there * length_of(task) * _bytes_per_token(loaded.model, columns))
+    require(needs, check=plan_check, say=say)
     chosen = task.samples(split, there, seed)
     if len(chosen) < there:
         raise TaskError(f"task {spec}: split {split.value!r} has {len(chosen)} samples, {there} are needed")
@@ -269,17 +275,21 @@ def _estimate(
     some = chosen[:8]
     lengths = [evaluator.tokens(sample).read.shape[1] for sample in some]
     mean = sum(lengths) / len(lengths)
-    config = evaluator.loaded.model.config.get_text_config()
-    layers = int(config.num_hidden_layers)
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    per_slot = 2 * (len(stored(header.features)) + 3)
-    each = mean * layers * heads * per_slot + 300 * layers  # and safetensors' list of its tensors
+    each = mean * _bytes_per_token(evaluator.loaded.model, header.features)
+    each += 300 * evaluator.loaded.model.config.get_text_config().num_hidden_layers  # safetensors' list of its tensors
     total = each * len(chosen)
     there = f", {len(whole)} already there" if whole else ""
     text = f"about {readable(total)} for {len(chosen)} samples of {mean:,.0f} tokens{there}"
     if limit is not None and total > limit:
         text += f"; about {int(limit // each)} of them fit in {limit:,} bytes (--limit)"
     return text
+
+
+def _bytes_per_token(model: Any, features: Sequence[str]) -> int:
+    """Return the bytes that a trace file takes for every token of a context."""
+    config = model.config.get_text_config()
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return int(config.num_hidden_layers) * heads * 2 * (len(stored(features)) + 3)
 
 
 def readable(size: float) -> str:

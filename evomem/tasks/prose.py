@@ -9,12 +9,16 @@ from hashlib import blake2b
 from pathlib import Path
 
 from evomem.errors import TaskError
+from evomem.reading import read_text
+from evomem.strict_json import shown
 from evomem.tasks.base import Split
 
 REGIONS = 10
 """Contiguous stretches that a text is cut into before they are dealt out, so that each split reads like prose."""
 
 _DEAL = (Split.TRAIN, Split.TRAIN, Split.SELECT, Split.TRAIN, Split.SEALED)
+_ESSAY = 64 << 20
+"""Bytes of a text file, at most."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|(?<=[\u3002\uff01\uff1f])\s*")  # and of Chinese and Japanese
 _PROSE = re.compile(r"[A-Z](?:[A-Za-z ,;:()'/-]|\d(?![.\d]*\w)|\.(?=[a-z ]))*[.!?]")
 
@@ -43,15 +47,16 @@ def load_prose(split: Split, path: str | None = None) -> Prose:
     """
     if path is None:
         return _divide(_builtin(), "the built-in text")[split]
-    return _load_file(str(Path(path).expanduser().resolve()))[split]
+    try:
+        place = str(Path(path).expanduser().resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a user that is none, links in a circle
+        raise TaskError(f"essay: {shown(path)}: {error}") from None
+    return _load_file(place)[split]
 
 
 @cache
 def _load_file(path: str) -> dict[Split, Prose]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"essay: cannot read {path} as UTF-8 text: {error}") from error
+    text = read_text(Path(path), _ESSAY, TaskError)
     sentences: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         sentences.extend(_SENTENCE_END.split(" ".join(paragraph.split())))
