@@ -123,7 +123,10 @@ def trace(
     out: Annotated[Path, typer.Option(help="Folder of the traces; one that is there is gone on with.")],
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Samples of the split.")] = 128,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the samples; a search draws its training contexts with its own seed.")
+        int,
+        typer.Option(
+            min=0, max=2**63 - 1, help="Of the samples; a search draws its training contexts with its own seed."
+        ),
     ] = 0,
     split: Annotated[Splits, typer.Option(help="Samples that are read.")] = Splits.train,
     mode: Annotated[

@@ -87,16 +87,19 @@ def needs_of(works: Iterable[Work], *, store: int, spill: Path, workers: int = 1
     ----------
     store : bytes of memory for contexts that were read; what is more goes to the folder ``spill``.
     """
-    found, kept, peak, costs = Needs(), 0.0, 0.0, list[tuple[Any, float]]()
+    found, kept, peak, here = Needs(), 0.0, 0.0, False
+    costs = list[tuple[Any, float]]()
     for work in works:
         tokens = length_of(work.task)
         reading = tokens * bytes_per_token(work.model)
         kept += work.contexts * reading if work.keeps else 0.0
-        peak = max(peak, reading * (3 + work.rows * work.share))
+        if getattr(getattr(work.model, "device", None), "type", "cpu") == "cpu":  # an accelerator's is measured
+            peak = max(peak, reading * (3 + work.rows * work.share))
+            here = True
         found.memory += work.contexts * tokens * PER_SAMPLE
         found.evaluations += work.evaluations
         costs.append((work.model, work.contexts * tokens + work.evaluations * PER_EVALUATION))
-    found.memory += peak + min(kept, store)
+    found.memory += peak + (min(kept, store) if here else 0.0)
     if kept > store:
         found.write(spill, kept - store)
     found.seconds = sum(_seconds(model, tokens) for model, tokens in costs) / max(workers, 1)

@@ -30,6 +30,8 @@ def read_bytes(path: Path, limit: int, error: type[EvomemError]) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise error(f"{path}: is {_kind(status.st_mode)}; a file is expected")
             content = b"" if status.st_size > limit else file.read(limit + 1)
+    except EvomemError:
+        raise
     except (OSError, ValueError) as problem:  # ValueError: a name with NUL
         raise error(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
     if status.st_size > limit or len(content) > limit:
@@ -48,3 +50,31 @@ def read_text(path: Path, limit: int, error: type[EvomemError]) -> str:
 def _kind(mode: int) -> str:
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
     return next((name for holds, name in kinds.items() if holds(mode)), "a device")
+
+
+# ---- what users write on a command line ----------------------------------------------------------------------------
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """Return the path that a user writes, ``~`` followed where there is such a user."""
+    return Path(os.path.expanduser(text))
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a regular file; no error for a name that none can have (too long, with a NUL)."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder; see `is_file`."""
+    return os.path.isdir(path)
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is anything; see `is_file`."""
+    return os.path.exists(path)
+
+
+def whole_number(text: str) -> int | None:
+    """Return a whole number that is written with the digits 0 to 9, at most 18 of them; None for any other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None

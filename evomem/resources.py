@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evomem.errors import ConfigError, UnknownNameError
+from evomem.reading import is_file, is_folder, user_path
 
 KINDS = {"search_spaces": "search space", "experiments": "experiment"}
 """Folder of each kind, and what one of its files is called in messages."""
@@ -30,10 +31,10 @@ def resource_path(kind: str, name: str) -> Path:
     label = KINDS.get(kind)
     if label is None:
         raise UnknownNameError("resource folder", kind, list(KINDS))
-    own = Path(name).expanduser()
-    if own.is_file():
+    own = user_path(name)
+    if is_file(own):
         return own
-    if own.is_dir():
+    if is_folder(own):
         raise ConfigError(f"{label} {name!r} is a folder; give a YAML file in it")
     known = list_resources(kind)
     short = name.removeprefix(f"{kind}/")

@@ -33,7 +33,7 @@ from evomem.bounds import LARGE, SMALL, VALUE
 from evomem.config import Settings, merge, read_yaml, validate
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, managers
-from evomem.reading import read_bytes
+from evomem.reading import is_file, read_bytes, user_path
 from evomem.strict_json import shown
 from evomem.varying import Option, Variable
 
@@ -104,8 +104,8 @@ def load_space(name: str, changes: Mapping[str, Any] | None = None) -> SpaceConf
     """
     from evomem.resources import resource_path
 
-    path = Path(name)
-    if not path.is_file():
+    path = user_path(name)
+    if not is_file(path):
         path = resource_path("search_spaces", name)
     changes = changes or {}
     values = merge(read_yaml(path), changes)
@@ -382,7 +382,7 @@ def _read_vector(source: str | list[float]) -> Array:
     if not isinstance(source, str):
         return np.asarray(source, dtype=np.float64)
     where = f"search space: start.vector: {shown(source)}"
-    content = read_bytes(Path(source).expanduser(), _VECTOR, ConfigError)
+    content = read_bytes(user_path(source), _VECTOR, ConfigError)
     try:
         return np.asarray(np.load(io.BytesIO(content), allow_pickle=False), dtype=np.float64)
     except (

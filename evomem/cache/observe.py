@@ -67,7 +67,7 @@ class Wanted:
         windows: dict[str, list[int]] = {kind: [] for kind in kinds}
         for name in names:
             head, _, width = name.partition(":")
-            if head in windows and width.isdigit() and int(width) > 0:
+            if head in windows and width.isascii() and width.isdigit() and len(width) < 10 and int(width) > 0:
                 windows[head].append(int(width))
             elif name not in OBSERVATIONS or head in windows:
                 raise ConfigError(f"unknown observation {name!r}; the cache records {', '.join(OBSERVATIONS)} (W >= 1)")

@@ -27,6 +27,7 @@ from evomem.evaluation.store import PrefillStore
 from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers import build, names
 from evomem.managers.base import MemoryManager, check_budget
+from evomem.reading import is_folder, user_path, whole_number
 from evomem.runs import open_run
 from evomem.runs.config import TaskConfig
 from evomem.runs.inputs import changed_tasks, task_inputs
@@ -194,8 +195,8 @@ def resolve(source: str) -> Subject:
     from evomem import plugins
     from evomem.plugins.hub import REPOSITORY
 
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = user_path(source)
+    if is_folder(path):
         if (path / "config.yaml").is_file():
             return _of_run(source, path)
         if plugins.is_plugin(path):
@@ -346,7 +347,9 @@ def parse_protocol(text: str | None, mode: str | None, default: EvaluationProtoc
     changes: dict[str, Any] = {} if mode is None else {"mode": mode}
     if text is not None:
         kind, colon, every = text.partition(":")
-        if kind not in ("compress_once", "streaming") or (colon and (kind != "streaming" or not every.isdigit())):
+        if kind not in ("compress_once", "streaming") or (
+            colon and (kind != "streaming" or whole_number(every) is None)
+        ):
             raise ConfigError(f"--protocol: {text!r}; write compress_once, streaming, or streaming:512")
         changes["kind"] = kind
         if every:

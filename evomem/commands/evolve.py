@@ -18,6 +18,7 @@ from evomem.commands.progress import ProgressBar
 from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.compare import NamedManager, compare
 from evomem.evaluation.rows import Budget, Row
+from evomem.reading import is_there, user_path, whole_number
 from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
 from evomem.runs.bench import load_model
 from evomem.runs.diagnostics import diagnostics_plot
@@ -105,9 +106,10 @@ def count_of(workers: str, address: str | None) -> int | None:
     """
     if workers == "auto" or (workers == "0" and address is not None):
         return None
-    if not workers.isdigit():
+    count = whole_number(workers)
+    if count is None:
         raise ConfigError(f"--workers {workers}: give a whole number, 0 for this process, or auto for all cores")
-    return int(workers)
+    return count
 
 
 def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[Row]:
@@ -219,8 +221,8 @@ def export(
     overwrite : replace a plug-in that is there.
     """
     check_free(folder, overwrite=overwrite)
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = user_path(source)
+    if not is_there(path):
         raise EvomemError(f"{source}: no such run or plug-in")
     if (path / "config.yaml").is_file():
         plugin = member_plugin(open_run(path), place, size)

@@ -32,6 +32,7 @@ from evomem.commands.overwriting import check_free
 from evomem.errors import ConfigError
 from evomem.managers import NAMM
 from evomem.managers.vector import vector_size
+from evomem.reading import is_file, user_path
 from evomem.terminal import wide_console
 from evomem.testing.namm import DAMAGE, PER_UPDATE
 
@@ -52,7 +53,7 @@ def import_namm(
     ConfigError : the file is not there, damaged, of another layout or length, or has values that are not finite.
     """
     check_free(out, overwrite=overwrite)
-    manager, provenance = read_namm(Path(source).expanduser(), scorer, every, budget, vector)
+    manager, provenance = read_namm(user_path(source), scorer, every, budget, vector)
     plugins.save(manager, out, provenance)
     console = wide_console()
     console.print(Text(f"{out}: {', '.join(plugins.FILES)}"))
@@ -100,7 +101,7 @@ def read_namm(
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Return what is in the file by name; of a checkpoint, the search's state."""
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"{path}: no such file")
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"{path}: {path.suffix or 'no ending'}; expected one of {', '.join(_SUFFIXES)}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evomem.errors import ConfigError
-from evomem.reading import read_bytes
+from evomem.reading import read_bytes, user_path
 
 _ROWS = 256 << 20
 """Bytes of a file of rows, at most."""
@@ -32,7 +32,7 @@ def claim(option: str, output: str | None, beside: Callable[[Path], list[Path]] 
     if output is None or output == "-":
         return output
     try:
-        given = Path(output).expanduser()
+        given = user_path(output)
         path = given.resolve()
         kind = path.lstat().st_mode if os.path.lexists(path) else None
         path.parent.mkdir(parents=True, exist_ok=True)

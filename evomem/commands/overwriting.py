@@ -6,9 +6,10 @@ from pathlib import Path
 
 from evomem import plugins
 from evomem.errors import ConfigError
+from evomem.reading import user_path
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
     """Raise `ConfigError` if a folder holds a plug-in that must not be replaced."""
-    if plugins.is_plugin(folder.expanduser()) and not overwrite:
+    if plugins.is_plugin(user_path(folder)) and not overwrite:
         raise ConfigError(f"{folder}: holds a plug-in already; choose another folder, or replace it with --overwrite")

@@ -11,6 +11,7 @@ from evomem.commands.compare import load
 from evomem.commands.packages import require_for
 from evomem.commands.progress import ProgressBar
 from evomem.evaluation.traces import DEFAULT_FEATURES
+from evomem.reading import user_path
 from evomem.runs.traces import parse_bytes, readable, record
 from evomem.tasks.base import Split
 from evomem.terminal import plain_console, wide_console
@@ -43,7 +44,7 @@ def trace(
     messages = plain_console(stderr=True, soft_wrap=True, highlight=False)
     with ProgressBar("recording") as bar:
         done = record(
-            loaded, built, task, folder.expanduser(),
+            loaded, built, task, user_path(folder),
             samples=samples, seed=seed, split=Split(split), mode=mode, features=names, limit=most,
             say=lambda text: messages.print(Text(text)), progress=bar.report, plan_check=plan_check,
         )  # fmt: skip

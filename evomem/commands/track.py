@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.text import Text
 
 from evomem.errors import RunError
+from evomem.reading import user_path
 from evomem.runs import open_run
 from evomem.terminal import wide_console
 from evomem.tracking.build import build_tracker
@@ -23,8 +24,8 @@ def track(source: str, to: str, mode: str | None, project: str | None, out: Path
     ----------
     out : folder to write in; by default ``tracked`` in the run's folder, where no tracker of the running run writes.
     """
-    run = open_run(Path(source).expanduser())
-    folder = out.expanduser() if out is not None else run.folder / "tracked"
+    run = open_run(user_path(source))
+    folder = user_path(out) if out is not None else run.folder / "tracked"
     tracker = build_tracker(to, run.folder, folder, mode=mode, project=project)
     file = folder / "track.jsonl"
     try:

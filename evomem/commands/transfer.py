@@ -34,6 +34,7 @@ from evomem.evaluation.rows import Budget
 from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers import build
 from evomem.managers.base import MemoryManager
+from evomem.reading import is_folder, user_path
 from evomem.runs import open_run
 from evomem.runs.bench import calibrate_manager, check_chance
 from evomem.runs.config import TaskConfig
@@ -261,8 +262,8 @@ def _records(subjects: Sequence[Subject]) -> dict[str, Record]:
     """
     console, found = wide_console(stderr=True), {}
     for subject in subjects:
-        path = Path(subject.source).expanduser()
-        if path.is_dir():
+        path = user_path(subject.source)
+        if is_folder(path):
             found[subject.name] = open_record(open_run(path).plugin if (path / "config.yaml").is_file() else path)
         else:
             console.print(Text(f"--record: {subject.name} is no folder and is left alone", style="yellow"))

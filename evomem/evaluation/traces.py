@@ -39,6 +39,7 @@ from evomem.errors import ConfigError, EvaluationError, RunError
 from evomem.evaluation.attention import Future
 from evomem.evaluation.store import Reading
 from evomem.managers.features import base_columns, column
+from evomem.reading import user_path
 
 if TYPE_CHECKING:
     from evomem.models import LoadedModel
@@ -149,7 +150,7 @@ class Manifest(_Strict):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise RunError(f"{path}: {where}: {first['msg']}; this evomem reads version {SCHEMA}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{path}: is damaged ({error}); record the traces again into another folder") from None
 
 
@@ -226,7 +227,7 @@ class Traces:
         ------
         RunError : there is no manifest, it is damaged, or of an unknown version.
         """
-        path = Path(folder).expanduser()
+        path = user_path(folder)
         manifest = Manifest.read(path)
         return cls(path, manifest, {file.key: file for file in reversed(manifest.files)})
 

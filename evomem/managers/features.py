@@ -135,7 +135,7 @@ def parse(name: str) -> tuple[str, int, str, str]:
         raise ConfigError(
             f"feature {name!r}: {observation} wants a number of queries, at most {NEIGHBOURS}, as in {observation}:32"
         )
-    if observation == "spectrum" and not (argument.isdecimal() and int(argument) <= 16):
+    if observation == "spectrum" and argument not in {str(number) for number in range(17)}:
         raise ConfigError(f"feature {name!r}: spectrum wants a bin from 0 to 16, as in spectrum:4")
     if argument and observation not in _WINDOWS | {"spectrum"}:
         raise ConfigError(f"feature {name!r}: {observation} takes no argument")

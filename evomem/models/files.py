@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from evomem.reading import user_path
+
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 """Fields of a ``config.json`` that say who wrote it or how it is run, not which model it is."""
 
@@ -22,9 +24,9 @@ def cache_root() -> Path:
     """Return evomem's cache folder: ``$EVOMEM_CACHE``, else ``$XDG_CACHE_HOME/evomem``, else ``~/.cache/evomem``."""
     own = os.environ.get("EVOMEM_CACHE")
     if own:
-        return Path(own).expanduser()
+        return user_path(own)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "evomem"
+    return (user_path(base) if base else Path.home() / ".cache") / "evomem"
 
 
 def sha256(path: Path) -> str:

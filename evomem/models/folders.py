@@ -12,7 +12,7 @@ from evomem.errors import ModelError
 from evomem.models.aliases import Shipped, aliases
 from evomem.models.dequantised import dequantised_folder
 from evomem.models.files import INDEX, WEIGHTS
-from evomem.reading import read_text
+from evomem.reading import is_there, read_text, user_path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -37,8 +37,8 @@ def resolve(name: str, *, verify: bool = False) -> Path:
     if name in aliases:
         alias = aliases[name]
         return shipped_folder(alias) if isinstance(alias, Shipped) else dequantised_folder(alias, verify=verify)
-    path = Path(name).expanduser()
-    if path.exists():
+    path = user_path(name)
+    if is_there(path):
         missing = missing_files(path)
         if missing:
             raise ModelError(f"model folder {path}: {missing}")

@@ -47,6 +47,7 @@ from evomem.plugins.untrusted import (
     read_pictures,
     read_tensors,
 )
+from evomem.reading import is_folder, is_there, user_path
 from evomem.strict_json import shown, to_json
 
 SCHEMA_VERSION = 1
@@ -207,13 +208,9 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _located(folder_or_repo: str | Path, hub: Mapping[str, Any]) -> Path:
-    folder = Path(folder_or_repo).expanduser()
-    try:
-        exists = folder.exists()
-    except OSError as error:  # a name that is too long
-        raise PluginError(f"{shown(folder_or_repo)}: {error.strerror}") from None
-    if exists:
-        if not folder.is_dir():
+    folder = user_path(folder_or_repo)
+    if is_there(folder):
+        if not is_folder(folder):
             raise PluginError(f"{folder}: is a file; give the plug-in's folder")
         return current(folder)
     return download(str(folder_or_repo), LIMITS, **hub)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from evomem.errors import ConfigError, EvomemError
 from evomem.managers import MemoryManager, build
 from evomem.models.folders import resolve
 from evomem.plugins import load
+from evomem.reading import is_folder, user_path
 from evomem.strict_json import shown
 
 try:
@@ -166,8 +166,8 @@ class EvomemLM(HFLM):  # type: ignore[misc]
 def _manager(manager: str | MemoryManager, budget: int | float | None, every: int | None) -> MemoryManager:
     """Return the manager that a user named, with budget and schedule as given."""
     if isinstance(manager, str):
-        place = Path(manager).expanduser()
-        manager = load(place if place.is_dir() else manager) if place.is_dir() or "/" in manager else build(manager)
+        place = user_path(manager)
+        manager = load(place if is_folder(place) else manager) if is_folder(place) or "/" in manager else build(manager)
     changes: dict[str, Any] = {"budget": budget} if budget is not None else {}
     if every is not None:
         changes["every"] = every or None

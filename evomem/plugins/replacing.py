@@ -18,6 +18,7 @@ from pathlib import Path
 
 from evomem.errors import PluginError
 from evomem.plugins.untrusted import FILES, PICTURE, PICTURES, shown
+from evomem.reading import user_path, whole_number
 
 SAVED, _MOVING = ".evomem-saved", ".moving"
 _NEW = re.compile(r"\.evomem-new-(\d+)", re.ASCII)
@@ -32,7 +33,7 @@ def located(folder: str | Path) -> Path:
         written.
     """
     try:
-        found = Path(folder).expanduser().resolve()
+        found = user_path(folder).resolve()
         found.exists()
     except (OSError, ValueError, RuntimeError) as error:
         raise PluginError(f"{shown(folder)}: {getattr(error, 'strerror', None) or error}") from None
@@ -182,15 +183,16 @@ def _discard(folder: Path) -> None:
 
 def _dead(pid: str) -> bool:
     """Whether no other process has this number; our own is not at work on another folder."""
-    if not (pid.isascii() and pid.isdigit() and len(pid) < 12):
+    number = whole_number(pid)
+    if number is None:
         return False
     try:
-        os.kill(int(pid), 0)
+        os.kill(number, 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
         return False
-    return int(pid) == os.getpid()
+    return number == os.getpid()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ from evomem.config import Settings, apply_settings, read_yaml, validate
 from evomem.errors import ConfigError
 from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers.base import check_budget
+from evomem.reading import is_file, user_path
 from evomem.search_space import SpaceConfig, load_space
 
 Budget = int | float
@@ -437,8 +438,8 @@ def load_experiment(name: str | Path, settings: Iterable[str] = (), *, device: s
     ------
     ConfigError : names file, field, value and the nearest valid key; a device does not exist.
     """
-    path = Path(name)
-    if not path.is_file():
+    path = user_path(name)
+    if not is_file(path):
         from evomem.resources import resource_path
 
         path = resource_path("experiments", str(name))

@@ -192,6 +192,8 @@ def check_same_config(stored: Path, resolved: dict[str, Any]) -> dict[str, Any]:
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{stored}: cannot be read: {error}") from None
+    if before is not None and not isinstance(before, dict):
+        raise RunError(f"{stored}: holds {type(before).__name__}; the configuration of a run is a mapping")
     # Through YAML and back, so that only differences in value count.
     filled = _with_defaults(before or {})
     # How much memory contexts get moves no result.

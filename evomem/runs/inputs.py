@@ -19,6 +19,7 @@ from evomem import drivers
 from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.traces import MANIFEST
 from evomem.managers.base import managers
+from evomem.reading import user_path
 from evomem.runs.config import ExperimentConfig, TaskConfig
 from evomem.search_space import Start
 from evomem.tasks import parse, tasks
@@ -51,7 +52,7 @@ def _inputs(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield from _package("driver", stage.driver.name, drivers.drivers)
     yield from _package("manager", config.space.manager.name, managers)
     for traces in config.traces:
-        yield f"traces {traces}", _digest(Path(traces).expanduser() / MANIFEST)
+        yield f"traces {traces}", _digest(user_path(traces) / MANIFEST)
     start = config.space.start
     if isinstance(start, Start) and start.plugin is not None:
         folder = Path(start.plugin)
@@ -70,7 +71,7 @@ def task_inputs(task: TaskConfig) -> Iterator[tuple[str, str]]:
     yield from _package("task", name, tasks)
     for option, value in {**task.options, **given}.items():
         if isinstance(value, str) and value and names_a_file(kind, option):
-            yield f"task {name} {value}", _digest(Path(value).expanduser())
+            yield f"task {name} {value}", _digest(user_path(value))
 
 
 def names_a_file(kind: Any, option: str) -> bool:
@@ -157,7 +158,7 @@ def changed_tasks(known: Mapping[str, Any]) -> list[str]:
         if place.startswith("of package "):
             now |= dict(_package("task", kind, tasks))
         else:
-            now[name] = _digest(Path(place).expanduser())
+            now[name] = _digest(user_path(place))
     return changes(mine, {name: digest for name, digest in now.items() if digest != _MISSING})
 
 

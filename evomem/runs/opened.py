@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from evomem.config import validate
 from evomem.errors import RunError
 from evomem.managers.base import MemoryManager
+from evomem.reading import is_file
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.journal import Record, Totals, read_journal
 from evomem.runs.result import RunResult
@@ -96,7 +97,7 @@ def open_run(folder: str | Path) -> Run:
     """Return the run in a folder; raise `RunError` if there is none."""
     folder = Path(folder)
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not is_file(path):
         raise RunError(f"{folder}: is no run folder (there is no config.yaml in it)")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))

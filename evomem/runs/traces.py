@@ -38,6 +38,7 @@ from evomem.evaluation.types import EvaluationProtocol
 from evomem.managers.features import base_columns, required
 from evomem.needs import Work, length_of, needs_of, require
 from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
+from evomem.strict_json import shown
 from evomem.tasks.base import Sample, Split, Task, at_hand
 from evomem.tasks.encoding import TextEncoder
 
@@ -300,7 +301,7 @@ def readable(size: float) -> str:
 
 def parse_bytes(text: str) -> int:
     """Read ``2GB``, ``500MB`` or ``1000000`` (decimal units); raise `ConfigError` for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"--limit: {text!r}; write a number of bytes, or 500MB, 2GB")
+        raise ConfigError(f"--limit: {shown(text)!r}; write a number of bytes, or 500MB, 2GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from evomem.bounds import LENGTH
 from evomem.errors import TaskError
+from evomem.reading import user_path
 from evomem.strict_json import shown
 from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.chat import ChatTemplate
@@ -76,7 +76,7 @@ class File:
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
         self.chat = ChatTemplate(tokenizer, self.name) if self.options.chat_template else None
-        entries = read_entries(Path(self.options.path).expanduser())
+        entries = read_entries(user_path(self.options.path))
         division = divide(entries)
         self._entries, self.note = division.entries, division.note
         self.has_exact: bool = any(entry.row.metric != "loglik" for entry in entries)
@@ -122,7 +122,7 @@ class File:
         ``chat_template`` is among them only where it is on.
         """
         options = self.options.model_dump(mode="json", exclude=None if self.chat else {"chat_template"})
-        return {**options, "path": os.path.abspath(Path(self.options.path).expanduser())}
+        return {**options, "path": os.path.abspath(user_path(self.options.path))}
 
     def _sample(self, entry: Entry, split: Split) -> Sample:
         row = entry.row

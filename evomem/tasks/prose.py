@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from evomem.errors import TaskError
-from evomem.reading import read_text
+from evomem.reading import read_text, user_path
 from evomem.strict_json import shown
 from evomem.tasks.base import Split
 
@@ -48,7 +48,7 @@ def load_prose(split: Split, path: str | None = None) -> Prose:
     if path is None:
         return _divide(_builtin(), "the built-in text")[split]
     try:
-        place = str(Path(path).expanduser().resolve())
+        place = str(user_path(path).resolve())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a user that is none, links in a circle
         raise TaskError(f"essay: {shown(path)}: {error}") from None
     return _load_file(place)[split]
