@@ -130,20 +130,6 @@ def test_threads_with_their_own_caches_do_not_meet() -> None:
     assert not is_attached(model)
 
 
-def test_attached_model_without_our_cache_is_the_stock_model() -> None:
-    for overrides in ({}, {"sliding_window": 5}):
-        model = tiny("mistral", layers=2, **overrides)
-        batch = Batch.of(random_rows(model, [12, 8], 0))
-        arguments = {"attention_mask": batch.real.long(), "position_ids": batch.positions}
-        stock = model(batch.ids, use_cache=False, **arguments).logits
-        grown = model.generate(batch.ids, attention_mask=batch.real.long(), max_new_tokens=4, pad_token_id=0)
-        with attached(model):
-            same_logits("no cache", model(batch.ids, use_cache=False, **arguments).logits, stock, batch.real)
-            if not overrides:  # the stock sliding cache drops tokens, which the 2-D mask cannot tell
-                again = model.generate(batch.ids, attention_mask=batch.real.long(), max_new_tokens=4, pad_token_id=0)
-                assert torch.equal(again, grown)
-
-
 # ---- misuse ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from evomem.cache.attention import IMPLEMENTATION, handover, managed_attention, uncompiled
 from evomem.cache.positions import within_positions
+from evomem.cache.switch import Usage, switched
 from evomem.cache.versions import warn_untested
 from evomem.errors import UnsupportedModelError
 
@@ -18,12 +19,6 @@ if TYPE_CHECKING:  # seconds to import; whoever has a model has done so
     from transformers import PreTrainedModel
 
 _lock = threading.RLock()
-_switched: dict[int, tuple[Any, int, str | None]] = {}
-"""Per configuration object that is switched: itself, how many `attached` blocks are open, and what to put back.
-
-By configuration and not by model, because that is where transformers keeps the switch and models may share one.
-"""
-
 
 MANAGED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers, as configurations call them, that differ by their masks only."""
@@ -107,10 +102,11 @@ def _configurations(model: PreTrainedModel) -> list[Any]:
 
 
 @contextmanager
-def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[None]:
+def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Usage]:
     """Run ``model`` with the managed attention inside the block; restore its attention implementation exactly after.
 
     Blocks nest, also from several threads and with models that share a configuration: the last one to leave restores.
+    Yields what runs inside. Calls without a cache of slots run the model's own attention, over any cache or none.
 
     Parameters
     ----------
@@ -130,24 +126,12 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Non
     check_supported(model)
     if self_check:
         check_computes_the_same(model)
-    configurations = _configurations(model)
     with _lock:
         AttentionInterface.register(IMPLEMENTATION, uncompiled(managed_attention))
         # Without a registered mask function transformers would drop the model's mask silently.
         AttentionMaskInterface.register(IMPLEMENTATION, uncompiled(slots_mask))
-        for config in configurations:
-            _, count, previous = _switched.get(id(config), (config, 0, config._attn_implementation_internal))
-            _switched[id(config)] = config, count + 1, previous
-            config._attn_implementation_internal = IMPLEMENTATION
     try:
-        with within_positions(model):
-            yield
+        with switched(_configurations(model), IMPLEMENTATION) as usage, within_positions(model):
+            yield usage
     finally:
-        with _lock:
-            for config in configurations:
-                _, count, previous = _switched.pop(id(config))
-                if count > 1:
-                    _switched[id(config)] = config, count - 1, previous
-                else:
-                    config._attn_implementation_internal = previous
         handover.clear()  # left over where a forward pass was interrupted

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomem.cache.callers import given_cache
 from evomem.cache.masks import Visibility, leading_padding
 from evomem.cache.model_mask import ModelMask
+from evomem.cache.switch import note_pass, previous_implementation
 from evomem.errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from evomem.cache.cache import SlotCache
     from evomem.cache.layer import SlotLayer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -37,6 +41,8 @@ class _Handover(threading.local):
     layer: SlotLayer | None = None
     attended: weakref.ref[Tensor] | None = None
     """Keys that the managed attention read last."""
+    reading: tuple[weakref.ref[SlotCache], int] | None = None
+    """Cache, and layer of it, over which the managed attention ran last."""
 
     def give(self, layer: SlotLayer, key: Tensor, value: Tensor) -> None:
         """Note what the attention that follows must be called with."""
@@ -64,11 +70,12 @@ class _Handover(threading.local):
                     f"{family} changes {what} between cache and attention, which evomem does not manage"
                 )
         self.attended = weakref.ref(key)
+        self.reading = weakref.ref(layer.cache), layer.index
         return layer
 
     def clear(self) -> None:
         """Forget what an interrupted forward pass left."""
-        self.layer = self.key = self.value = self.attended = None
+        self.layer = self.key = self.value = self.attended = self.reading = None
 
 
 def _equal(held: Tensor | None, given: Tensor) -> bool:
@@ -117,7 +124,7 @@ def managed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention function for transformers' AttentionInterface.
 
     Parameters
@@ -129,9 +136,19 @@ def managed_attention(
 
     Returns
     -------
-    output : (batch, queries, query_heads, head_dim), and None for the weights.
+    output : (batch, queries, query_heads, head_dim), and None for the weights; without a slot cache what the model's
+        own attention returns.
     """
     layer = handover.take(module, key, value)
+    if layer is None:
+        return _stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if layer.index == 0:
+        note_pass(module, managed=True)
+        if not layer.cache.is_for(module):
+            raise CacheError(
+                f"the cache that {type(module).__name__} was given belongs to another model; make one for this model: "
+                "manager.new_cache(model), or the one that manager.attach(model) yields"
+            )
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} uses attention sinks or a position bias in its softmax, "
@@ -141,13 +158,10 @@ def managed_attention(
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     softcap = kwargs.get("softcap")
-    if layer is not None:
-        visibility = _visibility(module, query, key, attention_mask, layer.seen, kwargs.get("sliding_window"), causal)
-        if softcap is not None:  # the softmax that is written out has no answer where nothing is to be seen
-            visibility = visibility.seeing_themselves()
-        output = layer.attend(query, visibility, scale, softcap, kwargs.get("position_ids"))
-    else:
-        output = _unmanaged(query, key, value, attention_mask, scale, kwargs.get("sliding_window"), softcap, causal)
+    visibility = _visibility(module, query, key, attention_mask, layer.seen, kwargs.get("sliding_window"), causal)
+    if softcap is not None:  # the softmax that is written out has no answer where nothing is to be seen
+        visibility = visibility.seeing_themselves()
+    output = layer.attend(query, visibility, scale, softcap, kwargs.get("position_ids"))
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -182,33 +196,59 @@ def _visibility(
     return Visibility(leading_padding(mask), None, mask)
 
 
-def _unmanaged(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    causal: bool,
-) -> Tensor:
-    """Stock attention for calls without a slot cache while the model is attached (vision towers, `use_cache=False`)."""
-    queries, keys = query.shape[2], key.shape[2]
+def _stock_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Run the model's own attention under its own mask: for calls over another cache or none, and vision towers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import eager_mask
+
+    _require_not_lost(module)
+    implementation = previous_implementation(module)
     if isinstance(mask, ModelMask):
-        mask = mask.request.numbers().to(query.device)
-    elif mask is None or mask.dim() == 2:
-        rows = torch.arange(keys - queries, keys, device=query.device)[:, None]
-        columns = torch.arange(keys, device=query.device)[None, :]
-        allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        if causal:
-            allowed = columns <= rows
-        if window is not None:
-            allowed = allowed & (columns > rows - window)
-        allowed = allowed[None, None]
-        mask = allowed if mask is None else allowed & mask.bool()[:, None, None, -keys:]
-    if mask.dtype == torch.bool:
-        mask = mask | ~mask.any(-1, keepdim=True)
-    return grouped_attention(query, key, value, scale, mask=mask, softcap=softcap)
+        mask = mask.request.stock(implementation)
+        mask = None if mask is None else mask.to(query.device)
+    elif mask is not None and mask.dtype == torch.bool and mask.dim() == 4:
+        known: dict[str, Any] = AttentionMaskInterface._global_mapping
+        if known.get(implementation) is eager_mask:  # numbers that a model cut out of a `ModelMask`
+            mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    functions: dict[str, Any] = AttentionInterface._global_mapping
+    attention = functions.get(implementation) or _eager_attention(module) or sdpa_attention_forward
+    output: tuple[Tensor, Tensor | None] = attention(module, query, key, value, mask, **kwargs)
+    return output
+
+
+def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the eager attention that a module falls back on: a function of the file that its forward is written in."""
+    for kind in type(module).__mro__:
+        if (forward := vars(kind).get("forward")) is not None:
+            found = getattr(inspect.unwrap(forward), "__globals__", {}).get("eager_attention_forward")
+            if found is not None:
+                return cast(Callable[..., Any], found)
+    return None
+
+
+def _require_not_lost(module: nn.Module) -> None:
+    """Raise `CacheError` when a decoder's attention has no cache of slots though the calls around it were given one."""
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int) or getattr(module, "is_cross_attention", False):
+        return
+    before, handover.reading = handover.reading, None
+    if index == 0:
+        note_pass(module, managed=False)
+        lost = given_cache(module)
+    else:  # a pass that began over a cache of slots goes on over it
+        lost = before[0]() if before is not None and before[1] == index - 1 else None
+        lost = lost if lost is not None and index < lost.depth and lost.is_for(module) else None
+    if lost is not None:
+        raise CacheError(
+            f"a cache of evomem's was given, but layer {index} ({type(module).__name__}) attends without it: the "
+            "model, generate or a wrapper exchanged or dropped it, so nothing would be managed. Known causes: gradient "
+            "checkpointing in train mode (use model.eval()); PEFT's prefix tuning (it brings a cache of its own); long "
+            "rope (Phi-3): generate drops a cache when a text crosses original_max_position_embeddings, so read a "
+            "context longer than that with the model first, inside `with cache.reading():`, and then generate"
+        )
 
 
 def grouped_attention(

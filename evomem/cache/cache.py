@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from evomem.cache.attention import IMPLEMENTATION
@@ -65,6 +65,8 @@ class SlotCache(Cache):
     """
 
     layers: list[SlotLayer]  # type: ignore[assignment]
+    max_cache_len = -1
+    """No limit; PEFT asks every cache that is not a `DynamicCache`."""
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class SlotCache(Cache):
         self.awaiting: int | None = None  # layer whose new keys no attention has read yet
         self._model = None if model is None else ref(model)
         self._limit = None if model is None else position_limit(model)
+        self._attentions: frozenset[int] = frozenset()
         self._sums: dict[int, int] = {}
         self.bytes_peak = 0
         super().__init__(layers=[SlotLayer(index, self) for index in range(layers)])
@@ -96,6 +99,17 @@ class SlotCache(Cache):
         check_parallel(model, policy, layers)
         rotaries = find_rotaries(model, layers) if "query_statistics" in policy.observes else None
         return cls(layers, policy, rotaries=rotaries, model=model)
+
+    def is_for(self, module: nn.Module) -> bool:
+        """Whether an attention module is one of the model that the cache was made for; True where that is unknown."""
+        from evomem.cache.attach import attention_modules
+
+        model = self.model
+        if model is None:
+            return True
+        if id(module) not in self._attentions:  # also where a model's attention was exchanged
+            self._attentions = frozenset(id(part) for part in attention_modules(model))
+        return id(module) in self._attentions
 
     def require_attached(self) -> None:
         """Raise `CacheError` when the model would run stock attention over this cache."""
@@ -125,8 +139,8 @@ class SlotCache(Cache):
         if self.awaiting is not None:
             raise UnsupportedModelError(
                 f"the keys of layer {self.awaiting} were given to the cache, and no managed attention read them: the "
-                "model attends by code of its own, which evomem does not manage; or a forward pass over this cache was "
-                "cut short: then reset() it and read the context again"
+                "model attends by code of its own, which evomem does not manage, or is not attached; or a forward pass "
+                "over this cache was cut short: then reset() it and read the context again"
             )
 
     def require_observing(self, recorder: Recorder) -> None:

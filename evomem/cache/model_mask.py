@@ -129,7 +129,12 @@ class ModelMask(Tensor):
 
 def slots_mask(**arguments: Any) -> ModelMask:
     """Mask function for transformers' AttentionMaskInterface: keeps what the model asks for."""
-    return ModelMask(MaskRequest(arguments))
+    # A static cache tells its length as a tensor, which it counts up before the mask is read.
+    now = {
+        name: value.clone() if isinstance(value, Tensor) and not value.dim() else value
+        for name, value in arguments.items()
+    }
+    return ModelMask(MaskRequest(now))
 
 
 def recognise(function: Callable[..., Any] | None) -> tuple[bool, int | None]:

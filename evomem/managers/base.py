@@ -187,9 +187,11 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         Raises
         ------
         UnsupportedModelError : a family without a managed attention, or one that computes something else under it.
+        CacheError : on leaving, when the model ran and no cache of slots read anything: it was not passed, or was lost.
         """
-        with attached(model, self_check=self_check):
+        with attached(model, self_check=self_check) as usage:
             yield self.new_cache(model)
+            usage.require_managed()
 
     def new_cache(self, model: PreTrainedModel) -> SlotCache:
         """Return an empty cache for further sequences; ``model`` must be attached while it is used."""
