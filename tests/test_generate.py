@@ -152,7 +152,7 @@ def test_bf16_nothing_evicted_is_as_close_to_fp32_as_stock(family: str) -> None:
     batch = Batch.of(random_rows(model, [40, 29], 1))
     truth, stock = read(exact, None, batch)[batch.real], read(model, None, batch)[batch.real].float()
     error = (stock - truth).square().mean().sqrt()
-    for spec in ("full", "h2o(budget=500, every=16)"):  # the second computes attention itself, to observe it
+    for spec in ("full", "h2o(budget=500, every=16)"):  # the second observes attention, beside the output
         with build(spec).attach(model) as cache:
             got = read(model, cache, batch, [25, 14, 1])[batch.real].float()
             assert cache.layers[0].keys.dtype == torch.bfloat16
