@@ -108,7 +108,8 @@ def needs_of(works: Iterable[Work], *, store: int, spill: Path, workers: int = 1
 
 def length_of(task: Task) -> int:
     """Return the tokens of a task's samples: its length, or that of its longest among the first few samples."""
-    length = task.describe().get("length")
+    described: dict[str, Any] = getattr(task, "describe", dict)()  # a task of somebody else may tell nothing
+    length = described.get("length")
     if isinstance(length, int):
         return length
     encoder = getattr(task, "tokenizer", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from evomem import plugins
+from evomem.cli import app
 from evomem.commands.compare import parse_budgets, parse_protocol, split_specs
 from evomem.commands.evolve import count_of
 from evomem.commands.import_namm import read_namm
@@ -111,7 +114,7 @@ def as_text(value) -> bytes:
 # ---- what is written on a command line -----------------------------------------------------------------------------
 
 
-@cases(250)
+@cases(80)
 @given(TEXT)
 def test_values_of_options(text):
     for read in (
@@ -123,7 +126,7 @@ def test_values_of_options(text):
             read(text)
 
 
-@cases(150)
+@cases(60)
 @given(st.sampled_from(["keydiff", "snapkv", "adakv", "feature_scorer", "namm", "random"]), TEXT)
 def test_specs_of_managers(name, text):
     for spec in (text, f"{name}({text})", f"{name}({text}={text})", f"{name}{text}"):
@@ -131,7 +134,7 @@ def test_specs_of_managers(name, text):
             build(spec)
 
 
-@cases(100)
+@cases(40)
 @given(st.sampled_from(["passkey", "mqar", "multikey_1", "book", "file", "tmaze"]), TEXT)
 def test_specs_of_tasks(name, text):
     for spec in (text, f"{name}:{text}", f"{name}:length={text}", f"{name}:{text},length=40"):
@@ -142,7 +145,7 @@ def test_specs_of_tasks(name, text):
 # ---- options -------------------------------------------------------------------------------------------------------
 
 
-@cases(150)
+@cases(60)
 @given(st.data())
 def test_options_of_managers_tasks_and_drivers(data):
     kinds = {"manager": managers, "task": tasks, "driver": drivers}
@@ -167,7 +170,7 @@ def fields_of(kind) -> list[str]:
 EXPERIMENT = read_yaml(resource_path("experiments", "demo"))
 
 
-@cases(300)
+@cases(120)
 @given(
     changed(
         {**EXPERIMENT, "space": {"name": "scorer", "options": {"recent": {"kind": "integer", "low": 0, "high": 9}}}}
@@ -191,7 +194,7 @@ SPACE = {
 }  # fmt: skip
 
 
-@cases(200)
+@cases(60)
 @given(changed(SPACE))
 def test_search_spaces(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "space.yaml"
@@ -202,7 +205,7 @@ def test_search_spaces(tmp_path_factory, values):
         space.decode(space.start)
 
 
-@cases(100)
+@cases(40)
 @given(damaged(as_text(EXPERIMENT)))
 def test_damaged_files_of_experiments(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "experiment.yaml"
@@ -223,7 +226,7 @@ ROW = {
 }
 
 
-@cases(200)
+@cases(60)
 @given(st.lists(changed(ROW) | st.just(ROW), min_size=1, max_size=3), st.binary(max_size=4))
 def test_files_of_questions(tmp_path_factory, rows, tail):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
@@ -243,7 +246,7 @@ def plug(tmp_path_factory) -> Path:
     return folder
 
 
-@cases(200)
+@cases(60)
 @given(st.data())
 def test_plug_ins(plug, data):
     name = data.draw(st.sampled_from(["config.json", "provenance.json", "model.safetensors"]))
@@ -260,7 +263,7 @@ def test_plug_ins(plug, data):
         (plug / name).write_bytes(whole)
 
 
-@cases(60)
+@cases(30)
 @given(st.data())
 def test_vectors_and_namms(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
@@ -274,7 +277,7 @@ def test_vectors_and_namms(tmp_path_factory, data):
         SearchSpace(load_space("scorer", {"start": {"vector": str(folder / "some.npy")}}))
 
 
-@cases(100)
+@cases(40)
 @given(st.data())
 def test_manifests_of_traces(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "traces"
@@ -299,7 +302,7 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-@cases(60)
+@cases(30)
 @given(st.data())
 def test_model_folders(model, data):
     name = data.draw(st.sampled_from(["config.json", "config.json", "tokenizer.json", "model.safetensors"]))
@@ -314,7 +317,7 @@ def test_model_folders(model, data):
         (model / name).write_bytes(whole)
 
 
-@cases(100)
+@cases(30)
 @given(st.data())
 def test_indices_and_headers_of_weights(model, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "shards"
@@ -328,3 +331,65 @@ def test_indices_and_headers_of_weights(model, tmp_path_factory, data):
         shutil.copy(model / name, folder)
     with said:
         load(str(folder))
+
+
+# ---- whole commands ------------------------------------------------------------------------------------------------
+
+LONG, DIGITS = "a" * 300, "9" * 5000
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+COMMANDS = [
+    *(["evolve", name] for name in (
+        "", LONG, "folder", "pipe", "/dev/zero", "nul\0", "rows.jsonl", "\ud800", "bomb.yaml",
+        "deep.yaml", "digits.yaml", "date.yaml", "tag.yaml", "budgets.yaml", "latin.yaml")),
+    *(["evolve", "demo", "-s", one, "--out", "run"] for one in (
+        "name=../x", "seed=²", f"seed={DIGITS}", "population=3", "driver.population=1000000000", "budgets=5",
+        "tasks.²=1", "generations=1e400", "train_contexts=100000000", "space=2024-01-01", "model.dtype=int8", "x=[",
+        f"{LONG}=1", "driver.options={a: *x}", "space.start={vector: pipe}", "space.start={vector: /dev/zero}")),
+    *(["evolve", "demo", "--workers", one, "--out", "run"] for one in ("²", "-1", "1e3", "")),
+    *(["evolve", "demo", "--out", one] for one in ("pipe", "rows.jsonl", "full")),
+    *(["export", source, "out"] for source in ("", LONG, "folder", "pipe", "nul\0", "~nosuchuser/x")),
+    *(["export", "plug", target] for target in ("/", "pipe", "rows.jsonl", LONG, "full", "nul\0", "rows.jsonl/x")),
+    *(["export", "plug", "out", "--bytes", one] for one in ("nan", "1e400", "0", "²")),
+    *(["track", source, "--to", "jsonl"] for source in ("", LONG, "folder", "pipe", "plug")),
+    *(["import-namm", source, "--out", "out"] for source in (f"{LONG}.npz", "pipe", "folder", "nul\0", "rows.jsonl")),
+    *(["evaluate", manager, "-t", "passkey:length=40", "--budgets", "8"] for manager in (
+        "", "keydiff(", "keydiff(budget=", "adakv(" * 50, f"snapkv(window={DIGITS})", "snapkv(window=2024-01-01)", LONG,
+        "feature_scorer(features=[last:²])", "namm(hidden=[1000000000])", "random(seed=!!set {x})", "nul\0", "pipe")),
+    *(["evaluate", "keydiff", "-t", "passkey", "--budgets", one] for one in ("²", DIGITS, "nan", "0", "1e400")),
+    *(["evaluate", "keydiff", "-t", "passkey", "--budgets", "8", "--json", one] for one in (
+        "/dev/null", "folder", LONG, "nul\0", "rows.jsonl", "/proc/x")),
+    *(["evaluate", "keydiff", "-t", "passkey", "--budgets", "8", "-m", one] for one in (
+        LONG, "folder", "pipe", "nul\0", "/dev/zero", "~nosuchuser/x", "a/b/c")),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, plug) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(plug, folder / "plug")
+    os.mkfifo(folder / "pipe")
+    for name in ("folder", "full"):
+        (folder / name).mkdir()
+    (folder / "full" / "thesis.tex").write_text("mine")
+    texts = {
+        "rows.jsonl": "{}", "bomb.yaml": BOMB, "deep.yaml": "[" * 100_000, "digits.yaml": f"seed: {DIGITS}",
+        "date.yaml": "name: 2024-01-01", "tag.yaml": "a: !!python/name:os.system", "latin.yaml": "a: \xff",
+        "budgets.yaml": "name: x\nmodel: m\nspace: scorer\ntasks: [passkey]\nbudgets: 5",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="latin-1")
+    return folder
+
+
+def test_commands_with_odd_words_end_with_an_error_for_people(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = {path: path.lstat().st_mtime_ns for path in home.rglob("*") if not path.is_dir()}
+    for words in COMMANDS:
+        outcome = CliRunner().invoke(app, words)
+        assert isinstance(outcome.exception, SystemExit), (words, outcome.exception)
+        assert outcome.exit_code == 2, (words, outcome.output)
+    after = {path: path.lstat().st_mtime_ns for path in home.rglob("*") if not path.is_dir()}
+    assert before.items() <= after.items()

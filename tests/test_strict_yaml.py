@@ -89,7 +89,7 @@ PLAIN = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(PLAIN)
 def test_plain_values_come_back_as_they_were(value):
     assert parse(yaml.safe_dump(value, allow_unicode=True)) == value
@@ -101,7 +101,7 @@ WORDS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(st.lists(WORDS, max_size=25).map("".join) | st.text(max_size=60))
 def test_any_text_is_plain_values_or_an_error(text):
     with contextlib.suppress(YamlError):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from evomem.errors import PluginError
 from evomem.plugins.untrusted import FILES, PICTURE, PICTURES, shown
-from evomem.reading import user_path, whole_number
+from evomem.reading import is_folder, user_path, whole_number
 
 SAVED, _MOVING = ".evomem-saved", ".moving"
 _NEW = re.compile(r"\.evomem-new-(\d+)", re.ASCII)
@@ -45,7 +45,7 @@ def located(folder: str | Path) -> Path:
 def current(folder: Path) -> Path:
     """Return where the files of a plug-in's folder are: a save that was interrupted left them in a folder inside."""
     saved = folder / SAVED
-    return saved if saved.is_dir() and not saved.is_symlink() else folder
+    return saved if is_folder(saved) and not os.path.islink(saved) else folder
 
 
 def strangers(folder: Path) -> list[str]:
