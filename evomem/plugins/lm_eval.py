@@ -76,7 +76,6 @@ class EvomemLM(HFLM):  # type: ignore[misc]
         self.manager = _manager(manager, budget, every)
         super().__init__(str(resolve(pretrained)) if isinstance(pretrained, str) else pretrained, **options)
         check_supported(self.model)
-        self.manager.to(self.device)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes into its results, the manager among it."""

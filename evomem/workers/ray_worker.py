@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from evomem.devices import let_go, memory_that_ended
 from evomem.evaluation.types import Evaluation
 from evomem.workers.base import Evaluate, Recipe, Unit
 from evomem.workers.exchange import SharedReadings, nbytes
@@ -113,6 +114,8 @@ class RayWorker:
             error = None
         except Exception as caught:
             found, error = None, portable(caught)
+            if memory_that_ended(caught) is not None:
+                let_go(caught)  # so that a smaller unit finds room
         fresh = self._readings.give()
         sizes = {key: nbytes(arrays) for key, arrays in fresh.items()}
         return Answer(found, error, time.perf_counter() - begin, sizes), fresh
