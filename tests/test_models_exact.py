@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from evomem.errors import ModelError
 from evomem.models import load
 from evomem.models.exact import check_numbers, nothing_random
+from evomem.models.loading import exactly
 from evomem.testing.models import FAMILIES, tiny, tiny_tokenizer
 
 METADATA = {"format": "pt"}
@@ -159,6 +160,16 @@ def test_the_random_state_is_as_it_was_and_draws_are_noticed(folder):
     assert torch.equal(before, torch.random.get_rng_state())
     with pytest.raises(ModelError, match="at random"), nothing_random("here"):
         torch.rand(1)
+
+
+def test_a_loader_of_another_project_is_watched(folder, caplog):
+    from transformers import AutoModelForCausalLM
+
+    with exactly("here"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    change_weights(folder, without(".layers.1."))
+    with pytest.raises(ModelError, match=r"(?s)here: its files are not exactly.*layers\.1"), exactly("here"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

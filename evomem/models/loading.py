@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -188,6 +189,20 @@ def _accelerated(target: torch.device, device_map: str | Mapping[str, Any] | Non
     if isinstance(device_map, Mapping):
         return any(str(place) not in ("cpu", "disk") for place in device_map.values())
     return target.type != "cpu"
+
+
+@contextmanager
+def exactly(where: str) -> Iterator[None]:
+    """Raise `ModelError` if weights are filled in while somebody else loads a model inside the ``with`` block.
+
+    For loaders that are not ours, such as another project's: what `transformers` reports is looked at, and passed on.
+    """
+    with loader_report() as report:
+        yield
+    for line in report:
+        if "LOAD REPORT" in line and ("MISSING" in line or "MISMATCH" in line):
+            raise ModelError(f"{where}: its files are not exactly the model; the rest would be random:\n{line}")
+        log.warning("%s: %s", where, line)
 
 
 ALIGNMENT = 64

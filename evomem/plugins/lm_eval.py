@@ -21,6 +21,7 @@ from evomem.cache.versions import passed
 from evomem.errors import ConfigError, EvomemError
 from evomem.managers import MemoryManager, build
 from evomem.models.folders import resolve
+from evomem.models.loading import exactly
 from evomem.plugins import load
 from evomem.reading import is_folder, user_path
 from evomem.strict_json import shown
@@ -74,7 +75,8 @@ class EvomemLM(HFLM):  # type: ignore[misc]
         if str(options.get("batch_size", 1)).startswith("auto"):
             raise ConfigError("batch_size: 'auto' measures a model without a manager; give a number")
         self.manager = _manager(manager, budget, every)
-        super().__init__(str(resolve(pretrained)) if isinstance(pretrained, str) else pretrained, **options)
+        with exactly(f"model {pretrained}" if isinstance(pretrained, str) else "model"):
+            super().__init__(str(resolve(pretrained)) if isinstance(pretrained, str) else pretrained, **options)
         check_supported(self.model)
 
     def get_model_info(self) -> dict[str, Any]:

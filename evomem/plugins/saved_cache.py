@@ -30,6 +30,7 @@ from evomem.errors import CacheError, PluginError
 from evomem.managers import MemoryManager
 from evomem.modes import outside_inference_mode
 from evomem.plugins.folder import describe_manager, parse_config, to_manager
+from evomem.reading import user_path
 from evomem.strict_json import NotStrictError, parse_strict, shown
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
     from evomem.cache.snapshot import check, take
     from evomem.models.identity import identity
 
-    path = Path(path).expanduser()
+    path = user_path(path)
     manager = cache.policy
     if not isinstance(manager, MemoryManager) or cache.wanted != type(cache.wanted).parse(manager.observes):
         raise CacheError(
@@ -124,7 +125,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, *, limit: int | None = 
     from evomem.cache.snapshot import Snapshot, put
     from evomem.models.identity import identity
 
-    path = Path(path).expanduser()
+    path = user_path(path)
     facts, tensors = _read(path, limit)
     _check_model(path, facts["model"], identity(model))
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(_MANAGER)}
