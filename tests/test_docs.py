@@ -98,6 +98,7 @@ def test_the_commands_about_namm(world, tmp_path):
         assert program == "evomem"
         assert result.exit_code == 0, result.output
         assert plugins.load("namm").name == "namm"
+        shutil.rmtree("namm")  # a plug-in is not replaced unless that is said
 
 
 def test_readmes_use_of_a_manager(world):
