@@ -17,7 +17,7 @@ VERSIONED := cache generate attach conformance integrations model_masks handover
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-kvpress test-lm-eval test-transformers wheel bench lock clean
+.PHONY: help demo test test-families test-kvpress test-lm-eval test-transformers wheel bench lock clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -37,6 +37,9 @@ test: $(READY)  ## formatting, lint, types, tests
 	@$(BIN)/mypy --strict evomem
 	@echo "make: pytest"
 	@$(BIN)/python -m pytest -q --numprocesses 2 --dist loadscope
+
+test-families: $(READY)  ## every decoder of the installed transformers under the conformance kit; writes docs/families.md (10 minutes)
+	@$(BIN)/python -m evomem.testing.families
 
 # What evomem's own caches keep is recorded in .venv, and compared in the other environment.
 test-kvpress: $(READY) $(KVPRESS)/.evomem-ready  ## evomem inside kvpress, in an environment with kvpress's older transformers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,35 +21,43 @@ MOST_LAYERS = 8
 _FREE_WIDTH = 128
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")  # also in a part's configuration (DBRX)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "sliding_window_size")
 _INNER = re.compile(r"intermediate|ffn_|_ffn|n_inner|expert_dim|d_ff")
 _EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_|moe_)?experts$")
 _CHOSEN = re.compile(
-    r"(num|n)?_?experts_per_tok(en)?$|^(moe_)?top_?k(_experts)?$|^router_top_k$|^num_experts_per_token$"
+    r"(num|n)?_?experts_per_tok(en)?$|^(moe_)?top_?k(_experts)?$|^router_top_k$|^num_experts_per_token$|^moe_k$"
 )
 _TOKEN = re.compile(r"token_(id|index)s?$")
 
 
-def narrow(config: Any) -> Any:
-    """Return a narrow copy of a decoder's configuration; whatever goes wrong in its class is raised as it is."""
-    fields = copy.deepcopy(config.to_dict())
-    _narrow(fields)
+def narrow(config: Any, *, every_expert: bool = False, fewer_heads: bool = True, **changes: Any) -> Any:
+    """Return a narrow copy of a decoder's configuration, with ``changes`` made first.
+
+    Whatever goes wrong in the configuration's class is raised as it is.
+
+    Parameters
+    ----------
+    every_expert : two experts, and both for every token: a choice between experts flips by rounding.
+    fewer_heads : make heads and widths small; without it the copy has few layers and experts only.
+    """
+    fields = {**copy.deepcopy(config.to_dict()), **changes}
+    _narrow(fields, 2 if every_expert else 4, fewer_heads)
     return type(config).from_dict(fields)
 
 
-def _narrow(fields: dict[str, Any]) -> None:
+def _narrow(fields: dict[str, Any], experts: int, fewer_heads: bool) -> None:
     """Change fields in place."""
-    for value in fields.values():
-        if isinstance(value, dict) and any(name in value for name in (*_LAYERS, *_HEADS)):
-            _narrow(value)  # the configuration of a part: text, vision, a sublayer's attention
+    for name, value in fields.items():
+        if isinstance(value, dict) and (name.endswith("_config") or any(key in value for key in (*_LAYERS, *_HEADS))):
+            _narrow(value, experts, fewer_heads)  # the configuration of a part: text, vision, a sublayer's attention
     layers = _pick(fields, _LAYERS)
     if layers is not None:
         _fewer_layers(fields, layers, fields[layers])
     heads = _pick(fields, _HEADS)
-    if heads is not None:
+    if heads is not None and fewer_heads:
         _fewer_heads(fields, heads)
     for name, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int):
@@ -58,9 +67,9 @@ def _narrow(fields: dict[str, Any]) -> None:
         elif name in _WINDOWS:
             fields[name] = min(value, WINDOW) if value > 0 else value
         elif _EXPERTS.search(name):
-            fields[name] = min(value, 4)
+            fields[name] = min(value, experts)
         elif _CHOSEN.search(name):
-            fields[name] = min(value, 2)
+            fields[name] = min(max(value, 2) if experts == 2 else value, 2)
         elif name in ("n_group", "topk_group", "num_expert_group"):
             fields[name] = 1
         elif _INNER.search(name):
@@ -88,10 +97,21 @@ def _fewer_layers(fields: dict[str, Any], name: str, count: int) -> None:
             fields[key] = 1
     for key, value in lists.items():
         fields[key] = [value[layer] for layer in kept]
+    for key, value in fields.items():
+        if isinstance(value, dict) and value and all(str(layer).isdecimal() for layer in value):
+            fields[key] = {new: value[old] for new, old in _in_both(kept, value)}
     fields[name] = len(kept)
     for key in _LAYERS:
         if fields.get(key) == count:
             fields[key] = len(kept)
+
+
+def _in_both(kept: list[int], by_layer: dict[Any, Any]) -> Iterator[tuple[int, Any]]:
+    """Pairs of a kept layer's new number and its key in a mapping from layer numbers, which may be text."""
+    for new, old in enumerate(kept):
+        for key in (old, str(old)):
+            if key in by_layer:
+                yield new, key
 
 
 def _numbers(values: list[Any]) -> bool:
@@ -118,8 +138,10 @@ def _fewer_heads(fields: dict[str, Any], name: str) -> None:
     for key in _HEADS:
         if fields.get(key) == heads:
             fields[key] = fewer
-    if grouped is not None:
-        fields[grouped] = fewer_kv
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        for key in _KV_HEADS:
+            if part.get(key) == kv_heads:
+                part[key] = fewer_kv
 
 
 def random_model(make: Any, config: Any, seed: int = 0) -> Any:

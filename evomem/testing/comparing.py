@@ -76,7 +76,8 @@ def read(model: PreTrainedModel, cache: Any, batch: Batch, pieces: list[int] | N
             ).logits.cpu()
         )
         at = end
-    return torch.cat(outputs, 1)
+    # Some models hand out fp32 logits, computed from what their own type has rounded.
+    return torch.cat(outputs, 1).to(model.dtype)
 
 
 @torch.no_grad()
@@ -107,7 +108,10 @@ def ends(model: PreTrainedModel) -> list[int]:
 def kv_heads(model: PreTrainedModel) -> int:
     """Return the number of KV heads of a layer."""
     text = text_config(model)
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    parts = (text, getattr(text, "attn_config", None))
+    names = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+    found = (getattr(part, name, None) for name in names for part in parts)
+    return int(next((heads for heads in found if heads), None) or text.num_attention_heads)
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------
