@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from evomem.cache.attention import IMPLEMENTATION
+from evomem.cache.callers import Generating, generating
 from evomem.cache.layer import SlotLayer
 from evomem.cache.observe import Recorder, Wanted
 from evomem.cache.positions import beyond, position_limit
@@ -54,14 +55,21 @@ class CachePolicy(Protocol):
 class SlotCache(Cache):
     """A cache whose slots can be evicted per layer and head; made by ``manager.attach(model)`` or ``new_cache``.
 
-    A manager with the schedule *once* decides at the end of the first forward pass; what it observed is let go then,
-    and answers are generated without observing. To read a context in several passes before the decision, or to decide
-    again about a further context, read inside ``with cache.reading():``.
+    A manager with the schedule *once* decides at the end of every *reading*, about all slots held then, by what the
+    reading's queries showed. A reading is a forward pass of more than one token: a prompt, a later turn of a chat, each
+    pass of a loop of your own. All chunks of ``generate(prefill_chunk_size=...)`` are one reading, and so are all
+    passes inside ``with cache.reading():``. A first pass of one token is one too; further single tokens are an answer
+    that is generated: they are kept, and cost no observing. So at most the budget and what was generated since is held.
+
+    On a cache that was read inside ``reading()`` only such blocks end with a decision, and what is read outside of them
+    (a question, say) is kept whole, too. Passes that verify an assistant's guesses are no readings.
 
     Attributes
     ----------
     policy : the manager that decides.
     depth : number of layers.
+    decides_after_forward : whether readings outside of ``reading()`` end with a decision; False after such a block,
+        in a cache made from views, and where a program decides by itself.
     """
 
     layers: list[SlotLayer]  # type: ignore[assignment]
@@ -81,6 +89,8 @@ class SlotCache(Cache):
         self.rotaries = rotaries or (None,) * layers
         self.depth = layers
         self.decides_after_forward = True
+        self.decides_now = False  # the forward pass that runs ends with the manager's decision
+        self.undecided = False  # the first chunks of a prompt were read, and no decision about them was made yet
         self.awaiting: int | None = None  # layer whose new keys no attention has read yet
         self._model = None if model is None else ref(model)
         self._limit = None if model is None else position_limit(model)
@@ -147,21 +157,51 @@ class SlotCache(Cache):
         """Raise `CacheError` when a decision is wanted of a layer whose recorder has stopped."""
         if recorder.wanted != self.wanted:
             raise CacheError(
-                "the manager has made its one decision, at the end of the first forward pass, and what it observes is "
-                "no longer recorded; to decide again, read every context inside `with cache.reading():`, the first too"
+                "the manager has decided at the end of a reading, and what it observes is not recorded in between; to "
+                "decide again, read further tokens, or read inside `with cache.reading():`"
             )
+
+    def begin_pass(self, tokens: int) -> None:
+        """Find out whether the forward pass of ``tokens`` tokens that begins is a reading that ends with a decision."""
+        if self.policy.schedule.every is not None or not self.decides_after_forward:
+            self.decides_now = False
+            return
+        first = self.get_seq_length() == 0
+        reading = first or tokens > 1 or self.undecided
+        around = generating() if reading else Generating()
+        if not around.uses_cache and not first:
+            raise CacheError(
+                "generate was given a cache of evomem's and use_cache=False, with which it reads the whole text again "
+                "for every token, into the same cache; leave use_cache out"
+            )
+        reading = reading and (first or self.undecided or not around.takes_back)
+        if reading:
+            self.observe_again()
+        self.decides_now = reading and not around.unfinished
+        self.undecided = reading and around.unfinished
+
+    def observe_again(self) -> None:
+        """Let layers whose recorder has stopped record from now on."""
+        for layer in self.layers:
+            if layer.recorder.wanted != self.wanted:
+                layer.observe_again()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Read a context in any number of passes; a manager with schedule *once* decides when the block ends."""
-        if self.policy.schedule.every is None:
-            self.require_observing(self.layers[0].recorder)  # before anything is read
-        before, self.decides_after_forward = self.decides_after_forward, False
+        """Read a context in any number of passes; a manager with schedule *once* decides when the block ends.
+
+        From then on it decides at the end of such blocks only.
+        """
+        once, before = self.policy.schedule.every is None, self.decides_after_forward
+        if once:
+            self.observe_again()
+        self.decides_after_forward = self.decides_now = self.undecided = False
         try:
             yield
-        finally:
+        except BaseException:
             self.decides_after_forward = before
-        if self.policy.schedule.every is None:
+            raise
+        if once:
             self.decide()
 
     def decide(self) -> None:
@@ -185,6 +225,7 @@ class SlotCache(Cache):
         self._sums = {}
         self.bytes_peak = 0
         self.awaiting = None
+        self.decides_after_forward, self.decides_now, self.undecided = True, False, False
 
     # ---- measurements ---------------------------------------------------------------------------------------------
 
@@ -224,6 +265,7 @@ class SlotCache(Cache):
         Recorded observations are not carried on; ``policy`` may ask for window attention only, which needs no past.
         """
         cache = cls(len(views), policy, model=model)
+        cache.decides_after_forward = False
         if cache.wanted.every_query or cache.wanted.query_statistics:
             raise CacheError("a cache made from views cannot go on recording observations")
         for layer, view in zip(cache.layers, views, strict=True):
@@ -256,11 +298,12 @@ class SlotCache(Cache):
         """Return an independent continuation of this cache; tensors are shared until one of the two changes them."""
         other = SlotCache(self.depth, self.policy, rotaries=self.rotaries)
         other._model, other.bytes_peak, other._limit = self._model, self.bytes_peak, self._limit
-        other.decides_after_forward = self.decides_after_forward
+        other.decides_after_forward, other.undecided = self.decides_after_forward, self.undecided
         for mine, copy in zip(self.layers, other.layers, strict=True):
             state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder")}
             vars(copy).update(state)
-            copy.recorder.wanted, copy.recorder.window = mine.recorder.wanted, mine.recorder.window
+            for name in ("wanted", "window", "begin"):
+                setattr(copy.recorder, name, getattr(mine.recorder, name))
             # Recorded sums are added to in place, so they are the one thing that must be copied.
             copy.recorder.slotwise = {k: v.clone() for k, v in mine.recorder.slotwise.items()}
             copy.recorder.rowwise = {k: v.clone() for k, v in mine.recorder.rowwise.items()}

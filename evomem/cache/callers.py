@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -62,3 +63,33 @@ def _arguments(frame: FrameType) -> Iterable[Any]:
             yield from value.values()
         elif isinstance(value, tuple):
             yield from value
+
+
+@dataclass(frozen=True)
+class Generating:
+    """What a `generate` around a forward pass is doing with it.
+
+    Attributes
+    ----------
+    takes_back : it verifies guesses (an assistant, prompt lookup) and crops those that are wrong.
+    unfinished : it reads a prompt in chunks (``prefill_chunk_size``), and more of them follow.
+    uses_cache : False with ``use_cache=False``: it reads the whole text again for every token.
+    """
+
+    takes_back: bool = False
+    unfinished: bool = False
+    uses_cache: bool = True
+
+
+def generating() -> Generating:
+    """Tell what the `generate` is doing that this code runs in; where there is none, that it does nothing special."""
+    takes_back, unfinished, uses_cache = False, False, True
+    for frame in module_calls():
+        values = frame.f_locals
+        if frame.f_code.co_name == "_assisted_decoding":
+            takes_back = True
+        if frame.f_code.co_name == "_prefill" and (chunks := values.get("input_chunks")) is not None:
+            unfinished = int(values.get("chunk_idx", 0)) < len(chunks) - 1
+        if isinstance(options := values.get("model_kwargs"), dict) and options.get("use_cache") is False:
+            uses_cache = False
+    return Generating(takes_back, unfinished, uses_cache)

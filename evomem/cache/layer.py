@@ -110,6 +110,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.index == 0:  # every pass begins here, and what holds now holds for its other layers
             self.cache.require_attached()
             self.cache.require_whole()
+            self.cache.begin_pass(key_states.shape[2])
             self.cache.note_position(self.seen + key_states.shape[2] - min(self.starts, default=0))
         self.cache.require_attended()
         self.is_initialized = True
@@ -224,6 +225,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
         self.starts = self.starts * rows
 
+    def observe_again(self) -> None:
+        """Record from now on; nobody has looked at the slots held yet."""
+        self.recorder = Recorder(self.cache.wanted, begin=self.seen)
+        if self.seen:
+            batch, kv_heads, held = self.slots.shape
+            self.recorder.append(batch, kv_heads, held, self.keys)
+
     def decide(self, rows: Tensor | None = None) -> None:
         """Let the policy decide about this layer now; ``rows`` (batch,) bool limits it to some rows."""
         view = self.view()
@@ -322,13 +330,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             with full_precision(query):
                 self.recorder.queried(
                     query[:, :, piece].detach(), None if positions is None else positions[:, piece], part,
-                    self.cache.rotaries[self.index],
+                    self.cache.rotaries[self.index], self.start,
                 )  # fmt: skip
             self._account(before, end - at)
             if rows is not None:
                 self.decide(None if bool(rows.all()) else rows)
                 if self.cache.policy.schedule.every is None:
-                    self.recorder.stop()  # that was the manager's one decision
+                    self.recorder.stop()  # until the next reading
             at = end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -346,8 +354,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _pieces(self, begin: int, count: int) -> Iterator[tuple[int, Tensor | None]]:
         """Cut ``count`` new tokens at decisions: (end of the piece, rows that decide there or None)."""
         every, rows = self.cache.policy.schedule.every, len(self.starts)
-        once = self.cache.decides_after_forward and begin == 0
-        cuts = [(count, [once] * rows)] if every is None else turns(begin, count, self.starts, every)
+        cuts = [(count, [self.cache.decides_now] * rows)] if every is None else turns(begin, count, self.starts, every)
         for cut, turn in cuts:
             yield cut, torch.tensor(turn, device=self.start.device) if any(turn) else None
 

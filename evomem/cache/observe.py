@@ -111,6 +111,8 @@ class Recorder:
     slotwise: dict[str, Tensor] = field(default_factory=dict)
     rowwise: dict[str, Tensor] = field(default_factory=dict)
     window: int | None = None
+    begin: int = 0
+    """Tokens that had been read when recording began."""
 
     def append(self, batch: int, kv_heads: int, count: int, like: Tensor) -> None:
         """Make room for ``count`` new slots: nobody has looked at them yet."""
@@ -142,6 +144,7 @@ class Recorder:
 
     def _spectrum(self, attention: Tensor, first: int, starts: tuple[int, ...]) -> None:
         """Advance the spectrogram row by row group: frames count a row's own tokens, so padding shifts them."""
+        starts = tuple(max(start, self.begin) for start in starts)
         columns, held = self.slotwise["columns"], attention.shape[3]
         queries = attention.shape[2]
         last = first + queries
@@ -192,11 +195,15 @@ class Recorder:
         new = causal_rows(first, queries, visibility.window, device) if explicit is None else explicit
         self.rowwise["visible"] = joined_rows(old, new.expand(batch, -1, -1, -1))[:, :, -width:].clone()
 
-    def queried(self, query: Tensor, positions: Tensor | None, real: Tensor | None, rotary: Rotary | None) -> None:
+    def queried(
+        self, query: Tensor, positions: Tensor | None, real: Tensor | None, rotary: Rotary | None,
+        start: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Learn from the queries themselves.
 
         query : (batch, query_heads, queries, head_dim). positions : (batch, queries) as rotated.
         real : (batch, queries) bool, None when nothing is padded.
+        start : (batch,) first real token of every row; wanted where recording began after the first token.
         """
         width = self.wanted.queries
         if width:
@@ -204,9 +211,11 @@ class Recorder:
             joined = query if old is None else torch.cat((old, query), dim=2)
             self.rowwise["queries"] = joined[:, :, -width:].clone() if joined.shape[2] > width else joined
         if self.wanted.query_statistics:
-            self._statistics(query, positions, real, rotary)
+            self._statistics(query, positions, real, rotary, start)
 
-    def _statistics(self, query: Tensor, positions: Tensor | None, real: Tensor | None, rotary: Rotary | None) -> None:
+    def _statistics(
+        self, query: Tensor, positions: Tensor | None, real: Tensor | None, rotary: Rotary | None, start: Tensor | None
+    ) -> None:
         batch, heads, queries, size = query.shape
         read = self.rowwise.get("read")
         if read is None:
@@ -215,7 +224,7 @@ class Recorder:
             self.rowwise["query_square"] = self.rowwise["query_sum"].new_zeros(batch, heads, size, size)
         if real is None:
             real = torch.ones(batch, queries, dtype=torch.bool, device=query.device)
-        own = read[:, None] + real.cumsum(1) - 1
+        own = (self._before(start) + read)[:, None] + real.cumsum(1) - 1
         if positions is None:
             positions = own.clamp(min=0)
         weight = (real & (own >= SINKS)).float()
@@ -226,10 +235,17 @@ class Recorder:
         self.rowwise["read"] = read + real.sum(1)
         self.rowwise["newest"] = positions.expand(batch, queries)[:, -1]
 
-    def query_statistics(self, rotary: Rotary | None) -> dict[str, Tensor]:
+    def _before(self, start: Tensor | None) -> Tensor | int:
+        """Real tokens that every row (batch,) had read when recording began."""
+        return (self.begin - start).clamp(min=0) if self.begin and start is not None else 0
+
+    def query_statistics(self, rotary: Rotary | None, start: Tensor | None = None) -> dict[str, Tensor]:
         """Return mean, covariance and future rotation as the module docstring says."""
         total, square = self.rowwise["query_sum"], self.rowwise["query_square"]
-        count = (self.rowwise["read"] - SINKS).clamp(min=1).float()[:, None, None]
+        before = self._before(start)
+        last = (before + self.rowwise["read"] - SINKS).clamp(min=0)
+        first = (before - SINKS).clamp(min=0) if isinstance(before, Tensor) else 0
+        count = (last - first).clamp(min=1).float()[:, None, None]
         mean = total / count
         covariance = square / count[..., None] - mean[..., :, None] * mean[..., None, :]
         rotation = future_rotation(rotary, self.rowwise["newest"], total.shape[-1], FUTURE, total)
@@ -274,7 +290,7 @@ class Recorder:
         if self.wanted.queries:
             found.update(self.window_attention(keys, slots, start, seen, scale, decays, window, softcap))
         if self.wanted.query_statistics:
-            found.update(self.query_statistics(rotary))
+            found.update(self.query_statistics(rotary, start))
         return found
 
     def gather(self, index: Tensor) -> None:

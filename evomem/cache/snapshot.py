@@ -61,14 +61,20 @@ def take(cache: SlotCache) -> Snapshot:
     for layer in cache.layers:
         recorder = layer.recorder
         facts = {name: getattr(layer, name) for name in (*COUNTS, *FLAGS, *NUMBERS, *MAYBE)}
-        layers.append(facts | {"observing": recorder.wanted == cache.wanted, "recorded_window": recorder.window})
+        recorded = {"recorded_window": recorder.window, "recorded_from": recorder.begin}
+        layers.append(facts | {"observing": recorder.wanted == cache.wanted} | recorded)
         for name in TENSORS:
             if getattr(layer, name) is not None:
                 tensors[f"{layer.index}.{name}"] = getattr(layer, name)
         for group, states in (("slotwise", recorder.slotwise), ("rowwise", recorder.rowwise)):
             tensors.update({f"{layer.index}.{group}.{name}": state for name, state in states.items()})
     return Snapshot(
-        {"decides_after_forward": cache.decides_after_forward, "bytes_peak": cache.bytes_peak, "layers": layers},
+        {
+            "decides_after_forward": cache.decides_after_forward,
+            "undecided": cache.undecided,
+            "bytes_peak": cache.bytes_peak,
+            "layers": layers,
+        },
         tensors,
     )
 
@@ -86,7 +92,8 @@ def put(snapshot: Snapshot, cache: SlotCache, devices: Sequence[torch.device]) -
     CacheError : see `check`.
     """
     facts, layers, named = snapshot.facts, snapshot.facts["layers"], check(snapshot, cache)
-    cache.decides_after_forward, cache.bytes_peak = facts["decides_after_forward"], facts["bytes_peak"]
+    for name in ("decides_after_forward", "undecided", "bytes_peak"):
+        setattr(cache, name, facts[name])
     for layer, own, tensors, device in zip(cache.layers, layers, named, devices, strict=True):
         _fill(layer, own, {name: tensor.to(device) for name, tensor in tensors.items()}, cache.wanted)
 
@@ -99,8 +106,10 @@ def check(snapshot: Snapshot, cache: SlotCache) -> list[dict[str, Tensor]]:
     CacheError : numbers and tensors contradict each other, or are not those of a cache of this manager.
     """
     facts = snapshot.facts
-    _require(set(facts) == {"decides_after_forward", "bytes_peak", "layers"}, "cache", "has other fields")
-    _require(isinstance(facts["decides_after_forward"], bool), "decides_after_forward", "is no truth value")
+    names = {"decides_after_forward", "undecided", "bytes_peak", "layers"}
+    _require(set(facts) == names, "cache", "has other fields")
+    for name in ("decides_after_forward", "undecided"):
+        _require(isinstance(facts[name], bool), name, "is no truth value")
     _require(_is_count(facts["bytes_peak"]), "bytes_peak", "is no number of bytes")
     layers = facts["layers"]
     _require(isinstance(layers, list) and len(layers) == cache.depth, "layers", f"are not {cache.depth}")
@@ -132,7 +141,9 @@ def _fill(layer: SlotLayer, facts: Mapping[str, Any], tensors: Mapping[str, Tens
         group: {n.removeprefix(f"{group}."): t for n, t in tensors.items() if n.startswith(f"{group}.")}
         for group in ("slotwise", "rowwise")
     }
-    layer.recorder = Recorder(wanted, parts["slotwise"], parts["rowwise"], facts["recorded_window"])
+    layer.recorder = Recorder(
+        wanted, parts["slotwise"], parts["rowwise"], facts["recorded_window"], facts["recorded_from"]
+    )
     if not facts["observing"]:
         layer.recorder.stop()
         layer.recorder.window = facts["recorded_window"]
@@ -156,7 +167,7 @@ def _is_number(value: object) -> bool:
 
 def _check_facts(index: int, facts: Any) -> None:
     where = f"layer {index}"
-    names = {*COUNTS, *FLAGS, *NUMBERS, *MAYBE, "observing", "recorded_window"}
+    names = {*COUNTS, *FLAGS, *NUMBERS, *MAYBE, "observing", "recorded_window", "recorded_from"}
     _require(isinstance(facts, dict) and set(facts) == names, where, "has other fields than a layer's")
     for name in COUNTS:
         _require(_is_count(facts[name]), f"{where}: {name}", "is no count")
@@ -167,7 +178,9 @@ def _check_facts(index: int, facts: Any) -> None:
     _require(facts["softcap"] is None or _is_number(facts["softcap"]), f"{where}: softcap", "is no number")
     for name in ("window", "recorded_window"):
         _require(facts[name] is None or _is_count(facts[name]), f"{where}: {name}", "is no number of tokens")
-    _require(facts["decided"] <= facts["seen"], f"{where}: decided", "is after the last token that was read")
+    for name in ("decided", "recorded_from"):
+        _require(_is_count(facts[name]), f"{where}: {name}", "is no count")
+        _require(facts[name] <= facts["seen"], f"{where}: {name}", "is after the last token that was read")
 
 
 def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
@@ -194,7 +207,7 @@ def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, T
     _check_shape(f"{index}.slots", slots, *shapes["slots"])
     _check_shape(f"{index}.start", start, *shapes["start"])
     _require(bool(((start >= 0) & (start <= seen)).all()), f"{index}.start", "is outside of what was read")
-    shapes |= _recorded_shapes(index, wanted, tensors, batch, heads, held, size, seen, start.tolist())
+    shapes |= _recorded_shapes(index, wanted, tensors, batch, heads, held, size, seen, _since(start, facts))
     for name, tensor in tensors.items():
         _require(name in shapes, f"{index}.{name}", "is nothing that this manager's cache holds")
         _check_shape(f"{index}.{name}", tensor, *shapes[name])
@@ -246,6 +259,11 @@ def _recorded_shapes(
         found["rowwise.query_square"] = (batch, query_heads, size, size), torch.float32
         found["rowwise.read"] = found["rowwise.newest"] = (batch,), torch.int64
     return found
+
+
+def _since(start: Tensor, facts: Mapping[str, Any]) -> list[int]:
+    """Token of every row that recording began with."""
+    return [max(first, int(facts["recorded_from"])) for first in start.tolist()]
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

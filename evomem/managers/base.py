@@ -40,7 +40,8 @@ class Schedule:
     Attributes
     ----------
     every : decide whenever a sequence has read another ``every`` tokens (of its own, padding not counted);
-        None: once, after the context (the first forward pass, or what is read inside ``cache.reading()``).
+        None: once, at the end of a reading (a forward pass of more than one token, a prompt in chunks, or what is read
+        inside ``cache.reading()``; see `SlotCache`).
     """
 
     every: int | None = None
