@@ -11,6 +11,7 @@ from torch import Tensor
 from evomem.cache import SlotCache, attached
 from evomem.errors import CacheError
 from evomem.managers import build
+from evomem.plugins import load_cache, save_cache
 from evomem.testing.comparing import greedy, held_tokens, random_rows, read, same_held, same_logits, same_tensors
 from evomem.testing.models import tiny
 from evomem.testing.reference import Batch, Tracing, explicit_biases, explicit_logits
@@ -154,6 +155,21 @@ def test_a_question_after_a_reading_block_is_kept(model: Any, batch: Batch) -> N
             print(1 / 0)
 
 
+@pytest.mark.parametrize("name", ["h2o", "expected_attention"])
+def test_what_a_later_reading_recorded_is_saved_and_cloned(model: Any, batch: Batch, name: str, tmp_path: Any) -> None:
+    with manager(name).attach(model) as cache:
+        read(model, cache, batch, [30])
+        with cache.reading():
+            read(model, cache, batch, [9], at=30)
+        save_cache(cache, tmp_path / "cache.safetensors")
+        copies = [cache.clone(), load_cache(tmp_path / "cache.safetensors", model)]
+        for one in (cache, *copies):
+            with one.reading():
+                read(model, one, batch, [20], at=39)
+            for row in range(2):
+                same_held(name, held_tokens(one, row), held_tokens(cache, row))
+
+
 def test_guesses_are_no_readings(model: Any) -> None:
     """Tokens that an assistant guesses are verified in passes of several, and no decision is made about them."""
     ids: Tensor = random_rows(model, [6], 3)[0].repeat(5)[None]
@@ -161,7 +177,7 @@ def test_guesses_are_no_readings(model: Any) -> None:
         with manager(name).attach(model) as cache:
             greedy(model, cache, ids, 12, assistant_model=tiny("llama", layers=2))  # right in every guess
         assert BUDGET < most(cache) <= BUDGET + 12
-        assert cache.layers[0].decided <= 30 < cache.get_seq_length()
+        assert cache.layers[0].decided < 30 + 6 < cache.get_seq_length()  # after the prompt, which came with guesses
 
 
 def test_generating_without_a_cache_into_a_cache_is_refused(model: Any, batch: Batch) -> None:

@@ -132,10 +132,19 @@ def test_every_part_of_the_state_is_saved_or_follows_from_what_is(model, batch: 
         "device",
         "max_batch_size",
     }
-    whole = set(vars(cache)) - {"layers", "decides_after_forward", "bytes_peak", "policy", "rotaries", "_model"}
-    whole -= {"wanted", "depth", "_limit", "_attentions", "awaiting", "_sums"}  # of manager and model; of one pass
+    whole = set(vars(cache)) - {"layers", "decides_after_forward", "undecided", "bytes_peak", "policy", "_model"}
+    whole -= {
+        "wanted",
+        "depth",
+        "_limit",
+        "_attentions",
+        "rotaries",
+        "awaiting",
+        "_sums",
+        "decides_now",
+    }  # of manager and model; of one pass
     assert whole <= {"layer_class_to_replicate", "offloading", "only_non_sliding", "prefetch_stream"}
-    assert set(vars(cache.layers[0].recorder)) == {"wanted", "slotwise", "rowwise", "window"}
+    assert set(vars(cache.layers[0].recorder)) == {"wanted", "slotwise", "rowwise", "window", "begin"}
 
 
 SCRIPT = """

@@ -190,16 +190,23 @@ class SlotCache(Cache):
     def reading(self) -> Iterator[None]:
         """Read a context in any number of passes; a manager with schedule *once* decides when the block ends.
 
-        From then on it decides at the end of such blocks only.
+        From then on it decides at the end of such blocks only. Raises `CacheError` when nothing was read, and what a
+        manager observes was let go at its last decision.
         """
-        once, before = self.policy.schedule.every is None, self.decides_after_forward
+        once, before, begin = self.policy.schedule.every is None, self.decides_after_forward, self.get_seq_length()
+        stopped = [layer for layer in self.layers if layer.recorder.wanted != self.wanted]
         if once:
             self.observe_again()
         self.decides_after_forward = self.decides_now = self.undecided = False
         try:
             yield
+            if once and stopped and self.get_seq_length() == begin:
+                raise CacheError("nothing was read inside the block, so there is nothing to decide by")
         except BaseException:
             self.decides_after_forward = before
+            if self.get_seq_length() == begin:
+                for layer in stopped:
+                    layer.recorder.stop()
             raise
         if once:
             self.decide()

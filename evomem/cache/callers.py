@@ -82,14 +82,18 @@ class Generating:
 
 
 def generating() -> Generating:
-    """Tell what the `generate` is doing that this code runs in; where there is none, that it does nothing special."""
+    """Tell what the `generate` is doing that this code runs in; where there is none, that it does nothing special.
+
+    Names of transformers' own, from 5.17 to 5.24. Under other names a chunk is a reading of its own: less is kept, and
+    never more.
+    """
     takes_back, unfinished, uses_cache = False, False, True
     for frame in module_calls():
         values = frame.f_locals
         if frame.f_code.co_name == "_assisted_decoding":
             takes_back = True
-        if frame.f_code.co_name == "_prefill" and (chunks := values.get("input_chunks")) is not None:
-            unfinished = int(values.get("chunk_idx", 0)) < len(chunks) - 1
+        if frame.f_code.co_name == "_prefill" and "input_chunk" in values and (chunks := values.get("input_chunks")):
+            unfinished = values["input_chunk"] is not chunks[-1]
         if isinstance(options := values.get("model_kwargs"), dict) and options.get("use_cache") is False:
             uses_cache = False
     return Generating(takes_back, unfinished, uses_cache)
