@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+from typer import Exit
 
 PROGRAM = """
 import signal, sys, time
@@ -71,3 +73,30 @@ def test_handlers_are_put_back():
     with guarded():
         assert signal.getsignal(signal.SIGTERM) is not before[1]
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_that_comes_while_ray_starts_waits_until_ray_cannot_swallow_it():
+    from evomem.cli_errors import Stopped, guarded
+    from evomem.workers.ray_local import signals_kept
+
+    seen, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def command():
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with signals_kept(later=True):
+                with contextlib.suppress(BaseException):  # as Ray does
+                    signal.raise_signal(signal.SIGTERM)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this, too
+                seen.append("started")
+        except Stopped as error:
+            seen.append(error.number)
+            assert signal.getsignal(signal.SIGTERM) is handler
+            raise
+
+    with pytest.raises(Exit) as ended, guarded("x"):
+        command()
+    for number, handler in before.items():  # a command that was told to end leaves them to the end of its process
+        signal.signal(number, handler)
+    assert seen == ["started", signal.SIGTERM]
+    assert ended.value.exit_code == 143

@@ -16,7 +16,7 @@ from evomem.errors import WorkerError
 from evomem.installing import pip_install
 from evomem.workers.base import WorkerOptions, cores
 from evomem.workers.ray_address import access
-from evomem.workers.ray_local import LocalRay, environment, forget_token
+from evomem.workers.ray_local import LocalRay, environment, forget_token, signals_kept
 
 MEGABYTE = 1 << 20
 TOKENS = "docs/distributed.md says how to give a cluster a token"
@@ -109,7 +109,7 @@ class Connection:
         if asked == "token":
             self._check_token(head)
         try:
-            with environment(_authentication(asked)):
+            with environment(_authentication(asked)), signals_kept(later=True):
                 forget_token()
                 self.ray.init(address=head, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
@@ -123,7 +123,8 @@ class Connection:
         self._close = self._leave
 
     def _leave(self) -> None:
-        self.ray.shutdown()
+        with signals_kept(later=False):
+            self.ray.shutdown()
         forget_token()
 
     def _check_access(self, address: str, who: str) -> str:

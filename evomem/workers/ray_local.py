@@ -19,12 +19,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from evomem import scratch
 from evomem.workers import ray_janitor
 
-AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 SOCKET = "session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 SOCKET_BYTES = 103
 """Of a Unix socket's path, on the system with the smallest limit: Ray puts sockets below its folder."""
@@ -58,7 +59,7 @@ class LocalRay:
                 self._spill = scratch.Scratch("ray")
                 options["object_spilling_directory"] = str(self._spill.path)
             self._janitor = _janitor(self._folder.path, *([self._spill.path] if self._spill is not None else []))
-            with _own_token(), _loopback(), _signals_kept():
+            with _own_token(), _loopback(), signals_kept(later=True):
                 ray.init(
                     address="local",  # a cluster that happens to run here is joined only by its address
                     include_dashboard=False,
@@ -76,7 +77,7 @@ class LocalRay:
         """End Ray and all its processes, and remove what it has written."""
         atexit.unregister(self.close)
         try:
-            with _signals_kept():
+            with signals_kept(later=False):
                 self._ray.shutdown()
         finally:
             forget_token()
@@ -158,18 +159,37 @@ def _loopback() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Undo what Ray does to SIGTERM, in Python and below it, where it prints a stack and ends the process."""
+def signals_kept(*, later: bool) -> Iterator[None]:
+    """Undo what Ray does to signals, in Python and below it, where SIGTERM prints a stack and ends the process.
+
+    With ``later`` a first signal waits until the block is over: in its midst Ray may swallow what a handler raises.
+    """
     from ray._private import utils
 
-    before, module = signal.getsignal(signal.SIGTERM), cast(Any, utils)
+    module, pending = cast(Any, utils), list[int]()
     replaced, module.set_sigterm_handler = getattr(module, "set_sigterm_handler", None), lambda handler: None
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers} if main else {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        handler = before[signal.Signals(number)]
+        if pending and callable(handler):
+            handler(number, frame)
+        pending.append(number)
+
+    for number, handler in before.items():
+        if later and callable(handler):
+            signal.signal(number, note)
     try:
         yield
     finally:
         module.set_sigterm_handler = replaced
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if pending:
+            signal.raise_signal(pending[0])
 
 
 def _janitor(*folders: Path) -> subprocess.Popen[bytes]:

@@ -154,7 +154,7 @@ class RayPool:
 
     def close(self) -> None:
         """End the workers, and Ray if this pool has started it."""
-        for member in self._members.values():
+        for member in self._members.values() if not self._connection.own else ():  # they end with a Ray of our own
             with contextlib.suppress(Exception):
                 self._ray.kill(member.actor, no_restart=True)
         self._members.clear()
