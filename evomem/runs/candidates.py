@@ -181,10 +181,10 @@ class Measuring:
             )
             if isinstance(outcome.error, EvomemError):
                 raise outcome.error
-            ended = out_of_memory(outcome.error, f"unit {key} of {outcome.unit.candidates} candidates")
-            if ended is not None:  # the same again would end in the same way
-                raise ended
-            if not outcome.again:
+            if not outcome.again:  # at first it is tried once more: another process may have had the memory
+                ended = out_of_memory(outcome.error, f"unit {key} of {outcome.unit.candidates} candidates")
+                if ended is not None:
+                    raise ended
                 raise RunError(
                     f"unit {key} failed {attempts[key]} times; the last time: "
                     f"{type(outcome.error).__name__}: {outcome.error}. "
