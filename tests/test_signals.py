@@ -24,7 +24,8 @@ def command():
     with guarded("evomem evolve x --resume"):
         try:
             print("begun", flush=True)
-            time.sleep(20)
+            for _ in range(400):  # a signal just before a sleep does not wake it up
+                time.sleep(0.05)
         finally:
             print("cleaning", flush=True)
             if how == "slow":
