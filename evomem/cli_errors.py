@@ -29,7 +29,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def guarded(resume: str | None = None) -> Iterator[None]:
-    """Show errors that are meant for users as one line, exit code 2; an interrupt says how to go on, exit code 130.
+    """Show errors that are meant for users, and those of the disk, as one line, exit code 2.
+
+    An interrupt says how to go on, exit code 130.
 
     SIGTERM and SIGHUP end a command as Ctrl-C does, with exit codes 143 and 129. A second signal does not wait until
     everything is cleaned up: the process ends at once, as if it was killed, which loses nothing that is finished.
@@ -48,6 +50,13 @@ def guarded(resume: str | None = None) -> Iterator[None]:
                 raise
             hint = f" Go on with: {resume}" if resume else ""
             typer.echo(plain(f"error: {ended} {CURES[ended.memory]}{hint}"), err=True)
+            raise typer.Exit(2) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a folder that may not be written, a full disk
+            where = f"{error.filename}: " if error.filename is not None else ""
+            hint = f". What is finished is kept; go on with: {resume}" if resume else ""
+            typer.echo(plain(f"error: {where}{error.strerror or error}{hint}"), err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGINT

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from evomem.errors import EvomemError
 
@@ -23,12 +24,8 @@ def read_bytes(path: Path, limit: int, error: type[EvomemError]) -> bytes:
     EvomemError : of the class ``error``: it is missing, no regular file, larger, or cannot be read.
     """
     try:
-        # Opening a pipe would wait for somebody to write into it.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"{path}: is {_kind(status.st_mode)}; a file is expected")
+        with open_regular(path, error) as file:
+            status = os.fstat(file.fileno())
             content = b"" if status.st_size > limit else file.read(limit + 1)
     except EvomemError:
         raise
@@ -37,6 +34,17 @@ def read_bytes(path: Path, limit: int, error: type[EvomemError]) -> bytes:
     if status.st_size > limit or len(content) > limit:
         raise error(f"{path}: has {max(status.st_size, len(content)):,} bytes; at most {limit:,} are read")
     return content
+
+
+def open_regular(path: Path, error: type[EvomemError]) -> BinaryIO:
+    """Return a regular file, open for reading; see `read_bytes`. Errors of the system are passed on."""
+    # Opening a pipe would wait for somebody to write into it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise error(f"{path}: is {_kind(mode)}; a file is expected")
+    return open(descriptor, "rb")
 
 
 def read_text(path: Path, limit: int, error: type[EvomemError]) -> str:

@@ -41,7 +41,8 @@ class Driver(Protocol):
     """Ask for candidates, tell their fitness (larger is better).
 
     ``state_dict`` is taken between ``ask`` and ``tell`` or after ``tell``; a driver that loaded it continues
-    bit-exactly. NaN fitness means "no result" and must be survived.
+    bit-exactly. It goes into a file: plain values, arrays, tensors, `Population`, and what
+    `evomem.drivers.state.snapshot` takes apart; no pickles. NaN fitness means "no result" and must be survived.
     """
 
     dim: int

@@ -9,6 +9,7 @@ made anew from the configuration. Functions, modules, settings and all that a fi
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -35,7 +36,13 @@ def snapshot(value: Any, skip: Iterable[str] = ()) -> Any:
     ----------
     skip : attributes of objects, and classes by name, that are left out.
     """
-    return _Taken(frozenset(skip)).apart(value)
+    collecting = gc.isenabled()
+    gc.disable()  # it would look through all that is alive again and again, and finds nothing in here
+    try:
+        return _Taken(frozenset(skip)).apart(value)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _Taken:

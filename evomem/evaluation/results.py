@@ -12,6 +12,7 @@ from typing import IO, Any, Self
 
 from evomem.errors import ConfigError, EvomemError
 from evomem.evaluation.types import Evaluation
+from evomem.reading import open_regular
 from evomem.sealed_lines import Seals, sealed, whole_lines
 from evomem.strict_json import as_float, to_json
 
@@ -93,7 +94,7 @@ class SampleFile:
     def _read(self, path: Path) -> int:
         """Read what is there; return the length of its whole lines in bytes."""
         good = 0
-        with path.open("rb") as file:
+        with open_regular(path, EvomemError) as file:
             # Bytes, cut at newlines only: text may hold other characters that some take for the end of a line.
             for line in whole_lines(file, path):
                 first, record = good == 0, self._seals.take(line)

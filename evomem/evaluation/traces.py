@@ -280,7 +280,7 @@ class Traces:
             self._verified.add(file.file)
         try:
             return decode(path, self.manifest.header.features)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise RunError(f"{path}: is damaged ({error}); repeat the evomem trace command") from None
 
 

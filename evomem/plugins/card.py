@@ -76,7 +76,7 @@ def render_card(
             spent=provenance.get("spent") or {},
             pictures=[(file, _caption(file)) for file in pictures],
         )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise PluginError(f"{name}: provenance: no model card can be made from it: {error}") from None
 
 

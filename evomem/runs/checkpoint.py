@@ -70,7 +70,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     content = _packed({**vars(checkpoint), **states})
     write_atomically(folder / checkpoint.name, _MAGIC + hashlib.sha256(content).digest() + content)
     for old in _files(folder)[:-_KEPT]:
-        old.unlink(missing_ok=True)
+        with disk_errors(old):
+            old.unlink(missing_ok=True)
 
 
 def newest(folder: Path, identity: Mapping[str, str], lines: int, generations: list[int]) -> Iterator[Checkpoint | str]:
@@ -129,7 +130,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]*.ckpt"))
+    return sorted(path for path in folder.glob("[0-9]*.ckpt") if path.is_file() and not path.is_symlink())
 
 
 # ---- JSON and arrays ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.files import write_vector
 from evomem.runs.fitness import objective_of
 from evomem.runs.pareto import wants_bytes
+from evomem.runs.reading import read_numbers
 from evomem.search_space import SearchSpace
 from evomem.workers.base import digest
 
@@ -146,7 +147,7 @@ def _warm_start(wanted: Any, driver: str, dim: int, folder: Path) -> WarmStart:
                 f"{dim}; only a run in the same search space can be followed"
             )
         write_vector(kept, best_vectors(run, option.gamma))
-    return WarmStart(np.load(kept, allow_pickle=False), option.alpha)
+    return WarmStart(read_numbers(kept, 2), option.alpha)
 
 
 def best_vectors(run: Run, gamma: float) -> Array:
@@ -189,7 +190,7 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
             "winner instead (space.start: {plugin: RUN/winner/plugin})"
         )
     driver, name = (
-        make_driver(run.config, run.space, np.load(start, allow_pickle=False), run.folder),
+        make_driver(run.config, run.space, read_numbers(start), run.folder),
         stages[0].driver.name,
     )
     if is_policy_driver(driver):

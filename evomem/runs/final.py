@@ -16,8 +16,7 @@ from evomem.runs.archive import Finalist
 from evomem.runs.candidates import Judge, Plan, Row
 from evomem.runs.files import write_atomically, write_vector
 from evomem.runs.pareto import FrontArchive, Member, front_json, plugin_folder
-from evomem.runs.result import RunResult, Score, by_sample
-from evomem.strict_json import to_json
+from evomem.runs.result import RunResult, Score, by_sample, write_result
 from evomem.tasks.base import Split
 from evomem.tracking.base import logger
 
@@ -124,7 +123,7 @@ def _write(search: Search, result: RunResult) -> None:
     _save_plugin(search, folder / "plugin", result)
     search.run_folder.journal.event("finish", winner=result.winner)
     search.run_folder.journal.sync()
-    write_atomically(search.path / "result.json", to_json(result.to_json()).encode())
+    write_result(result, search.identity)
 
 
 def _save_plugin(search: Search, folder: Path, result: RunResult) -> None:

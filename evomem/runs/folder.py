@@ -31,6 +31,8 @@ from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
 from evomem.runs.inputs import START, changes
 from evomem.runs.journal import Journal
 from evomem.runs.paths import resolve_paths
+from evomem.runs.reading import read_config, read_object
+from evomem.runs.result import RunResult, read_result
 
 
 class RunFolder:
@@ -67,6 +69,8 @@ class RunFolder:
             raise RunError(
                 f"{self.path}: this run folder is in use by {self._owner()}; wait or stop it first"
             ) from None
+        except OSError as error:
+            raise RunError(f"{self.path}/run.lock: cannot be written: {error.strerror or error}") from None
         try:
             self._open()
         except BaseException:
@@ -82,9 +86,9 @@ class RunFolder:
 
     def _owner(self) -> str:
         try:
-            owner = json.loads((self.path / "owner.json").read_text())
+            owner = read_object(self.path / "owner.json")
             return f"process {owner['pid']} on {owner['host']}"
-        except (OSError, ValueError, KeyError):
+        except (RunError, LookupError):
             return "another process"
 
     def _refuse(self) -> None:
@@ -109,9 +113,7 @@ class RunFolder:
         self._refuse()  # again, because now nobody else works in it
         stored = self.path / "config.yaml"
         if stored.exists():
-            self.journal = Journal(
-                self.path / "journal.jsonl"
-            )  # before anything is touched: it is the lock that counts
+            self.journal = Journal(self.path / "journal.jsonl")  # first: it is the lock that counts
         try:
             self._take(stored)
         except BaseException:
@@ -161,10 +163,9 @@ class RunFolder:
         self.notes += [f"{line}; the run goes on with what it began with" for line in lines]
 
     @property
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> RunResult | None:
         """The finished run's result, or None."""
-        path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_result(self.path)
 
     def check_provenance(self, provenance: dict[str, Any]) -> None:
         """Refuse to go on measuring with another model than the one that the run began with."""
@@ -172,9 +173,9 @@ class RunFolder:
         if not path.exists():
             write_atomically(path, json.dumps(provenance, indent=1).encode())
             return
-        known = json.loads(path.read_text())
+        known = read_object(path)
         told = {key: value for key, value in provenance.items() if key in known or key not in _LATER}
-        lines = difference(known, told)
+        lines = difference(known, json.loads(json.dumps(told)))
         if lines:
             raise RunError(f"{self.path}: the run began with another model:\n  " + "\n  ".join(lines))
 
@@ -188,14 +189,9 @@ def check_same_config(stored: Path, resolved: dict[str, Any]) -> dict[str, Any]:
 
     The inputs' digests are compared elsewhere; memory for contexts and where relative paths began may be others.
     """
-    try:
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{stored}: cannot be read: {error}") from None
-    if before is not None and not isinstance(before, dict):
-        raise RunError(f"{stored}: holds {type(before).__name__}; the configuration of a run is a mapping")
+    before = read_config(stored)
     # Through YAML and back, so that only differences in value count.
-    filled = _with_defaults(before or {})
+    filled = _with_defaults(before)
     # How much memory contexts get moves no result.
     free: dict[str, Any] = {"inputs": {}, "store_bytes": None, "base": None}
     lines = difference({**filled, **free}, yaml.safe_load(to_yaml({**resolved, **free})))

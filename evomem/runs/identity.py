@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evomem.errors import RunError
+from evomem.reading import read_bytes
 from evomem.runs.config import ExperimentConfig
-from evomem.runs.files import disk_errors
+from evomem.runs.reading import FILE
 
 _FILES = ("start/provenance.json", "start/state.safetensors", "start/vector.npy")
 
@@ -21,13 +22,13 @@ _FILES = ("start/provenance.json", "start/state.safetensors", "start/vector.npy"
 def identity_of(folder: Path, config: ExperimentConfig) -> dict[str, str]:
     """Return the digests of a run's configuration and of the files that it began with.
 
-    Settings that are at their defaults do not count: a later evomem has more of them.
+    Settings that are at their defaults do not count: a later evomem has more of them. Neither do those that move no
+    result and may be others when the run is resumed.
     """
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"inputs", "base"})
     found = {"configuration": _digest(json.dumps(settings, sort_keys=True).encode())}
     for name in _FILES:
-        with disk_errors(folder / name, "read"):
-            found[name] = _digest((folder / name).read_bytes())
+        found[name] = _digest(read_bytes(folder / name, FILE, RunError))
     return found
 
 

@@ -8,6 +8,7 @@ changed, lost, doubled or moved after it was written is noticed and does not cou
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 from evomem.errors import RunError
 from evomem.evaluation.types import Evaluation, Step
+from evomem.reading import open_regular
 from evomem.runs.files import disk_errors
 from evomem.sealed_lines import Seals, sealed, whole_lines
 from evomem.strict_json import as_float
@@ -95,6 +97,11 @@ def evaluations_of(record: Record) -> list[Evaluation]:
     ]
 
 
+def measured(record: Record) -> list[Record]:
+    """Return what a unit's line says of its candidates that is the same whenever they are evaluated."""
+    return [{k: v for k, v in one.items() if k not in ("seconds", "tokens")} for one in record["evaluations"]]
+
+
 def read_journal(path: Path, *, report: bool = True) -> Iterator[Record]:
     """Yield the lines of a journal that count; what is wrong with the others is logged, if ``report``.
 
@@ -107,7 +114,7 @@ def read_journal(path: Path, *, report: bool = True) -> Iterator[Record]:
     if not os.path.lexists(path):
         return
     seals = Seals()
-    with disk_errors(path, "read"), path.open("rb") as file:
+    with disk_errors(path, "read"), open_regular(path, RunError) as file:
         for line in whole_lines(file, path):
             record = _counted(seals, line)
             if record is not None:
@@ -144,6 +151,7 @@ _EVENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "all_failed": {"phase": (str,), "generation": (int, type(None))},
     "attempt_failed": {"seconds": (int, float, str)},
     "identity": {"files": (dict,)},
+    "chunk": {"chunk": (int,), "phase": (str, type(None)), "generation": (int, type(None))},
 }
 """The same of events that are read again."""
 
@@ -162,6 +170,8 @@ def _has_shape(record: Record) -> bool:
         return all(isinstance(one, dict) and type(one.get("tokens")) is int for one in evaluations) and _number(
             record["seconds"]
         )
+    if record.get("event") == "chunk":
+        return int(record["chunk"]) >= 1
     return record.get("event") != "attempt_failed" or _number(record["seconds"])
 
 
@@ -196,6 +206,9 @@ class Journal:
         with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._file)
+            raise RunError(f"{path}: is no regular file")
         self._identity = status.st_dev, status.st_ino
         try:
             self._lock()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
-import yaml
 from numpy.typing import NDArray
 
 from evomem.config import validate
@@ -19,8 +16,9 @@ from evomem.managers.base import MemoryManager
 from evomem.reading import is_file
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.journal import Record, Totals, read_journal
-from evomem.runs.result import RunResult
-from evomem.runs.search import generation_record
+from evomem.runs.reading import read_config
+from evomem.runs.result import RunResult, read_result
+from evomem.runs.search import generation_record, stored_space
 from evomem.search_space import SearchSpace
 from evomem.tracking.base import GenerationRecord
 
@@ -57,8 +55,7 @@ class Run:
     @property
     def result(self) -> RunResult | None:
         """The result of a finished run, or None."""
-        path = self.folder / "result.json"
-        return RunResult.from_json(self.folder, json.loads(path.read_text())) if path.exists() else None
+        return read_result(self.folder)
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -66,7 +63,10 @@ class Run:
         path = self.folder / "start" / "state.safetensors"
         if not path.exists():
             raise RunError(f"{self.folder}: the run has not begun to search yet")
-        return SearchSpace(self.config.space, safetensors.torch.load(path.read_bytes()))
+        result = self.result
+        if result is not None:
+            result.check_file("start/state.safetensors")
+        return stored_space(self.config, path)
 
     @property
     def winner_vector(self) -> NDArray[np.float64]:
@@ -99,8 +99,4 @@ def open_run(folder: str | Path) -> Run:
     path = folder / "config.yaml"
     if not is_file(path):
         raise RunError(f"{folder}: is no run folder (there is no config.yaml in it)")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
-    return Run(folder, validate(ExperimentConfig, data, str(path)))
+    return Run(folder, validate(ExperimentConfig, read_config(path), str(path)))

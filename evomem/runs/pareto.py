@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from evomem.errors import ConfigError, RunError
 from evomem.runs.archive import Finalist
 from evomem.runs.config import Budget, ExperimentConfig, Stage
 from evomem.runs.fitness import Fitness
+from evomem.runs.reading import of_shape, read_json
 from evomem.runs.result import Score
 from evomem.strict_json import as_float, to_json
 
@@ -253,10 +253,12 @@ def read_front(run: Path) -> list[Member]:
     path = run / "front.json"
     if not path.exists():
         return []
-    try:
-        return [Member.from_json(data) for data in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path}: cannot be read: {error}; delete result.json and resume the run") from None
+    cure = "delete result.json and resume the run"
+    with of_shape(path, cure):
+        members = [Member.from_json(data) for data in read_json(path, cure)]
+        if [member.place for member in members] != list(range(len(members))):
+            raise ValueError("places of its members")
+    return members
 
 
 def member_of(run: Path, place: int | None, size: float | None) -> Member:

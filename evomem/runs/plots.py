@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from evomem.evaluation.rows import Row
 from evomem.installing import require
+from evomem.runs.files import disk_errors, write_atomically
 from evomem.runs.pareto import Member
 from evomem.runs.report import best_heuristic
 from evomem.runs.result import RunResult
@@ -277,5 +279,8 @@ def figure_with(
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_atomically(path, content.getvalue())  # whole or not at all, also on a full disk

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from evomem.drivers.base import Array, Driver
 from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.runs.checkpoint import Checkpoint
@@ -18,6 +16,7 @@ from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.driving import make_driver
 from evomem.runs.files import write_vector
 from evomem.runs.fitness import objective_of
+from evomem.runs.reading import read_numbers
 from evomem.search_space import SearchSpace
 
 
@@ -68,7 +67,7 @@ class Relay:
         # What is only asked belongs to the coming generation, what is told to the one before.
         stage = self.stage(found.generation if found.asked else found.generation - 1)
         if stage.since:
-            self._begin(stage, np.load(self._start(stage), allow_pickle=False))
+            self._begin(stage, read_numbers(self._start(stage)))
         self.driver.load_state_dict(found.driver)
 
     def stage(self, generation: int) -> Stage:

@@ -12,9 +12,9 @@ from typing import TypeVar
 from rich.table import Table
 from rich.text import Text
 
-from evomem.errors import RunError
 from evomem.evaluation.rows import BYTES_TOLERANCE, Budget, Row
 from evomem.runs.files import write_atomically
+from evomem.runs.reading import of_shape, read_json
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -37,12 +37,31 @@ def rows_json(rows: Sequence[Row]) -> str:
 
 def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:  # type: ignore[assignment]
     """Return the rows that `write_rows` wrote; raise `RunError` if the file is damaged."""
-    try:
-        return [kind.from_json(data) for data in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{path}: cannot be read as the rows of a comparison: {error}; delete it to compare again"
-        ) from None
+    cure = "delete it to compare again"
+    with of_shape(path, cure):
+        return [checked_row(kind.from_json(data)) for data in read_json(path, cure)]
+
+
+def checked_row(row: AnyRow) -> AnyRow:
+    """Return a row of a file; raise `TypeError` where a field is not of the kind that tables and pictures show."""
+    texts = (row.model, row.task, row.manager, row.protocol, row.split, row.role)
+    numbers = (row.loglik, row.bytes_peak, row.bytes_mean, row.slots, row.seconds)
+    maybe = (row.score, row.difference, row.difference_score, row.bytes_ratio, row.recovered, row.budget)
+    spans = (row.interval, row.interval_score, row.interval_loglik)
+    if not all(isinstance(text, str) for text in texts) or type(row.samples) is not int:
+        raise TypeError("names are texts, and samples a number")
+    if not all(map(_is_number, numbers)) or not all(value is None or _is_number(value) for value in maybe):
+        raise TypeError("a number is none")
+    for span in spans:
+        if span is not None and not (isinstance(span, list) and len(span) == 2 and all(map(_is_number, span))):
+            raise TypeError("an interval is two numbers")
+    return row
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value != value or abs(value) < 1e300
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

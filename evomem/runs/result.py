@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.errors import RunError
+from evomem.reading import read_bytes
 from evomem.runs.candidates import Row
+from evomem.runs.files import write_atomically
+from evomem.runs.reading import FILE, of_shape, read_numbers, read_object
+from evomem.sealed_lines import Seals, sealed
 from evomem.strict_json import as_float
+
+_VECTOR = "winner/vector.npy"
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class RunResult:
     spent : evaluations by phase, tokens, seconds, failed attempts (`evomem.runs.journal.Totals`).
     front : members of the front of which the winner has the best score (`evomem.runs.pareto`); 0: the search had one
         objective.
+    files : digests of the run's files that a winner is made of, by their names.
     """
 
     folder: Path
@@ -110,11 +120,12 @@ class RunResult:
     sealed: Score
     spent: dict[str, Any]
     front: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the vector and the folder, JSON-serialisable."""
         data = asdict(self)
-        del data["vector"], data["folder"]
+        del data["vector"], data["folder"], data["files"]
         return data
 
     @classmethod
@@ -123,7 +134,7 @@ class RunResult:
         return cls(
             folder=folder,
             winner=data["winner"],
-            vector=np.load(folder / "winner" / "vector.npy", allow_pickle=False),
+            vector=read_numbers(folder / "winner" / "vector.npy"),
             generations=data["generations"],
             stopped=data["stopped"],
             finalists={label: Score.from_json(score) for label, score in data["finalists"].items()},
@@ -132,7 +143,14 @@ class RunResult:
             sealed=Score.from_json(data["sealed"]),
             spent=data["spent"],
             front=data.get("front", 0),
+            files=dict(data.get("files") or {}),
         )
+
+    def check_file(self, name: str) -> None:
+        """Raise `RunError` if a file of the folder is not the one that the run ended with."""
+        digest = self.files.get(name)
+        if digest is not None and digest_of(self.folder / name) != digest:
+            raise RunError(f"{self.folder / name}: is not the file that the run ended with; put it back")
 
     def lines(self) -> list[str]:
         """Return the result as text: the finalists, and what the winner lost from split to split."""
@@ -165,6 +183,39 @@ class RunResult:
             f"front: {self.front} of {len(self.finalists)} finalists, by score against measured bytes on select "
             f"({self.select.contexts} samples); the winner is the largest, {self.winner}"
         )
+
+
+def digest_of(path: Path) -> str:
+    """Return the short SHA-256 of a file of a run."""
+    return hashlib.sha256(read_bytes(path, FILE, RunError)).hexdigest()[:16]
+
+
+def write_result(result: RunResult, identity: Mapping[str, str]) -> None:
+    """Write ``result.json``, sealed, with the digests of the files that the winner is made of."""
+    files = {name: digest for name, digest in identity.items() if "/" in name}
+    files[_VECTOR] = digest_of(result.folder / _VECTOR)
+    write_atomically(result.folder / "result.json", sealed({**result.to_json(), "files": files}, 1))
+
+
+def read_result(folder: Path) -> RunResult | None:
+    """Return the result that a run folder holds; None if the run is not finished.
+
+    Raises
+    ------
+    RunError : it is damaged, or not as it was written.
+    """
+    path = folder / "result.json"
+    if not os.path.lexists(path):
+        return None
+    cure = "delete it and resume the run, which chooses the winner again from its journal"
+    data = read_object(path, cure)
+    if "check" in data and Seals().take(path.read_bytes()) is None:
+        raise RunError(f"{path}: is not as it was written (checksum); {cure}")
+    with of_shape(path, cure):
+        found = RunResult.from_json(folder, data)
+        found.lines()  # what is shown of it has the types that it is shown by
+    found.check_file(_VECTOR)
+    return found
 
 
 def _order(fitness: float) -> float:

@@ -17,7 +17,7 @@ import safetensors.torch
 
 from evomem.drivers.base import Array, Driver, Population, drivers
 from evomem.drivers.kinds import FrontDriver, is_headwise_driver, is_policy_driver
-from evomem.errors import ConfigError, FitnessError, RunError
+from evomem.errors import ConfigError, EvomemError, FitnessError, RunError
 from evomem.needs import require
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
@@ -34,10 +34,11 @@ from evomem.runs.fitness import Fitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
 from evomem.runs.identity import check_identity, identity_of
 from evomem.runs.inputs import pinned
-from evomem.runs.journal import Record, read_journal
+from evomem.runs.journal import Record, measured, read_journal
 from evomem.runs.pareto import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
 from evomem.runs.paths import base_of, resolve_paths
 from evomem.runs.plan_needs import search_needs, vectors_needs
+from evomem.runs.reading import read_numbers, read_state
 from evomem.runs.relay import Relay
 from evomem.runs.remote import limited_threads, make_pool
 from evomem.runs.result import RunResult
@@ -85,7 +86,7 @@ def search(
     with RunFolder(folder, config, resume=resume) as run:
         finished = run.result
         if finished is not None:
-            return RunResult.from_json(folder, finished)
+            return finished
         trackers = list(tracker) if isinstance(tracker, Sequence) else [tracker]
         with limited_threads(config.threads):
             made = Search(run, config, evaluator_factory, trackers, workers or WorkerOptions())
@@ -209,8 +210,10 @@ class Search:
         """Make the manager that the search starts from, or take it from the folder: files may change in between."""
         vector, state = self.path / "start" / "vector.npy", self.path / "start" / "state.safetensors"
         if vector.exists():
-            self.space = SearchSpace(self.config.space, safetensors.torch.load(state.read_bytes()))
-            self.start = np.load(vector, allow_pickle=False)
+            self.space = stored_space(self.config, state)
+            self.start = read_numbers(vector)
+            if self.start.shape != (self.space.dim,):
+                raise RunError(f"{vector}: has {len(self.start)} numbers; this search space has {self.space.dim}")
             return
         self.space = SearchSpace(self.config.space)
         self.start = self.space.start
@@ -295,7 +298,8 @@ class Search:
     def _known_units(self, told: int) -> list[Record]:
         """Return the journal's units that may still be asked for.
 
-        What failed as a whole is evaluated again: the user has been told to mend the cause and resume.
+        What failed as a whole is evaluated again: the user has been told to mend the cause and resume. So is a unit of
+        which two lines say different things: an evaluation has one result.
         """
         known: list[Record] = []
         for record in read_journal(self.run_folder.journal.path, report=False):
@@ -304,7 +308,24 @@ class Search:
             elif record["kind"] == "event" and record["event"] == "all_failed":
                 failed = (record["phase"], record["generation"])
                 known = [unit for unit in known if (unit["phase"], unit["generation"]) != failed]
-        return known
+        lines: dict[tuple[str, str], list[Record]] = {}
+        for unit in known:
+            lines.setdefault((unit["key"], unit["candidates"]), []).append(unit)
+        agreed = [self._agreed(units) for units in lines.values()]
+        return [unit for unit in agreed if unit is not None]
+
+    def _agreed(self, units: list[Record]) -> Record | None:
+        """Return the line of a unit that counts; None if there are several, and none of them has been confirmed."""
+        if len(units) == 1:
+            return units[0]
+        said = [repr(measured(unit)) for unit in units]
+        place = max(range(len(units)), key=lambda n: said.count(said[n]))
+        if len(set(said)) > 1:
+            again = "it is evaluated again" if said.count(said[place]) == 1 else "what two of them say counts"
+            self.warn(f"journal.jsonl: lines of unit {units[0]['key']} say different things; {again}")
+            if said.count(said[place]) == 1:
+                return None
+        return units[place]
 
     def _quarantined(self) -> list[str]:
         """Return the candidates that ended their workers in earlier processes of this run."""
@@ -439,6 +460,17 @@ class Search:
         checkpoints.save(self.path / "checkpoints", state)
 
 
+def stored_space(config: ExperimentConfig, path: Path) -> SearchSpace:
+    """Return the search space of a run, with the tensors that it started from; `RunError` if they do not fit."""
+    tensors = read_state(path)
+    try:
+        return SearchSpace(config.space, tensors)
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        if isinstance(error, EvomemError):
+            raise
+        raise RunError(f"{path}: does not fit the search space: {' '.join(str(error).split())[:300]}") from None
+
+
 def generation_record(record: Record) -> GenerationRecord:
     """Return the `GenerationRecord` of a journal line."""
     floats = ("best", "mean", "spread", "noise", "sigma", "seconds")
@@ -455,3 +487,5 @@ def generation_record(record: Record) -> GenerationRecord:
         )
     except KeyError as error:
         raise RunError(f"journal.jsonl: a generation line has no {error}") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise RunError(f"journal.jsonl: a generation line is damaged: {error}") from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomem.errors import ConfigError, RunError
 from evomem.installing import pip_install
+from evomem.reading import open_regular
 from evomem.tracking.base import GenerationRecord
 from evomem.tracking.numbers import finite_fitness, scalars, summary_numbers
 
@@ -167,8 +168,8 @@ def run_id(folder: Path) -> str:
     RunError : the run has not begun.
     """
     try:
-        with (folder / "journal.jsonl").open("rb") as file:
-            line = file.readline()
+        with open_regular(folder / "journal.jsonl", RunError) as file:
+            line = file.readline(1 << 20)
     except OSError:
         line = b""
     if not line.endswith(b"\n"):
