@@ -198,7 +198,7 @@ def test_without_numbers_or_matplotlib_the_table_is_still_written(plug, monkeypa
     assert "transfer.png" in found.pictures
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     found, notes = record(plug, cell("c"))
-    assert "no transfer.png: plots need matplotlib" in notes[0]
+    assert "no transfer.png: plots need matplotlib, which cannot be imported" in notes[0]
     assert "](assets/transfer.png)" not in (plug / "README.md").read_text()
     assert len(found.provenance["transfer"]) == 4
     # What others have written there may be anything; it ends up as text, or as a dash.

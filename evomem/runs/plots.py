@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from evomem.errors import EvomemError
 from evomem.evaluation.rows import Row
 from evomem.installing import require
 from evomem.runs.files import disk_errors, write_atomically
@@ -263,9 +264,11 @@ def figure_with(
 ) -> tuple[Any, list[Any]]:
     """Return a figure and its panels in ``rows`` rows, columns as wide as ``ratios`` say; size in inches."""
     require([("matplotlib", "plots")])
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:  # it is there, and broken
+        raise EvomemError(f"plots need matplotlib, which cannot be imported: {error}") from None
     figure = Figure(figsize=size, dpi=150, layout="constrained")  # no pyplot: nothing global is touched
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, len(ratios), width_ratios=list(ratios), squeeze=False).flat)
