@@ -181,5 +181,6 @@ def test_guesses_are_no_readings(model: Any) -> None:
 
 
 def test_generating_without_a_cache_into_a_cache_is_refused(model: Any, batch: Batch) -> None:
-    with manager("keydiff").attach(model) as cache, pytest.raises(CacheError, match="use_cache=False"):
-        greedy(model, cache, batch.ids, 3, batch.real, use_cache=False)
+    for deciding in (manager("keydiff"), build("keydiff(budget=8, every=10)")):
+        with deciding.attach(model) as cache, pytest.raises(CacheError, match="use_cache=False"):
+            greedy(model, cache, batch.ids, 3, batch.real, use_cache=False)

@@ -163,9 +163,6 @@ class SlotCache(Cache):
 
     def begin_pass(self, tokens: int) -> None:
         """Find out whether the forward pass of ``tokens`` tokens that begins is a reading that ends with a decision."""
-        if self.policy.schedule.every is not None or not self.decides_after_forward:
-            self.decides_now = False
-            return
         first = self.get_seq_length() == 0
         reading = first or tokens > 1 or self.undecided
         around = generating() if reading else Generating()
@@ -174,6 +171,9 @@ class SlotCache(Cache):
                 "generate was given a cache of evomem's and use_cache=False, with which it reads the whole text again "
                 "for every token, into the same cache; leave use_cache out"
             )
+        if self.policy.schedule.every is not None or not self.decides_after_forward:
+            self.decides_now = False
+            return
         reading = reading and (first or self.undecided or not around.takes_back)
         if reading:
             self.observe_again()
