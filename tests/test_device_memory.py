@@ -98,17 +98,18 @@ def test_a_generation_that_ends_memory_is_measured_anew_in_halves_and_so_are_tho
     assert told[0].fitness != two[0].fitness
 
 
-@pytest.mark.parametrize("stop", [55, 70, 95])
-def test_a_run_whose_memory_ended_goes_on_to_the_bit(stop, tmp_path):
-    config = experiment("generations=4")
+def test_a_run_whose_memory_ended_goes_on_to_the_bit(tmp_path):
+    config = experiment("generations=3")
     search(config, tmp_path / "whole", factory(Shaped((40, 2))))
-    with pytest.raises(KeyboardInterrupt):
-        search(config, tmp_path / "cut", factory(Shaped((40, 2), stop=stop)))
-    # Wherever it goes on, there is room: the size is the journal's.
-    search(config, tmp_path / "cut", factory(Shaped()), resume=True)
-    assert outcome(tmp_path / "cut")[:2] == outcome(tmp_path / "whole")[:2]
-    assert sizes(tmp_path / "cut") == sizes(tmp_path / "whole")
-    assert len(list(replay(open_run(tmp_path / "cut")))) == 4
+    for stop in (55, 95):
+        cut = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt):
+            search(config, cut, factory(Shaped((40, 2), stop=stop)))
+        # Wherever it goes on, there is room: the size is the journal's.
+        search(config, cut, factory(Shaped()), resume=True)
+        assert outcome(cut)[:2] == outcome(tmp_path / "whole")[:2]
+        assert sizes(cut) == sizes(tmp_path / "whole")
+        assert len(list(replay(open_run(cut)))) == 3
 
 
 HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to")
