@@ -126,9 +126,9 @@ def test_odd_files_of_a_run_that_is_resumed(stopped, name, tmp_path):
             shutil.copytree(stopped, run)
 
 
-# ---- hypothesis: 2,000 cases over all readers -----------------------------------------------------------------------
+# ---- hypothesis, a test per reader -----------------------------------------------------------------------------------
 
-ODD = settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+ODD = settings(max_examples=160, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 NUMBER = st.integers() | st.floats() | st.sampled_from([10**400, -(10**400), 2**63])
 VALUE = st.recursive(
     st.none() | st.booleans() | NUMBER | st.text(max_size=6),
