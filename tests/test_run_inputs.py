@@ -11,6 +11,7 @@ import pytest
 import yaml
 from synthetic_search import ToyEvaluator, ToyTask, experiment, factory
 from test_runs import SMALL, Interrupted, Stop, outcome, same
+from toy_tokenizer import ToyTokenizer
 
 from evomem import tasks
 from evomem.commands.compare import Wishes, make_places, own_tasks, resolve
@@ -18,9 +19,12 @@ from evomem.commands.evolve import export
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.results import SampleFile
 from evomem.evaluation.types import Evaluation
+from evomem.models.identity import tokenizer_digest
 from evomem.runs import Bench, inputs, open_run, search
 from evomem.runs.config import load_experiment
+from evomem.runs.folder import RunFolder
 from evomem.runs.inputs import changed_tasks, inputs_of
+from evomem.testing.models import tiny_tokenizer
 
 ROW = {"context": "Ann has a red cup.", "question": "What colour is it?", "answers": ["red"]}
 
@@ -207,3 +211,30 @@ def test_a_budget_named_twice_is_one(tmp_path):
     search(experiment(*SMALL, budgets=[16, 16], tasks=["toy:a"]), tmp_path / "run", factory(evaluator))
     assert np.isfinite(open_run(tmp_path / "run").result.sealed.fitness)
     assert len([call for call in evaluator.calls if "/sealed/" in call[0]]) == 2  # samples
+
+
+def test_a_tokenizer_that_has_changed_is_another_model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    digest = tokenizer_digest(tokenizer)
+    tokenizer(["the", "the cat"], padding=True, truncation=True, max_length=9)
+    assert tokenizer_digest(tokenizer) == digest
+    assert tokenizer_digest(tiny_tokenizer(around="<s> $A")) != digest
+    assert tokenizer_digest(ToyTokenizer()) == tokenizer_digest(ToyTokenizer())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_run_of_before_knows_no_tokenizer_and_one_of_today_keeps_to_it(tmp_path, nested):
+    folder = SimpleNamespace(path=tmp_path)
+
+    def told(**more):
+        one = {"model": "m", "model_digest": "d", **more}
+        return {**one, "model_digests": [one, one]} if nested else one
+
+    path = tmp_path / "start" / "provenance.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(told()))
+    RunFolder.check_provenance(folder, told(tokenizer_digest="t", dtype="float32"))
+    path.write_text(json.dumps(told(tokenizer_digest="t")))
+    RunFolder.check_provenance(folder, told(tokenizer_digest="t"))
+    with pytest.raises(RunError, match=r"another model or tokenizer:\n.*tokenizer_digest: 't' -> 'u'"):
+        RunFolder.check_provenance(folder, told(tokenizer_digest="u"))

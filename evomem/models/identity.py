@@ -37,6 +37,20 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the hash of what a tokenizer makes of texts: its vocabulary, merges and rules, or the vocabulary alone.
+
+    Padding and truncation are left out, because calls change them.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    said: Any = type(tokenizer).__name__
+    if fast is not None:
+        said = {key: part for key, part in json.loads(fast.to_str()).items() if key not in ("padding", "truncation")}
+    elif hasattr(tokenizer, "get_vocab"):
+        said = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def _weights(model: PreTrainedModel) -> dict[str, str]:
     named = list(model.named_parameters())
     chosen = [named[at * len(named) // PARAMETERS] for at in range(PARAMETERS)] if len(named) > PARAMETERS else named

@@ -11,6 +11,7 @@ from evomem.devices import named
 from evomem.errors import ModelError
 from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
+from evomem.models.identity import tokenizer_digest
 from evomem.runs.config import ExperimentConfig, ModelConfig, TaskConfig
 from evomem.tasks.base import Sample, Task
 from evomem.tasks.chance import ChanceReport, check
@@ -193,6 +194,7 @@ def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings)
     provenance = {
         "model": loaded.name,
         "model_digest": loaded.digest,
+        "tokenizer_digest": tokenizer_digest(loaded.tokenizer),
         **_how(loaded),
         **_reading(config, loaded, evaluator),
     }

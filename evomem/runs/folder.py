@@ -24,7 +24,7 @@ from typing import Any, Self
 import filelock
 import yaml
 
-from evomem.config import difference, validate
+from evomem.config import difference, flatten, validate
 from evomem.errors import ConfigError, RunError
 from evomem.runs.config import ExperimentConfig, to_yaml
 from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
@@ -174,13 +174,15 @@ class RunFolder:
             write_atomically(path, json.dumps(provenance, indent=1).encode())
             return
         known = read_object(path)
-        told = {key: value for key, value in provenance.items() if key in known or key not in _LATER}
-        lines = difference(known, json.loads(json.dumps(told)))
+        before, now = flatten(known), flatten(json.loads(json.dumps(provenance)))
+        # With several models each has its own: model_digests.1.dtype
+        told = {key: value for key, value in now.items() if key in before or key.rpartition(".")[2] not in _LATER}
+        lines = difference(before, told)
         if lines:
-            raise RunError(f"{self.path}: the run began with another model:\n  " + "\n  ".join(lines))
+            raise RunError(f"{self.path}: the run began with another model or tokenizer:\n  " + "\n  ".join(lines))
 
 
-_LATER = frozenset({"dtype", "device", "quantization"})
+_LATER = frozenset({"dtype", "device", "quantization", "tokenizer_digest"})
 """Parts of a provenance that older runs do not have; of one that has them they are compared."""
 
 
