@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomem.errors import ConfigError, EvaluationError, EvomemError, UnknownNameError
+from evomem.errors import ConfigError, EvaluationError, EvomemError, TaskError, UnknownNameError
 from evomem.evaluation import compare as module
 from evomem.evaluation.compare import NamedManager, Place, compare, evaluate, field_of
 from evomem.evaluation.evaluator import Evaluator
@@ -259,6 +260,19 @@ def test_a_model_of_which_a_weight_is_nan_has_no_row(task):
     here = place(LoadedModel("broken", broken, tiny_tokenizer(), "0" * 64), task)
     with pytest.raises(EvaluationError, match="full on tiny"):
         evaluate(NamedManager("full", build("full")), [here], samples=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_subject_may_have_numbers_of_any_type(loaded, task, tmp_path, dtype):
+    subject = NamedManager("mine", build("feature_scorer(knots=1)").to(dtype))
+    found = compare([subject], [place(loaded, task)], samples=1, budgets=[8], against=[], keep=tmp_path / "rows.jsonl")
+    assert [row.manager for row in found.rows] == ["mine"]
+
+
+def test_a_tokenizer_of_another_model_is_named(loaded, task):
+    small = LoadedModel("small", tiny("llama", vocab_size=8), loaded.tokenizer, "0" * 64)
+    with pytest.raises(TaskError, match=r"is beyond the 8 that model 'small' has embeddings of"):
+        evaluate(NamedManager("full", build("full")), [place(small, task)], samples=1)
 
 
 def test_a_context_is_read_once_for_the_whole_field(loaded, task):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import time
@@ -253,6 +254,24 @@ def test_weights_that_are_no_numbers(folder, value):
     change_weights(folder, spoil)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight: 1 of 6,144 numbers"):
         load(str(folder))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int8, torch.int64, torch.float8_e4m3fn])
+def test_weights_of_a_type_that_weights_do_not_have(folder, kind):
+    name = "model.layers.1.self_attn.k_proj.weight"
+    change_weights(folder, lambda tensors: {**tensors, name: tensors[name].to(kind)})
+    with pytest.raises(ModelError, match=rf"{name} is stored as (BOOL|I8|I64|F8_E4M3), and config.json says nothing"):
+        load(str(folder))
+
+
+def test_a_file_that_changed_and_has_its_old_time_has_another_digest(folder):
+    path = folder / "model.safetensors"
+    before, times = load(str(folder)).digest, (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=times)
+    assert load(str(folder)).digest != before
 
 
 def test_weights_that_are_too_large_for_the_type(folder):

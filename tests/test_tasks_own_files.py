@@ -142,6 +142,8 @@ BAD = {
     "NaN": ('{"context": "a", "question": "b", "answers": ["c"], "weight": NaN}', "NaN"),
     "infinite": ('{"context": "a", "question": "b", "answers": ["c"], "weight": 1e999}', "1e999"),
     "half a character": ('{"context": "\\ud800", "question": "b", "answers": ["c"]}', "half a character"),
+    "unseen answer": ('{"context": "a", "question": "b", "answers": ["\u200b\u3164 "]}', "field answers.0: is blank"),
+    "answer of no letters": ('{"context": "a", "question": "b", "answers": ["\\u0000"]}', "field answers.0: is blank"),
     "blank answer": ('{"context": "a", "question": "b", "answers": [" "]}', "field answers.0: is blank"),
     "blank second answer": (
         '{"context": "a", "question": "b", "answers": ["c", "\\n\\t"]}',
@@ -202,11 +204,11 @@ def test_what_is_no_file_and_what_has_no_end(tmp_path, monkeypatch) -> None:
 
 
 def test_an_answer_that_the_tokenizer_has_no_token_for(tmp_path) -> None:
-    spec = written(tmp_path / "t.jsonl", {**ROW, "answers": ["\u200b"], "split": "train"})
+    spec = written(tmp_path / "t.jsonl", {**ROW, "answers": ["\u00ac"], "split": "train"})
 
     class Silent(ToyTokenizer):
         def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-            return super().encode(text.replace("\u200b", "").strip(), add_special_tokens)
+            return super().encode(text.replace("\u00ac", "").strip(), add_special_tokens)
 
     with pytest.raises(TaskError, match=r"t.jsonl:1: field answers.0: .* no token"):
         build(spec, Silent()).samples(Split.TRAIN, 1, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from evomem.cache.attention import IMPLEMENTATION, handover, managed_attention, uncompiled
+from evomem.cache.attention import IMPLEMENTATION, eager_attention, handover, managed_attention, uncompiled
 from evomem.cache.positions import within_positions
-from evomem.cache.switch import Usage, switched
+from evomem.cache.switch import Usage, implementation_of, is_switched, switched
 from evomem.cache.versions import warn_untested
 from evomem.errors import UnsupportedModelError
 
@@ -36,7 +37,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         id(module): module
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
-        and "attention" in type(module).__name__.lower()
+        and any("attention" in kind.__name__.lower() for kind in type(module).__mro__)
         and not getattr(module, "is_cross_attention", False)
     }
     # A block around attention, with its norms, may be called attention too and carry the index: the inner one counts.
@@ -101,6 +102,44 @@ def _configurations(model: PreTrainedModel) -> list[Any]:
     return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
 
 
+def _mend_copied(model: PreTrainedModel, configurations: list[Any]) -> None:
+    """Give a model that was copied inside a block, switch and all, an attention of its own again."""
+    for config in configurations:
+        if config._attn_implementation_internal == IMPLEMENTATION and not is_switched(config):
+            config._attn_implementation_internal = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+
+
+def _check_own_functions(model: PreTrainedModel, configurations: list[Any]) -> None:
+    """Raise `UnsupportedModelError` if a model attends or masks by a function that somebody registered or patched in.
+
+    The managed attention stands in for transformers' own functions, which all compute the same; what another one
+    computes would be lost.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    used: list[tuple[str, Any, tuple[str, ...]]] = []
+    for name in {implementation_of(config) or "eager" for config in configurations} - {IMPLEMENTATION}:
+        for what, known in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+            if name in known:
+                used.append((f"{what} {name!r}", known[name], ()))
+        if name == "eager":
+            kinds = {type(module): module for module in attention_modules(model)}
+            used += [
+                ("eager attention", eager_attention(module), tuple(one.__module__ for one in kind.__mro__))
+                for kind, module in kinds.items()
+            ]
+    for what, function, files in used:
+        function = inspect.unwrap(getattr(function, "func", function)) if function is not None else None
+        file = getattr(function, "__module__", None) or "transformers"
+        if file.partition(".")[0] != "transformers" and file not in files:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} runs {what} by a function that is none of transformers' own "
+                f"({file}.{getattr(function, '__qualname__', function)}), which evomem does not manage; set one of its "
+                'own first, for example model.set_attn_implementation("sdpa")'
+            )
+
+
 @contextmanager
 def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Usage]:
     """Run ``model`` with the managed attention inside the block; restore its attention implementation exactly after.
@@ -124,6 +163,9 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Usa
     from evomem.cache.self_check import self_check as check_computes_the_same
 
     check_supported(model)
+    configurations = _configurations(model)
+    _mend_copied(model, configurations)
+    _check_own_functions(model, configurations)
     if self_check:
         check_computes_the_same(model)
     with _lock:
@@ -131,7 +173,7 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Usa
         # Without a registered mask function transformers would drop the model's mask silently.
         AttentionMaskInterface.register(IMPLEMENTATION, uncompiled(slots_mask))
     try:
-        with switched(_configurations(model), IMPLEMENTATION) as usage, within_positions(model):
+        with switched(configurations, IMPLEMENTATION) as usage, within_positions(model):
             yield usage
     finally:
         handover.clear()  # left over where a forward pass was interrupted

@@ -149,6 +149,11 @@ def managed_attention(
                 f"the cache that {type(module).__name__} was given belongs to another model; make one for this model: "
                 "manager.new_cache(model), or the one that manager.attach(model) yields"
             )
+    if dropout:
+        raise CacheError(
+            f"{type(module).__name__} is in train mode with an attention dropout of {dropout:g}, which the managed "
+            "attention does not apply; call model.eval()"
+        )
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} uses attention sinks or a position bias in its softmax, "
@@ -186,6 +191,11 @@ def _visibility(
         return mask.request.visibility(query.device)
     if mask.dim() == 2:
         return Visibility(mask.bool(), window)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise CacheError(
+            f"attention_mask of shape {tuple(mask.shape)} and type {str(mask.dtype).removeprefix('torch.')}: a mask of "
+            "four dimensions is bool (True: look at it) or floating (added to the logits)"
+        )
     if mask.shape[2] != count:
         raise CacheError(f"attention_mask of shape {tuple(mask.shape)} for {count} new tokens: one row a token")
     if mask.shape[1] not in (1, key.shape[1]):
@@ -214,12 +224,12 @@ def _stock_attention(
         if known.get(implementation) is eager_mask:  # numbers that a model cut out of a `ModelMask`
             mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     functions: dict[str, Any] = AttentionInterface._global_mapping
-    attention = functions.get(implementation) or _eager_attention(module) or sdpa_attention_forward
+    attention = functions.get(implementation) or eager_attention(module) or sdpa_attention_forward
     output: tuple[Tensor, Tensor | None] = attention(module, query, key, value, mask, **kwargs)
     return output
 
 
-def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     """Return the eager attention that a module falls back on: a function of the file that its forward is written in."""
     for kind in type(module).__mro__:
         if (forward := vars(kind).get("forward")) is not None:
@@ -238,9 +248,14 @@ def _require_not_lost(module: nn.Module) -> None:
     if index == 0:
         note_pass(module, managed=False)
         lost = given_cache(module)
-    else:  # a pass that began over a cache of slots goes on over it
-        lost = before[0]() if before is not None and before[1] == index - 1 else None
+    else:  # a pass that began over a cache of slots goes on over it, one attention a layer
+        lost = before[0]() if before is not None and before[1] in (index - 1, index) else None
         lost = lost if lost is not None and index < lost.depth and lost.is_for(module) else None
+        if lost is not None and before is not None and before[1] == index:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends a second time in layer {index}, to keys that no cache has seen, "
+                "which evomem does not manage"
+            )
     if lost is not None:
         raise CacheError(
             f"a cache of evomem's was given, but layer {index} ({type(module).__name__}) attends without it: the "

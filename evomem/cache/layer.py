@@ -311,6 +311,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         padding, reaches = visibility.padding, visibility.reaches
         self.scale, self.softcap, self.window = scale, softcap, visibility.window
         real = None if padding is None else padding[:, begin : begin + count]
+        self._require_hidden(visibility, begin)
         self._find_starts(batch, begin, real, query)
         outputs, at, stored = [], 0, 0
         for end, rows in self._pieces(begin, count):
@@ -339,6 +340,22 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                     self.recorder.stop()  # until the next reading
             at = end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _require_hidden(self, visibility: Visibility, begin: int) -> None:
+        """Raise `CacheError` if padding that was read before is to be seen now: it has no slots to be seen in."""
+        if self.index or not begin or visibility.explicit is not None or not any(self.starts):
+            return
+        padding = visibility.padding
+        shown = padding is None
+        if padding is not None:
+            before = torch.arange(begin, device=padding.device) < self.start[:, None].to(padding.device)
+            shown = bool((padding[:, :begin] & before).any())
+        if shown:
+            raise CacheError(
+                "this batch was read with padding on the left, and the attention_mask of this call "
+                + ("is missing or all ones" if padding is None else "shows some of it")
+                + ": padding has no slots; give the mask that covers every token ever read, padding as 0"
+            )
 
     def _find_starts(self, batch: int, begin: int, real: Tensor | None, query: Tensor) -> None:
         """Find each row's first real token; a row that is padding so far starts after what has been read."""

@@ -84,7 +84,8 @@ def joined_rows(old: Tensor, new: Tensor) -> Tensor:
 def leading_padding(mask: Tensor) -> Tensor | None:
     """Return which tokens of a first input are real, (batch, tokens) bool, by its mask; None when all are.
 
-    Padding is the tokens at the beginning that no other token looks at.
+    Padding is the tokens at the beginning that no other token looks at. One that looks at itself and nothing else is no
+    padding, but a text of one token (packed texts).
 
     mask : (batch, heads, queries, tokens), bool or additive.
     """
@@ -92,8 +93,9 @@ def leading_padding(mask: Tensor) -> Tensor | None:
     queries, tokens = seen.shape[-2:]
     if queries != tokens or tokens == 1:
         return None  # not a first input: what is padding was known then
-    others = seen.any(1) & ~torch.eye(tokens, dtype=torch.bool, device=seen.device)
-    real = others.any(1).cumsum(-1) > 0
+    looked, own = seen.any(1), torch.eye(tokens, dtype=torch.bool, device=seen.device)
+    alone = (looked & own).any(-1) & (looked.sum(-1) == 1)
+    real = ((looked & ~own).any(1) | alone).cumsum(-1) > 0
     return None if bool(real.all()) else real | ~real.any(-1, keepdim=True)
 
 

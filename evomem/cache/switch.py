@@ -58,6 +58,18 @@ def previous_implementation(module: nn.Module) -> str:
     return (switch.previous if switch is not None else None) or "eager"
 
 
+def is_switched(config: Any) -> bool:
+    """Tell whether a block is open in which a configuration is switched."""
+    return id(config) in _switched
+
+
+def implementation_of(config: Any) -> str | None:
+    """Return the attention implementation that a configuration names outside of every block."""
+    switch = _switched.get(id(config))
+    named: str | None = config._attn_implementation_internal
+    return named if switch is None else switch.previous
+
+
 def note_pass(module: nn.Module, *, managed: bool) -> None:
     """Note for the open blocks that a decoder runs, with or without a cache of slots; ``module`` is its attention."""
     switch = _switched.get(id(getattr(module, "config", None)))

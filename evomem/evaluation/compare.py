@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evomem.devices import CURES, named, out_of_memory
 from evomem.errors import ConfigError, EvaluationError, OutOfMemoryError
 from evomem.evaluation.evaluator import Evaluator, Reach
@@ -388,7 +390,8 @@ def _fingerprint(
     def digest(manager: MemoryManager) -> str:
         state = sha256()
         for name, tensor in manager.state_dict().items():
-            state.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy has no bfloat16
+            state.update(name.encode() + content.numpy().tobytes())
         return state.hexdigest()[:16]
 
     return {

@@ -98,6 +98,8 @@ class Evaluator:
         self.traces: KnownSamples | None = None
         self.encoder = TextEncoder(loaded.tokenizer)
         self._drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
+        table = loaded.model.get_input_embeddings()
+        self._vocabulary: int | None = getattr(table, "num_embeddings", None)
         self._one_device = len(devices_of(loaded.model)) <= 1
         if degree(loaded.model) > 1:
             raise UnsupportedModelError(
@@ -441,6 +443,12 @@ class Evaluator:
         return logits
 
     def _ids(self, ids: list[int]) -> Tensor:
+        size = self._vocabulary
+        if size is not None and ids and max(ids) >= size:
+            raise TaskError(
+                f"token {max(ids):,} ({self.loaded.tokenizer.decode([max(ids)])!r}) is beyond the {size:,} that model "
+                f"{self.loaded.name!r} has embeddings of; its tokenizer belongs to another model"
+            )
         return torch.tensor([ids], dtype=torch.int64, device=self.loaded.model.device)
 
     def without_context(self, sample: Sample) -> tuple[Tensor, Tensor]:

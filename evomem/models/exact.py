@@ -37,6 +37,9 @@ _WIDTHS = {
 """Fields of configurations that say how many layers there are, and how large tables of weights are."""
 _ENTRIES, _INTEGER = 4096, 2**53
 
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types, as safetensors names them, that weights without a quantisation are stored in."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -97,6 +100,31 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
     return found
+
+
+def check_types(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if weights are stored as whole numbers, flags or 8-bit floats without a quantisation.
+
+    `transformers` would convert them to the model's type, whatever they stand for.
+    """
+    if "quantization_config" in config:
+        return
+    index = folder / INDEX
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SINGLE}
+    for path in sorted(folder / file for file in files if (folder / file).is_file()):
+        for name, kind in _types(path).items():
+            if name.endswith(".weight") and kind not in _FLOATS:
+                raise ModelError(
+                    f"{path}: {name} is stored as {kind}, and config.json says nothing of a quantisation; weights are "
+                    f"{', '.join(sorted(_FLOATS))}. Save the model again with save_pretrained"
+                )
+
+
+def _types(path: Path) -> dict[str, str]:
+    """Return the types of a safetensors file's tensors by name; its header has been checked."""
+    with path.open("rb") as file:
+        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: str(entry["dtype"]) for name, entry in entries.items() if name != "__metadata__"}
 
 
 def check_sizes(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:

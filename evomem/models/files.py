@@ -42,10 +42,15 @@ def stamp(path: Path) -> list[int]:
 
 
 def cached_sha256(path: Path) -> str:
-    """Return `sha256` of ``path``, remembered under the cache folder until its size or modification time changes."""
+    """Return `sha256` of ``path``, remembered under the cache folder until the file changes.
+
+    That it does is seen in its size, its modification time, and in the time of its last change of any kind, which
+    nobody can set back.
+    """
     real = path.resolve()
     memo = cache_root() / "sha256" / (hashlib.sha256(str(real).encode()).hexdigest()[:32] + ".json")
-    now = stamp(real)
+    status = real.stat()
+    now = [*stamp(real), status.st_ctime_ns, status.st_ino]
     # A memo that cannot be read or written only costs time.
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(memo.read_text())

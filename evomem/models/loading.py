@@ -18,7 +18,7 @@ from evomem.devices import chosen_device, devices_of, kind_of
 from evomem.errors import ConfigError, ModelError
 from evomem.models.aliases import Shipped, aliases
 from evomem.models.dequantised import cached_folders, damage, loader_report, quiet
-from evomem.models.exact import check_numbers, check_report, check_sizes, nothing_random, weight_shapes
+from evomem.models.exact import check_numbers, check_report, check_sizes, check_types, nothing_random, weight_shapes
 from evomem.models.files import WEIGHTS, folder_digest
 from evomem.models.folders import resolve
 
@@ -124,6 +124,7 @@ def load(
     shapes = weight_shapes(folder)
     configuration = json.loads((folder / "config.json").read_text())
     check_sizes(folder, configuration, shapes)
+    check_types(folder, configuration)
     report: list[str] = []
     try:
         own = OWN.get(configuration["model_type"])

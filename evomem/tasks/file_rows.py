@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
+from unicodedata import category
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -23,8 +24,12 @@ FILE_BYTES, LINE_BYTES, ROWS = 256 << 20, 32 << 20, 1_000_000
 """What a file may have at most: it is held in memory as a whole."""
 
 
+_INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters by their category that nobody sees: fillers of Hangul, and the empty pattern of Braille."""
+
+
 def _not_blank(text: str) -> str:
-    if not text.strip():
+    if all(category(letter)[0] in "ZC" or letter in _INVISIBLE for letter in text):
         raise ValueError("is blank; give a text")
     return text
 
