@@ -135,6 +135,15 @@ def test_dropout_is_not_left_out_in_silence():
         model(TOKENS, past_key_values=cache)
 
 
+def test_weights_that_are_asked_for_are_not_left_out_in_silence(model):
+    model.set_attn_implementation("eager")
+    with FULL.attach(model) as cache:
+        model(TOKENS, past_key_values=cache)
+        with pytest.raises(CacheError, match="output_attentions"):
+            model(TOKENS, past_key_values=FULL.new_cache(model), output_attentions=True)
+        assert len(model(TOKENS, use_cache=False, output_attentions=True).attentions) == 3
+
+
 def test_attention_is_known_by_what_it_inherits_from(model):
     class Scaled(modeling_llama.LlamaAttention):
         def forward(self, hidden_states, **kwargs):

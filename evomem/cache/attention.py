@@ -149,6 +149,11 @@ def managed_attention(
                 f"the cache that {type(module).__name__} was given belongs to another model; make one for this model: "
                 "manager.new_cache(model), or the one that manager.attach(model) yields"
             )
+    if kwargs.get("output_attentions"):
+        raise CacheError(
+            "output_attentions: the attention over slots returns no weights (heads hold different tokens); leave it "
+            "out, or run the model without this cache"
+        )
     if dropout:
         raise CacheError(
             f"{type(module).__name__} is in train mode with an attention dropout of {dropout:g}, which the managed "
