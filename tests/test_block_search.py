@@ -142,10 +142,14 @@ def check(folder):
         assert np.mean(shares) == pytest.approx(fitness, abs=2e-5)
 
 
-def test_wrong_number_of_heads_is_said_plainly(tmp_path):
-    config = configured("space.manager.options.heads=3")
-    with pytest.raises(ConfigError, match=r"6 heads is expected.*\(6, 4\).*layers and heads"):
+@pytest.mark.parametrize(("layers", "heads"), [(2, 3), (1, 2), (1, 4), (4, 1)])
+def test_other_heads_than_the_model_has_are_refused_before_anything_is_evaluated(tmp_path, layers, heads):
+    """Also where their number is the model's: a fitness would go to another head."""
+    config = configured(f"space.manager.options.layers={layers}", f"space.manager.options.heads={heads}")
+    said = rf"{layers} layers of {heads} heads.*2 layers of 2 KV heads; set .*layers=2 and .*heads=2"
+    with pytest.raises(ConfigError, match=said):
         search(config, tmp_path / "run", bench())
+    assert '"kind":"unit"' not in (tmp_path / "run" / "journal.jsonl").read_text()
 
 
 def test_streaming_cannot_have_the_attention_objective(tmp_path):

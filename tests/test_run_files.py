@@ -353,6 +353,28 @@ def test_a_changed_digit_of_a_finished_run_is_noticed(run, name):
         open_run(run).winner  # noqa: B018
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("winner", "zzz"), ("winner", "start"), ("winner", 3), ("generations", 10**300), ("generations", -1),
+    ("generations", 2), ("generations", True), ("front", -1), ("front", 9), ("front", 0.5), ("stopped", 7),
+    ("finalists", {}), ("spent", []), ("spent", {}), ("sealed", {}),
+])  # fmt: skip
+def test_a_result_without_a_checksum_is_believed_only_where_it_can_be_true(run, name, value):
+    """An earlier evomem wrote none, so taking the checksum away must not make anything of it true."""
+    path = run / "result.json"
+    data = {key: part for key, part in json.loads(path.read_text()).items() if key not in ("line", "check", "files")}
+    path.write_text(json.dumps(data))
+    assert open_run(run).result.winner == data["winner"]
+    path.write_text(json.dumps({**data, name: value}))
+    with pytest.raises(RunError, match=r"result\.json.*resume the run"):
+        open_run(run).result  # noqa: B018
+
+
+def test_rows_are_a_list(tmp_path):
+    (tmp_path / "rows.json").write_text("{}")
+    with pytest.raises(RunError, match="a list of rows"):
+        read_rows(tmp_path / "rows.json")
+
+
 # ---- disks ------------------------------------------------------------------------------------------------------
 
 

@@ -154,6 +154,32 @@ def test_samples_that_changed_without_a_file_are_refused_too(tmp_path):
         search(experiment(*SMALL), tmp_path / "run", lambda config: bench, resume=True)
 
 
+@pytest.mark.parametrize("which", ["questions", "start"])
+def test_a_file_that_is_exchanged_while_the_search_begins_is_refused(tmp_path, questions, which):
+    """After its digest was taken, and before it is read; put back, the run goes on as if nothing had been."""
+    start = tmp_path / "start.npy"
+    np.save(start, np.zeros(6))
+    config = of_file(questions, "space.start={vector: " + str(start) + "}")
+    search(config, tmp_path / "whole", factory(ToyEvaluator()))
+    path = questions if which == "questions" else start
+    before = path.read_bytes()
+
+    def exchanging(config):
+        if which == "questions":
+            path.write_bytes(before.replace(b"red", b"blue"))
+        else:
+            np.save(path, np.ones(6))
+        return factory(ToyEvaluator())(config)
+
+    with pytest.raises(RunError, match=rf"(?s)while the search was beginning.*{path.name}"):
+        search(config, tmp_path / "run", exchanging)
+    assert '"kind":"unit"' not in (tmp_path / "run" / "journal.jsonl").read_text()
+    assert not (tmp_path / "run" / "start" / "vector.npy").exists()
+    path.write_bytes(before)
+    search(config, tmp_path / "run", factory(ToyEvaluator()), resume=True)
+    same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+
+
 def test_a_finished_run_notices_when_it_is_used_again(tmp_path, questions, capsys):
     search(of_file(questions), tmp_path / "run", factory(ToyEvaluator()))
     open_run(tmp_path / "run")

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ class Subject:
     budgets : of the last stage, or its own.
     samples : sealed samples per task.
     changed : what of the tasks is no longer as it was in the search, a line each.
+    known : what the search says of itself, the digests of its inputs among it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Subject:
     budgets: tuple[Budget, ...] = ()
     samples: int | None = None
     changed: tuple[str, ...] = ()
+    known: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compare(
@@ -224,6 +226,7 @@ def _of_run(source: str, path: Path) -> Subject:
         budgets=stage.budgets or _own_budget(winner),
         samples=config.sealed.contexts,
         changed=_changed(source, stage.tasks, config.resolved()),
+        known=config.resolved(),
     )
 
 
@@ -280,6 +283,7 @@ def _of_plugin(source: str, folder: str | Path) -> Subject:
         protocol=validate(EvaluationProtocol, protocol, where) if protocol else None,
         budgets=tuple(known.get("budgets") or ()) or _own_budget(plugin.manager),
         changed=_changed(source, tasks, known),
+        known=known,
     )
 
 
@@ -373,7 +377,10 @@ def make_places(wishes: Wishes, subjects: Sequence[Subject]) -> list[Place]:
     if wishes.models and not wishes.tasks:  # the user's models do what others did in the search
         tasks = list({task.title: task.for_all_models() for task in tasks}.values())
     require_for(models, [task.spec for task in tasks])
-    return [place for name in models for place in places_of(load(name, wishes.dtype, wishes.device), tasks, protocol)]
+    places = [place for name in models for place in places_of(load(name, wishes.dtype, wishes.device), tasks, protocol)]
+    if not wishes.tasks:  # again: the files have been read since
+        own_tasks([replace(subject, changed=tuple(changed_tasks(subject.known))) for subject in subjects])
+    return places
 
 
 def load(name: str, dtype: str | None = None, device: str | None = None) -> LoadedModel:

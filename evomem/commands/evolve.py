@@ -131,6 +131,7 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[
             evaluator.store.close()
             loaded = evaluator.loaded if model.dtype == dtype else None
         places += places_of(loaded or load_model(model, dtype), stage.tasks, config.protocol)
+    require_inputs(run)  # again: the files have been read since
     budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
     wide_console(stderr=True).print(Text(f"comparing with the field on {config.sealed.contexts} sealed samples a task"))
     with ProgressBar("comparing") as bar:

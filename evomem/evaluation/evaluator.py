@@ -345,6 +345,16 @@ class Evaluator:
             self.forward(tokens, cache, 1)
         return Reading(tuple(layer.view() for layer in cache.layers), tokens.shape[1])
 
+    @outside_inference_mode()
+    @torch.no_grad()
+    def kv_heads(self) -> list[int]:
+        """Return how many KV heads every layer has, as managers see them: read one token, and keep nothing of it."""
+        with attached(self.loaded.model):
+            cache = SlotCache.for_model(self.loaded.model, Recording())
+            cache.decides_after_forward = False
+            self.forward(self._ids([0]), cache, 1)
+        return [int(layer.view().slots.shape[1]) for layer in cache.layers]
+
     def _compress(self, policy: Deciding, tokens: Tokens, observes: frozenset[str]) -> tuple[SlotCache, int, int]:
         """Read, or take what was read; decide for all. Returns the cache, tokens read for all, tokens read by each."""
         misses = self.store.misses

@@ -32,6 +32,7 @@ from evomem.search_space import SearchSpace
 from evomem.workers.base import digest
 
 if TYPE_CHECKING:
+    from evomem.runs.bench import Bench
     from evomem.runs.opened import Run
 
 
@@ -101,6 +102,36 @@ def make_driver(
     # Two drivers of one kind must not draw the same candidates around their starts.
     seed = int(np.random.SeedSequence([config.seed, stage.since]).generate_state(1)[0]) if stage.since else config.seed
     return drivers.build(chosen.name, space.dim, start, seed, **options)
+
+
+def check_heads(config: ExperimentConfig, space: SearchSpace, bench: Bench) -> None:
+    """Raise `ConfigError` if a driver is to search head by head and the space has other heads than the model.
+
+    Nothing is said of a bench whose evaluator does not tell its model's heads (`Evaluator.kv_heads`).
+    """
+    kind, kv_heads = type(space.template), getattr(bench.evaluator, "kv_heads", None)
+    stages = [
+        stage
+        for stage in config.plan()
+        if objective_of(stage.fitness).headwise and is_headwise_driver(drivers.drivers.get(stage.driver.name))
+    ]
+    if not stages or kv_heads is None or not space.blocks():
+        return
+    there = kv_heads()
+    for name, parameter in space.template.named_parameters():
+        layers, heads = (*parameter.shape, 0, 0)[:2]
+        if name in kind.head_parameters and there != [heads] * layers:
+            counts = sorted(set(there))
+            raise ConfigError(
+                f"stage {stages[0].name!r}: driver {stages[0].driver.name!r} searches every head by itself, and the "
+                f"search space has {layers} layers of {heads} heads (space.manager.options: layers, heads), but model "
+                f"{config.model.name!r} has {len(there)} layers of {' or '.join(map(str, counts))} KV heads; "
+                + (
+                    f"set space.manager.options.layers={len(there)} and space.manager.options.heads={counts[0]}"
+                    if len(counts) == 1
+                    else "take another driver, or an objective that gives heads no fitness of their own"
+                )
+            )
 
 
 def check_policy(config: ExperimentConfig, space: SearchSpace, stages: Sequence[Stage]) -> None:

@@ -141,6 +141,28 @@ def pinned(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"inputs": now})
 
 
+def check_unchanged(config: ExperimentConfig, *, start: bool) -> None:
+    """Raise `RunError` if an input was exchanged after its digest was taken, while the search was reading.
+
+    Call it when all has been read, and before anything of it is measured or kept.
+
+    Parameters
+    ----------
+    start : whether the search has read its start too, and not the copy in its folder.
+    """
+    before, now = (
+        {name: digest for name, digest in found.items() if start or not name.startswith(START)}
+        for found in (config.inputs, inputs_of(config))
+    )
+    lines = changes(before, now) + [f"{name}: was not there -> {now[name]}" for name in sorted(now.keys() - before)]
+    if lines:
+        raise RunError(
+            "inputs: files were exchanged while the search was beginning (before -> now):\n  "
+            + "\n  ".join(lines)
+            + "\nNothing was measured. Put them back and resume, or begin again in another folder"
+        )
+
+
 def changed_tasks(known: Mapping[str, Any]) -> list[str]:
     """Return a line per input of a search's tasks that is no longer what it was.
 

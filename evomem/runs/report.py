@@ -39,7 +39,10 @@ def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:  # type: ig
     """Return the rows that `write_rows` wrote; raise `RunError` if the file is damaged."""
     cure = "delete it to compare again"
     with of_shape(path, cure):
-        return [checked_row(kind.from_json(data)) for data in read_json(path, cure)]
+        found = read_json(path, cure)
+        if not isinstance(found, list):
+            raise TypeError(f"a list of rows is expected, this is {type(found).__name__}")
+        return [checked_row(kind.from_json(data)) for data in found]
 
 
 def checked_row(row: AnyRow) -> AnyRow:

@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.bounds import GENERATIONS, LISTED
 from evomem.errors import RunError
 from evomem.reading import read_bytes
 from evomem.runs.candidates import Row
 from evomem.runs.files import write_atomically
+from evomem.runs.journal import read_journal
 from evomem.runs.reading import FILE, of_shape, read_numbers, read_object
 from evomem.sealed_lines import Seals, sealed
-from evomem.strict_json import as_float
+from evomem.strict_json import as_float, shown
 
 _VECTOR = "winner/vector.npy"
+_MOST = LISTED * GENERATIONS
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class RunResult:
     @classmethod
     def from_json(cls, folder: Path, data: Mapping[str, Any]) -> RunResult:
         """Return the result that a run folder holds."""
-        return cls(
+        found = cls(
             folder=folder,
             winner=data["winner"],
             vector=read_numbers(folder / "winner" / "vector.npy"),
@@ -145,6 +148,20 @@ class RunResult:
             front=data.get("front", 0),
             files=dict(data.get("files") or {}),
         )
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Raise `ValueError` for what no search ends with."""
+        if repr(self.finalists.get(self.winner)) != repr(self.select):  # as text: NaN is NaN
+            raise ValueError(f"its winner {shown(self.winner)} is none of its finalists, or not by these scores")
+        counts = (self.generations, self.front, *(score.contexts for score in (self.train, self.select, self.sealed)))
+        if not all(type(count) is int and 0 <= count <= _MOST for count in counts) or self.front > len(self.finalists):
+            raise ValueError("a count of generations, contexts or members of the front is none")
+        if not (self.stopped is None or isinstance(self.stopped, str)) or not isinstance(self.spent, dict):
+            raise ValueError("stopped is a text or nothing, and spent an object")
+        if not isinstance(self.spent.get("evaluations"), dict):
+            raise ValueError("spent has no evaluations")
 
     def check_file(self, name: str) -> None:
         """Raise `RunError` if a file of the folder is not the one that the run ended with."""
@@ -215,7 +232,30 @@ def read_result(folder: Path) -> RunResult | None:
         found = RunResult.from_json(folder, data)
         found.lines()  # what is shown of it has the types that it is shown by
     found.check_file(_VECTOR)
+    if "check" not in data:
+        with of_shape(path, cure):
+            _check_journal(found, path, cure)
     return found
+
+
+def _check_journal(result: RunResult, path: Path, cure: str) -> None:
+    """Raise `RunError` if a result without a checksum, as an earlier evomem wrote it, is not the journal's."""
+    journal = path.with_name("journal.jsonl")
+    if not journal.is_file():
+        return
+    generations, winners = set(), []
+    for record in read_journal(journal, report=False):
+        if record["kind"] == "generation":
+            generations.add(record["generation"])
+        elif record["kind"] == "event" and record["event"] == "finish":
+            winners.append(record["winner"])
+    said = (result.winner, result.generations)
+    known = (winners[-1] if winners else result.winner, len(generations))
+    if said != known:
+        raise RunError(
+            f"{path}: is not as it was written: it says winner {shown(said[0])} after {said[1]} generations, the "
+            f"journal {shown(known[0])} after {known[1]}; {cure}"
+        )
 
 
 def _order(fitness: float) -> float:

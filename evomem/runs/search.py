@@ -27,13 +27,13 @@ from evomem.runs.candidates import Judge, Measuring, Plan, WantedRollouts
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.chunks import Chunks
 from evomem.runs.config import ExperimentConfig, Stage
-from evomem.runs.driving import digests
+from evomem.runs.driving import check_heads, digests
 from evomem.runs.files import write_atomically, write_vector
 from evomem.runs.final import choose
 from evomem.runs.fitness import Fitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
 from evomem.runs.identity import check_identity, identity_of
-from evomem.runs.inputs import pinned
+from evomem.runs.inputs import check_unchanged, pinned
 from evomem.runs.journal import Record, measured, read_journal
 from evomem.runs.pareto import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
 from evomem.runs.paths import base_of, resolve_paths
@@ -214,9 +214,12 @@ class Search:
             self.start = read_numbers(vector)
             if self.start.shape != (self.space.dim,):
                 raise RunError(f"{vector}: has {len(self.start)} numbers; this search space has {self.space.dim}")
+            check_unchanged(self.config, start=False)
             return
         self.space = SearchSpace(self.config.space)
         self.start = self.space.start
+        check_unchanged(self.config, start=True)
+        check_heads(self.config, self.space, self.bench)
         if self.bench.calibrate is not None:
             stage = self.plan[0]
             first = {task.model: task for task in reversed(stage.tasks)}  # one task a model
