@@ -25,6 +25,7 @@ from test_runs import SMALL, Interrupted, Stop, broken_off, outcome, same
 from typer.testing import CliRunner
 
 from evomem.cli import app
+from evomem.commands.compare import resolve
 from evomem.commands.evolve import export
 from evomem.errors import EvomemError, RunError
 from evomem.plugins.card import render_card
@@ -367,6 +368,24 @@ def test_a_result_without_a_checksum_is_believed_only_where_it_can_be_true(run, 
     path.write_text(json.dumps({**data, name: value}))
     with pytest.raises(RunError, match=r"result\.json.*resume the run"):
         open_run(run).result  # noqa: B018
+
+
+@pytest.mark.parametrize("which", ["plugin", "vector"])
+def test_a_winner_that_is_not_its_plug_in_is_refused(run, tmp_path, which):
+    if which == "plugin":
+        path = run / "winner" / "plugin" / "model.safetensors"
+        tensors = safetensors.torch.load(path.read_bytes())
+        path.write_bytes(safetensors.torch.save({name: value + 1 for name, value in tensors.items()}))
+    else:  # of an earlier evomem, which kept no digests
+        path = run / "result.json"
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps({key: data[key] for key in data if key not in ("line", "check", "files")}))
+        assert resolve(str(run)).name == open_run(run).config.name
+        files.write_vector(run / "winner" / "vector.npy", open_run(run).winner_vector + 1)
+        with pytest.raises(RunError, match="not the same manager"):
+            resolve(str(run))
+    with pytest.raises(RunError, match="not the same manager"):
+        export(str(run), tmp_path / "mine")
 
 
 def test_rows_are_a_list(tmp_path):

@@ -213,9 +213,13 @@ def resolve(source: str) -> Subject:
 
 
 def _of_run(source: str, path: Path) -> Subject:
+    from evomem import plugins
+
     run = open_run(path)
     config, stage = run.config, run.config.plan()[-1]
     winner = run.winner
+    if run.result is not None and not run.result.files and plugins.is_plugin(run.plugin):
+        run.require_winner(plugins.read(run.plugin).manager)  # an earlier evomem kept no digest of its numbers
     return Subject(
         name=run_label(config.name),
         source=source,

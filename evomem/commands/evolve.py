@@ -225,13 +225,16 @@ def export(
     path = user_path(source)
     if not is_there(path):
         raise EvomemError(f"{source}: no such run or plug-in")
-    if (path / "config.yaml").is_file():
-        plugin = member_plugin(open_run(path), place, size)
+    run = open_run(path) if (path / "config.yaml").is_file() else None
+    if run is not None:
+        plugin = member_plugin(run, place, size)
     elif place is None and size is None:
         plugin = path
     else:
         raise ConfigError(f"{source}: is a plug-in; --place and --bytes are for a run that has a front")
     found = plugins.read(plugin)
+    if run is not None and plugin == run.plugin:
+        run.require_winner(found.manager)
     plugins.save(found.manager, folder, found.provenance)
     console = wide_console()
     for line in changed_tasks(found.provenance):

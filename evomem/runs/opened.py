@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from evomem.config import validate
@@ -85,6 +86,19 @@ class Run:
         """Folder of the winner's plug-in; raises `RunError` if the run is not finished."""
         self._finished()
         return self.folder / "winner" / "plugin"
+
+    def require_winner(self, manager: MemoryManager) -> None:
+        """Raise `RunError` unless a manager has the winner's numbers, up to rounding; a plug-in may be exchanged."""
+        mine, theirs = self.winner.state_dict(), manager.state_dict()
+        if mine.keys() != theirs.keys() or not all(
+            theirs[name].shape == value.shape
+            and torch.allclose(theirs[name].double(), value.double(), rtol=1e-5, atol=1e-7, equal_nan=True)
+            for name, value in mine.items()
+        ):
+            raise RunError(
+                f"{self.folder}: winner/plugin and winner/vector.npy are not the same manager: one of them has been "
+                "exchanged. Put it back, or delete result.json and resume the run, which writes both again"
+            )
 
     def _finished(self) -> RunResult:
         result = self.result
