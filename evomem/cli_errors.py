@@ -36,7 +36,7 @@ def guarded(resume: str | None = None) -> Iterator[None]:
     SIGTERM and SIGHUP end a command as Ctrl-C does, with exit codes 143 and 129. A second signal does not wait until
     everything is cleaned up: the process ends at once, as if it was killed, which loses nothing that is finished.
     """
-    with _signals(resume):
+    with _signals(resume) as received:
         try:
             yield
         except EvomemError as error:
@@ -59,7 +59,8 @@ def guarded(resume: str | None = None) -> Iterator[None]:
             typer.echo(plain(f"error: {where}{error.strerror or error}{hint}"), err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
-            number = error.number if isinstance(error, Stopped) else signal.SIGINT
+            # Ray answers a signal that comes inside its calls with an interrupt of its own, which knows no number.
+            number = error.number if isinstance(error, Stopped) else next(iter(received), signal.SIGINT)
             typer.echo(_said(number, resume), err=True)
             raise typer.Exit(128 + number) from None
 
@@ -69,19 +70,18 @@ def _said(number: int, resume: str | None) -> str:
 
 
 @contextmanager
-def _signals(resume: str | None) -> Iterator[None]:
-    """Raise `Stopped` inside the block at the first signal; end the process at the second.
+def _signals(resume: str | None) -> Iterator[list[int]]:
+    """Raise `Stopped` inside the block at the first signal, end the process at the second; yield what was received.
 
     What somebody else has decided about a signal stands: a background job ignores Ctrl-C. After a signal the handlers
     stay, for Python is about to end, and another one is to find the same exit code.
     """
-    received = 0
+    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal received
         if received:
-            _leave(received, resume)
-        received = number
+            _leave(received[0], resume)
+        received.append(number)
         raise Stopped(number)
 
     before = {}
@@ -91,7 +91,7 @@ def _signals(resume: str | None) -> Iterator[None]:
             if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, stop)
     try:
-        yield
+        yield received
     finally:
         if not received:
             for number, handler in before.items():

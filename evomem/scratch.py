@@ -21,10 +21,11 @@ try:
 except ImportError:  # no such locks there: folders of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
-PREFIX = "evomem-"
+PREFIX, UNNAMED = "evomem-", ".evomem-new-"
+"""How the names of folders begin, and how as long as they are not locked."""
 LOCK = ".lock"
 UNLOCKED_SECONDS = 60.0
-"""Age of a folder without a lock file after which its maker has died between two lines."""
+"""Age of a folder that is not locked or not named after which its maker has died between two lines."""
 
 
 class Scratch:
@@ -45,12 +46,11 @@ class Scratch:
     """
 
     def __init__(self, purpose: str, base: Path | None = None) -> None:
-        for last in (False, False, True):  # on a disk without locks the last one is taken, and is never swept away
-            self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-", dir=base))
-            self._lock = _locked(self.path, make=True)
-            if self._lock is not None or last:
-                break
-            shutil.rmtree(self.path, ignore_errors=True)  # another process took it for abandoned before it was locked
+        # It gets its name when it is locked: before, another process could take it for abandoned. On a disk without
+        # locks it has none, and is never swept away.
+        unnamed = Path(tempfile.mkdtemp(prefix=f"{UNNAMED}{purpose}-", dir=base))
+        self._lock = _locked(unnamed, make=True)
+        self.path = unnamed.rename(unnamed.with_name(unnamed.name.replace(UNNAMED, PREFIX, 1)))
         self._remove = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
 
     def close(self) -> None:
@@ -79,10 +79,13 @@ def sweep(purpose: str, base: Path | None = None, before: Callable[[Path], None]
     removed: list[Path] = []
     if fcntl is None:
         return removed
-    for folder in (base or Path(tempfile.gettempdir())).glob(f"{PREFIX}{purpose}-*"):
+    place = base or Path(tempfile.gettempdir())
+    for folder in [found for begin in (PREFIX, UNNAMED) for found in place.glob(f"{begin}{purpose}-*")]:
         with contextlib.suppress(OSError):  # it went away meanwhile, or is none of ours
             facts = folder.lstat()
             if facts.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
+                continue
+            if folder.name.startswith(UNNAMED) and time.time() - facts.st_mtime <= UNLOCKED_SECONDS:
                 continue
             if not (folder / LOCK).exists():
                 if time.time() - facts.st_mtime > UNLOCKED_SECONDS:
