@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -98,8 +99,9 @@ class Evaluator:
         self.traces: KnownSamples | None = None
         self.encoder = TextEncoder(loaded.tokenizer)
         self._drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
-        table = loaded.model.get_input_embeddings()
-        self._vocabulary: int | None = getattr(table, "num_embeddings", None)
+        self._vocabulary: int | None = None
+        with suppress(NotImplementedError):  # a model that reads no texts has no table of words
+            self._vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", None)
         self._one_device = len(devices_of(loaded.model)) <= 1
         if degree(loaded.model) > 1:
             raise UnsupportedModelError(
