@@ -55,7 +55,7 @@ test-transformers: export HF_HUB_OFFLINE := 1
 test-transformers: $(OTHERS)-oldest/.evomem-ready $(OTHERS)-newest/.evomem-ready  ## evomem with the oldest and the newest transformers
 	@for which in oldest newest; do \
 	    echo "make: $$($(OTHERS)-$$which/bin/python -m pip list 2>/dev/null | grep '^transformers ')"; \
-	    $(OTHERS)-$$which/bin/python -m pytest -q $(VERSIONED:%=tests/test_%.py) || exit 1; \
+	    $(OTHERS)-$$which/bin/python -m pytest -q $(foreach name,$(VERSIONED),tests/*/test_$(name).py) || exit 1; \
 	done
 
 wheel: $(READY)  ## build dist/evomem_toolkit-VERSION-py3-none-any.whl, for people without a checkout

@@ -12,9 +12,9 @@ import sys
 def main() -> None:
     """Run the command line; end with exit code 2 if the package ``evomem`` that Python finds is another project's."""
     try:
-        from evomem.cli import main as run
+        from evomem.cli.app import main as run
     except ModuleNotFoundError as error:
-        if error.name != "evomem.cli":
+        if error.name not in ("evomem.cli", "evomem.cli.app"):
             raise
         import evomem
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.measuring import Line, Setting, in_turns, line, ratios, timed
-from evomem.cache import attached
 from evomem.managers import build
+from evomem.memory import attached
 
 PREFILL = "attention.prefill_overhead"
 DECODE = "attention.decode_overhead"

@@ -14,7 +14,7 @@ import time, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 begin = time.perf_counter()
 import evomem.managers, evomem.models, evomem.plugins
-from evomem.cache import SlotCache
+from evomem.memory import SlotCache
 print(time.perf_counter() - begin)
 """
 

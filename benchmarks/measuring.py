@@ -17,7 +17,7 @@ from evomem import models, tasks
 from evomem.errors import EvomemError
 from evomem.managers import MemoryManager
 from evomem.models import LoadedModel
-from evomem.search_space import SearchSpace, load_space
+from evomem.search_space.space import SearchSpace, load_space
 from evomem.tasks import Sample, Split, Task
 
 Side = Callable[[], float]

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.attention import step
 from benchmarks.measuring import Line, Setting, in_turns, line, ratios, timed
-from evomem.cache import CachePolicy, Decision, LayerView, SlotCache, attached
 from evomem.managers import NAMM, MemoryManager, Schedule
+from evomem.memory import CachePolicy, Decision, LayerView, SlotCache, attached
 
 DECIDE, OBSERVE = "namm.decide_share", "namm.observe_share"
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import Line, Setting, in_turns, line, progress, ratios, timed
-from evomem.cache import LayerView
 from evomem.evaluation import Evaluator
 from evomem.evaluation.attention import sample_key
+from evomem.evaluation.measurement import Step
 from evomem.evaluation.rollouts import sample_number
-from evomem.evaluation.types import Step
 from evomem.managers import build, plackett_luce
 from evomem.managers.stochastic import Noise, StochasticManager
 from evomem.managers.vector import load_vector, vector_size
+from evomem.memory import LayerView
 
 VARIANCE, ERROR, SPEEDUP = "pg.variance_ratio", "pg.closed_form_error", "pg.rollouts_speedup"
 GROUP = 8

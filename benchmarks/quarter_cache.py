@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from benchmarks.attention import feed, fork, step
 from benchmarks.measuring import Line, Setting, in_turns, line, ratios, timed
-from evomem.cache import attached
 from evomem.managers import build
+from evomem.memory import attached
 
 NAME = "decode.speedup_at_quarter_cache"
 

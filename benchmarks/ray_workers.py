@@ -22,13 +22,13 @@ from evomem.runs import parse_experiment, search
 from evomem.runs.bench import model_bench
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.journal import read_journal
-from evomem.runs.remote import make_pool
+from evomem.runs.pools import make_pool
 from evomem.runs.samples import Samples
-from evomem.search_space import SearchSpace
+from evomem.search_space.space import SearchSpace
 from evomem.tasks import Sample, Split
 from evomem.workers import Recipe, Unit, WorkerOptions
-from evomem.workers.ray_cluster import Connection
-from evomem.workers.ray_pool import RayPool
+from evomem.workers.ray.cluster import Connection
+from evomem.workers.ray.pool import RayPool
 
 BITS, SCALING, DISPATCH = "ray.bit_identical", "ray.scaling_efficiency", "ray.dispatch_overhead_ms"
 MEMORY, RECOVERY = "ray.worker_memory_mb", "ray.recovery_s"

@@ -29,7 +29,7 @@ from benchmarks import (
 )
 from benchmarks.measuring import QUICK, Line, Setting, Sizes
 from evomem.errors import EvomemError
-from evomem.runs.files import write_atomically
+from evomem.files.atomic import write_atomically
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 

@@ -1,6 +1,6 @@
 """``python -m evomem`` is the command ``evomem``."""
 
-from evomem.cli import main
+from evomem.cli.app import main
 
 if __name__ == "__main__":
     main()

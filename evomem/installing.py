@@ -77,7 +77,7 @@ def find_namesake() -> Distribution | None:
         found = distribution(NAMESAKE)
     except PackageNotFoundError:
         return None
-    ours = any(point.value == "evomem.cli:main" for point in found.entry_points)  # under the name it had before
+    ours = any(point.value == "evomem.cli.app:main" for point in found.entry_points)  # under the name it had before
     return None if ours else found
 
 

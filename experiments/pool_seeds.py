@@ -8,7 +8,7 @@ A subject ``runs/x/ARM-SEED`` belongs to ``ARM``; others are arms of their own, 
 whole subject or the last part of its path). Several
 comparisons must be of the same samples. The mean over an arm's seeds is taken sample by sample; differences of
 the first arm to the others are resampled over samples (95 %, 10,000 draws); the last column says how far
-searches differ. Of `evomem.tasks.zoo_forgetting`, samples with an even number ask for restated keys.
+searches differ. Of `evomem.tasks.text.zoo_forgetting`, samples with an even number ask for restated keys.
 """
 
 from __future__ import annotations

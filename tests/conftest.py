@@ -71,12 +71,12 @@ def smollm2() -> LoadedModel:
 @pytest.fixture(scope="session")
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for all tests with pools on this machine: it takes seconds to start, and a pool uses the one it finds."""
-    from evomem.workers.ray_cluster import library
-    from evomem.workers.ray_local import LocalRay
+    from evomem.workers.ray.cluster import library
+    from evomem.workers.ray.local import LocalRay
 
     if "PYTEST_XDIST_WORKER" in os.environ:  # fails if another process of this run has one: see `Files`
         (tmp_path_factory.getbasetemp().parent / "ray").touch(exist_ok=False)
-    places = [str(Path(__file__).parent), *(path for path in sys.path if path)]
+    places = [str(Path(__file__).parents[1]), *(path for path in sys.path if path)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(places))  # what workers import
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -22,7 +22,7 @@ from evomem.drivers.common import (
 from evomem.drivers.state import overlay, snapshot
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError
-from evomem.varying import Variable
+from evomem.search_space.option_ranges import Variable
 
 
 class _Library:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from evomem.bounds import LARGE, POPULATION, SMALL
-from evomem.config import Settings, faults
 from evomem.drivers.base import Array, Population
 from evomem.errors import ConfigError, FitnessError
 from evomem.installing import pip_install
+from evomem.validation import Settings, faults
 
 
 class DriverOptions(Settings):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from evomem.drivers.base import Array
 from evomem.errors import ConfigError
-from evomem.evaluation.types import Step
+from evomem.evaluation.measurement import Step
 
 Baseline = Literal["leave_one_out", "none"]
 

@@ -23,7 +23,7 @@ from evomem.drivers.base import Array, Population, drivers
 from evomem.drivers.common import DriverOptions, check_told, checked_start, parse_options, sampling_seeds
 from evomem.drivers.estimators import Baseline, Rollouts, advantages, combined, group_gradient
 from evomem.errors import ConfigError, FitnessError
-from evomem.evaluation.types import Step
+from evomem.evaluation.measurement import Step
 
 
 class PolicyGradientOptions(DriverOptions):

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from evomem.cache import LayerView, SlotCache, attached
 from evomem.devices import stacked
 from evomem.errors import ConfigError
+from evomem.evaluation.measurement import Evaluation
 from evomem.evaluation.population import PopulationPolicy
 from evomem.evaluation.store import Reading, token_key
-from evomem.evaluation.types import Evaluation
 from evomem.managers.base import MemoryManager
+from evomem.memory import LayerView, SlotCache, attached
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample
 
@@ -46,7 +46,8 @@ class Future(NamedTuple):
     ----------
     paid : attention, mean over the query heads of the group and over the tokens.
     peak : attention, the largest of the group per token, summed over the tokens: f of KVP's trace reward.
-    next_use : the first token, counted from 0, that uses the slot (see `evomem.cache.observe`); their number if none.
+    next_use : the first token, counted from 0, that uses the slot (see `evomem.memory.observations`); their number if
+    none.
     """
 
     paid: tuple[Tensor, ...]

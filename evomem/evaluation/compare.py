@@ -17,10 +17,10 @@ import torch
 from evomem.devices import CURES, named, out_of_memory
 from evomem.errors import ConfigError, EvaluationError, OutOfMemoryError
 from evomem.evaluation.evaluator import Evaluator, Reach
+from evomem.evaluation.measurement import Evaluation
 from evomem.evaluation.oracle import FutureOracle, evaluate_oracle
 from evomem.evaluation.results import SampleFile
 from evomem.evaluation.rows import Budget, Measured, Role, Row, budget_size, rows_of
-from evomem.evaluation.types import Evaluation
 from evomem.managers import MemoryManager, build, names
 from evomem.tasks.base import Sample, Split, Task, at_hand
 from evomem.tasks.chat import ChatTemplate

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from evomem.cache import LayerView
 from evomem.devices import stacked
 from evomem.errors import ConfigError
 from evomem.evaluation import oracle as against
 from evomem.evaluation.attention import Future, sample_key, slot_bytes
+from evomem.evaluation.measurement import Evaluation, Step
 from evomem.evaluation.rollouts import DrawnRows, sample_number
-from evomem.evaluation.types import Evaluation, Step
 from evomem.managers import plackett_luce
 from evomem.managers.base import MemoryManager
 from evomem.managers.selection import TopN
 from evomem.managers.stochastic import Noise, StochasticManager
+from evomem.memory import LayerView
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample
 
@@ -54,7 +54,7 @@ class Known(Protocol):
 
 
 class KnownSamples(Protocol):
-    """Where contexts that were read before are found (`evomem.evaluation.traces.Traces`)."""
+    """Where contexts that were read before are found (`evomem.evaluation.traces.store.Traces`)."""
 
     def get(self, key: str) -> Known | None:
         """Return the sample called ``key`` (`sample_key`), or None."""

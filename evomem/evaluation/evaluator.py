@@ -12,27 +12,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from evomem.cache import SlotCache, attached
-from evomem.cache.cache import CachePolicy
-from evomem.cache.parallel import degree
-from evomem.cache.positions import beyond, position_limit
-from evomem.cache.versions import passed
 from evomem.devices import devices_of, stacked
 from evomem.errors import TaskError, UnsupportedModelError
 from evomem.evaluation.attention import FutureAttention, retained_attention, sample_key
+from evomem.evaluation.byte_meter import Meter
 from evomem.evaluation.costs import How, KnownSamples, ranking_costs
-from evomem.evaluation.meter import Meter
-from evomem.evaluation.plain import evaluate_plainly, loglik_without_context, mean_loglik
+from evomem.evaluation.measurement import Evaluation, EvaluationProtocol
 from evomem.evaluation.population import Deciding, PopulationPolicy, Recording
+from evomem.evaluation.reference import evaluate_plainly, loglik_without_context, mean_loglik
 from evomem.evaluation.rollouts import RolloutPolicy, sample_number
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
-from evomem.evaluation.types import Evaluation, EvaluationProtocol
+from evomem.files.strict_json import shown
 from evomem.managers.base import MemoryManager
 from evomem.managers.stochastic import StochasticManager
 from evomem.managers.vector import to_vector
+from evomem.memory import SlotCache, attached
+from evomem.memory.kv.cache import CachePolicy
+from evomem.memory.kv.parallel import degree
+from evomem.memory.kv.positions import beyond, position_limit
+from evomem.memory.kv.versions import passed
 from evomem.models import LoadedModel
 from evomem.modes import outside_inference_mode
-from evomem.strict_json import shown
 from evomem.tasks.base import Sample, Task
 from evomem.tasks.encoding import TextEncoder
 
@@ -473,7 +473,7 @@ class Evaluator:
     def evaluate_plainly(
         self, manager: MemoryManager, sample: Sample, task: Task, *, exact: bool = False
     ) -> Evaluation:
-        """One candidate from an empty cache: what `evaluate` must equal (`evomem.evaluation.plain`)."""
+        """One candidate from an empty cache: what `evaluate` must equal (`evomem.evaluation.reference`)."""
         return evaluate_plainly(self, manager, sample, task, exact=exact)
 
     def loglik_without_context(self, sample: Sample) -> float:

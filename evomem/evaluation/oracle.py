@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor
 
 from evomem.bounds import TOKENS
-from evomem.cache.view import LayerView
 from evomem.errors import ConfigError
 from evomem.evaluation.attention import Future, sample_key
-from evomem.evaluation.types import Evaluation
+from evomem.evaluation.measurement import Evaluation
 from evomem.managers.base import ManagerOptions, MemoryManager
 from evomem.managers.selection import Selection, TopN
+from evomem.memory.view import LayerView
 from evomem.tasks.base import Sample, Task
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from evomem.cache import Decision, LayerView
-from evomem.cache.attention import full_precision
 from evomem.managers.base import MemoryManager, Schedule
+from evomem.memory import Decision, LayerView
+from evomem.memory.kv.attention import full_precision
 
 
 @dataclass(frozen=True)

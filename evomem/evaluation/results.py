@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from evomem.errors import ConfigError, EvomemError
-from evomem.evaluation.types import Evaluation
-from evomem.reading import open_regular
-from evomem.sealed_lines import Seals, sealed, whole_lines
-from evomem.strict_json import as_float, to_json
+from evomem.evaluation.measurement import Evaluation
+from evomem.files.reading import open_regular
+from evomem.files.sealed_lines import Seals, sealed, whole_lines
+from evomem.files.strict_json import as_float, to_json
 
 logger = logging.getLogger("evomem")
 
@@ -25,8 +25,8 @@ class SampleFile:
     """An append-only JSONL file: a first line that says what is measured, then one line a sample.
 
     A line holds the number of the place, the sample's id, and one evaluation per manager in the order of the first
-    line. A last line that a kill has torn is cut off. Lines are sealed (`evomem.sealed_lines`): one that is not as
-    it was written is left out with a warning, and its sample is measured again.
+    line. A last line that a kill has torn is cut off. Lines are sealed (`evomem.files.sealed_lines`): one that is not
+    as it was written is left out with a warning, and its sample is measured again.
 
     Parameters
     ----------

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from evomem.cache import Decision, LayerView
-from evomem.evaluation.types import Step
+from evomem.evaluation.measurement import Step
 from evomem.managers.base import Schedule
 from evomem.managers.stochastic import Action, Noise, StochasticManager
+from evomem.memory import Decision, LayerView
 
 CLIP = 0.2
 """How far a choice's probability may move from the policy that drew before PPO lets go of it."""

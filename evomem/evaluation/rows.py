@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 from evomem.errors import EvomemError
+from evomem.evaluation.measurement import Evaluation
 from evomem.evaluation.statistics import bootstrap_mean, paired_bootstrap, recovered_share
-from evomem.evaluation.types import Evaluation
 
 Budget = int | float | None
 Role = Literal["subject", "field", "full", "oracle"]

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evomem.cache import LayerView
 from evomem.devices import CPU, free_bytes
 from evomem.errors import EvomemError
-from evomem.scratch import Scratch, sweep
+from evomem.files.scratch import Scratch, sweep
+from evomem.memory import LayerView
 
 logger = logging.getLogger("evomem")
 

@@ -1,23 +1,23 @@
 """Manager: looks at a layer's slots and decides: store, evict, forget."""
 
-from evomem.managers.adakv import AdaKV
 from evomem.managers.base import ManagerOptions, MemoryManager, Schedule, managers, register
 from evomem.managers.build import build, names, parse, summary
-from evomem.managers.expected_attention import ExpectedAttention
-from evomem.managers.feature_scorer import FeatureScorer
-from evomem.managers.full import Full
-from evomem.managers.h2o import H2O
-from evomem.managers.keydiff import KeyDiff
-from evomem.managers.knorm import KNorm
-from evomem.managers.kv_policy import KVPolicy
-from evomem.managers.namm import NAMM
-from evomem.managers.observed_attention import ObservedAttention
-from evomem.managers.pyramidkv import PyramidKV
-from evomem.managers.random import Random
-from evomem.managers.snapkv import SnapKV
+from evomem.managers.heuristics.adakv import AdaKV
+from evomem.managers.heuristics.expected_attention import ExpectedAttention
+from evomem.managers.heuristics.full import Full
+from evomem.managers.heuristics.h2o import H2O
+from evomem.managers.heuristics.keydiff import KeyDiff
+from evomem.managers.heuristics.knorm import KNorm
+from evomem.managers.heuristics.observed_attention import ObservedAttention
+from evomem.managers.heuristics.pyramidkv import PyramidKV
+from evomem.managers.heuristics.random import Random
+from evomem.managers.heuristics.snapkv import SnapKV
+from evomem.managers.heuristics.streaming_llm import StreamingLLM
+from evomem.managers.heuristics.tova import TOVA
+from evomem.managers.learned.feature_scorer import FeatureScorer
+from evomem.managers.learned.kv_policy import KVPolicy
+from evomem.managers.learned.namm import NAMM
 from evomem.managers.stochastic import StochasticManager
-from evomem.managers.streaming_llm import StreamingLLM
-from evomem.managers.tova import TOVA
 
 __all__ = [
     "H2O",

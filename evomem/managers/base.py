@@ -15,17 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from evomem.bounds import TOKENS
-from evomem.cache import Decision, LayerView, attached
 from evomem.errors import ConfigError, PluginError
 from evomem.managers.placement import follows_view, on_device
 from evomem.managers.selection import Selection, TopN
+from evomem.memory import Decision, LayerView, attached
 from evomem.modes import outside_inference_mode
 from evomem.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from evomem.cache import SlotCache
+    from evomem.memory import SlotCache
 
 managers: Registry[type[MemoryManager]]
 
@@ -103,7 +103,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         try:
             self.options = self.Options(**options)
         except ValidationError as error:
-            from evomem.config import faults
+            from evomem.validation import faults
 
             lines = "; ".join(faults(error, self.Options))
             raise ConfigError(f"manager {getattr(self, 'name', type(self).__name__)!r}: {lines}") from None
@@ -115,7 +115,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     @property
     def observes(self) -> frozenset[str]:
-        """Observations that the cache must record (`evomem.cache.observe`); none by default."""
+        """Observations that the cache must record (`evomem.memory.observations`); none by default."""
         return frozenset()
 
     def make_selection(self) -> Selection:
@@ -196,7 +196,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     def new_cache(self, model: PreTrainedModel) -> SlotCache:
         """Return an empty cache for further sequences; ``model`` must be attached while it is used."""
-        from evomem.cache import SlotCache  # needs transformers; scoring another engine's tensors does not
+        from evomem.memory import SlotCache  # needs transformers; scoring another engine's tensors does not
 
         return SlotCache.for_model(model, policy=self)
 

@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from evomem.cache import LayerView, masked_mean
 from evomem.errors import ConfigError
 from evomem.managers.base import NEIGHBOURS, ManagerOptions
+from evomem.memory import LayerView, masked_mean
 
 TINY = 1e-6
 """Added before a logarithm of attention: less than the attention of one query to one of a million keys."""
@@ -181,8 +181,8 @@ def standardise(x: Tensor, valid: Tensor) -> Tensor:
 def column(view: LayerView, name: str) -> Tensor:
     """Return an observation (batch, kv_heads, slots) fp32 as it is measured, neither pooled nor standardised.
 
-    A view that is made from a trace (`evomem.evaluation.traces`) has no keys and values, but these columns, in its memo
-    under ``column NAME``.
+    A view that is made from a trace (`evomem.evaluation.traces.store`) has no keys and values, but these columns, in
+    its memo under ``column NAME``.
     """
     known: Tensor | None = view.memo.get(f"column {name}")
     if known is not None:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from evomem.cache.view import LayerView
+from evomem.memory.view import LayerView
 
 
 class Selection(Protocol):

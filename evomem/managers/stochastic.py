@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomem.cache import Decision, LayerView
 from evomem.managers.base import MemoryManager
+from evomem.memory import Decision, LayerView
 
 
 @dataclass(frozen=True)

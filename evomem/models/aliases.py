@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from evomem.errors import UnknownNameError
-from evomem.resources import resource_folder
+from evomem.files.resources import resource_folder
 
 
 @dataclass(frozen=True)

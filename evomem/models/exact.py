@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from evomem.errors import ModelError
-from evomem.models.files import INDEX, SINGLE
+from evomem.models.pretrained.files import INDEX, SINGLE
 
 _HEADER = 100 << 20
 """Bytes of a safetensors header, at most; the format's own limit."""

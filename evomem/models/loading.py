@@ -17,17 +17,17 @@ import torch
 from evomem.devices import chosen_device, devices_of, kind_of
 from evomem.errors import ConfigError, ModelError
 from evomem.models.aliases import Shipped, aliases
-from evomem.models.dequantised import cached_folders, damage, loader_report, quiet
 from evomem.models.exact import check_numbers, check_report, check_sizes, check_types, nothing_random, weight_shapes
-from evomem.models.files import WEIGHTS, folder_digest
-from evomem.models.folders import resolve
+from evomem.models.pretrained.files import WEIGHTS, folder_digest
+from evomem.models.pretrained.folders import resolve
+from evomem.models.pretrained.gguf import cached_folders, damage, loader_report, quiet
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-OWN = {"evomem_decision_transformer": "evomem.models.decision"}
+OWN = {"evomem_decision_transformer": "evomem.models.architectures.decision_transformer"}
 """Model types that transformers does not know, and the module of ours that makes them known."""
 
 
@@ -40,8 +40,8 @@ class LoadedModel:
     name : the name that it was loaded by (alias, folder or hub id).
     model : in eval mode, without gradients.
     tokenizer : pads on the left, and has a padding token.
-    digest : hex SHA-256 of the weights' identity (`evomem.models.files.folder_digest`); equal on every machine that
-        has the same files, and independent of ``dtype``.
+    digest : hex SHA-256 of the weights' identity (`evomem.models.pretrained.files.folder_digest`); equal on every
+        machine that has the same files, and independent of ``dtype``.
     """
 
     name: str

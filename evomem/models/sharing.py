@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evomem.cache.parallel import degree
 from evomem.devices import chosen_device, kind_of
 from evomem.errors import ConfigError, ModelError
+from evomem.memory.kv.parallel import degree
 from evomem.models.loading import LoadedModel, align
 
 # NumPy has no bfloat16: such tensors travel as their bits.

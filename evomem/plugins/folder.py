@@ -26,6 +26,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from evomem.errors import ConfigError, EvomemError, PluginError
+from evomem.files.reading import is_folder, is_there, user_path
+from evomem.files.strict_json import shown, to_json
 from evomem.managers import MemoryManager, managers
 from evomem.modes import outside_inference_mode
 from evomem.plugins.card import render_card
@@ -47,8 +49,6 @@ from evomem.plugins.untrusted import (
     read_pictures,
     read_tensors,
 )
-from evomem.reading import is_folder, is_there, user_path
-from evomem.strict_json import shown, to_json
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}", re.ASCII)
@@ -88,8 +88,8 @@ def save(
     Parameters
     ----------
     folder : its parents are made.
-    provenance : JSON-serialisable; see `evomem.runs.final.provenance` for what a search gives. None: the manager's own,
-        which it has if it was loaded.
+    provenance : JSON-serialisable; see `evomem.runs.winner.provenance` for what a search gives. None: the manager's
+        own, which it has if it was loaded.
     card : text of ``README.md``; by default the model card is made from the provenance.
     pictures : PNG files by name, which the card shows; None: the manager's own.
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from evomem.cache import LayerView, layer_view
-from evomem.cache.parallel import check_parallel
-from evomem.cache.recompute import recomputed
-from evomem.cache.rotary import Rotary, find_rotaries, rotate_half
 from evomem.errors import ConfigError
 from evomem.managers import MemoryManager
 from evomem.managers.selection import TopN
+from evomem.memory import LayerView, layer_view
+from evomem.memory.kv.parallel import check_parallel
+from evomem.memory.kv.recompute import recomputed
+from evomem.memory.kv.rotary import Rotary, find_rotaries, rotate_half
 
 try:
     from kvpress import ScorerPress

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomem.cache import SlotCache, check_supported
-from evomem.cache.versions import passed
 from evomem.errors import ConfigError, EvomemError
+from evomem.files.reading import is_folder, user_path
+from evomem.files.strict_json import shown
 from evomem.managers import MemoryManager, build
-from evomem.models.folders import resolve
+from evomem.memory import SlotCache, check_supported
+from evomem.memory.kv.versions import passed
 from evomem.models.loading import exactly
+from evomem.models.pretrained.folders import resolve
 from evomem.plugins import load
-from evomem.reading import is_folder, user_path
-from evomem.strict_json import shown
 
 try:
     from lm_eval.__main__ import cli_evaluate

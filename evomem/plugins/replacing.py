@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from evomem.errors import PluginError
+from evomem.files.reading import is_folder, user_path, whole_number
 from evomem.plugins.untrusted import FILES, PICTURE, PICTURES, shown
-from evomem.reading import is_folder, user_path, whole_number
 
 SAVED, _MOVING = ".evomem-saved", ".moving"
 _NEW = re.compile(r"\.evomem-new-(\d+)", re.ASCII)

@@ -27,16 +27,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomem.errors import CacheError, PluginError
+from evomem.files.reading import user_path
+from evomem.files.strict_json import NotStrictError, parse_strict, shown
 from evomem.managers import MemoryManager
 from evomem.modes import outside_inference_mode
 from evomem.plugins.folder import describe_manager, parse_config, to_manager
-from evomem.reading import user_path
-from evomem.strict_json import NotStrictError, parse_strict, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from evomem.cache import SlotCache
+    from evomem.memory import SlotCache
 
 SCHEMA_VERSION = 1
 HEADER = 8 << 20
@@ -67,7 +67,7 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
         was exchanged; the model is gone; another file is there; the disk is full.
     PluginError : the manager cannot be saved, see `evomem.plugins.save`.
     """
-    from evomem.cache.snapshot import check, take
+    from evomem.memory.kv.snapshot import check, take
     from evomem.models.identity import identity
 
     path = user_path(path)
@@ -121,8 +121,8 @@ def load_cache(path: str | Path, model: PreTrainedModel, *, limit: int | None = 
     CacheError : there is no such file, it is damaged, too large, of an unknown version, or of another model.
     PluginError : its manager cannot be built here (of a package that is not installed, for example).
     """
-    from evomem.cache import SlotCache
-    from evomem.cache.snapshot import Snapshot, put
+    from evomem.memory import SlotCache
+    from evomem.memory.kv.snapshot import Snapshot, put
     from evomem.models.identity import identity
 
     path = user_path(path)
@@ -162,7 +162,7 @@ def _check_model(path: Path, saved: Any, own: Mapping[str, Any]) -> None:
 
 def _devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
     """Return where each layer attends; for weights that are brought in for each call, where they are brought to."""
-    from evomem.cache.attach import attention_modules
+    from evomem.memory.kv.attach import attention_modules
 
     found = []
     for module in attention_modules(model)[:layers]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from evomem.errors import PluginError
+from evomem.files.strict_json import shown
 from evomem.managers import MemoryManager
 from evomem.managers.base import retype
-from evomem.strict_json import shown
 
 
 def to_bytes(manager: MemoryManager, where: str) -> bytes:

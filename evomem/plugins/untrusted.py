@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from evomem.errors import PluginError
-from evomem.strict_json import DEPTH as DEPTH
-from evomem.strict_json import NotStrictError, parse_strict
-from evomem.strict_json import shown as shown
+from evomem.files.strict_json import DEPTH as DEPTH
+from evomem.files.strict_json import NotStrictError, parse_strict
+from evomem.files.strict_json import shown as shown
 
 CONFIG, TENSORS, PROVENANCE, CARD = FILES = ("config.json", "model.safetensors", "provenance.json", "README.md")
 PICTURES = "assets"

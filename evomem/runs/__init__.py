@@ -2,8 +2,8 @@
 
 from evomem.runs.bench import Bench, BenchFactory, CandidateEvaluator, model_bench
 from evomem.runs.config import ExperimentConfig, load_experiment, parse_experiment
-from evomem.runs.opened import Run, open_run
 from evomem.runs.result import RunResult, Score
+from evomem.runs.run import Run, open_run
 from evomem.runs.search import search
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from evomem.devices import named
 from evomem.errors import ModelError
-from evomem.evaluation.types import Evaluation
+from evomem.evaluation.measurement import Evaluation
 from evomem.managers.base import MemoryManager
 from evomem.models.identity import tokenizer_digest
 from evomem.runs.config import ExperimentConfig, ModelConfig, TaskConfig
@@ -88,7 +88,7 @@ class Elsewhere:
 
     Attributes
     ----------
-    parts : returns what is shared; see `evomem.workers.base.Recipe`.
+    parts : returns what is shared; see `evomem.workers.units.Recipe`.
     make : called in the other process with the experiment, the parts, and the store for contexts that were read.
     """
 
@@ -228,7 +228,7 @@ def traces_of(config: ExperimentConfig, loaded: LoadedModel) -> KnownSamples | N
     """
     if not config.traces:
         return None
-    from evomem.evaluation.traces import TraceCollection, Traces
+    from evomem.evaluation.traces.store import TraceCollection, Traces
 
     opened = [Traces.open(folder) for folder in config.traces]
     others = {model.name for model in config.all_models} - {loaded.name}
@@ -246,7 +246,7 @@ def check_chance(
 
     What is read for it stays in the evaluator's store, where the manager's first evaluations find it.
     """
-    from evomem.managers.full import Full
+    from evomem.managers.heuristics.full import Full
 
     observes = manager.observes if manager is not None else frozenset()
     full = [evaluator.evaluate([Full()], sample, task, observes=observes)[0].loglik for sample in samples]

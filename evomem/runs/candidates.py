@@ -14,7 +14,7 @@ from evomem.devices import CURES, out_of_memory
 from evomem.drivers.base import Population
 from evomem.drivers.estimators import Rollouts
 from evomem.errors import EvomemError, OutOfMemoryError, RunError
-from evomem.evaluation.types import Evaluation, Step
+from evomem.evaluation.measurement import Evaluation, Step
 from evomem.managers.base import MemoryManager, managers
 from evomem.runs.bench import Bench
 from evomem.runs.chunks import Chunks
@@ -22,10 +22,10 @@ from evomem.runs.config import Budget, Stage, TaskConfig
 from evomem.runs.fitness import Fitness, TaskValues, baseline_scale, combine, objective_of, rollouts_of, worth
 from evomem.runs.journal import Journal, Record, evaluations_of, unit_record
 from evomem.runs.samples import Samples
-from evomem.search_space import SearchSpace
+from evomem.search_space.space import SearchSpace
 from evomem.tasks.base import Sample, Task
 from evomem.tracking.base import logger
-from evomem.workers.base import Unit, WorkerPool
+from evomem.workers.units import Unit, WorkerPool
 
 Vectors = NDArray[np.float64]
 Seeds = NDArray[np.int64]

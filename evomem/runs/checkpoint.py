@@ -22,8 +22,8 @@ from evomem.drivers.base import Population
 from evomem.drivers.restarts import Regime, RestartState
 from evomem.drivers.state import Tree, overlay, snapshot
 from evomem.errors import RunError
-from evomem.runs.files import disk_errors, write_atomically
-from evomem.runs.pareto import Candidate
+from evomem.files.atomic import disk_errors, write_atomically
+from evomem.runs.front import Candidate
 
 _MAGIC = b"evomem checkpoint 2\n"
 _PICKLED = b"evomem checkpoint 1\n"

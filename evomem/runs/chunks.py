@@ -28,7 +28,7 @@ class Chunk:
     Attributes
     ----------
     size : candidates.
-    phase, generation : see `evomem.workers.base.Unit`; None both: from the beginning.
+    phase, generation : see `evomem.workers.units.Unit`; None both: from the beginning.
     """
 
     size: int

@@ -10,12 +10,12 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from evomem.bounds import BYTES, CONTEXTS, GENERATIONS, LARGE, LENGTH, LISTED, POPULATION, SEED, SMALL, UNITS
-from evomem.config import Settings, apply_settings, read_yaml, validate
 from evomem.errors import ConfigError
-from evomem.evaluation.types import EvaluationProtocol
+from evomem.evaluation.measurement import EvaluationProtocol
+from evomem.files.reading import is_file, user_path
 from evomem.managers.base import check_budget
-from evomem.reading import is_file, user_path
-from evomem.search_space import SpaceConfig, load_space
+from evomem.search_space.space import SpaceConfig, load_space
+from evomem.validation import Settings, apply_settings, read_yaml, validate
 
 Budget = int | float
 
@@ -440,7 +440,7 @@ def load_experiment(name: str | Path, settings: Iterable[str] = (), *, device: s
     """
     path = user_path(name)
     if not is_file(path):
-        from evomem.resources import resource_path
+        from evomem.files.resources import resource_path
 
         path = resource_path("experiments", str(name))
     return parse_experiment(read_yaml(path), settings, str(path), device=device)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from evomem.drivers.estimators import Rollouts, rewards_to_go
 from evomem.errors import ConfigError, UnknownNameError
-from evomem.evaluation.types import Evaluation
+from evomem.evaluation.measurement import Evaluation
 from evomem.runs.config import FitnessConfig
 
 Array = NDArray[np.float64]

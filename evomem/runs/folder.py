@@ -7,7 +7,7 @@
     checkpoints/      the last two states of the search
     start/            vector.npy and state.safetensors of the manager that the search started from; provenance.json
     winner/           vector.npy, and the plug-in in plugin/
-    front.json        of a search for a front: its members, and their plug-ins in front/ (`evomem.runs.pareto`)
+    front.json        of a search for a front: its members, and their plug-ins in front/ (`evomem.runs.front`)
     result.json       written last: a run that has it is finished
     run.lock          held by the process that works in the folder; owner.json says which that is
 """
@@ -24,15 +24,15 @@ from typing import Any, Self
 import filelock
 import yaml
 
-from evomem.config import difference, flatten, validate
 from evomem.errors import ConfigError, RunError
+from evomem.files.atomic import disk_errors, is_temporary, sweep, write_atomically
 from evomem.runs.config import ExperimentConfig, to_yaml
-from evomem.runs.files import disk_errors, is_temporary, sweep, write_atomically
+from evomem.runs.folder_reading import read_config, read_object
 from evomem.runs.inputs import START, changes
 from evomem.runs.journal import Journal
 from evomem.runs.paths import resolve_paths
-from evomem.runs.reading import read_config, read_object
 from evomem.runs.result import RunResult, read_result
+from evomem.validation import difference, flatten, validate
 
 
 class RunFolder:

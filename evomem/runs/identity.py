@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evomem.errors import RunError
-from evomem.reading import read_bytes
+from evomem.files.reading import read_bytes
 from evomem.runs.config import ExperimentConfig
-from evomem.runs.reading import FILE
+from evomem.runs.folder_reading import FILE
 
 _FILES = ("start/provenance.json", "start/state.safetensors", "start/vector.npy")
 

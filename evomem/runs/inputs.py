@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from evomem import drivers
 from evomem.errors import ConfigError, EvomemError, RunError
-from evomem.evaluation.traces import MANIFEST
+from evomem.evaluation.traces.store import MANIFEST
+from evomem.files.reading import user_path
 from evomem.managers.base import managers
-from evomem.reading import user_path
 from evomem.runs.config import ExperimentConfig, TaskConfig
-from evomem.search_space import Start
+from evomem.search_space.space import Start
 from evomem.tasks import parse, tasks
 
 if TYPE_CHECKING:
-    from evomem.runs.opened import Run
+    from evomem.runs.run import Run
 
 START = "start"
 """How the names of inputs begin that a run keeps a copy of: it goes on with the copy, whatever becomes of them."""

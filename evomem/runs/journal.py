@@ -1,8 +1,8 @@
 """Run: the journal, an append-only file of JSON lines from which everything else can be made again.
 
 Three kinds of lines: ``unit`` (an evaluated `Unit` with all its evaluations), ``generation`` (its summary) and
-``event`` (start, resume, warning, failed attempt, finish). Each is sealed (`evomem.sealed_lines`): a line that was
-changed, lost, doubled or moved after it was written is noticed and does not count.
+``event`` (start, resume, warning, failed attempt, finish). Each is sealed (`evomem.files.sealed_lines`): a line that
+was changed, lost, doubled or moved after it was written is noticed and does not count.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from evomem.errors import RunError
-from evomem.evaluation.types import Evaluation, Step
-from evomem.reading import open_regular
-from evomem.runs.files import disk_errors
-from evomem.sealed_lines import Seals, sealed, whole_lines
-from evomem.strict_json import as_float
+from evomem.evaluation.measurement import Evaluation, Step
+from evomem.files.atomic import disk_errors
+from evomem.files.reading import open_regular
+from evomem.files.sealed_lines import Seals, sealed, whole_lines
+from evomem.files.strict_json import as_float
 from evomem.tracking.base import logger
-from evomem.workers.base import Outcome
+from evomem.workers.units import Outcome
 
 try:
     import fcntl

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from evomem.config import read_yaml
 from evomem.errors import EvomemError
 from evomem.runs.config import ExperimentConfig, TaskConfig
 from evomem.runs.inputs import names_a_file
-from evomem.search_space import Start
+from evomem.search_space.space import Start
 from evomem.tasks import parse, tasks
+from evomem.validation import read_yaml
 
 
 def resolve_paths(config: ExperimentConfig, base: str | None = None) -> ExperimentConfig:

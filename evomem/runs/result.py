@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from evomem.bounds import GENERATIONS, LISTED
 from evomem.errors import RunError
-from evomem.reading import read_bytes
+from evomem.files.atomic import write_atomically
+from evomem.files.reading import read_bytes
+from evomem.files.sealed_lines import Seals, sealed
+from evomem.files.strict_json import as_float, shown
 from evomem.runs.candidates import Row
-from evomem.runs.files import write_atomically
+from evomem.runs.folder_reading import FILE, of_shape, read_numbers, read_object
 from evomem.runs.journal import read_journal
-from evomem.runs.reading import FILE, of_shape, read_numbers, read_object
-from evomem.sealed_lines import Seals, sealed
-from evomem.strict_json import as_float, shown
 
 _VECTOR = "winner/vector.npy"
 _MOST = LISTED * GENERATIONS
@@ -107,7 +107,7 @@ class RunResult:
     finalists : scores on `select` by label, the winner among them.
     train, select, sealed : the winner's scores; ``train`` is on contexts that the search has used.
     spent : evaluations by phase, tokens, seconds, failed attempts (`evomem.runs.journal.Totals`).
-    front : members of the front of which the winner has the best score (`evomem.runs.pareto`); 0: the search had one
+    front : members of the front of which the winner has the best score (`evomem.runs.front`); 0: the search had one
         objective.
     files : digests of the run's files that a winner is made of, by their names.
     """

@@ -18,7 +18,8 @@ import safetensors.torch
 from evomem.drivers.base import Array, Driver, Population, drivers
 from evomem.drivers.kinds import FrontDriver, is_headwise_driver, is_policy_driver
 from evomem.errors import ConfigError, EvomemError, FitnessError, RunError
-from evomem.needs import require
+from evomem.files.atomic import write_atomically, write_vector
+from evomem.files.strict_json import as_float
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
 from evomem.runs.batch_size import choose_chunks
@@ -27,27 +28,26 @@ from evomem.runs.candidates import Judge, Measuring, Plan, WantedRollouts
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.chunks import Chunks
 from evomem.runs.config import ExperimentConfig, Stage
-from evomem.runs.driving import check_heads, digests
-from evomem.runs.files import write_atomically, write_vector
-from evomem.runs.final import choose
+from evomem.runs.driver_relay import Relay
+from evomem.runs.driver_replay import check_heads, digests
 from evomem.runs.fitness import Fitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
+from evomem.runs.folder_reading import read_numbers, read_state
+from evomem.runs.front import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
 from evomem.runs.identity import check_identity, identity_of
 from evomem.runs.inputs import check_unchanged, pinned
 from evomem.runs.journal import Record, measured, read_journal
-from evomem.runs.pareto import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
+from evomem.runs.needs import require
 from evomem.runs.paths import base_of, resolve_paths
 from evomem.runs.plan_needs import search_needs, vectors_needs
-from evomem.runs.reading import read_numbers, read_state
-from evomem.runs.relay import Relay
-from evomem.runs.remote import limited_threads, make_pool
+from evomem.runs.pools import limited_threads, make_pool
 from evomem.runs.result import RunResult
 from evomem.runs.samples import Samples
-from evomem.search_space import SearchSpace
-from evomem.strict_json import as_float
+from evomem.runs.winner import choose
+from evomem.search_space.space import SearchSpace
 from evomem.tasks.base import Split
 from evomem.tracking.base import GenerationRecord, Tracker, Trackers, logger
-from evomem.workers.base import WorkerOptions
+from evomem.workers.units import WorkerOptions
 
 
 def search(
@@ -70,7 +70,7 @@ def search(
     resume : go on with what the folder holds (with nothing there, begin; a finished run gives its result again).
     tracker : who is told.
     workers : where evaluations happen; this process if None. The result is the same to the bit.
-    plan_check : refuse a plan that needs more memory, disk or time than there is (`evomem.needs`).
+    plan_check : refuse a plan that needs more memory, disk or time than there is (`evomem.runs.needs`).
 
     Raises
     ------

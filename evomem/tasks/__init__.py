@@ -1,9 +1,10 @@
 """Task: samples with a context, a question and an answer, by name (`build`)."""
 
-from evomem.tasks import book, episodes, file, needles, passkey, recall, zoo, zoo_forgetting
 from evomem.tasks.base import Sample, Split, Task, Tokenizer, tasks
 from evomem.tasks.building import build, parse
 from evomem.tasks.chance import ChanceReport, check
+from evomem.tasks.episodes import acting
+from evomem.tasks.text import book, file, needles, passkey, recall, zoo, zoo_forgetting
 
 __all__ = [
     "ChanceReport",
@@ -11,10 +12,10 @@ __all__ = [
     "Split",
     "Task",
     "Tokenizer",
+    "acting",
     "book",
     "build",
     "check",
-    "episodes",
     "file",
     "needles",
     "parse",

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evomem.cache import CachePolicy, SlotCache
-from evomem.cache.versions import passed
 from evomem.errors import EvomemError
+from evomem.memory import CachePolicy, SlotCache
+from evomem.memory.kv.versions import passed
 from evomem.testing.reference import Batch
 
 TOLERANCE = 1e-5

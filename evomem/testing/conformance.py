@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from evomem.cache import CachePolicy, Decision, LayerView, SlotCache, attached
-from evomem.cache.cache import SchedulePolicy
-from evomem.cache.versions import passed
+from evomem.memory import CachePolicy, Decision, LayerView, SlotCache, attached
+from evomem.memory.kv.cache import SchedulePolicy
+from evomem.memory.kv.versions import passed
 from evomem.testing.comparing import (
     ConformanceError,
     context_length,

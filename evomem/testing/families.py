@@ -1,7 +1,8 @@
 """Cache: which decoders of the installed transformers conform, tried one by one on tiny random models.
 
 ``python -m evomem.testing.families`` tries every model type that transformers has a causal language model for: a
-narrow copy of the default configuration (`evomem.cache.narrow`) with random weights and windows of 6 tokens reads 45
+narrow copy of the default configuration (`evomem.memory.kv.narrow`) with random weights and windows of 6 tokens reads
+45
 tokens, padded and unpadded, in fp32 and in bf16, under managers that evict and the conformance kit. It writes a table,
 ``docs/families.md``. A process of its own tries the families, and is replaced when one crashes it or hangs.
 """
@@ -24,11 +25,11 @@ from typing import Any, Literal, TextIO
 
 import torch
 
-from evomem.cache import check_supported
-from evomem.cache.narrow import narrow, random_model
-from evomem.cache.self_check import SelfCheckWarning, self_check
 from evomem.errors import EvomemError, UnsupportedModelError
 from evomem.managers import build
+from evomem.memory import check_supported
+from evomem.memory.kv.narrow import narrow, random_model
+from evomem.memory.kv.self_check import SelfCheckWarning, self_check
 from evomem.testing.conformance import CHECKS, run_check
 
 Status = Literal["conforms", "refused", "differs", "not tried"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from evomem.cache import CachePolicy, Decision, LayerView
+from evomem.memory import CachePolicy, Decision, LayerView
 from evomem.testing.comparing import ConformanceError, same_tensors
 from evomem.testing.reference import Event, Tracing
 

@@ -26,11 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evomem.cache import LayerView
-from evomem.cache.spectrum import BINS, HOP, advance
 from evomem.errors import EvomemError
-from evomem.managers.namm import FEATURES, NAMM, OBSERVATION
+from evomem.managers.learned.namm import FEATURES, NAMM, OBSERVATION
 from evomem.managers.vector import vector_size
+from evomem.memory import LayerView
+from evomem.memory.spectrum import BINS, HOP, advance
 
 PER_UPDATE = ("attention", "positions", "features", "scores", "kept_dense")
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from evomem.cache import CachePolicy, Decision, LayerView
-from evomem.cache.cache import SchedulePolicy
+from evomem.memory import CachePolicy, Decision, LayerView
+from evomem.memory.kv.cache import SchedulePolicy
 
 REFERENCE = "evomem_reference"
 """Name under which the explicit attention is registered with transformers while a reference runs."""

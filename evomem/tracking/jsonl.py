@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evomem.strict_json import to_json
+from evomem.files.strict_json import to_json
 from evomem.tracking.base import GenerationRecord
 
 BEGINNING = b'{"event":"start"'

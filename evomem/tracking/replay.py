@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from evomem.errors import RunError
 
 if TYPE_CHECKING:  # runs know trackers; this is the one way back
-    from evomem.runs.opened import Run
+    from evomem.runs.run import Run
     from evomem.tracking.base import Tracker
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomem.errors import ConfigError, RunError
+from evomem.files.reading import open_regular
 from evomem.installing import pip_install
-from evomem.reading import open_regular
 from evomem.tracking.base import GenerationRecord
 from evomem.tracking.numbers import finite_fitness, scalars, summary_numbers
 

@@ -6,10 +6,10 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from evomem.evaluation.types import Evaluation
-from evomem.workers.base import Evaluate, Outcome, Unit
-from evomem.workers.casebook import barred, nothing
-from evomem.workers.ray_worker import alone
+from evomem.evaluation.measurement import Evaluation
+from evomem.workers.jobs import barred, nothing
+from evomem.workers.ray.worker import alone
+from evomem.workers.units import Evaluate, Outcome, Unit
 
 
 class LocalPool:
@@ -19,7 +19,7 @@ class LocalPool:
     ----------
     evaluate : what to do with a unit.
     attempts : how often a unit that raises is tried.
-    quarantined : candidates that are not to be evaluated (`evomem.workers.casebook.candidate_digest`): they would end
+    quarantined : candidates that are not to be evaluated (`evomem.workers.jobs.candidate_digest`): they would end
         this process.
     """
 

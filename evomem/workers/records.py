@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomem.workers.terms import Job, Lease, Piece
+from evomem.workers.messages import Job, Lease, Piece
 
 _AFFINITIES = 4
 """Contexts that a worker is expected to hold: the last ones that it used."""

@@ -15,9 +15,9 @@ from typing import Any
 
 from evomem.errors import EvomemError
 from evomem.workers.durations import WINDOW, Durations
-from evomem.workers.pending import Queue
+from evomem.workers.messages import Job, Lease, Piece, Policy, Quarantined, Result, Stats
 from evomem.workers.records import Running, State, Work, Worker
-from evomem.workers.terms import Job, Lease, Piece, Policy, Quarantined, Result, Stats
+from evomem.workers.waiting_queue import Queue
 
 __all__ = ["Job", "Lease", "Piece", "Policy", "Quarantined", "Result", "Schedule", "Stats"]
 

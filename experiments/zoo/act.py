@@ -12,12 +12,12 @@ from statistics import mean
 from typing import Any
 
 from evomem import plugins
-from evomem.evaluation.rollout import rollout
+from evomem.evaluation.episode_return import rollout
 from evomem.evaluation.statistics import bootstrap_mean
 from evomem.managers import MemoryManager, build
 from evomem.models import load
 from evomem.tasks import Split
-from evomem.tasks.environments import DISTURBED, STEPS, Maze, cart, cart_seed, maze_seed
+from evomem.tasks.episodes.environments import DISTURBED, STEPS, Maze, cart, cart_seed, maze_seed
 
 FIELD = ("random", "streaming_llm", "knorm", "h2o", "snapkv", "keydiff", "expected_attention")
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from evomem.tasks import Split
-from evomem.tasks.zoo import lines, needle_facts, pair_facts, sentence, weave
-from evomem.tasks.zoo_forgetting import draw_story, tell
-from evomem.tasks.zoo_words import DIGITS, KEYS, VALUES, VOCABULARY
+from evomem.tasks.text.zoo import lines, needle_facts, pair_facts, sentence, weave
+from evomem.tasks.text.zoo_forgetting import draw_story, tell
+from evomem.tasks.text.zoo_words import DIGITS, KEYS, VALUES, VOCABULARY
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 POSITIONS = 1152

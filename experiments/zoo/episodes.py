@@ -9,10 +9,10 @@ from random import Random
 import torch
 from torch import Tensor
 
-from evomem.models.decision import DecisionStreamConfig
+from evomem.models.architectures.decision_transformer import DecisionStreamConfig
 from evomem.tasks import Split
-from evomem.tasks.codebook import Codebook, Episode
-from evomem.tasks.environments import STEPS, cart_codebook, cart_episode, maze_codebook, maze_episode
+from evomem.tasks.episodes.codebook import Codebook, Episode
+from evomem.tasks.episodes.environments import STEPS, cart_codebook, cart_episode, maze_codebook, maze_episode
 
 UNSKILLED = 0.25
 """Share of the cart's episodes in which the pole falls soon: what low returns look like."""

@@ -15,7 +15,7 @@ import transformers
 import evomem.models
 from evomem.evaluation import Evaluation, Evaluator
 from evomem.managers import build as build_manager
-from evomem.models.files import sha256, write_json
+from evomem.models.pretrained.files import sha256, write_json
 from evomem.tasks import Split
 from evomem.tasks import build as build_task
 from experiments.zoo.data import RESTATED

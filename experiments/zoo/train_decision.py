@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomem.models.decision import DecisionStream, DecisionStreamConfig, stream_tokenizer
+from evomem.models.architectures.decision_transformer import DecisionStream, DecisionStreamConfig, stream_tokenizer
 from evomem.tasks import Split
 from experiments.zoo.episodes import RECIPES, Batch, Recipe
 

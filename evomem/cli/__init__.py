@@ -1,0 +1,1 @@
+"""Around the nouns: the command line ``evomem``."""

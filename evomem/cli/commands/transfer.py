@@ -1,0 +1,290 @@
+"""Run: the command ``transfer``: managers on models that they were not found on."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.text import Text
+
+from evomem.cli.commands.compare import (
+    Subject,
+    Wishes,
+    check_tasks,
+    load,
+    own_tasks,
+    parse_budgets,
+    parse_protocol,
+    partial_file,
+    places_of,
+    require_room,
+    resolve_all,
+    split_specs,
+)
+from evomem.cli.commands.outputs import claim
+from evomem.cli.commands.packages import require_for
+from evomem.cli.commands.progress import ProgressBar
+from evomem.errors import ConfigError, PluginError, TaskError
+from evomem.evaluation.compare import Comparison, NamedManager, Place, field_of
+from evomem.evaluation.compare import compare as compare_managers
+from evomem.evaluation.measurement import EvaluationProtocol
+from evomem.evaluation.rows import Budget
+from evomem.files.atomic import write_atomically
+from evomem.files.reading import is_folder, user_path
+from evomem.managers import build
+from evomem.managers.base import MemoryManager
+from evomem.report.tables import rows_json, write_rows
+from evomem.report.transfer import (
+    Cell,
+    TransferRow,
+    cells,
+    summary,
+    transfer_markdown,
+    transfer_plot,
+    transfer_rows,
+    transfer_tables,
+)
+from evomem.report.transfer_record import Record, open_record, write_record
+from evomem.runs import open_run
+from evomem.runs.bench import calibrate_manager, check_chance
+from evomem.runs.config import TaskConfig
+from evomem.tasks.base import Sample, Split, at_hand
+from evomem.terminal import wide_console
+
+_TITLE = "advantage over the best heuristic there, nats (bold: 0 excluded)"
+_SAMPLES, _CHECKED, _CALIBRATED, _TIMED = 100, 8, 8, 3
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every model and task is measured with."""
+
+    subjects: Sequence[Subject]
+    budgets: Sequence[Budget]
+    field: Sequence[str] | None
+    wishes: Wishes
+    recalibrate: bool
+
+
+def transfer(
+    sources: Sequence[str],
+    against: str | None,
+    wishes: Wishes,
+    output: str | None,
+    *,
+    recalibrate: bool,
+    check: bool,
+    record: bool = False,
+) -> None:
+    """Measure every subject on every model, print the matrix, and write rows, table and picture.
+
+    Parameters
+    ----------
+    wishes : ``models`` are the test models; ``tasks`` may be ``MODEL=TASK``, for one of them.
+    output : JSON file; the table and the picture lie beside it, with the endings ``.md`` and ``.png``.
+    recalibrate : measure managers with statistics also with these collected anew on the test model.
+    check : leave out (and say so) tasks at which a model's full cache is no better than no context.
+    record : write the rows into the plug-ins too, those of runs included (`evomem.report.transfer_record`); hub
+        repositories and heuristics are left alone.
+
+    Raises
+    ------
+    ConfigError : no models, no budget; a task for a model that is not among them; nothing to record into.
+    PluginError : a plug-in to record into cannot be written.
+    """
+    output = claim("--json", output, lambda path: [path.with_suffix(ending) for ending in (".md", ".png")])
+    subjects = resolve_all(sources)
+    names = [name for given in wishes.models for name in given.split(",") if name]
+    if not names:
+        raise ConfigError("--models: say which models to move to, e.g. --models zoo-gpt2,smollm2-135m (evomem models)")
+    tasks = _tasks(wishes.tasks, names) or _tasks_of(subjects)
+    check_tasks([task.spec for task in tasks])
+    budgets = parse_budgets(wishes.budgets) or next((list(s.budgets) for s in subjects if s.budgets), [])
+    if not budgets:
+        raise ConfigError(
+            "--budgets: give slots per head or shares of the tokens read, for example --budgets 0.125,0.25"
+        )
+    require_for(names, [task.spec for task in tasks], plots=output is not None or record)
+    records = _records(subjects) if record else {}
+    plan = _Plan(subjects, budgets, split_specs(against), wishes, recalibrate)
+    protocol = next((s.protocol for s in subjects if s.protocol), EvaluationProtocol())
+    protocol = parse_protocol(wishes.protocol, wishes.mode, protocol)
+    rows: list[TransferRow] = []
+    skipped: list[str] = []
+    partials: list[Path] = []
+    console = wide_console(stderr=True)
+    for name in dict.fromkeys(names):
+        loaded = load(name, wishes.dtype, wishes.device)
+        for place in places_of(loaded, tasks, protocol):
+            keep = None if output in (None, "-") else partial_file(f"{output}.{len(partials)}")
+            if keep is not None:
+                partials.append(keep)
+            try:
+                rows += _measured(plan, place, keep, check=check)
+            except TaskError as error:
+                skipped.append(f"{place.task} on {place.model}: {error}")
+                console.print(Text(f"left out: {skipped[-1]}", style="yellow"))
+    if not rows:
+        raise TaskError("nothing was measured: " + "; ".join(skipped or ["no task is for any of the models"]))
+    _deliver(rows, skipped, output)
+    _record(records, cells(rows))
+    for path in partials:
+        path.unlink(missing_ok=True)
+
+
+def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> list[TransferRow]:
+    """Return the rows of all subjects on one place."""
+    split, count = Split(plan.wishes.split), plan.wishes.samples or _SAMPLES
+    require_room(plan.wishes, [place], count, len(plan.subjects) + len(field_of(plan.field)) + 1, plan.budgets)
+    if check and count > 1:
+        samples = _samples(place, split, min(_CHECKED, count))
+        if len(samples) > 1:
+            check_chance(place.evaluator, place.task, place.subject_task, samples).require()
+    managers = {subject.name: subject.manager for subject in plan.subjects}
+    trained = {subject.name: " + ".join(subject.models) for subject in plan.subjects}
+    if plan.recalibrate:
+        for subject in plan.subjects:
+            other = _recalibrated(subject.manager, place)
+            if other is not None:
+                managers[_anew(subject.name)] = other
+                trained[_anew(subject.name)] = trained[subject.name]
+    with ProgressBar(f"{place.task} on {place.model}") as bar:
+        comparison = compare_managers(
+            [NamedManager(name, manager) for name, manager in managers.items()],
+            [place],
+            samples=count,
+            budgets=plan.budgets,
+            against=plan.field,
+            split=split,
+            exact=plan.wishes.exact,
+            keep=keep,
+            progress=bar.report,
+        )
+    samples = _samples(place, split, min(_TIMED, count))
+    return transfer_rows(comparison, trained, _speeds(comparison, managers, place, samples))
+
+
+def _samples(place: Place, split: Split, count: int) -> list[Sample]:
+    """Return the first samples of a split, or all where there are fewer."""
+    return place.subject_task.samples(split, at_hand(place.subject_task, split, count), 0)
+
+
+def _anew(name: str) -> str:
+    """Return what a subject is called with statistics that were collected anew."""
+    return f"{name} (recalibrated)"
+
+
+def _recalibrated(manager: MemoryManager, place: Place) -> MemoryManager | None:
+    """Return a copy whose statistics were collected on the place's training samples; None if it has none."""
+    if not manager.calibrates:
+        return None
+    other = manager.with_options()
+    calibrate_manager(other, [(place.evaluator, _samples(place, Split.TRAIN, _CALIBRATED))])
+    place.evaluator.store.close()
+    return other
+
+
+def _speeds(
+    comparison: Comparison, managers: dict[str, MemoryManager], place: Place, samples: Sequence[Sample]
+) -> dict[tuple[str, Budget], float]:
+    """Tokens per second of subjects and full cache, each sequence by itself; all take turns on every sample."""
+    timed: dict[tuple[str, Budget], MemoryManager] = {}
+    for row in comparison.rows:
+        if row.role == "full":
+            timed[row.manager, row.budget] = build("full")
+        elif row.role == "subject":
+            manager = managers[row.manager]
+            own = row.budget is None or row.budget == manager.options.budget
+            timed[row.manager, row.budget] = manager if own else manager.with_options(budget=row.budget)
+    found: dict[tuple[str, Budget], list[float]] = {key: [] for key in timed}
+    for sample in samples:
+        tokens = place.evaluator.tokens(sample)
+        length = tokens.read.shape[1] + tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
+        for key, manager in timed.items():
+            evaluation = place.evaluator.evaluate_plainly(manager, sample, place.subject_task)
+            found[key].append(length / evaluation.seconds)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def _tasks(specs: Sequence[str], models: Sequence[str]) -> list[TaskConfig]:
+    """Read ``TASK`` and ``MODEL=TASK``; what stands before the first colon of a task is a name without ``=``."""
+    found = []
+    for spec in specs:
+        model, sign, task = spec.partition("=")
+        if not sign or ":" in model or "(" in model:
+            found.append(TaskConfig(spec=spec))
+        elif model not in models:
+            raise ConfigError(f"--tasks {spec}: {model!r} is not among --models {','.join(models)}")
+        else:
+            found.append(TaskConfig(spec=task, model=model))
+    return found
+
+
+def _tasks_of(subjects: Sequence[Subject]) -> list[TaskConfig]:
+    """Return the tasks that the subjects were found on, for all models."""
+    tasks = [task.for_all_models() for subject in subjects for task in own_tasks([subject])]
+    if not tasks:
+        raise ConfigError("--tasks: say what to measure on, e.g. --tasks multikey_1:length=500 (evomem list tasks)")
+    return list({task.title: task for task in tasks}.values())
+
+
+def _deliver(rows: Sequence[TransferRow], skipped: Sequence[str], output: str | None) -> None:
+    """Print the matrix; write rows, table and picture."""
+    found, console = cells(rows), wide_console(stderr=output == "-")
+    for table in transfer_tables(found):
+        console.print(table)
+    for line in (*summary(found), *(f"left out: {reason}" for reason in skipped)):
+        console.print(Text(line, style="bold"))
+    if output == "-":
+        sys.stdout.write(rows_json(rows))
+    if output is None or output == "-":
+        return
+    path = Path(output)
+    write_rows(path, rows)
+    write_atomically(path.with_suffix(".md"), transfer_markdown(found, skipped).encode())
+    transfer_plot(path.with_suffix(".png"), found, _TITLE)
+    console.print(Text(f"{path}, {path.with_suffix('.md').name}, {path.with_suffix('.png').name}", style="dim"))
+
+
+# ---- into the plug-ins ---------------------------------------------------------------------------------------------
+
+
+def _records(subjects: Sequence[Subject]) -> dict[str, Record]:
+    """Return the plug-ins that rows can be written into, by subject; say which subjects have none.
+
+    Raises
+    ------
+    ConfigError : none has one.
+    PluginError : one cannot be written.
+    """
+    console, found = wide_console(stderr=True), {}
+    for subject in subjects:
+        path = user_path(subject.source)
+        if is_folder(path):
+            found[subject.name] = open_record(open_run(path).plugin if (path / "config.yaml").is_file() else path)
+        else:
+            console.print(Text(f"--record: {subject.name} is no folder and is left alone", style="yellow"))
+    if not found:
+        raise ConfigError("--record: none of the subjects is a run or a plug-in folder; there is nothing to write into")
+    return found
+
+
+def _record(records: dict[str, Record], found: Sequence[Cell]) -> None:
+    """Write each plug-in's cells into it; what fails for one does not keep the others from theirs."""
+    console, failed = wide_console(), []
+    for name, record in records.items():
+        names = {name: False, _anew(name): True}
+        mine = [(cell, names[cell.row.subject]) for cell in found if cell.row.subject in names]
+        try:
+            notes = write_record(record, mine)
+        except PluginError as error:
+            failed.append(str(error))
+            continue
+        console.print(Text(f"{record.folder}: {len(mine)} rows recorded, card and picture made anew", style="dim"))
+        for note in notes:
+            console.print(Text(note, style="yellow"))
+    if failed:
+        raise PluginError("; ".join(failed))

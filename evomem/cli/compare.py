@@ -1,0 +1,220 @@
+"""Run: the command line's words for measuring managers: ``compare``, ``transfer``, ``evaluate``."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from evomem.cli.errors import guarded
+from evomem.cli.options import (
+    Budgets,
+    Check,
+    DeviceOption,
+    DtypeOption,
+    Exact,
+    Json,
+    Mode,
+    Model,
+    PlanCheck,
+    ProtocolOption,
+    Samples,
+    SplitOption,
+    Splits,
+    Task,
+)
+
+
+def compare(
+    context: typer.Context,
+    subjects: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_OR_PLUGIN...", help="Run, plug-in folder, hub id, or a heuristic."),
+    ],
+    model: Model = None,
+    task: Task = None,
+    against: Annotated[str | None, typer.Option(help="Heuristics, e.g. keydiff,snapkv(window=64); all; none.")] = None,
+    budgets: Budgets = None,
+    protocol: ProtocolOption = None,
+    mode: Mode = None,
+    split: SplitOption = Splits.sealed,
+    samples: Samples = None,
+    exact: Exact = True,
+    check: Check = True,
+    oracle: Annotated[
+        bool,
+        typer.Option("--oracle", help="Also the decision that knows what will be attended to: a mark, no manager."),
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    plan_check: PlanCheck = True,
+    json: Json = None,
+) -> None:
+    """Compare managers on the same samples at the same budgets, with paired bootstrap intervals and measured bytes.
+
+    The first subject is the one that all differences are taken of. The full cache is the reference; only with
+    `--against none` it is left out too.
+
+    [bold]Examples[/bold]
+
+      evomem compare runs/demo
+
+      evomem compare runs/demo --budgets 32,64,128 --against keydiff,snapkv --no-exact
+
+      evomem compare my-plugin --model ./other-model --task file:questions.jsonl --json rows.json
+
+      evomem compare "adakv(keydiff)" --task multikey_1:length=1000 --budgets 0.25 --protocol streaming:512
+    """
+    with guarded(_again(context, json)):
+        from evomem.cli.commands import compare as command
+
+        wishes = command.Wishes(
+            model or [],
+            task or [],
+            budgets,
+            protocol,
+            mode and mode.value,
+            split.value,
+            samples,
+            exact,
+            dtype and dtype.value,
+            device,
+            plan_check,
+        )  # fmt: skip
+        command.compare(subjects, against, wishes, json, check=check, oracle=oracle)
+
+
+def transfer(
+    context: typer.Context,
+    plugins: Annotated[
+        list[str], typer.Argument(metavar="RUN_OR_PLUGIN...", help="Run, plug-in folder, hub id, or a heuristic.")
+    ],
+    models: Annotated[
+        list[str], typer.Option("--models", "--model", "-m", help="Test models: a,b,c; may be repeated.")
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            "--task",
+            "-t",
+            help="Task for all models, or MODEL=TASK for one; may be repeated. \\[default: the plug-ins' own]",
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="Heuristics, e.g. keydiff,snapkv(window=64); all; none.")] = None,
+    budgets: Budgets = None,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate", help="Also with a plug-in's statistics collected anew on each model (no search)."
+        ),
+    ] = False,
+    protocol: ProtocolOption = None,
+    mode: Mode = None,
+    split: SplitOption = Splits.sealed,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", min=1, help="Samples per cell. \\[default: 100]")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact/--no-exact", help="Also generate text (slower).")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Leave out tasks that a model cannot do with the full cache.")
+    ] = True,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    plan_check: PlanCheck = True,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record", help="Write the rows into the plug-ins too: provenance.json, model card, assets/transfer.png."
+        ),
+    ] = False,
+    json: Json = None,
+) -> None:
+    r"""Move managers to models that they were not found on: a matrix of found on x tested on.
+
+    Each cell is set against the full cache and against the heuristic that does best on that very model with no more
+    measured memory, with a paired bootstrap interval.
+
+    [bold]Examples[/bold]
+
+      evomem transfer runs/demo --models zoo-gpt2,zoo-qwen3 --tasks zoo_needle:length=512 --budgets 64,128
+
+      evomem transfer my-plugin runs/namm -m smollm2-135m -m ./other -t smollm2-135m=multikey_1:length=500 \
+          -t ./other=file:questions.jsonl --budgets 0.125 --recalibrate --json transfer.json --record
+    """
+    with guarded(_again(context, json)):
+        from evomem.cli.commands import compare as words
+        from evomem.cli.commands import transfer as command
+
+        wishes = words.Wishes(
+            models,
+            tasks or [],
+            budgets,
+            protocol,
+            mode and mode.value,
+            split.value,
+            samples,
+            exact,
+            dtype and dtype.value,
+            device,
+            plan_check,
+        )  # fmt: skip
+        command.transfer(plugins, against, wishes, json, recalibrate=recalibrate, check=check, record=record)
+
+
+def evaluate(
+    context: typer.Context,
+    subject: Annotated[
+        str, typer.Argument(metavar="MANAGER_OR_PLUGIN", help="Run, plug-in folder, hub id, or a heuristic.")
+    ],
+    model: Model = None,
+    task: Task = None,
+    budgets: Budgets = None,
+    protocol: ProtocolOption = None,
+    mode: Mode = None,
+    split: SplitOption = Splits.sealed,
+    samples: Samples = None,
+    exact: Exact = True,
+    check: Check = True,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    plan_check: PlanCheck = True,
+    json: Json = None,
+) -> None:
+    """Evaluate one manager: score, log-likelihood, slots and measured bytes.
+
+    [bold]Examples[/bold]
+
+      evomem evaluate full --task passkey:length=500 --samples 20
+
+      evomem evaluate runs/demo --task file:questions.jsonl --budgets 64,128
+
+      evomem evaluate "snapkv(window=16)" --task multikey_1 --budgets 128 --json -
+    """
+    with guarded(_again(context, json)):
+        from evomem.cli.commands import compare as command
+
+        wishes = command.Wishes(
+            model or [],
+            task or [],
+            budgets,
+            protocol,
+            mode and mode.value,
+            split.value,
+            samples,
+            exact,
+            dtype and dtype.value,
+            device,
+            plan_check,
+        )  # fmt: skip
+        command.evaluate(subject, wishes, json, check=check)
+
+
+def _again(context: typer.Context, json: str | None) -> str | None:
+    """Return the command that goes on with a comparison; None if it keeps nothing."""
+    import sys
+
+    if json is None or json == "-":
+        return None
+    return shlex.join(["evomem", *sys.argv[1:]]) if sys.argv[1:2] == [context.info_name] else "the same command"

@@ -1,1 +1,0 @@
-"""Run: what the commands do; `evomem.cli` says how they are called. Imported when a command runs, not before."""

@@ -1,0 +1,52 @@
+"""Evaluation: bytes that every candidate's row holds while tokens arrive."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evomem.evaluation.population import Deciding
+from evomem.memory import SlotCache
+
+
+class Meter:
+    """Peak and mean of the bytes of every row, as a cache of its own would measure them.
+
+    Parameters
+    ----------
+    policy : the population that decides about the rows.
+
+    Attributes
+    ----------
+    peak : (rows,) float64, largest number of bytes held so far.
+    """
+
+    def __init__(self, policy: Deciding) -> None:
+        self._policy = policy
+        self.peak = torch.zeros(policy.size, dtype=torch.float64)
+        self._total = torch.zeros(policy.size, dtype=torch.float64)
+        self._tokens = 0
+
+    def held(self, cache: SlotCache) -> Tensor:
+        """Bytes of every row now: (rows,) float64, or (1,) while one row still stands for all.
+
+        A candidate that lets nothing fade does not pay for the decays that others brought into the batch.
+        """
+        held = cache.bytes_by_row().double().cpu()
+        for layer in cache.layers:
+            if layer.decays is not None:
+                longest = (layer.slots >= 0).sum(-1).amax(-1).cpu()
+                cost = longest * layer.slots.shape[1] * layer.decays.element_size()
+                held = held - torch.where(self._policy.fades(layer.index), 0, cost)
+        return held
+
+    def grew(self, before: Tensor, after: Tensor, tokens: int) -> None:
+        """Note that the rows grew evenly from ``before`` to ``after`` bytes while ``tokens`` arrived."""
+        self.peak = torch.maximum(self.peak, after)
+        self._total = self._total + (before + after) / 2 * tokens
+        self._tokens += tokens
+
+    @property
+    def mean(self) -> Tensor:
+        """(rows,) float64, mean over the tokens that arrived; NaN before the first."""
+        return self._total / self._tokens if self._tokens else torch.full_like(self._total, torch.nan)

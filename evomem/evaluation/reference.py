@@ -1,0 +1,89 @@
+"""Evaluation: the plain way to the same numbers, one candidate at a time from an empty cache.
+
+It shares nothing with the fast way but the tokens, the model's calls and the metric, so that tests can hold one against
+the other.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evomem.devices import stacked
+from evomem.errors import TaskError
+from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.population import Recording
+from evomem.managers.base import MemoryManager
+from evomem.memory import SlotCache, attached
+from evomem.tasks.base import Sample, Task
+
+if TYPE_CHECKING:
+    from evomem.evaluation.evaluator import Evaluator
+
+
+@torch.no_grad()
+def evaluate_plainly(
+    evaluator: Evaluator, manager: MemoryManager, sample: Sample, task: Task, *, exact: bool = False
+) -> Evaluation:
+    """One candidate from an empty cache, through nothing but ``manager.attach``: what `evaluate` must equal."""
+    begin = time.perf_counter()
+    tokens, manager = evaluator.tokens(sample), evaluator.scheduled(manager)
+    streaming = evaluator.protocol.kind == "streaming"
+    texts: list[str] | None = None
+    generated = 0
+    with manager.attach(evaluator.loaded.model) as cache:
+        with cache.reading():
+            evaluator.forward(tokens.read, cache, 1)
+        held = cache.nbytes() - recorded_bytes(cache)
+        slots = float(stacked([s.float().mean() for s in cache.slots_held()]).mean())
+        if exact and task.has_exact and sample.max_new_tokens:
+            texts, generated = evaluator.generate(cache.clone(), manager, tokens, sample.max_new_tokens)
+        asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
+        loglik = mean_loglik(evaluator.forward(asked, cache, tokens.answer.shape[1]), tokens.answer)[0]
+    after = cache.nbytes() - recorded_bytes(cache)
+    return Evaluation(
+        sample=sample.id,
+        loglik=loglik,
+        exact=None if texts is None else task.score(sample, texts[0]),
+        slots=slots,
+        bytes_peak=float(cache.bytes_peak if streaming else max(held, after)),
+        bytes_mean=float(cache.bytes_mean if streaming else (held + after) / 2),
+        tokens=tokens.read.shape[1] + generated + asked.shape[1],
+        seconds=time.perf_counter() - begin,
+    )
+
+
+@torch.no_grad()
+def loglik_without_context(evaluator: Evaluator, sample: Sample) -> float:
+    """Mean log-likelihood of the answer when nothing but the question is read: what a task must beat."""
+    prompt, answer = evaluator.without_context(sample)
+    if not prompt.shape[1]:
+        prompt = evaluator.tokens(sample).prompt
+    with attached(evaluator.loaded.model):
+        cache = SlotCache.for_model(evaluator.loaded.model, Recording())
+        logits = evaluator.forward(torch.cat((prompt, answer[:, :-1]), 1), cache, answer.shape[1])
+    return mean_loglik(logits, answer)[0]
+
+
+def mean_loglik(logits: Tensor, answer: Tensor) -> list[float]:
+    """Mean log-likelihood of the answer's tokens (1, length) per row of logits (rows, length, vocabulary).
+
+    Raises
+    ------
+    TaskError : there is no token; the mean of nothing is no number.
+    """
+    if not answer.shape[1]:
+        raise TaskError("an answer has no token; give every sample an answer")
+    answers = answer.to(logits.device).expand(logits.shape[0], -1)
+    chosen = logits.float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+    means: list[float] = chosen.double().mean(1).tolist()
+    return means
+
+
+def recorded_bytes(cache: SlotCache) -> int:
+    """Bytes of the observations in a cache: after the only decision of ``compress_once`` nothing needs them."""
+    tensors = [tensor for layer in cache.layers for tensor in layer.recorder.tensors()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,1 @@
+"""Manager: published heuristics, one paper a file."""

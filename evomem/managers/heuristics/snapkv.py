@@ -1,0 +1,63 @@
+"""Manager: what the last queries attend to."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import functional
+
+from evomem.managers.base import NEIGHBOURS, ManagerOptions, MemoryManager, register
+from evomem.managers.selection import TopN
+from evomem.memory.view import LayerView
+
+
+class SnapKVOptions(ManagerOptions):
+    """Options of `SnapKV`."""
+
+    window: int = Field(
+        default=32, ge=1, le=NEIGHBOURS, description="last queries that are observed; their tokens are kept"
+    )
+    kernel: int = Field(
+        default=5, ge=1, le=NEIGHBOURS, description="neighbouring slots over which the attention is averaged; odd"
+    )
+
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError("give an odd number, so that the average is centred on the token")
+        return kernel
+
+
+@register("snapkv")
+class SnapKV(MemoryManager):
+    """Keeps what the last queries attend to, with its neighbours (SnapKV, Li et al., arXiv 2404.14469).
+
+    The attention of the last ``window`` queries, averaged over them and the KV head's query heads, is average-pooled
+    over ``kernel`` neighbouring slots. The window's own tokens are kept, and do not lend their attention to their
+    neighbours. Where the budget n is smaller than 2 ``window``, only the ⌊n/2⌋ newest tokens are kept for certain and
+    the others of the window compete like any token.
+    """
+
+    Options: ClassVar[type[ManagerOptions]] = SnapKVOptions
+    options: SnapKVOptions
+    selection: TopN
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """The mean attention of the last ``window`` queries."""
+        return frozenset({f"window_attention:{self.options.window}"})
+
+    def make_selection(self) -> TopN:
+        """Return the best n with the window, at most half of n, protected."""
+        return TopN(self.options.budget, recent=self.options.window, recent_share=0.5)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the pooled attention: (batch, kv_heads, slots) fp32; beyond both ends it counts as zero."""
+        attention = view.recorded[f"window_attention:{self.options.window}"].float()
+        outside = view.valid & (view.age >= self.selection.window(view))
+        kernel = self.options.kernel
+        return functional.avg_pool1d(torch.where(outside, attention, 0.0), kernel, stride=1, padding=kernel // 2)

@@ -1,0 +1,36 @@
+"""Manager: attention sinks and a sliding window."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from evomem.bounds import TOKENS
+from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.selection import Selection, TopN
+from evomem.memory.view import LayerView
+
+
+class StreamingLLMOptions(ManagerOptions):
+    """Options of `StreamingLLM`."""
+
+    sinks: int = Field(default=4, ge=0, le=TOKENS, description="tokens kept at the beginning")
+
+
+@register("streaming_llm")
+class StreamingLLM(MemoryManager):
+    """Keeps the first 4 tokens and the newest ones (StreamingLLM, Xiao et al., arXiv 2309.17453).
+
+    Keys stay at the positions at which they were read; the paper's re-rotation within the window is not done.
+    """
+
+    Options = StreamingLLMOptions
+    options: StreamingLLMOptions
+
+    def make_selection(self) -> Selection:
+        """Return the best n with the sinks protected."""
+        return TopN(self.options.budget, sinks=self.options.sinks)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the negative age in tokens: (batch, kv_heads, slots) fp32."""
+        return -view.age.float()

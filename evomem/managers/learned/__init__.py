@@ -1,0 +1,1 @@
+"""Manager: scorers and policies whose parameters a search moves."""

@@ -1,0 +1,317 @@
+"""Cache: all layers' slots, what the model sees as its `past_key_values`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import ref
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from evomem.devices import stacked
+from evomem.errors import CacheError, UnsupportedModelError
+from evomem.memory.kv.attention import IMPLEMENTATION
+from evomem.memory.kv.callers import Generating, generating
+from evomem.memory.kv.layer import SlotLayer
+from evomem.memory.kv.positions import beyond, position_limit
+from evomem.memory.kv.rotary import Rotary, find_rotaries
+from evomem.memory.observations import Recorder, Wanted
+from evomem.memory.view import Decision, LayerView
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedModel
+
+
+class SchedulePolicy(Protocol):
+    """When to decide: every so many tokens, or once (None)."""
+
+    @property
+    def every(self) -> int | None:
+        """Tokens between decisions; None: once after the context."""
+        ...
+
+
+class CachePolicy(Protocol):
+    """What the cache needs of a manager."""
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """Names of the observations to record."""
+        ...
+
+    @property
+    def schedule(self) -> SchedulePolicy:
+        """When to call `decide`."""
+        ...
+
+    def decide(self, view: LayerView) -> Decision:
+        """Decide about one layer."""
+        ...
+
+
+class SlotCache(Cache):
+    """A cache whose slots can be evicted per layer and head; made by ``manager.attach(model)`` or ``new_cache``.
+
+    A manager with the schedule *once* decides at the end of every *reading*, about all slots held then, by what the
+    reading's queries showed. A reading is a forward pass of more than one token: a prompt, a later turn of a chat, each
+    pass of a loop of your own. All chunks of ``generate(prefill_chunk_size=...)`` are one reading, and so are all
+    passes inside ``with cache.reading():``. A first pass of one token is one too; further single tokens are an answer
+    that is generated: they are kept, and cost no observing. So at most the budget and what was generated since is held.
+
+    On a cache that was read inside ``reading()`` only such blocks end with a decision, and what is read outside of them
+    (a question, say) is kept whole, too. Passes that verify an assistant's guesses are no readings.
+
+    Attributes
+    ----------
+    policy : the manager that decides.
+    depth : number of layers.
+    decides_after_forward : whether readings outside of ``reading()`` end with a decision; False after such a block,
+        in a cache made from views, and where a program decides by itself.
+    """
+
+    layers: list[SlotLayer]  # type: ignore[assignment]
+    max_cache_len = -1
+    """No limit; PEFT asks every cache that is not a `DynamicCache`."""
+
+    def __init__(
+        self,
+        layers: int,
+        policy: CachePolicy,
+        *,
+        rotaries: tuple[Rotary | None, ...] | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        self.policy = policy
+        self.wanted = Wanted.parse(policy.observes)
+        self.rotaries = rotaries or (None,) * layers
+        self.depth = layers
+        self.decides_after_forward = True
+        self.decides_now = False  # the forward pass that runs ends with the manager's decision
+        self.undecided = False  # the first chunks of a prompt were read, and no decision about them was made yet
+        self.awaiting: int | None = None  # layer whose new keys no attention has read yet
+        self._model = None if model is None else ref(model)
+        self._limit = None if model is None else position_limit(model)
+        self._attentions: frozenset[int] = frozenset()
+        self._sums: dict[int, int] = {}
+        self.bytes_peak = 0
+        super().__init__(layers=[SlotLayer(index, self) for index in range(layers)])
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, policy: CachePolicy) -> SlotCache:
+        """Return an empty cache for ``model``; raises `UnsupportedModelError`."""
+        from evomem.memory.kv.attach import check_supported
+        from evomem.memory.kv.parallel import check_parallel
+
+        layers = check_supported(model)
+        check_parallel(model, policy, layers)
+        rotaries = find_rotaries(model, layers) if "query_statistics" in policy.observes else None
+        return cls(layers, policy, rotaries=rotaries, model=model)
+
+    def is_for(self, module: nn.Module) -> bool:
+        """Whether an attention module is one of the model that the cache was made for; True where that is unknown."""
+        from evomem.memory.kv.attach import attention_modules
+
+        model = self.model
+        if model is None:
+            return True
+        if id(module) not in self._attentions:  # also where a model's attention was exchanged
+            self._attentions = frozenset(id(part) for part in attention_modules(model))
+        return id(module) in self._attentions
+
+    def require_attached(self) -> None:
+        """Raise `CacheError` when the model would run stock attention over this cache."""
+        model = self.model
+        if model is not None and model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+            raise CacheError(
+                "this cache belongs to a model that is not attached; use it inside `with manager.attach(model):`"
+            )
+
+    def note_position(self, tokens: int) -> None:
+        """Warn, once a process, when a model with rotary positions reads more tokens than it was made for."""
+        limit, model = self._limit, None if self._model is None else self._model()
+        if limit is not None and not limit.learned and tokens > limit.tokens and model is not None:
+            self._limit = None
+            warnings.warn(f"evomem: {beyond(model, limit)}", stacklevel=2)
+
+    def require_whole(self) -> None:
+        """Raise `CacheError` when an error or interruption cut a forward pass short, so that layers disagree."""
+        if len({layer.seen for layer in self.layers}) > 1:
+            raise CacheError(
+                "a forward pass over this cache was cut short, so some layers read tokens that others did not; "
+                "reset() it and read the context again"
+            )
+
+    def require_attended(self) -> None:
+        """Raise `UnsupportedModelError` when keys were given to a layer and no managed attention read them."""
+        if self.awaiting is not None:
+            raise UnsupportedModelError(
+                f"the keys of layer {self.awaiting} were given to the cache, and no managed attention read them: the "
+                "model attends by code of its own, which evomem does not manage, or is not attached; or a forward pass "
+                "over this cache was cut short: then reset() it and read the context again"
+            )
+
+    def require_observing(self, recorder: Recorder) -> None:
+        """Raise `CacheError` when a decision is wanted of a layer whose recorder has stopped."""
+        if recorder.wanted != self.wanted:
+            raise CacheError(
+                "the manager has decided at the end of a reading, and what it observes is not recorded in between; to "
+                "decide again, read further tokens, or read inside `with cache.reading():`"
+            )
+
+    def begin_pass(self, tokens: int) -> None:
+        """Find out whether the forward pass of ``tokens`` tokens that begins is a reading that ends with a decision."""
+        first = self.get_seq_length() == 0
+        reading = first or tokens > 1 or self.undecided
+        around = generating() if reading else Generating()
+        if not around.uses_cache and not first:
+            raise CacheError(
+                "generate was given a cache of evomem's and use_cache=False, with which it reads the whole text again "
+                "for every token, into the same cache; leave use_cache out"
+            )
+        if self.policy.schedule.every is not None or not self.decides_after_forward:
+            self.decides_now = False
+            return
+        reading = reading and (first or self.undecided or not around.takes_back)
+        if reading:
+            self.observe_again()
+        self.decides_now = reading and not around.unfinished
+        self.undecided = reading and around.unfinished
+
+    def observe_again(self) -> None:
+        """Let layers whose recorder has stopped record from now on."""
+        for layer in self.layers:
+            if layer.recorder.wanted != self.wanted:
+                layer.observe_again()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read a context in any number of passes; a manager with schedule *once* decides when the block ends.
+
+        From then on it decides at the end of such blocks only. Raises `CacheError` when nothing was read, and what a
+        manager observes was let go at its last decision.
+        """
+        once, before, begin = self.policy.schedule.every is None, self.decides_after_forward, self.get_seq_length()
+        stopped = [layer for layer in self.layers if layer.recorder.wanted != self.wanted]
+        if once:
+            self.observe_again()
+        self.decides_after_forward = self.decides_now = self.undecided = False
+        try:
+            yield
+            if once and stopped and self.get_seq_length() == begin:
+                raise CacheError("nothing was read inside the block, so there is nothing to decide by")
+        except BaseException:
+            self.decides_after_forward = before
+            if self.get_seq_length() == begin:
+                for layer in stopped:
+                    layer.recorder.stop()
+            raise
+        if once:
+            self.decide()
+
+    def decide(self) -> None:
+        """Let the manager decide about every layer now."""
+        for layer in self.layers:
+            layer.decide()
+
+    def keep(self, masks: list[Tensor]) -> None:
+        """Evict by one mask a layer (batch, kv_heads, slots)."""
+        for layer, mask in zip(self.layers, masks, strict=True):
+            layer.keep(mask)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, evicted ones and padding included."""
+        return self.layers[layer_idx].seen
+
+    def reset(self) -> None:
+        """Forget everything, measurements too; the cache is as new."""
+        for layer in self.layers:
+            layer.reset()
+        self._sums = {}
+        self.bytes_peak = 0
+        self.awaiting = None
+        self.decides_after_forward, self.decides_now, self.undecided = True, False, False
+
+    # ---- measurements ---------------------------------------------------------------------------------------------
+
+    def account(self, layer: int, seen: int, held: int) -> None:
+        """Note the bytes that a layer held when ``seen`` tokens had been read.
+
+        The peak is over tokens, not over the moments of one forward pass, in which a layer may evict before the next
+        one has read: so reading in pieces and reading at once measure the same, and the mean is never above the peak.
+        """
+        self._sums[seen] = self._sums.get(seen, 0) + held
+        if layer == self.depth - 1:
+            self.bytes_peak = max(self.bytes_peak, self._sums.pop(seen))
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors held now, over all layers and rows."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token costs in every row, over all layers."""
+        return sum(layer.bytes_per_token() for layer in self.layers)
+
+    def bytes_by_row(self) -> Tensor:
+        """Bytes that every row would hold in a cache of its own: (batch,) int64."""
+        return stacked([layer.bytes_by_row() for layer in self.layers]).sum(0)
+
+    @property
+    def bytes_mean(self) -> float:
+        """Mean bytes held over the tokens read."""
+        return sum(layer.bytes_mean for layer in self.layers)
+
+    @classmethod
+    def from_views(
+        cls, views: Sequence[LayerView], policy: CachePolicy, *, rows: int = 1, model: PreTrainedModel | None = None
+    ) -> SlotCache:
+        """Return a cache that goes on from what was read: every row starts as the views' one row, without copying.
+
+        Recorded observations are not carried on; ``policy`` may ask for window attention only, which needs no past.
+        """
+        cache = cls(len(views), policy, model=model)
+        cache.decides_after_forward = False
+        if cache.wanted.every_query or cache.wanted.query_statistics:
+            raise CacheError("a cache made from views cannot go on recording observations")
+        for layer, view in zip(cache.layers, views, strict=True):
+            layer.restore(view, rows)
+        return cache
+
+    def slots_held(self) -> list[Tensor]:
+        """Slots that hold a token, per layer: (batch, kv_heads)."""
+        return [(layer.slots >= 0).sum(-1) for layer in self.layers]
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model that the cache was made for, while it exists."""
+        return None if self._model is None else self._model()
+
+    def __copy__(self) -> SlotCache:
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlotCache:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheError(
+            "a cache cannot be pickled: it belongs to a model and a manager of this process. For another process, or "
+            "for later, write it with evomem.plugins.save_cache(cache, path) and read it with load_cache(path, model); "
+            "in this process cache.clone() makes a copy"
+        )
+
+    def clone(self) -> SlotCache:
+        """Return an independent continuation of this cache; tensors are shared until one of the two changes them."""
+        other = SlotCache(self.depth, self.policy, rotaries=self.rotaries)
+        other._model, other.bytes_peak, other._limit = self._model, self.bytes_peak, self._limit
+        other.decides_after_forward, other.undecided = self.decides_after_forward, self.undecided
+        for mine, copy in zip(self.layers, other.layers, strict=True):
+            state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder")}
+            vars(copy).update(state)
+            for name in ("wanted", "window", "begin"):
+                setattr(copy.recorder, name, getattr(mine.recorder, name))
+            # Recorded sums are added to in place, so they are the one thing that must be copied.
+            copy.recorder.slotwise = {k: v.clone() for k, v in mine.recorder.slotwise.items()}
+            copy.recorder.rowwise = {k: v.clone() for k, v in mine.recorder.rowwise.items()}
+        return other

@@ -1,0 +1,518 @@
+"""Cache: the slots of one layer, and attention over them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from evomem.errors import CacheError
+from evomem.memory.kv.attention import (
+    attention_probabilities,
+    autocasts,
+    full_precision,
+    grouped_attention,
+    handover,
+    mixed,
+    refuse_tracing,
+    uncompiled,
+)
+from evomem.memory.kv.due import turns
+from evomem.memory.kv.masks import Visibility, hides, slot_mask
+from evomem.memory.observations import Recorder
+from evomem.memory.spectrum import HOP
+from evomem.memory.view import Decision, LayerView
+
+if TYPE_CHECKING:
+    from evomem.memory.kv.cache import SlotCache
+
+BLOCK_ELEMENTS = 1 << 22
+"""Upper bound on the elements of one block of attention probabilities or masks (16 MiB in fp32)."""
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a `SlotCache`.
+
+    Attributes
+    ----------
+    keys, values : (batch, kv_heads, slots, head_dim), or None before the first token.
+    slots : (batch, kv_heads, slots) int64, token index held, ascending, -1 = empty; shorter heads are right-aligned.
+    decays : (batch, kv_heads, slots) fp32 log-decay added to attention logits, or None while nothing fades.
+    start : (batch,) int64, first real token of every row.
+    seen : tokens read, padding included.
+    """
+
+    is_sliding = False
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, index: int, cache: SlotCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.index = index
+        # Weak, because the cache holds its layers: a ring would keep all slots in memory until a garbage collection.
+        self._cache = weakref.ref(cache)
+        self.reset()
+
+    @property
+    def cache(self) -> SlotCache:
+        """The cache that this layer is part of; it must be alive."""
+        cache = self._cache()
+        if cache is None:
+            raise CacheError("this layer's cache is gone: keep the cache, not only its layers")
+        return cache
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheError(
+            "a layer belongs to its cache and is not copied or pickled by itself: cache.clone() copies all"
+        )
+
+    # ---- what transformers calls ----------------------------------------------------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can be exact."""
+        return not self.recorder.wanted.looks_back
+
+    def reset(self) -> None:
+        """Forget everything; the layer is as new."""
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.slots: Tensor = None  # type: ignore[assignment]
+        self.decays: Tensor | None = None
+        self.start: Tensor = None  # type: ignore[assignment]
+        self.starts: tuple[int, ...] = ()
+        self.seen = 0
+        self.ahead = 0  # tokens stored after the one that was read last, while a long input is cut
+        self.decided = 0  # tokens that had been read at the last decision about all rows
+        self.dense = True  # slots are 0..seen-1 in every head of every row
+        self.aligned = True  # no head has an empty slot
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.recorder = Recorder(self.cache.wanted)
+        self.scale = 1.0  # this and the next two are the model's, known from the first attention on
+        self.softcap: float | None = None
+        self.window: int | None = None
+        self.is_initialized = False
+        self.bytes_peak, self._byte_tokens, self._read = 0, 0.0, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note that tensors exist from now on; nothing is allocated ahead."""
+        self.is_initialized = True
+
+    @uncompiled
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new tokens' keys and values (batch, kv_heads, tokens, head_dim); attention follows at once."""
+        refuse_tracing()
+        if self.index == 0:  # every pass begins here, and what holds now holds for its other layers
+            self.cache.require_attached()
+            self.cache.require_whole()
+            self.cache.begin_pass(key_states.shape[2])
+            self.cache.note_position(self.seen + key_states.shape[2] - min(self.starts, default=0))
+        self.cache.require_attended()
+        self.is_initialized = True
+        self.pending = (key_states, value_states)
+        self.cache.awaiting = self.index
+        handover.give(self, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far, evicted ones and padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys, offset) of the mask that the model prepares: it covers every token ever read."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        if self.seen:
+            self.select_rows(torch.arange(len(self.start), device=self.start.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows named, in that order."""
+        self.select_rows(indices)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows ``index`` (new_batch,) of everything held."""
+        if not self.seen:
+            return
+        index = index.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        self.slots, self.start = self.slots.index_select(0, index), self.start.index_select(0, index)
+        if self.decays is not None:
+            self.decays = self.decays.index_select(0, index)
+        self.starts = tuple(self.start.tolist())
+        self.recorder.rows(index)
+
+    def crop(self, max_length: int) -> None:
+        """Forget tokens at the end: -n the last n, 0 none, n all from index n on. What was evicted does not come back.
+
+        A recorded ``attention_sum`` keeps what cropped queries added. Raises `CacheError` while another observation is
+        recorded: the windows and frames that cropped queries entered cannot be taken back.
+        """
+        max_length = int(max_length)  # transformers also gives tensors
+        length = max(self.seen + max_length, 0) if max_length <= 0 else max_length
+        if not self.seen or length >= self.seen:
+            return
+        if not self.is_croppable:
+            raise CacheError(
+                f"a cache that records {', '.join(sorted(self.cache.policy.observes))} cannot be cropped: what the "
+                "cropped queries added cannot be taken back; read the context again"
+            )
+        if self.dense:
+            self._gather(torch.arange(length, device=self.keys.device).expand(*self.keys.shape[:2], length))
+        else:
+            self.keep(self.slots < length)
+        self.seen, self.decided = length, min(self.decided, length)
+        if not length:
+            self.recorder = Recorder(self.cache.wanted)
+
+    # ---- decisions ------------------------------------------------------------------------------------------------
+
+    def view(self) -> LayerView:
+        """What a manager sees now."""
+        self.cache.require_attended()
+        if not self.seen:
+            raise CacheError("nothing has been read yet: there is no view of an empty layer")
+        self.cache.require_observing(self.recorder)
+        keys, values, slots, decays = self.keys, self.values, self.slots, self.decays
+        if self.ahead:
+            keys, values, slots = (held[:, :, : -self.ahead] for held in (keys, values, slots))
+            decays = None if decays is None else decays[:, :, : -self.ahead]
+        recorded = self.recorder.recorded(
+            keys, slots, self.start, self.seen,
+            scale=self.scale, decays=decays, window=self.window, softcap=self.softcap,
+            rotary=self.cache.rotaries[self.index],
+        )  # fmt: skip
+        return LayerView(
+            keys, values, slots, self.start, self.seen, self._fresh(),
+            self.index, self.cache.depth, recorded,
+        )  # fmt: skip
+
+    def _fresh(self) -> int:
+        """Tokens since the last decision; a row's own turn was at most ``every`` ago, whatever other rows did."""
+        every, since = self.cache.policy.schedule.every, self.seen - self.decided
+        return since if every is None else min(every, since)
+
+    def restore(self, view: LayerView, rows: int) -> None:
+        """Start from a view of one row, repeated ``rows`` times without copying."""
+        self.keys, self.values, self.slots, self.start = (
+            t.expand(rows, *t.shape[1:]) for t in (view.keys, view.values, view.slots, view.start)
+        )
+        self.starts = tuple(self.start.tolist())
+        self.seen = self.decided = view.seen
+        self.aligned = bool(view.valid.all())
+        self.dense = self.aligned and view.slots.shape[-1] == view.seen
+        self.is_initialized = True
+
+    def expand(self, rows: int) -> None:
+        """Let the only row become ``rows`` equal ones; keys and values are shared until they are changed."""
+        self.recorder.rows(torch.zeros(rows, dtype=torch.int64))
+        self.keys, self.values, self.slots, self.start = (
+            t.expand(rows, *t.shape[1:]) for t in (self.keys, self.values, self.slots, self.start)
+        )
+        self.starts = self.starts * rows
+
+    def observe_again(self) -> None:
+        """Record from now on; nobody has looked at the slots held yet."""
+        self.recorder = Recorder(self.cache.wanted, begin=self.seen)
+        if self.seen:
+            batch, kv_heads, held = self.slots.shape
+            self.recorder.append(batch, kv_heads, held, self.keys)
+
+    def decide(self, rows: Tensor | None = None) -> None:
+        """Let the policy decide about this layer now; ``rows`` (batch,) bool limits it to some rows."""
+        view = self.view()
+        with full_precision(view.keys):
+            decision = self.cache.policy.decide(view)
+        self.apply(decision, rows)
+
+    def apply(self, decision: Decision, rows: Tensor | None = None) -> None:
+        """Carry out a decision about the slots held now; ``rows`` (batch,) bool limits it to some rows."""
+        keep, decay = decision.keep, decision.decay
+        if self.ahead and keep.shape[2] == self.slots.shape[2] - self.ahead:  # what is not read yet stays
+            keep = F.pad(keep, (0, self.ahead), value=True)
+            decay = None if decay is None else F.pad(decay, (0, self.ahead))
+        if rows is not None:
+            keep = torch.where(rows[:, None, None], keep, self.slots >= 0)
+        if decay is not None:
+            old = self.decays if self.decays is not None else torch.zeros_like(decay)
+            self.decays = decay.float() if rows is None else torch.where(rows[:, None, None], decay.float(), old)
+        self.keep(keep)
+        if rows is None:
+            self.decided = self.seen
+
+    def keep(self, mask: Tensor) -> None:
+        """Evict, physically, every slot where ``mask`` (batch, kv_heads, slots) is False."""
+        if mask.shape != self.slots.shape:
+            raise CacheError(f"keep-mask of shape {tuple(mask.shape)} for slots of shape {tuple(self.slots.shape)}")
+        mask = mask & (self.slots >= 0)
+        if bool(mask.all()):
+            return
+        counts = mask.sum(-1, keepdim=True)
+        longest = int(counts.max())
+        # A stable sort of False before True puts the kept slots last, in their order: right-aligned.
+        index = torch.sort(mask.to(torch.uint8), dim=-1, stable=True).indices[..., mask.shape[-1] - longest :]
+        filled = torch.arange(longest, device=mask.device) >= longest - counts
+        self._gather(index)
+        self.dense, self.aligned = False, bool(filled.all())
+        if not self.aligned:
+            self.slots = torch.where(filled, self.slots, -1)
+            # What an empty slot holds must not reach the logits, not even as 0 × NaN.
+            self.keys = self.keys.masked_fill(~filled[..., None], 0)
+            self.values = self.values.masked_fill(~filled[..., None], 0)
+
+    def _gather(self, index: Tensor) -> None:
+        wide = index[..., None].expand(*index.shape, self.keys.shape[-1])
+        self.keys = self.keys.gather(2, wide)
+        self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
+        self.slots = self.slots.gather(2, index)
+        if self.decays is not None:
+            self.decays = self.decays.gather(2, index)
+        self.recorder.gather(index)
+
+    # ---- attention ------------------------------------------------------------------------------------------------
+
+    def attend(
+        self, query: Tensor, visibility: Visibility, scale: float, softcap: float | None, positions: Tensor | None
+    ) -> Tensor:
+        """Store the pending tokens, attend, observe, and decide where the schedule says so.
+
+        query : (batch, query_heads, tokens, head_dim).
+
+        A long input is cut where decisions are due. A layer's output for a token depends on earlier tokens only, so
+        cutting inside the layer is the same as feeding the model one piece after the other. Where a mask lets tokens
+        look ahead (those of one image see each other), what they look at is stored with them; decisions do not see it
+        before it is read.
+        """
+        if self.pending is None:
+            raise CacheError("attention without new keys: update() must come first")
+        (keys, values), self.pending = self.pending, None
+        self.cache.awaiting = None
+        batch, count, begin = query.shape[0], query.shape[2], self.seen
+        if begin and (keys.shape[:2] != self.keys.shape[:2] or keys.shape[3] != self.keys.shape[3]):
+            raise CacheError(
+                f"the input's keys are {tuple(keys.shape)} (rows, KV heads, tokens, size), the cache holds "
+                f"{tuple(self.keys.shape)}; for several questions about one context repeat its row in a clone: "
+                "other.batch_repeat_interleave(questions)"
+            )
+        padding, reaches = visibility.padding, visibility.reaches
+        self.scale, self.softcap, self.window = scale, softcap, visibility.window
+        real = None if padding is None else padding[:, begin : begin + count]
+        self._require_hidden(visibility, begin)
+        self._find_starts(batch, begin, real, query)
+        outputs, at, stored = [], 0, 0
+        for end, rows in self._pieces(begin, count):
+            piece = slice(at, end)
+            part = None if real is None else real[:, piece]
+            before = self.nbytes()
+            reach = end if reaches is None else reaches[end - 1] - begin
+            if reach > stored:
+                new = slice(stored, reach)
+                self._append(keys[:, :, new], values[:, :, new], None if real is None else real[:, new])
+                stored = reach
+            self.seen, self.ahead = begin + end, stored - end
+            self._read += end - at
+            here = visibility.rows(piece)
+            outputs.append(self._attend(query[:, :, piece], part, here))
+            self.recorder.looked(here, begin + at, end - at, batch)
+            with full_precision(query):
+                self.recorder.queried(
+                    query[:, :, piece].detach(), None if positions is None else positions[:, piece], part,
+                    self.cache.rotaries[self.index], self.start,
+                )  # fmt: skip
+            self._account(before, end - at)
+            if rows is not None:
+                self.decide(None if bool(rows.all()) else rows)
+                if self.cache.policy.schedule.every is None:
+                    self.recorder.stop()  # until the next reading
+            at = end
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _require_hidden(self, visibility: Visibility, begin: int) -> None:
+        """Raise `CacheError` if padding that was read before is to be seen now: it has no slots to be seen in."""
+        if self.index or not begin or visibility.explicit is not None or not any(self.starts):
+            return
+        padding = visibility.padding
+        shown = padding is None
+        if padding is not None:
+            before = torch.arange(begin, device=padding.device) < self.start[:, None].to(padding.device)
+            shown = bool((padding[:, :begin] & before).any())
+        if shown:
+            raise CacheError(
+                "this batch was read with padding on the left, and the attention_mask of this call "
+                + ("is missing or all ones" if padding is None else "shows some of it")
+                + ": padding has no slots; give the mask that covers every token ever read, padding as 0"
+            )
+
+    def _find_starts(self, batch: int, begin: int, real: Tensor | None, query: Tensor) -> None:
+        """Find each row's first real token; a row that is padding so far starts after what has been read."""
+        if begin == 0:
+            self.start = torch.zeros(batch, dtype=torch.int64, device=query.device)
+            self.starts = (0,) * batch
+        if real is None or (begin and max(self.starts) < begin):
+            return
+        first = begin + torch.where(real.any(1), real.long().argmax(1), real.shape[1])
+        self.start = torch.where(self.start >= begin, first, self.start)
+        self.starts = tuple(self.start.tolist())
+
+    def _pieces(self, begin: int, count: int) -> Iterator[tuple[int, Tensor | None]]:
+        """Cut ``count`` new tokens at decisions: (end of the piece, rows that decide there or None)."""
+        every, rows = self.cache.policy.schedule.every, len(self.starts)
+        cuts = [(count, [self.cache.decides_now] * rows)] if every is None else turns(begin, count, self.starts, every)
+        for cut, turn in cuts:
+            yield cut, torch.tensor(turn, device=self.start.device) if any(turn) else None
+
+    def _append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
+        batch, kv_heads, count, _ = keys.shape
+        first = self.seen + self.ahead
+        index = torch.arange(first, first + count, device=keys.device).expand(batch, kv_heads, count)
+        if real is not None and not bool(real.all()):
+            index = torch.where(real[:, None], index, -1)
+            self.dense = self.aligned = False
+        if first == 0:
+            # A model may hand over a part of a larger tensor (fused projections), which would stay alive as a whole.
+            self.keys, self.values, self.slots = _own(keys), _own(values), index.contiguous()
+        else:
+            self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
+            self.slots = torch.cat((self.slots, index), 2)
+        if self.decays is not None:
+            self.decays = torch.cat((self.decays, self.decays.new_zeros(batch, kv_heads, count)), 2)
+        self.recorder.append(batch, kv_heads, count, keys)
+
+    def _attend(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Tensor:
+        """Attend, and observe if that is wanted: (batch, query_heads, queries, head_dim).
+
+        What is observed never changes what is computed. In fp32 the observed probabilities make the output as well,
+        which differs from the fused kernel's by rounding only and saves a product. In every other type the output is
+        that of a manager that does not observe, to the bit, and the probabilities are worked out beside it in fp32.
+        """
+        if not self.recorder.wanted.every_query:
+            return self._attend_unobserved(query, real, visibility)
+        if query.dtype == torch.float32 and not autocasts(query):
+            outputs = [mixed(*block) for block in self._observed(query, real, visibility)]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        output = self._attend_unobserved(query, real, visibility)
+        with torch.no_grad():
+            for _ in self._observed(query, real, visibility):
+                pass
+        return output
+
+    def _attend_unobserved(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Tensor:
+        queries, held = query.shape[2], self.keys.shape[2]
+        padding, window = visibility.padding, visibility.window
+        old = held - queries
+        far = window is not None and self.seen > window
+        plain = visibility.explicit is None and self.aligned and self.decays is None and not far
+        plain = plain and (padding is None or not hides(self.slots, padding))
+        if plain and (queries == 1 or old == 0):
+            return grouped_attention(
+                query, self.keys, self.values, self.scale, causal=queries > 1, softcap=self.softcap
+            )
+        if plain and queries * held <= BLOCK_ELEMENTS:
+            triangle = torch.ones(queries, held, dtype=torch.bool, device=query.device).tril(old)[None, None]
+            return grouped_attention(query, self.keys, self.values, self.scale, mask=triangle, softcap=self.softcap)
+        outputs = [
+            grouped_attention(query[:, :, part], keys, values, self.scale, mask=mask, softcap=self.softcap)
+            for part, keys, values, mask in self._blocks(query, real, visibility, self.keys.shape[1])
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _observed(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Iterator[tuple[Tensor, Tensor]]:
+        """Let the recorder see the attention of all queries, block by block.
+
+        Yields the block's probabilities (batch, kv_heads, group, queries, slots) and the slots' values.
+        """
+        first = self.seen - query.shape[2]
+        for part, keys, values, mask in self._blocks(query, real, visibility, query.shape[1]):
+            attention = attention_probabilities(query[:, :, part], keys, self.scale, mask, self.softcap)
+            if visibility.explicit is not None:
+                attention = attention.nan_to_num(nan=0.0)  # of a query that may look at nothing
+            seen = attention.detach().mean(2)
+            if real is not None:
+                seen = seen * real[:, None, part, None]
+            self.recorder.attended(seen, first + part.start, self.starts)
+            yield attention, values
+
+    def _blocks(
+        self, query: Tensor, real: Tensor | None, visibility: Visibility, heads: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Cut the queries into blocks whose masks, or probabilities of ``heads`` heads, stay small.
+
+        Yields the block's queries, and the keys, values and mask (see `slot_mask`) of the slots that they may look at.
+        """
+        queries, held, explicit = query.shape[2], self.keys.shape[2], visibility.explicit
+        block = max(HOP, min(queries, BLOCK_ELEMENTS // (query.shape[0] * heads * held) // HOP * HOP))
+        first = self.seen - queries
+        for at in range(0, queries, block):
+            part = slice(at, min(at + block, queries))
+            # Later slots belong to later queries, unless a mask lets tokens look ahead.
+            reach = held - queries + part.stop if explicit is None else held
+            mask = slot_mask(
+                self.slots[:, :, :reach],
+                torch.arange(first + part.start, first + part.stop, device=query.device),
+                uniform=self.aligned and self.dense,
+                decays=None if self.decays is None else self.decays[:, :, :reach],
+                window=visibility.window,
+                padding=visibility.padding,
+                real=None if real is None else real[:, part],
+                explicit=None if explicit is None else explicit[:, :, part],
+            )
+            yield part, self.keys[:, :, :reach], self.values[:, :, :reach], mask
+
+    # ---- bytes ----------------------------------------------------------------------------------------------------
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor held now: keys, values, slot indices, decays, recorded observations."""
+        if not self.seen:
+            return 0
+        held = [self.keys, self.values, self.slots, *self.recorder.tensors()]
+        if self.decays is not None:
+            held.append(self.decays)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token costs in every row, over all KV heads."""
+        if not self.seen:
+            return 0
+        per_slot = [self.keys, self.values, self.slots, *self.recorder.slotwise.values()]
+        if self.decays is not None:
+            per_slot.append(self.decays)
+        return self.slots.shape[1] * sum(t.shape[3:].numel() * t.element_size() for t in per_slot)
+
+    def bytes_by_row(self) -> Tensor:
+        """Bytes that every row would hold in a cache of its own: (batch,) int64.
+
+        A batch pads every row to the longest head of all rows; alone, a row pays for its own longest head only.
+        """
+        rest = sum(t.shape[1:].numel() * t.element_size() for t in self.recorder.rowwise.values())
+        return (self.slots >= 0).sum(-1).amax(-1) * self.bytes_per_token() + rest
+
+    def _account(self, before: int, tokens: int) -> None:
+        """Note that ``tokens`` arrived since ``before`` bytes were held; pieces do not matter."""
+        held = self.nbytes()
+        self.bytes_peak = max(self.bytes_peak, held)
+        self._byte_tokens += (before + held) / 2 * tokens
+        self.cache.account(self.index, self.seen, held)
+
+    @property
+    def bytes_mean(self) -> float:
+        """Mean of the bytes held, over the tokens read (cropped ones too: they were held)."""
+        return self._byte_tokens / self._read if self._read else 0.0
+
+
+def _own(x: Tensor) -> Tensor:
+    """``x``, copied if it is a part of a larger tensor."""
+    return x if x.untyped_storage().nbytes() <= x.numel() * x.element_size() else x.clone()

@@ -1,0 +1,274 @@
+"""Cache: everything that a cache holds as plain numbers and tensors, and a cache made of them again, to the bit.
+
+A snapshot says nothing about manager and model; who writes it into a file adds both (`evomem.plugins.saved_cache`).
+Numbers and tensors are checked against each other when a cache is made of them: a file may come from anybody.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomem.errors import CacheError
+from evomem.memory.kv.cache import SlotCache
+from evomem.memory.kv.layer import SlotLayer
+from evomem.memory.observations import Recorder, Wanted
+from evomem.memory.spectrum import BINS, HOP
+
+COUNTS = ("seen", "decided", "bytes_peak", "_read")
+FLAGS = ("dense", "aligned")
+NUMBERS = ("scale", "_byte_tokens")
+MAYBE = ("softcap", "window")
+TENSORS = ("keys", "values", "slots", "start", "decays")
+"""Attributes of a `SlotLayer` that are its state: whole numbers, truths, numbers, numbers or none, tensors.
+
+``starts`` follows from ``start``, ``is_initialized`` from ``seen``; ``pending`` and ``ahead`` exist within a pass only.
+"""
+_LARGEST = 2**53
+"""Whole numbers up to which JSON and floats are exact."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a cache holds.
+
+    Attributes
+    ----------
+    facts : JSON-serialisable.
+    tensors : by ``LAYER.NAME``, ``LAYER.slotwise.NAME`` and ``LAYER.rowwise.NAME``; those of the cache, not copies.
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def take(cache: SlotCache) -> Snapshot:
+    """Return what a cache holds between two forward passes.
+
+    Raises
+    ------
+    CacheError : a forward pass over it was cut short.
+    """
+    cache.require_whole()
+    if cache.awaiting is not None or any(layer.pending is not None or layer.ahead for layer in cache.layers):
+        raise CacheError("a forward pass over this cache was cut short; reset() it and read the context again")
+    layers, tensors = [], dict[str, Tensor]()
+    for layer in cache.layers:
+        recorder = layer.recorder
+        facts = {name: getattr(layer, name) for name in (*COUNTS, *FLAGS, *NUMBERS, *MAYBE)}
+        recorded = {"recorded_window": recorder.window, "recorded_from": recorder.begin}
+        layers.append(facts | {"observing": recorder.wanted == cache.wanted} | recorded)
+        for name in TENSORS:
+            if getattr(layer, name) is not None:
+                tensors[f"{layer.index}.{name}"] = getattr(layer, name)
+        for group, states in (("slotwise", recorder.slotwise), ("rowwise", recorder.rowwise)):
+            tensors.update({f"{layer.index}.{group}.{name}": state for name, state in states.items()})
+    return Snapshot(
+        {
+            "decides_after_forward": cache.decides_after_forward,
+            "undecided": cache.undecided,
+            "bytes_peak": cache.bytes_peak,
+            "layers": layers,
+        },
+        tensors,
+    )
+
+
+def put(snapshot: Snapshot, cache: SlotCache, devices: Sequence[torch.device]) -> None:
+    """Let an empty cache hold what a snapshot says; it goes on as the one that the snapshot was taken of.
+
+    Parameters
+    ----------
+    cache : empty, with the manager and for the model of the snapshot's.
+    devices : where every layer's slots are to lie.
+
+    Raises
+    ------
+    CacheError : see `check`.
+    """
+    facts, layers, named = snapshot.facts, snapshot.facts["layers"], check(snapshot, cache)
+    for name in ("decides_after_forward", "undecided", "bytes_peak"):
+        setattr(cache, name, facts[name])
+    for layer, own, tensors, device in zip(cache.layers, layers, named, devices, strict=True):
+        _fill(layer, own, {name: tensor.to(device) for name, tensor in tensors.items()}, cache.wanted)
+
+
+def check(snapshot: Snapshot, cache: SlotCache) -> list[dict[str, Tensor]]:
+    """Return the tensors of every layer by name, after checking that a snapshot can be one of such a cache.
+
+    Raises
+    ------
+    CacheError : numbers and tensors contradict each other, or are not those of a cache of this manager.
+    """
+    facts = snapshot.facts
+    names = {"decides_after_forward", "undecided", "bytes_peak", "layers"}
+    _require(set(facts) == names, "cache", "has other fields")
+    for name in ("decides_after_forward", "undecided"):
+        _require(isinstance(facts[name], bool), name, "is no truth value")
+    _require(_is_count(facts["bytes_peak"]), "bytes_peak", "is no number of bytes")
+    layers = facts["layers"]
+    _require(isinstance(layers, list) and len(layers) == cache.depth, "layers", f"are not {cache.depth}")
+    named: list[dict[str, Tensor]] = [{} for _ in range(cache.depth)]
+    for name, tensor in snapshot.tensors.items():
+        number, _, rest = name.partition(".")
+        _require(number.isdecimal() and number.isascii() and len(number) < 9, name, "is no tensor of a cache")
+        _require(int(number) < cache.depth, name, f"is of none of the {cache.depth} layers")
+        named[int(number)][rest] = tensor
+    for layer, own, tensors in zip(cache.layers, layers, named, strict=True):
+        _check_facts(layer.index, own)
+        _check_tensors(layer.index, own, tensors, cache.wanted if own["observing"] else Wanted())
+    first = (layers[0]["seen"], None if "keys" not in named[0] else named[0]["keys"].shape[0])
+    for index, (own, tensors) in enumerate(zip(layers, named, strict=True)):
+        here = (own["seen"], None if "keys" not in tensors else tensors["keys"].shape[0])
+        _require(here == first, f"layer {index}", "has read other tokens or rows than layer 0")
+    return named
+
+
+def _fill(layer: SlotLayer, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
+    for name in (*COUNTS, *FLAGS, *NUMBERS, *MAYBE):
+        setattr(layer, name, facts[name])
+    for name in TENSORS:
+        if name in tensors:
+            setattr(layer, name, tensors[name])
+    layer.is_initialized = layer.seen > 0
+    layer.starts = tuple(layer.start.tolist()) if layer.seen else ()
+    parts = {
+        group: {n.removeprefix(f"{group}."): t for n, t in tensors.items() if n.startswith(f"{group}.")}
+        for group in ("slotwise", "rowwise")
+    }
+    layer.recorder = Recorder(
+        wanted, parts["slotwise"], parts["rowwise"], facts["recorded_window"], facts["recorded_from"]
+    )
+    if not facts["observing"]:
+        layer.recorder.stop()
+        layer.recorder.window = facts["recorded_window"]
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _require(right: bool, where: str, trouble: str) -> None:
+    if not right:
+        raise CacheError(f"{where}: {trouble}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_facts(index: int, facts: Any) -> None:
+    where = f"layer {index}"
+    names = {*COUNTS, *FLAGS, *NUMBERS, *MAYBE, "observing", "recorded_window", "recorded_from"}
+    _require(isinstance(facts, dict) and set(facts) == names, where, "has other fields than a layer's")
+    for name in COUNTS:
+        _require(_is_count(facts[name]), f"{where}: {name}", "is no count")
+    for name in (*FLAGS, "observing"):
+        _require(isinstance(facts[name], bool), f"{where}: {name}", "is no truth value")
+    for name in NUMBERS:
+        _require(_is_number(facts[name]), f"{where}: {name}", "is no finite number")
+    _require(facts["softcap"] is None or _is_number(facts["softcap"]), f"{where}: softcap", "is no number")
+    for name in ("window", "recorded_window"):
+        _require(facts[name] is None or _is_count(facts[name]), f"{where}: {name}", "is no number of tokens")
+    for name in ("decided", "recorded_from"):
+        _require(_is_count(facts[name]), f"{where}: {name}", "is no count")
+        _require(facts[name] <= facts["seen"], f"{where}: {name}", "is after the last token that was read")
+
+
+def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
+    """Check a layer's tensors: their names, types and shapes, and that the slots are those of so many tokens."""
+    seen = facts["seen"]
+    if not seen:
+        _require(not tensors, f"layer {index}", "has read nothing and holds tensors")
+        return
+    for name in ("keys", "values", "slots", "start"):
+        _require(name in tensors, f"{index}.{name}", "is missing")
+    keys, slots, start = tensors["keys"], tensors["slots"], tensors["start"]
+    _require(keys.dim() == 4 and keys.is_floating_point(), f"{index}.keys", "is no (batch, kv_heads, slots, head_dim)")
+    batch, heads, held, size = keys.shape
+    _require(batch > 0 and heads > 0, f"{index}.keys", "has no row or no head")
+    values = tensors["values"]
+    _require(values.dim() == 4 and values.is_floating_point(), f"{index}.values", "has shape or type of no values")
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "keys": ((batch, heads, held, size), keys.dtype),
+        "values": ((batch, heads, held, values.shape[-1]), values.dtype),  # under autocast another type than keys
+        "slots": ((batch, heads, held), torch.int64),
+        "start": ((batch,), torch.int64),
+        "decays": ((batch, heads, held), torch.float32),
+    }
+    _check_shape(f"{index}.slots", slots, *shapes["slots"])
+    _check_shape(f"{index}.start", start, *shapes["start"])
+    _require(bool(((start >= 0) & (start <= seen)).all()), f"{index}.start", "is outside of what was read")
+    shapes |= _recorded_shapes(index, wanted, tensors, batch, heads, held, size, seen, _since(start, facts))
+    for name, tensor in tensors.items():
+        _require(name in shapes, f"{index}.{name}", "is nothing that this manager's cache holds")
+        _check_shape(f"{index}.{name}", tensor, *shapes[name])
+    for name in shapes.keys() - tensors.keys() - {"decays"}:
+        raise CacheError(f"{index}.{name}: is missing")
+    rising = (slots[..., 1:] > slots[..., :-1]) | (slots[..., :-1] == -1)
+    within = bool(((slots >= -1) & (slots < seen)).all()) and bool(rising.all())
+    _require(within, f"{index}.slots", "are not the ascending indices of tokens that were read")
+    _require(not facts["aligned"] or bool((slots >= 0).all()), f"{index}.slots", "have empty ones, and aligned says no")
+    whole = held == seen and bool((slots == torch.arange(held, device=slots.device)).all())
+    _require(not facts["dense"] or whole, f"{index}.slots", "are not all tokens, and dense says so")
+
+
+def _recorded_shapes(
+    index: int, wanted: Wanted, tensors: Mapping[str, Tensor], batch: int, heads: int, held: int, size: int, seen: int,
+    starts: list[int],
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:  # fmt: skip
+    """Return shapes and types of what a recorder holds after ``seen`` tokens."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if wanted.attention_sum:
+        found["slotwise.attention_sum"] = (batch, heads, held), torch.float32
+    if wanted.attention_spectrum:
+        waiting = max(max(seen - start, 0) % HOP for start in starts)
+        found["slotwise.attention_spectrum"] = (batch, heads, held, BINS), torch.float32
+        found["slotwise.columns"] = (batch, heads, held, HOP + waiting), torch.float32
+    queries = tensors.get("rowwise.queries")
+    if wanted.queries and queries is not None:
+        _require(queries.dim() == 4 and queries.is_floating_point(), f"{index}.rowwise.queries", "are no queries")
+        count = queries.shape[2]
+        fits = 0 < count <= min(wanted.queries, seen) and queries.shape[1] % heads == 0
+        _require(fits, f"{index}.rowwise.queries", "are not the newest queries of this manager's window")
+        found["rowwise.queries"] = (batch, queries.shape[1], count, size), queries.dtype
+        visible = tensors.get("rowwise.visible")
+        if visible is not None:
+            _require(visible.dim() == 4, f"{index}.rowwise.visible", "is no mask")
+            shape = batch, visible.shape[1], visible.shape[2], visible.shape[3]
+            fits = visible.shape[1] in (1, heads) and visible.shape[2] <= wanted.queries and visible.shape[3] <= seen
+            kind = visible.dtype == torch.bool or visible.is_floating_point()
+            _require(fits and kind, f"{index}.rowwise.visible", "is no mask of the newest queries")
+            found["rowwise.visible"] = shape, visible.dtype
+    elif wanted.queries:
+        found["rowwise.queries"] = (), torch.float32  # missing, which is said
+    total = tensors.get("rowwise.query_sum")
+    if wanted.query_statistics:
+        query_heads = total.shape[1] if total is not None and total.dim() == 3 else 0
+        fits = query_heads > 0 and query_heads % heads == 0
+        _require(fits, f"{index}.rowwise.query_sum", "is missing, or no sum of queries")
+        found["rowwise.query_sum"] = (batch, query_heads, size), torch.float32
+        found["rowwise.query_square"] = (batch, query_heads, size, size), torch.float32
+        found["rowwise.read"] = found["rowwise.newest"] = (batch,), torch.int64
+    return found
+
+
+def _since(start: Tensor, facts: Mapping[str, Any]) -> list[int]:
+    """Token of every row that recording began with."""
+    return [max(first, int(facts["recorded_from"])) for first in start.tolist()]
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    _require(
+        tuple(tensor.shape) == shape and tensor.dtype == dtype,
+        name,
+        f"has shape {tuple(tensor.shape)} and type {tensor.dtype}; {shape} and {dtype} are expected",
+    )

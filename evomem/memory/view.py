@@ -1,0 +1,178 @@
+"""Cache: what a manager sees of one layer's slots, and what it may answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomem.errors import CacheError
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer's slots at a decision.
+
+    Attributes
+    ----------
+    keys, values : (batch, kv_heads, slots, head_dim); keys are rotated to the positions at which they were read.
+    slots : (batch, kv_heads, slots) int64, the index of the token that each slot holds, ascending, -1 = empty.
+        Heads with fewer slots are right-aligned: the empty slots come first.
+    start : (batch,) int64, index of the row's first real token (its left padding).
+    seen : number of tokens read so far, padding included: the newest token has index ``seen - 1``.
+    fresh : number of tokens that arrived since the last decision.
+    layer, layers : which layer this is, of how many.
+    recorded : observations that the cache recorded because the manager asked for them, by name (see
+        `evomem.memory.observations`); slot-aligned ones have the slots on axis 2.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    start: Tensor
+    seen: int
+    fresh: int
+    layer: int
+    layers: int
+    recorded: Mapping[str, Tensor] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Values computed from this view once and shared by all candidates that look at it."""
+
+    @property
+    def valid(self) -> Tensor:
+        """(batch, kv_heads, slots) bool: which slots hold a token."""
+        return self.slots >= 0
+
+    @property
+    def age(self) -> Tensor:
+        """(batch, kv_heads, slots) int64: newest token's index minus the slot's; empty slots give ``seen``."""
+        return self.seen - 1 - self.slots
+
+    @property
+    def position(self) -> Tensor:
+        """(batch, kv_heads, slots) int64: index of the slot's token within its own row, padding not counted."""
+        return self.slots - self.start[:, None, None]
+
+    @property
+    def depth(self) -> float:
+        """Relative depth of the layer in [-1/2, 1/2]; 0 for a model of one layer."""
+        return self.layer / (self.layers - 1) - 0.5 if self.layers > 1 else 0.0
+
+    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return ``compute()``, computed at the first call for ``name`` on this view and remembered."""
+        if name not in self.memo:
+            self.memo[name] = compute()
+        value: Tensor = self.memo[name]
+        return value
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a manager decides about one layer.
+
+    Attributes
+    ----------
+    keep : (batch, kv_heads, slots) bool; slots that are False leave memory. Empty slots are always False.
+    decay : (batch, kv_heads, slots) float or None: log-decay to be added to the slots' attention logits (<= 0).
+    """
+
+    keep: Tensor
+    decay: Tensor | None = None
+
+
+def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the slots that hold a token: x, valid (batch, kv_heads, slots) -> (batch, kv_heads, 1)."""
+    count = valid.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(valid, x, 0.0).sum(-1, keepdim=True) / count
+
+
+def layer_view(
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor | None = None,
+    *,
+    recorded: Mapping[str, Tensor] | None = None,
+    observes: Iterable[str] = (),
+    start: Tensor | None = None,
+    seen: int | None = None,
+    fresh: int | None = None,
+    layer: int = 0,
+    layers: int = 1,
+) -> LayerView:
+    """Return the view of a layer whose keys and values another engine holds; no transformers needed.
+
+    >>> view = layer_view(keys, values, recorded={"attention_sum": sums})            # doctest: +SKIP
+    >>> keep = manager.decide(view).keep                                             # doctest: +SKIP
+
+    Parameters
+    ----------
+    keys, values : (batch, kv_heads, slots, head_dim), keys rotated; see `LayerView`.
+    positions : index of the token that every slot holds, ascending; -1 = empty, and the empty ones come first. (slots,)
+        or (batch, slots) where the heads hold the same tokens, else (batch, kv_heads, slots). None: 0, 1, 2, …
+    recorded : observations by name, see `evomem.memory.observations`.
+    observes : what has to be recorded: the manager's ``observes``, to hear at once what is missing.
+    start : (batch,) index of every row's first real token (its left padding); None: 0.
+    seen : tokens read so far; None: up to the newest slot's.
+    fresh : tokens that arrived since the last decision; None: all of them.
+    layer, layers : which layer this is, of how many.
+
+    Raises
+    ------
+    CacheError : shapes that do not fit, positions that do not ascend, an observation that is missing.
+    """
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+        raise CacheError(
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)}; give (batch, kv_heads, slots, head_dim) each"
+        )
+    if not 0 <= layer < layers:
+        raise CacheError(f"layer {layer} of {layers}; count layers from 0")
+    shape = keys.shape[:3]
+    recorded = dict(recorded or {})
+    _check_recorded(recorded, observes, shape)
+    slots = _expanded(positions, keys)
+    newest = int(slots.max()) + 1 if slots.numel() else 0
+    seen = newest if seen is None else seen
+    if seen < newest:
+        raise CacheError(f"positions reach {newest - 1}, but only {seen} tokens were seen")
+    start = torch.zeros(shape[0], dtype=torch.int64, device=keys.device) if start is None else start
+    if start.shape != shape[:1]:
+        raise CacheError(f"start has shape {tuple(start.shape)}; give one index a row: ({shape[0]},)")
+    return LayerView(keys, values, slots, start, seen, seen if fresh is None else fresh, layer, layers, recorded)
+
+
+def _expanded(positions: Tensor | None, keys: Tensor) -> Tensor:
+    """Return the positions (batch, kv_heads, slots), checked."""
+    batch, heads, count, _ = keys.shape
+    if positions is None:
+        positions = torch.arange(count, device=keys.device)
+    if positions.is_floating_point() or positions.dim() > 3:
+        raise CacheError(f"positions: {positions.dtype} of shape {tuple(positions.shape)}; give token indices")
+    wide = positions[:, None] if positions.dim() == 2 else positions
+    try:
+        slots = wide.to(torch.int64).expand(batch, heads, count)
+    except RuntimeError:
+        raise CacheError(
+            f"positions have shape {tuple(positions.shape)}; give ({count},), ({batch}, {count}) or "
+            f"({batch}, {heads}, {count}), as the keys have it"
+        ) from None
+    rising = (slots[..., 1:] > slots[..., :-1]) | (slots[..., :-1] == -1)
+    if (slots < -1).any() or not rising.all():
+        raise CacheError("positions must ascend from slot to slot; -1 marks empty slots, which come first")
+    return slots
+
+
+def _check_recorded(recorded: Mapping[str, Tensor], observes: Iterable[str], shape: torch.Size) -> None:
+    for name in sorted(observes):
+        parts = ("query_mean", "query_covariance", "future_rotation") if name == "query_statistics" else (name,)
+        for part in parts:
+            if part not in recorded:
+                raise CacheError(
+                    f"recorded has no {part!r}, which the manager observes (see evomem.memory.observations)"
+                )
+    for name, tensor in recorded.items():
+        slotwise = name.startswith(("attention_", "window_"))
+        if slotwise and tensor.shape[:3] != shape:
+            raise CacheError(f"recorded {name!r} has shape {tuple(tensor.shape)}; its first axes are {tuple(shape)}")

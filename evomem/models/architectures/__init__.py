@@ -1,0 +1,1 @@
+"""Model: architectures of our own, each a ``PreTrainedModel``."""

@@ -1,0 +1,1 @@
+"""Report: tables, figures and pages that people look at; it reads runs, rows and traces."""

@@ -1,0 +1,254 @@
+"""Run: what a comparison says, as tables for a terminal, as Markdown, and as one sentence per budget."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+from rich.table import Table
+from rich.text import Text
+
+from evomem.evaluation.rows import BYTES_TOLERANCE, Budget, Row
+from evomem.files.atomic import write_atomically
+from evomem.runs.folder_reading import of_shape, read_json
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+FEW = 10
+"""Samples below which a bootstrap interval is not to be trusted: it can only be made of the values that are there."""
+
+_COLUMNS = ("manager", "loglik", "advantage", "exact", "slots", "KiB", "recovered")
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as a JSON list."""
+    write_atomically(path, rows_json(rows).encode())
+
+
+def rows_json(rows: Sequence[Row]) -> str:
+    """Return rows as a JSON list, one row a line."""
+    lines = ",\n".join(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) for row in rows)
+    return f"[\n{lines}\n]\n"
+
+
+def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:  # type: ignore[assignment]
+    """Return the rows that `write_rows` wrote; raise `RunError` if the file is damaged."""
+    cure = "delete it to compare again"
+    with of_shape(path, cure):
+        found = read_json(path, cure)
+        if not isinstance(found, list):
+            raise TypeError(f"a list of rows is expected, this is {type(found).__name__}")
+        return [checked_row(kind.from_json(data)) for data in found]
+
+
+def checked_row(row: AnyRow) -> AnyRow:
+    """Return a row of a file; raise `TypeError` where a field is not of the kind that tables and pictures show."""
+    texts = (row.model, row.task, row.manager, row.protocol, row.split, row.role)
+    numbers = (row.loglik, row.bytes_peak, row.bytes_mean, row.slots, row.seconds)
+    maybe = (row.score, row.difference, row.difference_score, row.bytes_ratio, row.recovered, row.budget)
+    spans = (row.interval, row.interval_score, row.interval_loglik)
+    if not all(isinstance(text, str) for text in texts) or type(row.samples) is not int:
+        raise TypeError("names are texts, and samples a number")
+    if not all(map(_is_number, numbers)) or not all(value is None or _is_number(value) for value in maybe):
+        raise TypeError("a number is none")
+    for span in spans:
+        if span is not None and not (isinstance(span, list) and len(span) == 2 and all(map(_is_number, span))):
+            raise TypeError("an interval is two numbers")
+    return row
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value != value or abs(value) < 1e300
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return one table per model and task, a section per budget, the best first, the subject highlighted."""
+    found = []
+    for (model, task), group in _by_place(rows):
+        first = group[0]
+        table = Table(
+            title=f"{task} on {model}, {first.protocol}, {first.samples} {first.split} samples",
+            title_justify="left", title_style="bold", header_style="dim", expand=False,
+        )  # fmt: skip
+        headings = _headings(group)
+        for heading in ("budget", *headings):
+            table.add_column(heading, justify="left" if heading == "manager" else "right", no_wrap=True)
+        for budget, section in groupby(group, key=lambda row: row.budget):
+            members = list(section)
+            best = best_heuristic(members)
+            for place, row in enumerate(members):
+                cells = [budget_text(budget) if place == 0 else "", *_cells(row, headings)]
+                style = "bold green" if row.role == "subject" else "cyan" if row is best else ""
+                table.add_row(*[Text(cell) for cell in cells], style=style)
+            table.add_section()
+        found.append(table)
+    return found
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Return what a reader of the table must know: what the columns mean, and whose memory is not equal."""
+    found = []
+    if any(row.difference is not None for row in rows):
+        subject = next(row.manager for row in rows if row.role == "subject")
+        spread = "95 % paired bootstrap" if any(row.interval is not None for row in rows) else "of one sample"
+        text = f"loglik: nats per answer token. advantage: of {subject} over the row, {spread}."
+        if any(row.recovered is not None for row in rows):
+            text += " recovered: share of what random eviction loses."
+        found.append(text)
+    for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
+        found.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
+    for (model, task), group in _by_place(rows):
+        remarks, count = [group[0].remark] if group[0].remark else [], group[0].samples
+        if count == 1:
+            remarks.append("of 1 sample there is no interval")
+        elif count < FEW:
+            remarks.append(f"an interval of {count} samples says little: it is too narrow as often as not")
+        if remarks:
+            found.append(f"{task} on {model}: {'; '.join(remarks)}.")
+    for task, model, longest, positions in dict.fromkeys(
+        (row.task, row.model, row.longest, row.positions) for row in rows if row.positions is not None
+    ):
+        found.append(
+            f"{task} on {model}: samples of up to {longest:,} tokens, but the model was made for {positions:,} "
+            "positions; it was not trained for later ones."
+        )
+    chats = dict.fromkeys(f"{row.task} on {row.model}" for row in rows if row.chat_template)
+    if chats:
+        found.append(f"Asked in the words of the model's chat template: {', '.join(chats)}.")
+    unequal = [row for row in rows if row.role != "full" and row.bytes_ratio is not None and not row.equal_bytes]
+    if unequal:
+        limit = f"{BYTES_TOLERANCE:.0%}"
+        found.append(f"*: measured memory differs from the subject's by more than {limit}.")
+    return found
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Return one sentence per model, task and budget: whether it beats the best heuristic of equal memory."""
+    found = []
+    several = len({(row.model, row.task) for row in rows}) > 1
+    for (model, task), group in _by_place(rows):
+        for _, section in groupby(group, key=lambda row: row.budget):
+            text = _sentence(list(section))
+            if text is not None:
+                found.append(f"{task} on {model}: {text}" if several else text)
+    return found
+
+
+def best_heuristic(rows: Sequence[AnyRow]) -> AnyRow | None:
+    """Return the row of the field with the largest log-likelihood that holds no more memory than the subject.
+
+    Where all hold more, the best of them.
+    """
+    field = [row for row in rows if row.role == "field" and math.isfinite(row.loglik)]
+    fair = [row for row in field if row.bytes_ratio is None or row.bytes_ratio <= 1 + BYTES_TOLERANCE]
+    return max(fair or field, key=lambda row: row.loglik, default=None)
+
+
+def _sentence(rows: Sequence[Row]) -> str | None:
+    # The others' differences are from the first subject; further subjects have differences themselves.
+    subject = next((row for row in rows if row.role == "subject" and row.difference is None), None)
+    best = best_heuristic(rows)
+    if subject is None or best is None or best.difference is None:
+        return None
+    size = f"{subject.slots:.0f} slots per head" if subject.budget is None else _budget_phrase(subject.budget)
+    where = f"on {best.samples} {best.split} samples at {size} ({_kib(subject.bytes_mean)} KiB measured)"
+    amount = f"{abs(best.difference):.3f} nats per answer token"
+    low, high = best.interval if best.interval is not None else (math.nan, math.nan)
+    span = f"[{low:.3f}, {high:.3f}]"
+    name = f"the best heuristic ({best.manager})"
+    if best.interval is None:
+        text = f"{subject.manager} is {best.difference:+.3f} nats per answer token from {name} {where}; too few samples"
+    elif low > 0:
+        text = f"{subject.manager} beats {name} by {amount} {span} {where}"
+    elif high < 0:
+        text = f"{subject.manager} loses to {name} by {amount} [{-high:.3f}, {-low:.3f}] {where}"
+    else:
+        text = (
+            f"{subject.manager} cannot be told from {name}: {best.difference:+.3f} nats per answer token {span} {where}"
+        )
+    if best.bytes_ratio is not None and not best.equal_bytes:
+        text += f"; {best.manager} holds {_more(best.bytes_ratio)} memory"
+    for row in rows:
+        # Honest about those that do better with more memory than their budget says: ragged caches are padded.
+        if row.role == "field" and row.loglik > best.loglik and row.bytes_ratio and row.difference is not None:
+            advantage = f"{row.difference:+.3f} {_span(row.interval)}".rstrip()
+            text += f"; against {row.manager}, which holds {_more(row.bytes_ratio)} memory: {advantage}"
+    return text + "."
+
+
+def _more(ratio: float) -> str:
+    return f"{abs(ratio - 1):.1%} {'more' if ratio > 1 else 'less'}"
+
+
+def _budget_phrase(budget: Budget) -> str:
+    return f"{budget:.0%} of the tokens" if isinstance(budget, float) else f"{budget} slots per head"
+
+
+def markdown(rows: Sequence[Row], title: str = "Comparison") -> str:
+    """Return the tables, notes and sentences as Markdown."""
+    lines = [f"# {title}", ""]
+    for sentence in sentences(rows):
+        lines += [sentence, ""]
+    for (model, task), group in _by_place(rows):
+        first = group[0]
+        lines += [f"## {task} on {model}, {first.protocol}, {first.samples} {first.split} samples", ""]
+        headings = _headings(group)
+        lines += ["| budget | " + " | ".join(headings) + " |", "|---:|---" + "|---:" * (len(headings) - 1) + "|"]
+        for row in group:
+            cells = [cell.replace("|", r"\|") for cell in _cells(row, headings)]
+            if row.role == "subject":
+                cells[0] = f"**{cells[0]}**"
+            lines.append(f"| {budget_text(row.budget)} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [note.replace("*:", r"\*:") for note in notes(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def budget_text(budget: Budget) -> str:
+    """Return a budget as it stands in tables."""
+    return "-" if budget is None else str(budget)
+
+
+def _by_place(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]]:
+    for place, group in groupby(rows, key=lambda row: (row.model, row.task)):
+        yield place, list(group)
+
+
+def _headings(rows: Sequence[Row]) -> list[str]:
+    """Return the columns in which any row says something; one sample has no interval."""
+    empty = {
+        "advantage": all(row.difference is None for row in rows),
+        "exact": all(row.score is None for row in rows),
+        "recovered": all(row.recovered is None for row in rows),
+    }
+    interval = " [95 %]" if any(row.interval is not None for row in rows) else ""
+    return [name + interval * (name == "advantage") for name in _COLUMNS if not empty.get(name, False)]
+
+
+def _cells(row: Row, headings: Sequence[str]) -> list[str]:
+    """Return a row's text in the columns of some headings."""
+    mark = "*" if row.role != "full" and row.bytes_ratio is not None and not row.equal_bytes else ""
+    cells = {
+        "manager": row.manager,
+        "loglik": f"{row.loglik:.3f}",
+        "advantage": "" if row.difference is None else f"{row.difference:+.3f} {_span(row.interval)}".rstrip(),
+        "exact": "" if row.score is None else f"{row.score:.3f}",
+        "slots": f"{row.slots:.1f}",
+        "KiB": _kib(row.bytes_mean) + mark,
+        "recovered": "" if row.recovered is None else f"{row.recovered:.2f}",
+    }
+    return [cells[heading.partition(" ")[0]] for heading in headings]
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:,.0f}"

@@ -1,0 +1,396 @@
+"""Manager: what of a manager may vary in a search; a vector of real numbers for every variant, and back.
+
+A search space is a YAML file of `search_spaces/`::
+
+    manager: {name: feature_scorer, options: {budget: 64}}
+    weights: all                      # or none, or [{match: "hidden.*", scale: 0.5}, ...]
+    options:                          # options of the manager that vary too
+      recent: {kind: integer, low: 0, high: 16}
+    start: {heuristic: keydiff}       # or zeros, initial, {vector: FILE or [..]}, {plugin: FOLDER}, {parameters: ..}
+    sigma: 0.3
+
+Every vector of finite numbers decodes: a weight is ``scale * x``, and bounds are handled smoothly
+(`evomem.search_space.option_ranges`). Weights come first in the vector, in the order in which the manager registered
+them, then the options in the order of the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from evomem.bounds import LARGE, SMALL, VALUE
+from evomem.errors import ConfigError
+from evomem.files.reading import is_file, read_bytes, user_path
+from evomem.files.strict_json import shown
+from evomem.managers.base import MemoryManager, managers
+from evomem.search_space.option_ranges import Option, Variable
+from evomem.validation import Settings, merge, read_yaml, validate
+
+Array = NDArray[np.float64]
+
+_VECTOR = 256 << 20
+"""Bytes of a file of numbers, at most."""
+
+
+Number = Annotated[float, Field(ge=-VALUE, le=VALUE, allow_inf_nan=False)]
+
+
+class Weights(Settings):
+    """Parameters whose names match a pattern (shell style) vary with this scale; the first pattern that fits counts."""
+
+    match: str = "*"
+    scale: float = Field(default=1.0, ge=SMALL, le=LARGE, allow_inf_nan=False)
+
+
+class ManagerConfig(Settings):
+    """A manager by name, and its fixed options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Start(Settings):
+    """Where a search starts from; exactly one of the fields, and noise.
+
+    Attributes
+    ----------
+    vector : numbers, or a .npy file of them.
+    heuristic : a manager that this one can imitate (its class says which).
+    plugin : folder of a manager of the same kind.
+    parameters : numbers by pattern of parameter names; weights that no pattern matches are zero.
+    noise : standard deviation of normal numbers, always the same ones, that are added to all weights that vary: a
+        network of zeros has no gradient inside.
+    """
+
+    vector: str | Annotated[list[Number], Field(max_length=10**7)] | None = None
+    heuristic: str | None = None
+    plugin: str | None = None
+    parameters: dict[str, Number] | None = None
+    noise: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        kinds = [field for field in type(self).model_fields if field != "noise"]
+        if sum(getattr(self, field) is not None for field in kinds) != 1:
+            raise ValueError(f"give exactly one of {', '.join(kinds)}")
+        return self
+
+
+class SpaceConfig(Settings):
+    """What may vary, and from where the search starts (see the module's docstring)."""
+
+    manager: ManagerConfig
+    weights: Literal["all", "none"] | list[Weights] = "all"
+    options: dict[str, Option] = Field(default_factory=dict)
+    start: Literal["initial", "zeros"] | Start = "initial"
+    sigma: float = Field(default=0.3, ge=SMALL, le=LARGE, allow_inf_nan=False)
+
+
+def load_space(name: str, changes: Mapping[str, Any] | None = None) -> SpaceConfig:
+    """Return the search space of a file or of a name in `search_spaces/`, with ``changes`` merged over it.
+
+    ``start`` is replaced as a whole, because its fields exclude each other.
+    """
+    from evomem.files.resources import resource_path
+
+    path = user_path(name)
+    if not is_file(path):
+        path = resource_path("search_spaces", name)
+    changes = changes or {}
+    values = merge(read_yaml(path), changes)
+    if "start" in changes:
+        values["start"] = changes["start"]
+    return validate(SpaceConfig, values, str(path))
+
+
+class SearchSpace:
+    """Vectors of ``dim`` real numbers, each a manager.
+
+    Parameters
+    ----------
+    config : what varies.
+    state : tensors of the manager that the search starts from (its ``state_dict``), for a run that is resumed; by
+        default they come from ``config.start``.
+
+    Attributes
+    ----------
+    dim : length of a vector.
+    template : the manager that the search starts from; it gives everything that does not vary, buffers included.
+    start : (dim,) the vector of `template` (for options, of their start values).
+    sigma : the search's first step size, in units of the vector.
+    """
+
+    def __init__(self, config: SpaceConfig, state: Mapping[str, Tensor] | None = None) -> None:
+        self.config = config
+        self.sigma = config.sigma
+        self.template = build_manager(config.manager)
+        self._options = dict(config.options)
+        known = set(type(self.template.options).model_fields)
+        for name in self._options.keys() - known:
+            raise ConfigError(
+                f"search space: options.{name}: manager {config.manager.name!r} has no such option; it has: "
+                f"{', '.join(sorted(known))}"
+            )
+        self._weights = self._varying_weights()
+        self._numbers = sum(parameter.numel() for parameter in self._parameters(self.template).values())
+        self.dim = self._numbers + sum(option.width for option in self._options.values())
+        if self.dim == 0:
+            raise ConfigError(
+                f"search space: manager {config.manager.name!r} has nothing that varies; name weights or options"
+            )
+        start = None
+        if state is None:
+            start = self._set_start()
+        else:
+            self.template.load_state_dict(dict(state))
+        if start is None:
+            starts = {name: self._option_start(name, option) for name, option in self._options.items()}
+            start = self._encode(self.template, starts)
+        self.start: Array = start
+
+    # ---- what varies ----------------------------------------------------------------------------------------------
+
+    def _varying_weights(self) -> dict[str, float]:
+        """Return the scale of every parameter that varies, by name, in registration order."""
+        names = [name for name, _ in self.template.named_parameters()]
+        if self.config.weights == "none":
+            return {}
+        patterns = [Weights()] if self.config.weights == "all" else self.config.weights
+        for pattern in patterns:
+            if self.config.weights != "all" and not fnmatch.filter(names, pattern.match):
+                raise ConfigError(
+                    f"search space: weights: no parameter of {self.config.manager.name!r} matches {pattern.match!r}; "
+                    f"it has: {', '.join(names) or 'none'}"
+                )
+        scales: dict[str, float] = {}
+        for name in names:
+            for pattern in patterns:
+                if fnmatch.fnmatchcase(name, pattern.match):
+                    scales[name] = pattern.scale
+                    break
+        return scales
+
+    def _parameters(self, manager: MemoryManager) -> dict[str, Tensor]:
+        return {name: value for name, value in manager.named_parameters() if name in self._weights}
+
+    def blocks(self) -> list[NDArray[np.int64]]:
+        """Return, per (layer, kv head) in row-major order, the indices of the coordinates that act on that head only.
+
+        Empty when the manager has no such parameters (`MemoryManager.head_parameters`) or they do not vary.
+        """
+        parts: dict[int, list[NDArray[np.int64]]] = {}
+        place = 0
+        for name, parameter in self._parameters(self.template).items():
+            if name in type(self.template).head_parameters:
+                count = parameter.shape[0] * parameter.shape[1]
+                width = parameter.numel() // count
+                for number in range(count):
+                    begin = place + number * width
+                    parts.setdefault(number, []).append(np.arange(begin, begin + width))
+            place += parameter.numel()
+        return [np.concatenate(parts[number]) for number in sorted(parts)]
+
+    def variables(self) -> list[Variable]:
+        """Return what the options' coordinates stand for; every other coordinate is a weight, an unbounded number."""
+        found, place = [], self._numbers
+        for option in self._options.values():
+            found.append(Variable(place, option.width, option.bounds, option.codes()))
+            place += option.width
+        return found
+
+    # ---- vector and manager ---------------------------------------------------------------------------------------
+
+    def decode(self, vector: Array) -> MemoryManager:
+        """Return the manager of a vector (dim,); every real vector has one.
+
+        Raises
+        ------
+        ConfigError : the vector has another length.
+        """
+        vector = self._checked(vector)
+        values, place = {}, self._numbers
+        for name, option in self._options.items():
+            values[name] = option.decode(vector[place : place + option.width])
+            place += option.width
+        manager = self.template.with_options(**values) if values else copy.deepcopy(self.template)
+        place = 0
+        with torch.no_grad():
+            for name, parameter in self._parameters(manager).items():
+                part = vector[place : place + parameter.numel()] * self._weights[name]
+                parameter.copy_(torch.from_numpy(part).view(parameter.shape))
+                place += parameter.numel()
+        return manager.requires_grad_(False)
+
+    def encode(self, manager: MemoryManager) -> Array:
+        """Return the vector (dim,) of a manager of this space's kind: ``decode(encode(m))`` equals m in what varies.
+
+        Raises
+        ------
+        ConfigError : another kind of manager, other shapes, or an option outside its bounds.
+        """
+        if type(manager) is not type(self.template):
+            raise ConfigError(
+                f"search space: is of {type(self.template).__name__}, this manager is a {type(manager).__name__}"
+            )
+        own = self._parameters(self.template)
+        for name, parameter in self._parameters(manager).items():
+            if parameter.shape != own[name].shape:
+                raise ConfigError(
+                    f"search space: weights {name} are {tuple(parameter.shape)} in this manager and "
+                    f"{tuple(own[name].shape)} in the space"
+                )
+        return self._encode(manager, {name: getattr(manager.options, name) for name in self._options})
+
+    def gradient(self, by_parameter: Array) -> Array:
+        """Return the gradient in a vector (dim,) from that in all parameters, in the order of registration.
+
+        Options have none: their coordinates get 0.
+        """
+        found, place, at = np.zeros(self.dim), 0, 0
+        for name, parameter in self.template.named_parameters():
+            part = by_parameter[at : at + parameter.numel()]
+            at += parameter.numel()
+            if name in self._weights:
+                found[place : place + len(part)] = part * self._weights[name]
+                place += len(part)
+        return found
+
+    def _encode(self, manager: MemoryManager, values: Mapping[str, Any]) -> Array:
+        weights = [
+            parameter.detach().double().cpu().numpy().ravel() / self._weights[name]
+            for name, parameter in self._parameters(manager).items()
+        ]
+        options = [self._encode_option(name, option, values[name]) for name, option in self._options.items()]
+        return np.concatenate([np.zeros(0), *weights, *options])
+
+    def _encode_option(self, name: str, option: Option, value: Any) -> Array:
+        try:
+            return option.encode(value)
+        except ValueError as error:
+            raise ConfigError(f"search space: options.{name}: {error}") from None
+
+    def _checked(self, vector: Array) -> Array:
+        vector = np.asarray(vector, dtype=np.float64)
+        if vector.shape != (self.dim,):
+            raise ConfigError(
+                f"search space: a vector of {self.dim} numbers is expected, this has shape {vector.shape}"
+            )
+        if not np.isfinite(vector).all():
+            place = int(np.flatnonzero(~np.isfinite(vector))[0])
+            raise ConfigError(f"search space: number {place} of the vector is {vector[place]}; all must be finite")
+        return vector
+
+    # ---- start ----------------------------------------------------------------------------------------------------
+
+    def _option_start(self, name: str, option: Option) -> Any:
+        if option.start is not None:
+            return option.start
+        value = getattr(self.template.options, name)
+        return option.default() if value is None else value
+
+    def _set_start(self) -> Array | None:
+        """Give the template the weights that ``start`` names; return the start vector if that was given itself."""
+        start = self.config.start
+        if start == "zeros":
+            self._fill({})
+        elif isinstance(start, Start):
+            if start.heuristic is not None:
+                self.template = start_from_heuristic(self.template, start.heuristic)
+            elif start.plugin is not None:
+                self._start_from_plugin(Path(start.plugin))
+            elif start.parameters is not None:
+                self._fill(start.parameters)
+            elif start.vector is not None:
+                vector = self._checked(_read_vector(start.vector))
+                self.template = self.decode(vector)
+                if not start.noise:
+                    return vector
+            if start.noise:
+                self._shake(start.noise)
+                return self.encode(self.template) if start.vector is not None else None
+        return None
+
+    def _shake(self, deviation: float) -> None:
+        """Add noise to the template's weights that vary."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self._parameters(self.template).values():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+                parameter.add_(deviation * noise.to(parameter.device))
+
+    def _fill(self, numbers: Mapping[str, float]) -> None:
+        """Set what varies to zero, and parameters that match a pattern to its number."""
+        names = self._parameters(self.template)
+        for pattern in numbers:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(
+                    f"search space: start.parameters: no parameter that varies matches {pattern!r}; "
+                    f"there are: {', '.join(names) or 'none'}"
+                )
+        with torch.no_grad():
+            for name, parameter in names.items():
+                fitting = [number for pattern, number in numbers.items() if fnmatch.fnmatchcase(name, pattern)]
+                parameter.fill_(fitting[0] if fitting else 0.0)
+
+    def _start_from_plugin(self, folder: Path) -> None:
+        from evomem.plugins import load
+
+        manager = load(folder)
+        vector = self.encode(manager)  # refuses another kind or shape with a message
+        self.template.load_state_dict(manager.state_dict())
+        if self._options:
+            self.template = self.decode(vector)
+
+
+def build_manager(config: ManagerConfig) -> MemoryManager:
+    """Return a new manager; random initial weights are the same every time, and the global generator is left alone."""
+    import evomem.managers  # noqa: F401  (registers the managers)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        manager: MemoryManager = managers.get(config.name)(**config.options)
+    return manager.requires_grad_(False)
+
+
+def start_from_heuristic(manager: MemoryManager, heuristic: str) -> MemoryManager:
+    """Return a manager of the same kind and options that decides like a heuristic, if its class can express it.
+
+    The class offers that by a class method ``start_from(heuristic, **options)``.
+    """
+    hook = getattr(type(manager), "start_from", None)
+    if hook is None:
+        raise ConfigError(
+            f"search space: start.heuristic: manager {manager.name!r} cannot start from a heuristic; "
+            "start from zeros, initial, parameters, a vector or a plug-in"
+        )
+    made: MemoryManager = hook(heuristic, **manager.options.model_dump())
+    return made.requires_grad_(False)
+
+
+def _read_vector(source: str | list[float]) -> Array:
+    if not isinstance(source, str):
+        return np.asarray(source, dtype=np.float64)
+    where = f"search space: start.vector: {shown(source)}"
+    content = read_bytes(user_path(source), _VECTOR, ConfigError)
+    try:
+        return np.asarray(np.load(io.BytesIO(content), allow_pickle=False), dtype=np.float64)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:  # headers say anything
+        raise ConfigError(f"{where}: cannot be read as a .npy vector: {shown(str(error), 200)}") from None

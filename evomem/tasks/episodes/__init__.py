@@ -1,0 +1,1 @@
+"""Task: episodes of an environment, read as tokens."""

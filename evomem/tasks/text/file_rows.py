@@ -1,0 +1,191 @@
+"""Task: the rows of a user's JSONL file, read with suspicion and divided over the splits."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+from unicodedata import category
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from evomem.bounds import SEED
+from evomem.errors import TaskError
+from evomem.files.strict_json import NotStrictError, parse_strict, shown
+from evomem.tasks.base import Split
+from evomem.tasks.text.words import split_of
+
+FILE_BYTES, LINE_BYTES, ROWS = 256 << 20, 32 << 20, 1_000_000
+"""What a file may have at most: it is held in memory as a whole."""
+
+
+_INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters by their category that nobody sees: fillers of Hangul, and the empty pattern of Braille."""
+
+
+def _not_blank(text: str) -> str:
+    if all(category(letter)[0] in "ZC" or letter in _INVISIBLE for letter in text):
+        raise ValueError("is blank; give a text")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_not_blank)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class Row(BaseModel):
+    """One line of the file; fields of other names are the user's own, unless they look like a misspelling."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    context: Text
+    question: Text
+    answers: Annotated[list[Text], Field(min_length=1, max_length=1000)]
+    metric: Literal["substring", "exact", "f1", "rouge_l", "loglik"] = "substring"
+    id: Name | Annotated[int, Field(ge=-SEED, le=SEED)] | None = None
+    split: Literal["train", "select", "sealed"] | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row, what it is called, and where it stands."""
+
+    row: Row
+    identity: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Division:
+    """Rows by split.
+
+    Attributes
+    ----------
+    entries : of each split, in the order of the file.
+    note : how they were divided, if that was not as usual; else "".
+    """
+
+    entries: dict[Split, list[Entry]]
+    note: str
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """Return the rows of a JSONL file; blank lines are skipped.
+
+    Raises
+    ------
+    TaskError : the file cannot be read, is too large, or a line is damaged; the message names file, line and field.
+    """
+    entries: list[Entry] = []
+    seen: dict[str, int] = {}
+    for number, line in _lines(path):
+        row = _row(line, f"{path}:{number}")
+        identity = str(number if row.id is None else row.id)
+        if identity in seen:
+            raise TaskError(
+                f"{path}:{number}: field id: {shown(identity)!r} is the id of line {seen[identity]} already"
+            )
+        seen[identity] = number
+        entries.append(Entry(row, identity, number))
+    if not entries:
+        raise TaskError(f"task file: {path} has no rows; write one JSON object a line")
+    return entries
+
+
+def divide(entries: Sequence[Entry]) -> Division:
+    """Divide rows over the splits: as they say themselves, or 60/20/20 by the hash of their ids.
+
+    A small file may leave a split empty by its hashes. Where no row names its split, rows are moved then, the last by
+    their hash from the largest split; of two rows one trains and selects, and one is sealed; a single one is in all
+    splits. ``note`` tells of it, because such a division changes when rows are added.
+    """
+    found: dict[Split, list[Entry]] = {split: [] for split in Split}
+    for entry in entries:
+        found[split_of(entry.identity) if entry.row.split is None else Split(entry.row.split)].append(entry)
+    if all(found.values()) or any(entry.row.split is not None for entry in entries):
+        return Division(found, "")
+    ranked = sorted(entries, key=lambda entry: blake2b(entry.identity.encode(errors="replace")).digest())
+    if len(ranked) < 3:
+        shared, last = [ranked[0]], [ranked[-1]]
+        found = {Split.TRAIN: shared, Split.SELECT: shared, Split.SEALED: last}
+        how = "one trains and selects, the other is sealed" if len(ranked) == 2 else "it is in every split"
+        return Division(found, f"{_count(len(ranked))}: {how}")
+    while not all(found.values()):
+        donor = max(found.values(), key=len)
+        moved = max(donor, key=ranked.index)
+        donor.remove(moved)
+        next(part for part in found.values() if not part).append(moved)
+    sizes = ", ".join(f"{len(part)} {split}" for split, part in found.items())
+    return Division(found, f"{_count(len(entries))}, divided so that no split is empty: {sizes}")
+
+
+def _count(rows: int) -> str:
+    return f"{rows} row{'s' if rows > 1 else ''}"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers; they end at line feeds and nothing else."""
+    total = 0
+    try:
+        with _regular(path) as file:
+            number = 0
+            while raw := file.readline(LINE_BYTES + 1):
+                number, total = number + 1, total + len(raw)
+                if len(raw) > LINE_BYTES:
+                    raise TaskError(f"{path}:{number}: the line has more than {LINE_BYTES:,} bytes; split the row")
+                if total > FILE_BYTES or number > ROWS:
+                    raise TaskError(
+                        f"task file: {path} has more than {FILE_BYTES:,} bytes or {ROWS:,} lines; split the file"
+                    )
+                text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # a byte order mark
+                line = _decoded(text, f"{path}:{number}")
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise TaskError(f"task file: cannot read {path} as UTF-8 text: {error.strerror or error}") from None
+    except ValueError as error:
+        if isinstance(error, TaskError):
+            raise
+        raise TaskError(f"task file: cannot read {shown(str(path))}: {error}") from None  # a NUL in the path
+
+
+def _regular(path: Path) -> IO[bytes]:
+    """Open a regular file; a pipe would wait for somebody to write into it, a device may never end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise TaskError(f"task file: {path} is no regular file; give a JSONL file")
+    return open(descriptor, "rb")
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{where}: is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8") from None
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        found: Any = parse_strict(line)
+        row = Row.model_validate(found)
+    except NotStrictError as error:
+        raise TaskError(f"{where}: {error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "the whole line"
+        message = problem["msg"].removeprefix("Value error, ")
+        raise TaskError(f"{where}: field {field}: {message} (got {shown(repr(problem.get('input')), 60)})") from None
+    absent = sorted(set(Row.model_fields) - set(found))
+    for name in found:
+        close = [] if name in Row.model_fields else get_close_matches(name[:100], absent, n=1, cutoff=0.8)
+        if close:
+            raise TaskError(f"{where}: field {shown(name)}: unknown; did you mean {close[0]!r}? Rename the field")
+    return row

@@ -1,0 +1,1 @@
+"""Workers: the pool on Ray, on this machine or on a cluster."""

@@ -1,0 +1,534 @@
+"""Heuristic managers against plain loops over one head at a time, and the invariants that all of them share."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evomem import managers
+from evomem.errors import ConfigError, UnknownNameError
+from evomem.managers import build
+from evomem.managers.selection import TopN, pyramid_budget, slots_of_budget
+from evomem.memory import LayerView
+
+HEADS, GROUP, DIM, SEEN = 3, 2, 8, 40
+START = (0, 7)
+HELD = ((40, 33, 25), (33, 20, 3))
+"""Tokens that each head of each row holds; the empty slots come first."""
+
+SPECS = (
+    "random",
+    "streaming_llm",
+    "knorm",
+    "h2o",
+    "observed_attention",
+    "snapkv(window=8)",
+    "pyramidkv(window=8)",
+    "tova",
+    "keydiff",
+    "expected_attention",
+)
+WRAPPED = tuple(f"adakv({spec})" for spec in SPECS)
+
+
+def make_view(seed: int = 0, layer: int = 1, layers: int = 4, held=HELD, equal: bool = False) -> LayerView:
+    """A layer of ragged heads and two rows with different starts; ``equal`` gives every head the same tokens."""
+    g = torch.Generator().manual_seed(seed)
+    batch, slots_held = len(START), max(max(row) for row in held)
+    slots = torch.full((batch, HEADS, slots_held), -1)
+    for b, row in enumerate(held):
+        for h, count in enumerate(row):
+            order = torch.randperm(SEEN - START[b], generator=g)[:count]
+            if equal and h:
+                slots[b, h] = slots[b, 0]
+            else:
+                slots[b, h, slots_held - count :] = order.sort().values + START[b]
+    shape = slots.shape
+    recorded = {
+        name: torch.rand(shape, generator=g) ** 3
+        for name in ("attention_sum", "window_attention:8", "window_attention:1", "window_attention:32")
+    }
+    root = torch.randn(batch, HEADS * GROUP, DIM, DIM, generator=g)
+    recorded["query_mean"] = torch.randn(batch, HEADS * GROUP, DIM, generator=g)
+    recorded["query_covariance"] = root @ root.mT / DIM
+    recorded["future_rotation"] = torch.linalg.qr(torch.randn(batch, DIM, DIM, generator=g)).Q
+    return LayerView(
+        keys=torch.randn(*shape, DIM, generator=g),
+        values=torch.randn(*shape, DIM, generator=g),
+        slots=slots,
+        start=torch.tensor(START),
+        seen=SEEN,
+        fresh=SEEN,
+        layer=layer,
+        layers=layers,
+        recorded=recorded,
+    )
+
+
+def alone(view: LayerView, row: int) -> LayerView:
+    """The row by itself: without its left padding and without slots that only other rows fill."""
+    shift = int(view.start[row])
+    first = view.slots.shape[2] - int((view.slots[row] >= 0).sum(-1).max())
+
+    def cut(x):
+        return x[row : row + 1, :, first:].clone()
+
+    slotwise = {n: cut(x) for n, x in view.recorded.items() if n.startswith(("attention_", "window_"))}
+    rowwise = {n: x[row : row + 1] for n, x in view.recorded.items() if n not in slotwise}
+    slots = cut(view.slots)
+    return replace(
+        view,
+        keys=cut(view.keys),
+        values=cut(view.values),
+        slots=torch.where(slots >= 0, slots - shift, -1),
+        start=torch.zeros(1, dtype=torch.int64),
+        seen=view.seen - shift,
+        recorded={**slotwise, **rowwise},
+        memo={},
+    )
+
+
+# ---- the slow path: one row and one head at a time, in Python numbers -----------------------------------------------
+
+
+def tokens(view, b, h):
+    """(slot, position in the row) of the head's tokens, oldest first."""
+    return [(s, int(t) - int(view.start[b])) for s, t in enumerate(view.slots[b, h]) if t >= 0]
+
+
+def slow_scores(name, view, b, h, recent):
+    """Position -> score of every token that the head holds."""
+    held = tokens(view, b, h)
+    read = view.seen - int(view.start[b])
+    k = {p: [float(x) for x in view.keys[b, h, s]] for s, p in held}
+    v = {p: [float(x) for x in view.values[b, h, s]] for s, p in held}
+
+    def seen_by(which):
+        return {p: float(view.recorded[which][b, h, s]) for s, p in held}
+
+    def norm(x):
+        return math.sqrt(sum(i * i for i in x))
+
+    if name == "streaming_llm":
+        return {p: p - read for _, p in held}
+    if name == "knorm":
+        return {p: -norm(k[p]) for p in k}
+    if name == "h2o":
+        return seen_by("attention_sum")
+    if name == "observed_attention":
+        return {p: a / (read - p) for p, a in seen_by("attention_sum").items()}
+    if name in ("snapkv", "pyramidkv"):
+        a = seen_by("window_attention:8")
+        line = [0.0, 0.0] + [a[p] if p < read - recent else 0.0 for _, p in held] + [0.0, 0.0]
+        return {p: sum(line[i : i + 5]) / 5 for i, (_, p) in enumerate(held)}
+    if name == "tova":
+        everyone = [
+            {p: float(view.recorded["window_attention:1"][b, other, s]) for s, p in tokens(view, b, other)}
+            for other in range(HEADS)
+        ]
+        return {p: sum(a.get(p, 0.0) for a in everyone) / HEADS for _, p in held}
+    if name == "keydiff":
+        mean = [sum(k[p][i] / norm(k[p]) for p in k) / len(k) for i in range(DIM)]
+        return {p: -sum(x * y for x, y in zip(k[p], mean, strict=True)) / norm(k[p]) / norm(mean) for p in k}
+    assert name == "expected_attention"
+    counted = [p for p in k if p >= 4]
+    total = dict.fromkeys(k, 0.0)
+    turn = view.recorded["future_rotation"][b].double()
+    for query_head in range(h * GROUP, (h + 1) * GROUP):
+        mean = turn @ view.recorded["query_mean"][b, query_head].double()
+        covariance = turn @ view.recorded["query_covariance"][b, query_head].double() @ turn.T
+        z = {}
+        for p in counted:
+            key = torch.tensor(k[p], dtype=torch.float64)
+            z[p] = float(key @ mean) / math.sqrt(DIM) + float(key @ covariance @ key) / (2 * DIM)
+        partition = sum(math.exp(x) for x in z.values())
+        for p in counted:
+            total[p] += math.exp(z[p]) / partition / GROUP
+    return {p: (total[p] + 0.02) * norm(v[p]) for p in k}
+
+
+def slow_limit(name, view, b, budget):
+    read = view.seen - int(view.start[b])
+    mean = budget if isinstance(budget, int) else math.ceil(round(budget * read, 6))
+    if name != "pyramidkv":
+        return mean
+    lowest = max(mean / 20, 1)
+    highest = 2 * mean - lowest
+    if highest >= read - 8:
+        highest, lowest = read - 8, 2 * mean - (read - 8)
+    if highest < mean:
+        return mean
+    ideal = [highest - layer * (highest - lowest) / (view.layers - 1) for layer in range(view.layers)]
+    half = [math.floor(x + 0.5) for x in ideal[: view.layers // 2]]
+    middle = [mean] * (view.layers % 2)
+    return (half + middle + [2 * mean - x for x in reversed(half)])[view.layer]
+
+
+def slow_protected(name, view, b, n):
+    """(sinks, newest) that are kept before all others."""
+    sinks = min(n, {"streaming_llm": 4, "expected_attention": 4}.get(name, 0))
+    recent = {"h2o": n // 2, "snapkv": min(8, n // 2), "pyramidkv": min(8, n // 2)}.get(name, 0)
+    return sinks, recent
+
+
+def slow_order(name, view, b, h, n):
+    """The head's positions from the best to the worst."""
+    read = view.seen - int(view.start[b])
+    sinks, recent = slow_protected(name, view, b, n)
+    score = slow_scores(name, view, b, h, recent)
+    for p in score:
+        if p < sinks or p >= read - recent:
+            score[p] = math.inf
+    return sorted(score.items(), key=lambda item: (-item[1], item[0]))
+
+
+def slow_keep(name, view, budget):
+    """Set of (row, head, position)."""
+    kept = set()
+    for b in range(len(view.start)):
+        n = slow_limit(name, view, b, budget)
+        for h in range(HEADS):
+            kept |= {(b, h, p) for p, _ in slow_order(name, view, b, h, n)[:n]}
+    return kept
+
+
+def slow_keep_across(name, view, budget, safeguard=0.2):
+    kept = set()
+    for b in range(len(view.start)):
+        n = slow_limit(name, view, b, budget)
+        rows = [slow_order(name, view, b, h, n) for h in range(HEADS)]
+        sure = int(safeguard * n + 1e-9)
+        mine = {(b, h, p) for h, row in enumerate(rows) for p, _ in row[:sure]}
+        rest = sorted((-score, p, h) for h, row in enumerate(rows) for p, score in row[sure:])
+        mine |= {(b, h, p) for _, p, h in rest[: max(n * HEADS - len(mine), 0)]}
+        kept |= mine
+    return kept
+
+
+def kept_tokens(view, keep):
+    position = view.position
+    return {(b, h, int(position[b, h, s])) for b, h, s in keep.nonzero().tolist()}
+
+
+# ---- decisions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 3, 6, 12, 17, 40, 0.3])
+@pytest.mark.parametrize("spec", [s for s in SPECS if s != "random"])
+def test_decision_equals_plain_loops(spec, budget):
+    name = spec.partition("(")[0]
+    for layer in (0, 1, 3):
+        view = make_view(seed=layer, layer=layer)
+        assert kept_tokens(view, build(spec, budget=budget).decide(view).keep) == slow_keep(name, view, budget)
+        across = build(f"adakv({spec})", budget=budget).decide(view).keep
+        assert kept_tokens(view, across) == slow_keep_across(name, view, budget)
+
+
+@pytest.mark.parametrize("spec", ["knorm", "keydiff", "expected_attention", "tova", "observed_attention"])
+def test_scores_equal_plain_loops(spec):
+    view = make_view(seed=5)
+    scores = build(spec).score(view)
+    for b in range(2):
+        for h in range(HEADS):
+            slow = slow_scores(spec, view, b, h, 0)
+            for s, p in tokens(view, b, h):
+                assert float(scores[b, h, s]) == pytest.approx(slow[p], rel=2e-5, abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spec=st.sampled_from(SPECS + WRAPPED),
+    seed=st.integers(0, 99),
+    budget=st.one_of(st.integers(1, 50), st.floats(0.02, 1.0)),
+    layer=st.integers(0, 3),
+)
+def test_counts_and_rows(spec, seed, budget, layer):
+    view = make_view(seed, layer)
+    manager = build(spec, budget=budget)
+    keep = manager.decide(view).keep
+    assert not (keep & ~view.valid).any()
+    held = view.valid.sum(-1)
+    selection = manager.inner.selection if spec.startswith("adakv") else manager.selection
+    limit = selection.limit(view)[:, :, 0]
+    if spec.startswith("adakv"):
+        assert torch.equal(keep.sum((-1, -2)), torch.minimum(limit[:, 0] * HEADS, held.sum(-1)))
+        sure = torch.tensor([[int(0.2 * int(n))] for n in limit])
+        assert (keep.sum(-1) >= torch.minimum(sure, held)).all()
+    else:
+        assert torch.equal(keep.sum(-1), torch.minimum(limit, held))
+    for row in range(2):
+        single = alone(view, row)
+        assert kept_tokens(single, manager.decide(single).keep) == {
+            (0, h, p) for b, h, p in kept_tokens(view, keep) if b == row
+        }
+
+
+@pytest.mark.parametrize("spec", ["h2o(recent=0)", "tova", "adakv(h2o(recent=0))"])
+def test_ties_go_to_the_older_token(spec):
+    view = make_view(held=((40, 40, 40), (33, 33, 33)))
+    view = replace(view, recorded={name: torch.ones_like(x) for name, x in view.recorded.items()})
+    keep = build(spec, budget=5).decide(view).keep
+    assert kept_tokens(view, keep) == {(b, h, p) for b in range(2) for h in range(HEADS) for p in range(5)}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_broken_scores_keep_the_count_and_the_protected(bad):
+    view = make_view(held=((40, 33, 25), (33, 20, 10)))
+    selection = TopN(9, sinks=2, recent=3)
+    keep = selection.keep(torch.full(view.slots.shape, bad), view)
+    assert (keep.sum(-1) == 9).all()
+    assert keep[view.valid & ((view.position < 2) | (view.age < 3))].all()
+
+
+def test_protected_tokens_are_kept():
+    view = make_view(held=((40, 40, 40), (33, 33, 33)))
+    ends = {
+        "streaming_llm": (4, 12),
+        "expected_attention": (4, 0),
+        "h2o": (0, 8),
+        "h2o(recent=0.25)": (0, 4),
+        "snapkv(window=8)": (0, 8),
+        "snapkv": (0, 8),
+        "adakv(snapkv)": (0, 8),
+    }
+    for spec, (sinks, recent) in ends.items():
+        keep = build(spec, budget=16).decide(view).keep
+        assert keep[view.valid & ((view.position < sinks) | (view.age < recent))].all(), spec
+
+
+def test_tova_keeps_one_set():
+    view = make_view(held=((30, 30, 30), (30, 30, 30)), equal=True)
+    keep = build("tova", budget=11).decide(view).keep
+    assert (keep == keep[:, :1]).all()
+    assert not (build("h2o", budget=11).decide(view).keep == keep).all()
+
+
+def test_full_keeps_everything():
+    view = make_view()
+    for budget in (None, 1, 0.1):
+        assert torch.equal(build("full", budget=budget).decide(view).keep, view.valid)
+
+
+def test_no_budget_keeps_everything():
+    view = make_view()
+    for spec in SPECS + WRAPPED:
+        assert torch.equal(build(spec).decide(view).keep, view.valid), spec
+
+
+@pytest.mark.parametrize("spec", SPECS + WRAPPED)
+def test_decides_under_vmap(spec):
+    views = [make_view(seed) for seed in (1, 2)]
+    manager = build(spec, budget=9)
+    names = list(views[0].recorded)
+    stacked = [torch.stack([getattr(v, f) for v in views]) for f in ("keys", "values", "slots", "start")]
+    recorded = [torch.stack([v.recorded[n] for v in views]) for n in names]
+
+    def decide(keys, values, slots, start, *observed):
+        view = LayerView(keys, values, slots, start, SEEN, SEEN, 1, 4, dict(zip(names, observed, strict=True)))
+        return manager.decide(view).keep
+
+    together = torch.func.vmap(decide)(*stacked, *recorded)
+    for view, keep in zip(views, together, strict=True):
+        assert torch.equal(manager.decide(view).keep, keep)
+
+
+# ---- budgets --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    mean=st.integers(1, 5000),
+    read=st.integers(1, 20000),
+    layers=st.integers(1, 80),
+    beta=st.floats(1, 100),
+    window=st.integers(1, 64),
+)
+def test_pyramid_follows_the_formula_and_sums_exactly(mean, read, layers, beta, window):
+    budgets = [
+        int(pyramid_budget(torch.tensor(mean), torch.tensor(read), layer, layers, beta, window))
+        for layer in range(layers)
+    ]
+    assert sum(budgets) == mean * layers
+    assert min(budgets) >= 1
+    assert budgets == sorted(budgets, reverse=True)
+    lowest, highest = mean / beta, 2 * mean - mean / beta
+    if highest >= read - window:
+        highest, lowest = read - window, 2 * mean - (read - window)
+    if layers > 1 and mean >= beta and highest >= lowest:
+        assert max(budgets) <= max(math.ceil(highest), mean)
+        for layer, budget in enumerate(budgets):
+            assert abs(budget - (highest - layer * (highest - lowest) / (layers - 1))) <= 0.5 + 1e-6
+
+
+def test_pyramid_worked_by_hand():
+    def layers(mean, read):
+        return [int(pyramid_budget(torch.tensor(mean), torch.tensor(read), i, 5, 20.0, 32)) for i in range(5)]
+
+    assert layers(100, 1000) == [195, 148, 100, 52, 5]  # 195, 147.5, 100, 52.5, 5
+    assert layers(100, 192) == [160, 130, 100, 70, 40]  # L - w = 160 is less than 195
+    assert layers(100, 120) == [100] * 5  # L - w = 88 is less than the mean
+
+
+def test_shares_of_a_row():
+    view = replace(make_view(), seen=3007, start=torch.tensor([7, 2907]))
+    assert slots_of_budget(0.3, view).flatten().tolist() == [900, 30]
+    assert slots_of_budget(0.1001, view).flatten().tolist() == [301, 11]
+
+
+# ---- random ---------------------------------------------------------------------------------------------------------
+
+
+def random_scores(seed=0, layer=0, heads=4, length=4096, start=0):
+    slots = torch.arange(start, start + length).expand(1, heads, length)
+    empty = torch.zeros(1, heads, length, 1)
+    view = LayerView(empty, empty, slots, torch.tensor([start]), start + length, length, layer, 8)
+    return build("random", seed=seed).score(view)[0]
+
+
+def test_random_is_uniform_and_uncorrelated():
+    scores = {key: random_scores(*key) for key in [(0, 0), (0, 1), (1, 0), (1, 1), (-1, 0)]}
+    rows = torch.cat(list(scores.values())).double()
+    assert stats.kstest(rows.flatten().numpy(), "uniform").pvalue > 1e-3
+    for row in rows:
+        assert stats.kstest(row.numpy(), "uniform").pvalue > 1e-4
+    # Between any two of (seed, layer, head), and between a row and itself shifted, |r| stays within 5 deviations.
+    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert correlation.abs().max() < 5 / math.sqrt(rows.shape[1])
+    for shift in (1, 2, 64, 128):
+        pair = torch.corrcoef(torch.stack((rows[:, shift:].flatten(), rows[:, :-shift].flatten())))
+        assert abs(pair[0, 1]) < 5 / math.sqrt(rows.numel())
+
+
+def test_random_depends_on_nothing_else():
+    base = random_scores(length=64)
+    assert torch.equal(base, random_scores(length=64, start=9))
+    assert torch.equal(base[:2, :32], random_scores(heads=2, length=32))
+    assert not torch.equal(base, random_scores(seed=1, length=64))
+
+
+# ---- names and specs ------------------------------------------------------------------------------------------------
+
+
+def test_every_manager_has_a_summary_and_rebuilds():
+    assert {s.partition("(")[0] for s in SPECS} | {"full", "adakv"} <= set(managers.names())
+    for spec in SPECS + WRAPPED + ("full",):
+        manager = build(spec, budget=0.25, every=7)
+        assert managers.summary(manager.name)
+        described = json.loads(json.dumps(manager.describe()))
+        assert build(described).describe() == manager.describe()
+        assert manager.with_options(budget=12).describe() == build(described, budget=12).describe()
+
+
+@settings(deadline=None)
+@given(
+    window=st.integers(1, 500),
+    safeguard=st.floats(0, 1),
+    budget=st.one_of(st.none(), st.integers(1, 9999), st.floats(0.001, 1)),
+    spaces=st.sampled_from(["", " ", "  "]),
+)
+def test_text_and_mapping_say_the_same(window, safeguard, budget, spaces):
+    value = "none" if budget is None else repr(budget)
+    text = f"adakv({spaces}snapkv(window={spaces}{window}),{spaces}safeguard={safeguard!r}, budget{spaces}={value})"
+    manager = build(text)
+    inner = {"name": "snapkv", "options": {"window": window}}
+    assert manager.describe() == build("adakv", inner=inner, safeguard=safeguard, budget=budget).describe()
+    assert manager.describe()["options"]["inner"]["options"]["window"] == window
+    assert manager.options.budget == budget
+    assert type(manager.options.budget) is type(budget)
+
+
+def test_values_in_texts():
+    text = "x(a=1, b=-2.5e-3, c=true, d=none, e='two words', f=[p, 3, q(r=1)], g=window_attention:32)"
+    assert managers.parse(text) == {
+        "name": "x",
+        "options": {
+            "a": 1,
+            "b": -2.5e-3,
+            "c": True,
+            "d": None,
+            "e": "two words",
+            "f": ["p", 3, {"name": "q", "options": {"r": 1}}],
+            "g": "window_attention:32",
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("snapkv(", "character 8"),
+        ("snapkv(window=)", "character 15: expected a value"),
+        ("snapkv(window=1", "expected ','"),
+        ("snapkv(window=1, window=2)", "given twice"),
+        ("snapkv)", "something follows"),
+        ("snapkv('x)", "no partner"),
+        ("", "name of a manager"),
+        ("snapkv(window=0)", "window"),
+        ("snapkv(kernel=4)", "odd"),
+        ("snapkv(64)", "inner"),
+        ("snapkv(width=3)", "width"),
+        ("snapkv(budget=0)", "budget"),
+        ("adakv(full)", "'full' does not rank"),
+        ("adakv(adakv(knorm))", "'adakv' does not rank"),
+        ("adakv(snapkv(budget=3))", "budget belongs to adakv"),
+        ("adakv(inner=3)", "inner"),
+        ({"name": "knorm", "option": {}}, "not of the form"),
+        ({"options": {}}, "not of the form"),
+        (3, "neither a text"),
+    ],
+)
+def test_mistakes_are_explained(spec, says):
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
+        build(spec)
+
+
+def test_unknown_names_are_corrected():
+    for spec in ("snapvk", "adakv(snapvk)"):
+        with pytest.raises(ConfigError, match="Did you mean 'snapkv'"):
+            build(spec)
+    with pytest.raises(UnknownNameError):
+        build("nothing_like_it")
+
+
+# ---- on a model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "adakv(snapkv)", "adakv(keydiff)"])
+def test_a_padded_row_of_a_model_decides_as_alone(spec, model):
+    ids = torch.randint(1, 50, (2, 48), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    manager = build(spec, budget=12)
+    with manager.attach(model) as both:
+        model(ids, attention_mask=mask, past_key_values=both)
+        for row, pad in ((0, 0), (1, 11)):
+            single = manager.new_cache(model)
+            model(ids[row : row + 1, pad:], past_key_values=single)
+            for together, by_itself in zip(both.layers, single.layers, strict=True):
+                for h in range(2):
+                    mine = [int(t) - pad for t in together.slots[row, h] if t >= 0]
+                    assert mine == [int(t) for t in by_itself.slots[0, h] if t >= 0]
+        held = [int((layer.slots >= 0).sum()) for layer in both.layers]
+        assert sum(held) == 3 * 2 * 2 * 12

@@ -1,0 +1,370 @@
+"""What the cache records equals what full attention, NumPy and torch.stft say, however it was cut or padded."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from evomem.errors import CacheError, ConfigError, UnsupportedModelError
+from evomem.managers import Schedule, build
+from evomem.memory import Decision, LayerView, SlotCache, attached
+from evomem.memory.observations import USED
+from evomem.testing.comparing import random_rows, read
+from evomem.testing.conformance import check_evicted_is_hidden, check_row_alone
+from evomem.testing.models import FAMILIES, tiny
+from evomem.testing.reference import Batch, Tracing, explicit_biases, explicit_pass
+
+ALL = (
+    "attention_sum",
+    "attention_spectrum",
+    "window_attention:5",
+    "window_attention:1",
+    "window_statistics:5",
+    "window_peak:5",
+    "window_next_use:5",
+    "query_statistics",
+)
+
+
+class Dropping:
+    """Evicts every third token of each KV head, shifted by head; fades by age if asked."""
+
+    observes = frozenset(ALL)
+
+    def __init__(self, every: int | None = None, fade: bool = False, drop: bool = True) -> None:
+        self.schedule, self.fade, self.drop = Schedule(every), fade, drop
+
+    def decide(self, view: LayerView) -> Decision:
+        heads = torch.arange(view.slots.shape[1])[:, None]
+        keep = ((view.position + heads) % 3 != 0) | (not self.drop)
+        return Decision(keep & view.valid, -0.1 * view.position.float() if self.fade else None)
+
+
+def observe(model, policy, batch: Batch, pieces: list[int]) -> tuple[SlotCache, list[LayerView]]:
+    with attached(model):
+        cache = SlotCache.for_model(model, policy)
+        with cache.reading():  # a manager that decides once would otherwise stop observing after the first piece
+            read(model, cache, batch, pieces)
+            return cache, [layer.view() for layer in cache.layers]
+
+
+def slow_spectrum(signal: np.ndarray) -> np.ndarray:
+    """signal (queries,): attention to one key by its row's queries; moving average of |STFT| as in the paper."""
+    whole = torch.tensor(np.concatenate((np.zeros(16), signal[: len(signal) // 16 * 16])))
+    if len(whole) < 32:
+        return np.zeros(17)
+    window = torch.hann_window(32, periodic=True, dtype=torch.float64)
+    frames = torch.stft(whole, 32, 16, window=window, center=False, onesided=True, return_complex=True).abs()
+    gamma = 0.99**16
+    average = np.zeros(17)
+    for frame in frames.T.numpy():
+        average = gamma * average + (1 - gamma) * frame
+    return average
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pieces", [[50], [7, 1, 25, 16, 1]])
+def test_attention_observations_equal_full_attention(family: str, pieces: list[int]) -> None:
+    model = tiny(family, layers=2)
+    batch = Batch.of(random_rows(model, [50, 37, 3], 3))
+    tracing = Tracing(Dropping(every=19))
+    _, views = observe(model, tracing, batch, pieces)
+    biases = explicit_biases(tracing.events, batch, 2, views[0].slots.shape[1], 19)
+    _, attention, _ = explicit_pass(model, batch, biases)
+    for view, full in zip(views, attention, strict=True):
+        check_attention(view, full.double().numpy(), batch)
+
+
+def check_attention(view: LayerView, full: np.ndarray, batch: Batch) -> None:
+    for row, head, at in view.valid.nonzero().tolist():
+        token, start = int(view.slots[row, head, at]), int(batch.start[row])
+        column = full[row, head, start:, token]
+        assert float(view.recorded["attention_sum"][row, head, at]) == pytest.approx(column.sum(), abs=2e-5)
+        got = view.recorded["attention_spectrum"][row, head, at].numpy()
+        np.testing.assert_allclose(got, slow_spectrum(column), atol=2e-5)
+    for width in (1, 5):
+        got = view.recorded[f"window_attention:{width}"]
+        for row in range(len(got)):
+            for head in range(got.shape[1]):
+                held = view.slots[row, head][view.valid[row, head]].numpy()
+                last = full[row, head, max(view.seen - width, int(batch.start[row])) :]
+                # Attention over what is held now: renormalised per query. (Exact for one query head per KV head; with
+                # more, the mean over heads comes last, so those are compared in another test.)
+                assert float(got[row, head].sum()) == pytest.approx(1.0 if len(held) and len(last) else 0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("family", "window"), [("gpt2", None), ("gpt_neox", None), ("mistral", None), ("mistral", 11)])
+@pytest.mark.parametrize("fade", [False, True])
+def test_window_attention_is_the_softmax_over_the_slots_held_now(family: str, window: int | None, fade: bool) -> None:
+    overrides = {} if family != "mistral" else {"sliding_window": window, "num_key_value_heads": 4}
+    model = tiny(family, layers=2, **overrides)
+    batch = Batch.of(random_rows(model, [40, 31], 4))
+    tracing = Tracing(Dropping(every=12, fade=fade))
+    cache, views = observe(model, tracing, batch, [40])
+    biases = explicit_biases(tracing.events, batch, 2, views[0].slots.shape[1], 12)
+    _, _, queries = explicit_pass(model, batch, biases)
+    for layer, view, query in zip(cache.layers, views, queries, strict=True):
+        got = view.recorded["window_attention:5"].numpy()
+        for row in range(2):
+            for head in range(got.shape[1]):
+                paid = np.zeros((5, view.slots.shape[2]))
+                for index in range(35, 40):
+                    logits = np.full(paid.shape[1], -np.inf)
+                    for at in range(paid.shape[1]):
+                        token = int(view.slots[row, head, at])
+                        if 0 <= token <= index and (window is None or token > index - window):
+                            product = query[row, head, index].double() @ view.keys[row, head, at].double()
+                            logits[at] = float(product) * layer.scale
+                            logits[at] += 0.0 if layer.decays is None else float(layer.decays[row, head, at])
+                    if np.isfinite(logits).any():
+                        weights = np.exp(logits - logits.max())
+                        paid[index - 35] = weights / weights.sum()
+                np.testing.assert_allclose(got[row, head], paid.sum(0) / 5, atol=1e-5)
+                fading = sum(0.9 ** (4 - n) * paid[n] for n in range(5))
+                slow = np.stack([paid.max(0), paid.min(0), paid.sum(0), fading], axis=-1)
+                np.testing.assert_allclose(view.recorded["window_statistics:5"][row, head], slow, atol=1e-5)
+                np.testing.assert_allclose(view.recorded["window_peak:5"][row, head], paid.sum(0), atol=1e-5)
+                check_next_use(view.recorded["window_next_use:5"][row, head].numpy(), paid)
+
+
+def check_next_use(got: np.ndarray, paid: np.ndarray) -> None:
+    """paid (queries, slots) is what the most attentive head of the group pays; shares near the threshold may fall."""
+    for at, column in enumerate(paid.T):
+        if np.abs(column - USED).min() > 1e-5:
+            assert got[at] == next((n for n, share in enumerate(column) if share >= USED), len(paid))
+
+
+@pytest.mark.parametrize(("family", "window"), [("qwen2", None), ("gemma", None), ("mistral", 11)])
+def test_peak_and_next_use_take_the_largest_of_the_group(family: str, window: int | None) -> None:
+    """Against a whole eager run of grouped heads, rows of unequal length, one shorter than the window of queries."""
+    model = tiny(family, layers=2, **({} if window is None else {"sliding_window": window}))
+    batch = Batch.of(random_rows(model, [40, 31, 3], 4))
+    _, views = observe(model, Dropping(drop=False), batch, [13, 27])
+    model.set_attn_implementation("eager")
+    for row, length in enumerate((40, 31, 3)):
+        attentions = model(batch.ids[row : row + 1, 40 - length :], output_attentions=True).attentions
+        for view, full in zip(views, attentions, strict=True):
+            kv_heads = view.slots.shape[1]
+            assert full.shape[1] > kv_heads
+            grouped = full[0].view(kv_heads, -1, length, length)[:, :, -5:].numpy()
+            for head in range(kv_heads):
+                paid = np.zeros((grouped.shape[2], 40))
+                paid[:, 40 - length :] = grouped[head].max(0)
+                np.testing.assert_allclose(view.recorded["window_peak:5"][row, head], paid.sum(0), atol=1e-5)
+                if len(paid) == 5:
+                    check_next_use(view.recorded["window_next_use:5"][row, head].numpy(), paid)
+                else:  # 5 means never, however few queries there were
+                    got = view.recorded["window_next_use:5"][row, head].numpy()
+                    assert not (got == len(paid)).any()
+                    check_next_use(np.where(got == 5, len(paid), got), paid)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("pieces", [[50], [2, 1, 30, 17]])
+def test_query_statistics_equal_those_of_the_projections(family: str, pieces: list[int]) -> None:
+    model = tiny(family, layers=2)
+    batch = Batch.of(random_rows(model, [50, 33], 6))
+    tracing = Tracing(Dropping(every=19))
+    _, views = observe(model, tracing, batch, pieces)
+    # The projection's output is the query before rotation: caught by a hook during the slow pass.
+    caught: list[torch.Tensor] = []
+    names = ("q_proj", "c_attn")
+    hooks = [
+        module.register_forward_hook(lambda _, __, out: caught.append(out.detach()))
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in names
+    ]
+    biases = explicit_biases(tracing.events, batch, 2, views[0].slots.shape[1], 19)
+    explicit_pass(model, batch, biases)
+    for hook in hooks:
+        hook.remove()
+    for view, out in zip(views, caught, strict=True):
+        queries = out[..., :64].view(2, 50, 4, 16).double().numpy()
+        for row in range(2):
+            own = queries[row, int(batch.start[row]) + 4 :]
+            for head in range(4):
+                mean = view.recorded["query_mean"][row, head].numpy()
+                covariance = view.recorded["query_covariance"][row, head].numpy()
+                np.testing.assert_allclose(mean, own[:, head].mean(0), atol=1e-4)
+                np.testing.assert_allclose(covariance, np.cov(own[:, head].T, bias=True), atol=1e-3)
+
+
+def test_future_rotation_is_the_mean_of_the_next_rotations() -> None:
+    model = tiny("llama", layers=1)
+    batch = Batch.of(random_rows(model, [30, 12], 7))
+    _, (view,) = observe(model, Dropping(drop=False), batch, [30])
+    for row, read_tokens in enumerate((30, 12)):
+        positions = torch.arange(read_tokens, read_tokens + 512)[None]
+        vector = torch.randn(1, 1, 1, 16)
+        cos, sin = model.model.rotary_emb(vector, positions)
+        turned, _ = apply_rotary_pos_emb(vector.expand(1, 1, 512, 16), vector, cos, sin)
+        got = view.recorded["future_rotation"][row] @ vector.flatten()
+        torch.testing.assert_close(got, turned.mean(2).flatten(), atol=1e-5, rtol=0)
+
+
+def gemma3():
+    """One full and two sliding layers, whose rotations have other frequencies."""
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=None, sliding_window=64, initializer_range=0.3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False).train(False)
+
+
+@pytest.mark.parametrize("pieces", [[50], [2, 1, 30, 17]])
+def test_a_rotary_embedding_per_layer_type(pieces: list[int]) -> None:
+    """Gemma 3 normalises the projection; what comes out of that is the query before rotation."""
+    model, caught = gemma3(), dict[int, list[torch.Tensor]]({0: [], 1: [], 2: []})
+    batch = Batch.of(random_rows(model, [50, 33], 6))
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.q_norm.register_forward_hook(lambda _, __, out, n=number: caught[n].append(out.detach()))
+    _, views = observe(model, Dropping(drop=False), batch, pieces)
+    for view, kind in zip(views, model.config.layer_types, strict=True):
+        queries = torch.cat(caught[view.layer], 2).double().numpy()
+        for row, read_tokens in enumerate((50, 33)):
+            own = queries[row, :, int(batch.start[row]) + 4 :]
+            mean, covariance = (view.recorded[f"query_{name}"][row].numpy() for name in ("mean", "covariance"))
+            np.testing.assert_allclose(mean, own.mean(1), atol=1e-4)
+            for head in range(4):
+                np.testing.assert_allclose(covariance[head], np.cov(own[head].T, bias=True), atol=1e-3)
+            vector, positions = torch.randn(1, 1, 1, 16), torch.arange(read_tokens, read_tokens + 512)[None]
+            cos, sin = model.model.rotary_emb(vector, positions, kind)
+            turned, _ = apply_rotary_pos_emb(vector.expand(1, 1, 512, 16), vector, cos, sin)
+            got = view.recorded["future_rotation"][row] @ vector.flatten()
+            torch.testing.assert_close(got, turned.mean(2).flatten(), atol=1e-5, rtol=0)
+    check_evicted_is_hidden(build("expected_attention(budget=9)"), model)
+    check_row_alone(build("expected_attention(budget=9)"), model)
+
+
+def test_frequencies_that_cannot_be_told_apart_are_refused() -> None:
+    model = gemma3()
+    model.model.rotary_emb.register_buffer("third_inv_freq", torch.ones(8))
+    for kind in ("full_attention", "sliding_attention"):
+        delattr(model.model.rotary_emb, f"{kind}_inv_freq")
+    with pytest.raises(UnsupportedModelError, match="expected_attention"):
+        build("expected_attention(budget=9)").new_cache(model)
+    build("knorm(budget=9)").new_cache(model)
+
+
+def test_padding_and_batch_leave_observations_alone() -> None:
+    model = tiny("qwen2", layers=2)
+    batch = Batch.of(random_rows(model, [50, 37], 3))
+    _, together = observe(model, Dropping(every=19), batch, [20, 30])
+    for row in range(2):
+        single = batch.row(row)
+        _, alone = observe(model, Dropping(every=19), single, [single.ids.shape[1]])
+        for mine, theirs in zip(together, alone, strict=True):
+            for name, wanted in theirs.recorded.items():
+                got = mine.recorded[name][row]
+                if name.startswith(("attention", "window")):
+                    got, wanted = got[mine.valid[row]], wanted[0][theirs.valid[0]]
+                else:
+                    wanted = wanted[0]
+                torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_long_inputs_are_observed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 queries give what one block gives."""
+    from evomem.memory.kv import layer as module
+
+    model = tiny("qwen3", layers=1)
+    batch = Batch.of(random_rows(model, [70, 51], 8))
+    _, (wanted,) = observe(model, Dropping(drop=False), batch, [70])
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1)
+    _, (got,) = observe(model, Dropping(drop=False), batch, [70])
+    for name in wanted.recorded:
+        torch.testing.assert_close(got.recorded[name], wanted.recorded[name], atol=1e-5, rtol=0)
+
+
+def test_attention_sum_is_conserved() -> None:
+    """Every real query gives away exactly 1 in each head, while nothing is evicted."""
+    model = tiny("gemma", layers=2)
+    batch = Batch.of(random_rows(model, [40, 22], 9))
+    _, views = observe(model, Dropping(drop=False), batch, [13, 27])
+    for view in views:
+        given = view.recorded["attention_sum"].sum(-1)
+        torch.testing.assert_close(given, batch.real.sum(1).float()[:, None].expand_as(given), atol=1e-3, rtol=0)
+        assert math.isclose(float(view.recorded["window_attention:5"].sum(-1).mean()), 1.0, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention",
+        "window_attention:0",
+        "window_attention:W",
+        "window_attention",
+        "window_statistics:0",
+        "window_peak",
+        "window_next_use:x",
+    ],
+)
+def test_unknown_observation_is_named(name: str) -> None:
+    class Asking(Dropping):
+        observes = frozenset({name})
+
+    with pytest.raises(ConfigError, match="attention_spectrum"):
+        SlotCache.for_model(tiny("llama", layers=1), Asking())
+
+
+# ---- after a decision ------------------------------------------------------------------------------------------------
+
+OBSERVING = ["h2o(budget=9)", "snapkv(window=4, budget=9)", "expected_attention(budget=9)", "namm(budget=9)"]
+
+
+@pytest.mark.parametrize("spec", OBSERVING)
+def test_after_the_one_decision_nothing_is_observed_and_the_answers_are_the_same(spec: str) -> None:
+    """Against ``reading()``, after which the cache goes on observing: a further context may come."""
+    model, manager = tiny("qwen2", layers=3), build(spec).with_options(every=None)
+    batch = Batch.of(random_rows(model, [40, 29], 4))
+    assert manager.observes
+    with attached(model):
+        stopped, going_on = manager.new_cache(model), manager.new_cache(model)
+        got = [read(model, stopped, batch, [30])]
+        with going_on.reading():
+            wanted = [read(model, going_on, batch, [30])]
+        cloned = stopped.clone()
+        for at in range(30, 40):
+            got.append(read(model, stopped, batch, [1], at=at))
+            wanted.append(read(model, going_on, batch, [1], at=at))
+        torch.testing.assert_close(torch.cat(got, 1), torch.cat(wanted, 1), atol=1e-4, rtol=1e-4)
+        for mine, theirs in zip(stopped.layers, going_on.layers, strict=True):
+            assert torch.equal(mine.slots, theirs.slots)
+            assert not mine.recorder.tensors()
+            assert theirs.recorder.tensors()
+        held = sum(t.numel() * t.element_size() for y in stopped.layers for t in (y.keys, y.values, y.slots))
+        assert stopped.nbytes() == held < going_on.nbytes()
+        for cache in (stopped, cloned):
+            with pytest.raises(CacheError, match="nothing was read"), cache.reading():
+                pass
+            with pytest.raises(CacheError, match=r"cache\.reading"):
+                cache.decide()
+            assert not any(layer.recorder.tensors() for layer in cache.layers)
+        with going_on.reading():
+            pass  # decides again
+        stopped.crop(-3)  # nothing recorded, nothing to be taken back
+        assert stopped.get_seq_length() == 37
+        for cache, forget in ((stopped, stopped.reset), (cloned, lambda: cloned.crop(-99))):
+            forget()
+            again = [read(model, cache, batch, [30]), *(read(model, cache, batch, [1], at=at) for at in range(30, 40))]
+            torch.testing.assert_close(torch.cat(again, 1), torch.cat(got, 1), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("spec", ["h2o(budget=9, every=8)", "namm(budget=9, every=8)"])
+def test_a_manager_that_decides_again_goes_on_observing(spec: str) -> None:
+    model, manager = tiny("llama", layers=2), build(spec)
+    with attached(model):
+        cache = manager.new_cache(model)
+        read(model, cache, Batch.of(random_rows(model, [20], 4)), [8, 12])
+    assert all(layer.recorder.tensors() for layer in cache.layers)

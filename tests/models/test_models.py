@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evomem.errors import ModelError, UnknownNameError
+from evomem.models import Alias, aliases, available, folder_digest, load
+from evomem.models.aliases import get_alias
+from evomem.models.pretrained.gguf import MANIFEST, MARKER, damage
+from evomem.testing.models import tiny, tiny_tokenizer
+
+WIDE, HEADS, KV_HEADS, HIDDEN, LAYERS = 64, 4, 2, 96, 2
+
+
+def byte_alphabet() -> list[str]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def write_gguf(path: Path, *, without: str = "") -> dict[str, np.ndarray]:
+    """Write a tiny Llama with Q4_1 matrices and a byte-level tokenizer; return what its blocks stand for."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.Q4_1
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(WIDE)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_rope_dimension_count(WIDE // HEADS)
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "ĠĠ", "in", "Ġin"]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges(["Ġ Ġ", "i n", "Ġ in"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (len(tokens), WIDE)}
+    for layer in range(LAYERS):
+        block = f"blk.{layer}."
+        shapes |= {block + "attn_q": (WIDE, WIDE), block + "attn_output": (WIDE, WIDE)}
+        shapes |= {block + "attn_k": (WIDE // 2, WIDE), block + "attn_v": (WIDE // 2, WIDE)}
+        shapes |= {
+            block + "ffn_gate": (HIDDEN, WIDE),
+            block + "ffn_up": (HIDDEN, WIDE),
+            block + "ffn_down": (WIDE, HIDDEN),
+        }
+    shapes.pop(without, None)
+    stand_for = {}
+    for name, shape in shapes.items():
+        blocks = gguf.quants.quantize(rng.normal(0, 0.2, shape).astype(np.float32), kind)
+        stand_for[name] = gguf.quants.dequantize(blocks, kind)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=kind)
+    for name in ["output_norm", *(f"blk.{i}.{norm}" for i in range(LAYERS) for norm in ("attn_norm", "ffn_norm"))]:
+        stand_for[name] = rng.normal(1, 0.1, WIDE).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", stand_for[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stand_for
+
+
+RACER = """
+import logging, os, pathlib, sys, time
+logging.basicConfig(level=logging.WARNING, format="LOG %(message)s")
+from evomem.models import Alias, aliases, load
+aliases["small"] = Alias("small", "small_model_package", "*.gguf", "pip install small", "")
+here = pathlib.Path(sys.argv[1])
+(here / f"ready-{os.getpid()}").touch()
+while len(list(here.glob("ready-*"))) < int(sys.argv[2]):
+    time.sleep(0.005)
+loaded = load("small")
+print(loaded.digest, sum(p.double().sum().item() for p in loaded.model.parameters()))
+"""
+
+
+class Small:
+    """A GGUF package and a cache folder that several processes have filled at the same moment."""
+
+    def __init__(self, root: Path) -> None:
+        self.package = root / "site" / "small_model_package"
+        self.package.mkdir(parents=True)
+        # Importing it must never happen.
+        (self.package / "__init__.py").write_text("raise ImportError('this package needs things that are not there')")
+        self.stand_for = write_gguf(self.package / "small.Q4_1.gguf")
+        self.cache = root / "cache"
+        self.processes = 2
+        path = os.pathsep.join([str(root / "site"), str(Path(__file__).resolve().parents[2])])
+        environment = {**os.environ, "EVOMEM_CACHE": str(self.cache), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", RACER, str(root), str(self.processes)]
+        racers = [
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(self.processes)
+        ]
+        self.ends = [(*racer.communicate(timeout=240), racer.returncode) for racer in racers]
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory) -> Small:
+    return Small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def small(raced, tmp_path, monkeypatch) -> Path:
+    """The folder of the alias ``small`` in a cache of this test's own."""
+    shutil.copytree(raced.cache, tmp_path / "cache")
+    monkeypatch.setenv("EVOMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(raced.package.parent))
+    monkeypatch.setitem(aliases, "small", Alias("small", "small_model_package", "*.gguf", "pip install small", ""))
+    (folder,) = (tmp_path / "cache" / "models").glob("small-*")
+    return folder
+
+
+# ---- the cache folder ---------------------------------------------------------------------------------------------
+
+
+def test_processes_that_start_together_build_once_and_agree(raced):
+    assert [code for *_, code in raced.ends] == [0] * raced.processes, raced.ends
+    assert len({out for out, *_ in raced.ends}) == 1
+    assert sum(err.count("dequantising") for _, err, _ in raced.ends) == 1
+    assert not [path for path in (raced.cache / "models").iterdir() if ".new-" in path.name]
+
+
+def test_weights_are_what_the_gguf_blocks_stand_for(raced, small):
+    weights = load_file(small / "model.safetensors")
+    names = {
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj", "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    left = dict(weights)
+    for name, expected in raced.stand_for.items():
+        *block, last = name.split(".")
+        prefix = f"model.layers.{block[1]}." if block else ""
+        found = left.pop(prefix + names[last] + ".weight").numpy()
+        if last in ("attn_q", "attn_k"):
+            # GGUF interleaves the two halves that the rotation pairs; transformers keeps them apart.
+            heads = HEADS if last == "attn_q" else KV_HEADS
+            expected = expected.reshape(heads, -1, 2, WIDE).swapaxes(1, 2).reshape(expected.shape)
+        np.testing.assert_array_equal(found, expected)
+    assert not left
+
+
+@pytest.mark.parametrize("text", ["a  71", "in 2024  3\n\t12", "Grüße, 你好  in"])
+def test_the_small_tokenizer_round_trips_and_splits_digits(small, text):
+    tokenizer = load("small").tokenizer
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))
+    if "  7" in text:  # two blanks stay one token, as in the model's own training; GPT-2's rule would part them
+        assert "ĠĠ" in tokens
+
+
+def harm_truncate(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+
+
+def harm_flip(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+
+
+def harm_lose_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def harm_lose_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def harm_garble_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text('{"files": [')
+
+
+def harm_empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "harm", [harm_truncate, harm_flip, harm_lose_config, harm_lose_manifest, harm_garble_manifest, harm_empty]
+)
+def test_a_damaged_cache_is_noticed_and_built_again(small, harm, caplog):
+    before = load("small")
+    time.sleep(0.01)  # so that the modification time differs on file systems with coarse clocks
+    harm(small)
+    assert damage(small) is not None
+    caplog.clear()
+    after = load("small")
+    assert "damaged" in caplog.text
+    assert damage(small, verify=True) is None
+    assert after.digest == before.digest
+    caplog.clear()
+    load("small")
+    assert not caplog.text
+
+
+def test_a_flip_that_hides_its_time_is_found_by_verify(small):
+    load("small")
+    path = small / "model.safetensors"
+    status = path.stat()
+    harm_flip(small)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert damage(small) is None
+    assert "checksum" in (damage(small, verify=True) or "")
+
+
+@pytest.mark.parametrize("lacking", ["blk.1.ffn_up", "half of the file"])
+def test_a_gguf_that_lacks_something_is_refused_and_leaves_nothing(tmp_path, monkeypatch, lacking):
+    package = tmp_path / "site" / "lacking_package"
+    package.mkdir(parents=True)
+    write_gguf(package / "small.gguf", without=lacking)
+    if lacking == "half of the file":
+        os.truncate(package / "small.gguf", (package / "small.gguf").stat().st_size // 2)
+    monkeypatch.setenv("EVOMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setitem(aliases, "lacking", Alias("lacking", "lacking_package", "*.gguf", "pip install lacking", ""))
+    said = r"missing in the files.*layers\.1\.mlp\.up_proj" if lacking.startswith("blk") else "cannot be read"
+    with pytest.raises(ModelError, match=said):
+        load("lacking")
+    assert [path.name for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == []
+
+
+def test_a_lost_marker_costs_one_full_check(small):
+    (small / MARKER).unlink()
+    assert damage(small) is None
+    assert json.loads((small / MARKER).read_text()).keys() == json.loads((small / MANIFEST).read_text())["files"].keys()
+
+
+def test_the_remains_of_a_killed_builder_go_away(small):
+    remains = small.parent / f".{small.name}.new-1"
+    remains.mkdir()
+    (remains / "model.safetensors").write_bytes(b"half")
+    harm_lose_config(small)
+    load("small")
+    assert not remains.exists()
+
+
+def test_the_cached_copy_outlives_its_package(small, monkeypatch):
+    digest = load("small").digest
+    monkeypatch.setitem(aliases, "small", replace(aliases["small"], module="no_such_module"))
+    assert load("small").digest == digest
+    shutil.rmtree(small)
+    with pytest.raises(ModelError, match=r"no_such_module.*pip install small"):
+        load("small")
+    assert next(info for info in available() if info.name == "small").state == "missing"
+
+
+def test_available_says_what_is_where(raced, small):
+    info = next(info for info in available() if info.name == "small")
+    assert (info.state, info.where) == ("ready", small)
+    assert info.bytes == sum(path.stat().st_size for path in small.iterdir())
+    shutil.rmtree(small)
+    info = next(info for info in available() if info.name == "small")
+    assert (info.state, info.where) == ("installed", raced.package / "small.Q4_1.gguf")
+
+
+def test_a_cache_that_cannot_be_written_is_a_clear_error(small, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EVOMEM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="EVOMEM_CACHE"):
+        load("small")
+
+
+# ---- folders and names --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_local_folder_is_loaded_frozen_and_unchanged(folder):
+    loaded = load(str(folder))
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.tokenizer.padding_side == "left"
+    with pytest.raises(FrozenInstanceError):
+        loaded.name = "other"  # type: ignore[misc]
+    ids = torch.tensor([loaded.tokenizer.encode("the special magic number is 12")])
+    assert torch.equal(loaded.model(ids).logits, tiny("llama")(ids).logits)
+    assert load(str(folder), dtype=torch.bfloat16, attn="eager").model.dtype == torch.bfloat16
+
+
+def test_a_missing_padding_token_becomes_the_end_token(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    loaded = load(str(folder))
+    batch = loaded.tokenizer(["the cat", "cat"], padding=True)
+    assert batch["input_ids"][1][0] == loaded.tokenizer.eos_token_id
+    assert batch["attention_mask"] == [[1, 1], [0, 1]]
+
+
+def test_the_digest_is_of_the_weights_and_the_configuration_alone(folder, tmp_path):
+    digest = load(str(folder)).digest
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert load(str(folder), dtype=torch.float16).digest == digest
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "transformers_version": "9"}))
+    assert folder_digest(copy) == digest
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert folder_digest(copy) != digest
+    tiny("llama", seed=1).save_pretrained(copy)
+    assert folder_digest(copy) != digest
+    tiny("llama", seed=0).save_pretrained(copy)
+    assert folder_digest(copy) == digest
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [("config.json", "config.json"), ("model.safetensors", "model.safetensors"), ("tokenizer.json", "tokenizer.json")],
+)
+def test_a_folder_says_what_it_lacks(folder, lost, said):
+    (folder / lost).unlink()
+    with pytest.raises(ModelError, match=said):
+        load(str(folder))
+
+
+def test_a_missing_shard_is_named(folder):
+    tiny("llama").save_pretrained(folder, max_shard_size="200KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    load(str(folder))
+    shards[0].unlink()
+    with pytest.raises(ModelError, match=re.escape(shards[0].name)):
+        load(str(folder))
+
+
+def test_damaged_weights_in_a_folder_are_a_model_error(folder):
+    harm_truncate(folder)
+    with pytest.raises(ModelError, match=re.escape(str(folder))):
+        load(str(folder))
+
+
+def test_code_in_a_model_folder_is_never_run(folder):
+    config = json.loads((folder / "config.json").read_text())
+    remote = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps({**config, **remote}))
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match=re.escape(str(folder))):
+        load(str(folder))
+
+
+def test_names_that_lead_nowhere_fail_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=r"no-such-owner-evomem/nothing.*Aliases: .*smollm2-135m"):
+        load("no-such-owner-evomem/nothing")
+    assert time.monotonic() - start < 15
+    with pytest.raises(ModelError, match="no such folder"):
+        load(str(tmp_path / "nothing"))
+    with pytest.raises(ModelError, match="Did you mean 'smollm2-135m'"):
+        load("smollm2_135m!")
+    with pytest.raises(UnknownNameError, match="smollm2-135m"):
+        get_alias("smollm2")
+
+
+# ---- the real model -----------------------------------------------------------------------------------------------
+
+
+def test_smollm2_writes_english(smollm2):
+    ids = smollm2.tokenizer("The capital of France is", return_tensors="pt")
+    text = smollm2.tokenizer.decode(smollm2.model.generate(**ids, max_new_tokens=6, do_sample=False)[0])
+    assert "Paris" in text
+    config = smollm2.model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+
+
+def test_smollm2_reads_padded_batches_like_single_texts(smollm2):
+    texts = ["The grass is green. The sky is", "Water"]
+    batch = smollm2.tokenizer(texts, padding=True, return_tensors="pt")
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    together = smollm2.model(**batch, position_ids=positions).logits[:, -1]
+    for row, text in enumerate(texts):
+        alone = smollm2.model(**smollm2.tokenizer(text, return_tensors="pt")).logits[0, -1]
+        torch.testing.assert_close(together[row], alone, atol=2e-3, rtol=1e-3)
+
+
+def test_smollm2_tokenizer_round_trips(smollm2):
+    text = "One of the special magic numbers for  naïve-cat is: 7141592.\n\n\tdef f(x):  return 42"
+    ids = smollm2.tokenizer.encode(text)
+    assert smollm2.tokenizer.decode(ids) == text
+    digits = [t for t in smollm2.tokenizer.convert_ids_to_tokens(ids) if any(c.isdigit() for c in t)]
+    assert digits == list("714159242")

@@ -1,0 +1,122 @@
+"""The snippets of docs/plugins.md and of README's "Use a manager" run as they stand, top to bottom, in one namespace.
+
+Not real are: the language model (a tiny one of the same family answers to the real one's name), the hub (the server of
+`tests.hub_server`), and the run that is loaded from (a plug-in is put where a run leaves it).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import evomem.models
+from evomem import plugins
+from evomem.cli.app import app
+from evomem.managers import build, managers
+from evomem.models import LoadedModel
+from evomem.plugins.untrusted import DEPTH, LIMITS, PICTURE_COUNT
+from evomem.testing.models import tiny, tiny_tokenizer
+from tests.support.hub_server import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS, README = ROOT / "docs" / "plugins.md", ROOT / "README.md"
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def section(text, title):
+    return re.split(r"^## ", text.partition(f"## {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A working folder in which the demo has run, a model, and a hub."""
+    from huggingface_hub import constants
+
+    server = Server()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    loaded = LoadedModel("smollm2-135m", tiny("llama"), tiny_tokenizer(), "0" * 64)
+    monkeypatch.setattr(evomem.models, "load", {"smollm2-135m": loaded}.__getitem__)
+    plugins.save(build("feature_scorer(budget=64)"), tmp_path / "runs/demo/winner/plugin", {"experiment": "demo"})
+    yield server
+    server.close()
+    managers._classes.pop("turns", None)
+
+
+def run(code):
+    """Run snippets like a script: what they define later ones see."""
+    names = {"__name__": "__main__"}
+    for place, one in enumerate(code):
+        exec(compile(one, f"snippet {place + 1}", "exec"), names)
+    return names
+
+
+def test_the_page_about_plug_ins(world, capsys):
+    names = run(blocks(PLUGINS.read_text(), "python"))
+    printed = capsys.readouterr().out
+    assert "schema_version: 2 is unknown; this evomem reads version 1." in printed
+    assert names["small"].options.budget == 32
+    assert names["tokens"].shape[1] > names["inputs"].input_ids.shape[1]
+    assert names["manager"].options.budget == 64
+    assert int(names["keep"].sum(-1).max()) == 64
+    assert world.private == {"somebody/my-manager": True}
+    assert sorted(world.state("somebody/my-manager")[1]) == sorted(plugins.FILES)
+
+
+def test_the_own_manager_is_as_short_as_promised(world):
+    (own,) = [block for block in blocks(PLUGINS.read_text(), "python") if "@register" in block]
+    (entry,) = blocks(PLUGINS.read_text(), "toml")
+    assert len(own.strip().splitlines()) + len(entry.strip().splitlines()) <= 34
+    value = tomllib.loads(entry)["project"]["entry-points"]["evomem.managers"]["turns"]
+    assert run([own])[value.partition(":")[2]].name == "turns"
+
+
+def test_the_commands_about_namm(world, tmp_path):
+    (commands,) = blocks(section(PLUGINS.read_text(), "Import a NAMM"), "")
+    shutil.copy(ROOT / "tests/data/namm_bam_update.npz", tmp_path)
+    told = plugins.load(ROOT / "tests/data/plugin_v1/namm")
+    state = {"mean": torch.from_numpy(told.to_vector()), "stored_buffers_to_save.x_output_mean": told.spectrum_mean}
+    torch.save({"evolution_state": {**state, "stored_buffers_to_save.x_output_var": told.spectrum_var}}, "ckpt.pt")
+    for command in commands.strip().splitlines():
+        program, *words = shlex.split(command)
+        result = CliRunner().invoke(app, words)
+        assert program == "evomem"
+        assert result.exit_code == 0, result.output
+        assert plugins.load("namm").name == "namm"
+        shutil.rmtree("namm")  # a plug-in is not replaced unless that is said
+
+
+def test_readmes_use_of_a_manager(world):
+    names = run(blocks(section(README.read_text(), "Use a manager"), "python"))
+    assert max(int(held.max()) for held in names["cache"].slots_held()) <= 64 + 20
+
+
+def test_the_limits_are_as_told():
+    table = section(PLUGINS.read_text(), "What is in it")
+    for name, limit in LIMITS.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
+        size = f"{limit >> 10} KiB" if limit < 1 << 20 else f"{limit >> 20} MiB"
+        assert row.split("|")[3].strip() == (f"{PICTURE_COUNT} of {size}" if "*" in name else size)
+    assert f"more than {DEPTH} levels" in section(PLUGINS.read_text(), "What is refused")
+
+
+@pytest.mark.parametrize("page", [PLUGINS, README], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target

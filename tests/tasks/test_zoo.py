@@ -1,0 +1,173 @@
+"""The zoo: its tasks, its tokenizer, its trainings, and the models that are shipped."""
+
+import json
+from dataclasses import replace
+from itertools import chain, pairwise
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import evomem.models
+from evomem.errors import ModelError, TaskError
+from evomem.evaluation import Evaluator
+from evomem.managers import build as build_manager
+from evomem.models.aliases import Shipped, aliases
+from evomem.models.pretrained.files import sha256
+from evomem.tasks import Split, build
+from evomem.tasks.text.words import split_of
+from evomem.tasks.text.zoo import LINE, draw_facts, needle_facts, pair_facts
+from evomem.tasks.text.zoo_words import DIGITS, KEYS, VALUES, VOCABULARY
+from experiments.zoo.data import TASKS, Lessons, needle_lesson, recall_lesson, zoo_tokenizer
+from experiments.zoo.recipes import RECIPES
+from experiments.zoo.train import Training
+
+NAMES = [name for name in aliases if name.removeprefix("zoo-") in RECIPES]
+TOKENIZER = zoo_tokenizer()
+
+
+def stated(text: str) -> set[str]:
+    """Facts as a reader finds them in a text, in the form that decides about the split."""
+    words = text.replace(",", "").replace(".", "").split()
+    needles = {f"{words[i + 1]} {' '.join(words[i + 2 : i + 6])}" for i, word in enumerate(words) if word == "magic"}
+    pairs = {f"{a} {b}" for a, b in pairwise(words) if a in KEYS and b in VALUES}
+    return needles | pairs
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("split", Split)
+def test_what_a_context_states_belongs_to_its_split(task, split):
+    for sample in build(task, TOKENIZER, 256).samples(split, 6, seed=3):
+        facts = stated(sample.context)
+        assert len(facts) == sample.meta["facts"]
+        assert split_of("; ".join(sorted(facts))) == split
+        assert f"{sample.meta['key']} {sample.references[0]}" in facts
+
+
+@given(seed=st.integers(0, 10**6), length=st.integers(32, 300), recall=st.booleans())
+def test_lessons_are_of_the_train_split_and_ask_for_every_fact(seed, length, recall):
+    context, questions = (recall_lesson if recall else needle_lesson)(Random(seed), length)
+    facts = stated(context)
+    assert split_of("; ".join(sorted(facts))) == Split.TRAIN
+    assert stated(questions) == facts
+    assert len(TOKENIZER.encode(f"{context} {questions}")) <= length
+
+
+def test_the_answers_of_a_batch_are_the_values_of_its_facts():
+    batch = Lessons(0).batch(step=5, length=64, tokens=512)
+    for ids, real, answers, kinds in zip(batch.ids, batch.real, batch.answers, batch.kinds, strict=True):
+        words = TOKENIZER.convert_ids_to_tokens(ids)
+        (kind,) = kinds[answers].unique().tolist()
+        said = [word for word, answer in zip(words, answers, strict=True) if answer]
+        context = TOKENIZER.decode(ids[real][: int(answers.nonzero()[0])])
+        assert sorted(said) == sorted(word for word in context.split() if word in (VALUES if kind else DIGITS))
+
+
+def test_one_word_is_one_token_and_cutting_at_blanks_changes_nothing():
+    assert len(set(VOCABULARY)) == len(VOCABULARY)
+    assert TOKENIZER.unk_token_id not in TOKENIZER.encode(" ".join(VOCABULARY))
+    for task in TASKS:
+        for sample in build(task, TOKENIZER, 200).samples(Split.SELECT, 3, seed=0):
+            parts = [sample.context, sample.question, sample.answer]
+            ids = [TOKENIZER.encode(part, add_special_tokens=False) for part in parts]
+            whole = TOKENIZER.encode("".join(parts))
+            assert list(chain(*ids)) == whole
+            assert TOKENIZER.decode(whole) == " ".join(TOKENIZER.decode(part) for part in ids)
+            assert build(task, TOKENIZER).score(sample, TOKENIZER.decode(ids[2])) == 1.0
+
+
+def test_the_score_is_the_share_of_words_at_their_place():
+    task = build("zoo_needle", TOKENIZER)
+    sample = replace(task.samples(Split.TRAIN, 1, 0)[0], references=("4 7 1 3",))
+    for output, share in ((" 4 7 1 3. magic", 1), ("4 7 3 1", 0.5), ("7 1 3", 0), ("4", 0.25), ("4 7 1 3 9", 1)):
+        assert task.score(sample, output) == share
+
+
+def test_facts_keep_what_they_promise():
+    for seed in range(20):
+        pairs = pair_facts(Random(seed), Split.SEALED, 30)
+        assert len({fact.key for fact in pairs}) == len({fact.value for fact in pairs}) == 30
+        assert len({fact.key for fact in needle_facts(Random(seed), Split.SELECT, 9)}) == 9
+    with pytest.raises(TaskError, match=f"has {len(KEYS)} keys"):
+        draw_facts(Random(0), Split.TRAIN, len(KEYS) + 1, lambda n: VALUES)
+    assert LINE > 1
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def tiny(name: str) -> Training:
+    small: dict[str, int] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for field in ("intermediate_size", "head_dim"):
+        if field in RECIPES[name].config:
+            small[field] = 4
+    config = {**RECIPES[name].config, **small}
+    # An accuracy that is reached at once: stages, reviews and the fall of the rate all happen within a few steps.
+    return Training(replace(RECIPES[name], config=config, tokens=(64, 64), lengths=(32, 48), passed=0.0, decay=3), 1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_same_seed_gives_the_same_weights_also_after_a_resume(name, tmp_path):
+    whole, again = tiny(name), tiny(name)
+    while not whole.done:
+        whole.advance()
+    again.advance()
+    again.advance()
+    again.save(tmp_path / "state.pt")
+    resumed = tiny(name)
+    resumed.load(tmp_path / "state.pt")
+    while not resumed.done:
+        resumed.advance()
+    assert whole.progress == resumed.progress
+    assert [length for _, length, _ in whole.progress.history] == [32, 48]
+    assert whole.progress.step == whole.progress.passed + 3
+    fresh = tiny(name).model.state_dict()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key])
+    assert any(not torch.equal(value, whole.model.state_dict()[key]) for key, value in fresh.items())
+
+
+# ---- the models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_model_is_what_its_recipe_says_and_solves_its_tasks(name):
+    folder = aliases[name].source()
+    record = json.loads((folder / "recipe.json").read_text())
+    weights = folder / "model.safetensors"
+    assert weights.stat().st_size <= 5e6
+    assert sha256(weights) == record["sha256"]
+    loaded = evomem.models.load(name)
+    assert loaded.model.config.max_position_embeddings >= 1152
+    assert loaded.tokenizer.get_vocab() == TOKENIZER.get_vocab()
+    assert loaded.tokenizer.pad_token_id is not None
+    assert loaded.tokenizer.eos_token_id is not None
+    evaluator, count = Evaluator(loaded), 32
+    for task in RECIPES[name.removeprefix("zoo-")].tasks:
+        for length in (512, 1024):
+            built = build(task, loaded.tokenizer, length)
+            samples = built.samples(Split.SEALED, count, seed=7)
+            full, few = zip(
+                *(
+                    evaluator.evaluate(
+                        [build_manager("full"), build_manager("streaming_llm", budget=32)], sample, built, exact=True
+                    )
+                    for sample in samples
+                ),
+                strict=True,
+            )
+            assert sum(one.exact for one in full) / count >= 0.9
+            assert (
+                sum(one.loglik for one in full) / count > sum(one.loglik for one in few) / count + 1
+            )  # memory matters
+
+
+def test_a_shipped_folder_that_is_not_there_is_a_clear_error(monkeypatch):
+    monkeypatch.setitem(aliases, "zoo-none", Shipped("zoo-none", "nothing"))
+    with pytest.raises(ModelError, match=r"zoo-none.*pip install"):
+        evomem.models.load("zoo-none")
+    states = {info.name: info.state for info in evomem.models.available()}
+    assert states["zoo-none"] == "missing"
+    assert {states[name] for name in NAMES} == {"ready"}
