@@ -17,12 +17,12 @@ VERSIONED := cache generate attach conformance integrations model_masks handover
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-families test-kvpress test-lm-eval test-transformers wheel bench lock clean
+.PHONY: help demo test test-families test-kvpress test-lm-eval test-transformers structure wheel bench lock clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 28
 
 demo: $(READY)  ## evolve a memory manager for SmolLM2-135M and compare it with the field (20 minutes on two cores)
 	@$(BIN)/evomem evolve experiments/demo.yaml --resume --workers auto
@@ -57,6 +57,9 @@ test-transformers: $(OTHERS)-oldest/.evomem-ready $(OTHERS)-newest/.evomem-ready
 	    echo "make: $$($(OTHERS)-$$which/bin/python -m pip list 2>/dev/null | grep '^transformers ')"; \
 	    $(OTHERS)-$$which/bin/python -m pytest -q $(foreach name,$(VERSIONED),tests/*/test_$(name).py) || exit 1; \
 	done
+
+structure:  ## what every module is, and which folder imports from which
+	@$(PYTHON) .ci/structure.py
 
 wheel: $(READY)  ## build dist/evomem_toolkit-VERSION-py3-none-any.whl, for people without a checkout
 	@$(BIN)/python -m pip wheel --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
