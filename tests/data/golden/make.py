@@ -12,9 +12,13 @@ Every number that is drawn has a seed of its own, by name: a case that is added 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,8 +29,14 @@ from evomem.cache import layer_view
 
 from evomem import plugins
 from evomem.errors import ConfigError
+from evomem.evaluation import EvaluationProtocol, Evaluator
 from evomem.managers import build
 from evomem.managers.selection import TopN, slots_of_budget
+from evomem.models import LoadedModel
+from evomem.runs import Bench, open_run, parse_experiment, search
+from evomem.search_space import SearchSpace, load_space
+from evomem.tasks.base import Sample
+from evomem.testing.models import tiny, tiny_tokenizer
 
 LAYERS, BATCH, HEADS, GROUP, SLOTS, DIM = 4, 2, 2, 2, 40, 8
 PADDING = 7
@@ -279,6 +289,189 @@ def decisions(folder):
     write(folder / "superseded.json", {"shape": [LAYERS, BATCH, HEADS, SLOTS], "cases": superseded})
 
 
+# ---- end to end ----------------------------------------------------------------------------------------------------
+
+ANSWERING = {
+    "snapkv": 12, "h2o": 12, "adakv_keydiff": 12, "pyramidkv_flat": 12, "expected_attention": 12, "namm_linear": None,
+    "feature_scorer_hidden": 0.25, "feature_scorer_shares": 8, "kv_policy_evict_store_forget": 12, "kv_policy_heads": 8,
+}  # fmt: skip
+"""Plug-ins that answer, and their budgets: with these no layer's share is more than 16 tokens."""
+EVERY, CONTEXT = 16, 48
+
+
+def answers(folder):
+    """Record what a tiny model's cache holds after a padded batch was read, and how likely an answer is then."""
+    model, tokenizer = tiny("llama", layers=LAYERS), tiny_tokenizer()
+    draw = generator("context")
+    tokens = torch.randint(6, 120, (BATCH, CONTEXT), generator=draw)
+    mask = torch.ones_like(tokens)
+    mask[1, :PADDING] = 0
+    words = [w for w in map(tokenizer.decode, range(6, 120)) if len(tokenizer.encode(w)) == 1]
+    said = [words[int(place)] for place in torch.randint(0, len(words), (CONTEXT + 9,), generator=draw)]
+    texts = [" ".join(part) for part in (said[:CONTEXT], said[CONTEXT:-4], said[-4:])]
+    arrays = {"tokens": tokens.to(torch.int16).numpy(), "mask": mask.to(torch.int16).numpy()}
+    managers = {name: plug_in(name).requires_grad_(False).with_options(budget=b) for name, b in ANSWERING.items()}
+    cases = []
+    for kind in ("compress_once", "streaming"):
+        evaluator = Evaluator(LoadedModel("tiny", model, tokenizer, "tiny"), EvaluationProtocol(kind=kind, every=EVERY))
+        found = evaluator.evaluate(list(managers.values()), Sample("golden", *texts, (texts[2],), 4), None)
+        for (name, manager), one in zip(managers.items(), found, strict=True):
+            decides = manager.with_options(every=EVERY if kind == "streaming" else None)
+            with torch.no_grad(), decides.attach(model) as cache, cache.reading():
+                model(input_ids=tokens, attention_mask=mask, past_key_values=cache)
+            widest = max(layer.slots.shape[-1] for layer in cache.layers)
+            held = [torch.nn.functional.pad(x.slots, (widest - x.slots.shape[-1], 0), value=-1) for x in cache.layers]
+            arrays[f"{name}/{kind}"] = torch.stack(held).to(torch.int16).numpy()
+            cases.append({
+                "plugin": name, "budget": ANSWERING[name], "protocol": kind,
+                "loglik": one.loglik, "slots": one.slots, "bytes_peak": one.bytes_peak, "bytes_mean": one.bytes_mean,
+            })  # fmt: skip
+    np.savez_compressed(folder / "answers.npz", **arrays)
+    write(folder / "answers.json", {"made_with": made_with(), "every": EVERY, "texts": texts, "cases": cases})
+
+
+# ---- search spaces -------------------------------------------------------------------------------------------------
+
+
+def spaces(folder):
+    """Record what every search space's vectors stand for: order, sizes, start, and one vector's manager by digests."""
+    found = {}
+    for path in sorted(Path("search_spaces").glob("*.yaml")):
+        space = SearchSpace(load_space(path.stem))
+        vector = np.random.default_rng(zlib.crc32(path.stem.encode())).normal(size=space.dim)
+        manager = space.decode(vector)
+        blocks = space.blocks()
+        found[path.stem] = {
+            "dim": space.dim,
+            "sigma": space.sigma,
+            "start": digest(space.start),
+            "template": space.template.describe(),
+            "parameters": [[name, list(tensor.shape)] for name, tensor in space.template.named_parameters()],
+            "blocks": [len(blocks), digest(np.concatenate(blocks).astype(np.int64)) if blocks else ""],
+            "variables": [repr(variable) for variable in space.variables()],
+            "options": manager.describe()["options"],
+            "tensors": {name: digest(tensor.numpy()) for name, tensor in manager.state_dict().items()},
+            "encoded": digest(space.encode(manager)),
+        }
+    write(folder / "spaces.json", found)
+
+
+def digest(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+SHORT = {
+    "model": "none", "tasks": ["words"], "samples_per_generation": 2, "train_contexts": 4, "chunk": 4,
+    "budgets": [8, 12], "select": {"contexts": 2, "top": 1, "snapshots": 1}, "sealed": {"contexts": 2, "exact": False},
+}  # fmt: skip
+SEARCHED = ["keydiff", "value_norm", "age", "attention_per_query"]
+RUNS = {
+    "cmaes": {
+        **SHORT, "name": "cmaes", "generations": 5, "driver": {"name": "cmaes", "population": 5},
+        "space": {"manager": {"name": "feature_scorer", "options": {
+            "features": SEARCHED, "sinks": 1, "recent": 2, "budget": 10}}, "sigma": 0.5},
+    },
+    "block_cmaes": {
+        **SHORT, "name": "block_cmaes", "driver": {"name": "block_cmaes", "population": 5},
+        "space": {"manager": {"name": "feature_scorer", "options": {
+            "features": SEARCHED, "layers": 2, "heads": 2, "sinks": 1, "recent": 2, "budget": 10}},
+            "start": {"heuristic": "keydiff"}, "sigma": 0.3},
+        "stages": [
+            {"name": "attention", "generations": 2, "budgets": [8], "fitness": {"objective": "attention"}},
+            {"name": "likelihood", "generations": 3},
+        ],
+    },
+    "policy_gradient": {
+        **SHORT, "name": "policy_gradient", "chance_contexts": 0,
+        "driver": {"name": "policy_gradient", "population": 4, "options": {"estimator": "grpo"}},
+        "space": {"manager": {"name": "kv_policy", "options": {"features": SEARCHED, "hidden": 2, "budget": 12}}},
+        "stages": [
+            {"name": "exact", "generations": 2, "fitness": {"objective": "expected_cost"}},
+            {"name": "rollouts", "generations": 3},
+        ],
+    },
+}  # fmt: skip
+"""Searches on a tiny model. None of them shares a budget among layers: what is right today is searched for."""
+KILLED_AFTER = 0.55
+"""Share of the journal's lines after which a run is killed."""
+
+
+WORDS = (
+    "the", "of", "and", "to", "is", "in", "a", "an", "for", "on", "that", "with", "are", "was", "it", "all",
+    "one", "some", "1", "2", "3", "4", "5", "6", "7", "8", "9",
+)  # fmt: skip
+
+
+class Words:
+    """Texts of the tiny tokenizer's words, drawn by the sample's name."""
+
+    name, uniform_chance, has_exact = "words", 0.0, False
+
+    def samples(self, split, n, seed):
+        return [self.sample(f"words/{split.value}/{number}") for number in range(n)]
+
+    def sample(self, name):
+        drawn = np.random.default_rng(zlib.crc32(name.encode())).integers(0, len(WORDS), 47)
+        said = [WORDS[place] for place in drawn]
+        return Sample(name, " ".join(said[:40]), " ".join(said[40:44]), " ".join(said[44:]), ("w",), 0)
+
+    def score(self, sample, output):
+        return 0.0
+
+    def describe(self):
+        return {}
+
+
+def bench(config):
+    loaded = LoadedModel("tiny", tiny("llama", layers=2), tiny_tokenizer(), "tiny")
+    return Bench(Evaluator(loaded, config.protocol), lambda task: Words(), provenance={"model_digest": "tiny"})
+
+
+def goes_on(name, folder, resume=True):
+    torch.set_num_threads(1)
+    return search(parse_experiment(RUNS[name]), folder, bench, resume=resume)
+
+
+def runs(folder):
+    """Record runs that were killed in the middle, and what comes of them when this code goes on with them."""
+    recorded = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        for name in RUNS:
+            goes_on(name, place / "whole" / name, resume=False)
+            total = journal_lines(place / "whole" / name)
+            killed = place / "killed" / name
+            process = subprocess.Popen([sys.executable, __file__, str(killed), "--search", name])
+            while process.poll() is None and journal_lines(killed) < KILLED_AFTER * total:
+                time.sleep(0.001)
+            process.kill()
+            process.wait()
+            lines = journal_lines(killed)
+            assert process.returncode == -9
+            assert lines < total, "it was finished before it could be killed"
+            shutil.copytree(killed, place / "resumed" / name)
+            goes_on(name, place / "resumed" / name)
+            whole, resumed = (ended(place / which / name) for which in ("whole", "resumed"))
+            assert whole == resumed
+            recorded[name] = {"experiment": RUNS[name], "killed_after": lines, "of_lines": total, **resumed}
+        pack(place / "killed", folder / "runs.zip")
+    write(folder / "runs.json", {"made_with": made_with(), "runs": recorded})
+
+
+def journal_lines(folder):
+    journal = folder / "journal.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def ended(folder):
+    """Return what a run came to: fitness of every candidate of every generation, the winner's vector."""
+    run = open_run(folder)
+    fitness = [list(map(float, generation.fitness)) for generation in run.generations()]
+    return {"fitness": fitness, "winner": run.winner_vector.tolist()}
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +483,7 @@ def made_with():
 def write(path, value):
     """Write JSON, one case a line."""
     cases = value.pop("cases", None)
-    text = json.dumps(value, indent=1, sort_keys=True)
+    text = json.dumps(value, indent=1)
     if cases is not None:
         lines = ",\n  ".join(json.dumps(case) for case in cases)
         text = text[:-2] + f',\n "cases": [\n  {lines}\n ]\n}}'
@@ -307,12 +500,14 @@ def pack(folder, path):
                 archive.writestr(entry, file.read_bytes())
 
 
-PARTS = {"decisions": decisions}
+PARTS = {"decisions": decisions, "answers": answers, "spaces": spaces, "runs": runs}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     destination = Path(sys.argv[1])
     destination.mkdir(parents=True, exist_ok=True)
+    if "--search" in sys.argv:  # the process that is killed
+        sys.exit(goes_on(sys.argv[3], destination) is None)
     for part in sys.argv[2:] or PARTS:
         PARTS[part](destination)
