@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -59,6 +60,7 @@ def decided(manager, views):
     return torch.stack([one.keep for one in found]), decay
 
 
+@cache
 def recorded(name):
     """Return the recorded keep-masks (cases, layers, batch, kv_heads, slots) bool."""
     bits = np.unpackbits(arrays(name)["keep"].numpy(), axis=1)

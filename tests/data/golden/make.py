@@ -392,8 +392,15 @@ RUNS = {
             {"name": "rollouts", "generations": 3},
         ],
     },
+    "policy_gradient_shares": {
+        **SHORT, "name": "policy_gradient_shares", "chance_contexts": 0, "generations": 4,
+        "driver": {"name": "policy_gradient", "population": 4, "options": {"estimator": "grpo"}},
+        "space": {"manager": {"name": "kv_policy", "options": {
+            "features": SEARCHED, "actions": ["evict", "store", "forget"], "hidden": 2, "allocation": 2, "odds": 1.0,
+            "rate": -2.0, "budget": 12}}},
+    },
 }  # fmt: skip
-"""Searches on a tiny model. None of them shares a budget among layers: what is right today is searched for."""
+"""Searches on a tiny model. Where layers have shares of the budget, no floor binds and all shares can be had."""
 KILLED_AFTER = 0.55
 """Share of the journal's lines after which a run is killed."""
 
