@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import Line, Setting, line, progress
-from evomem.drivers import build
+from evomem.drivers import Fitness, build
 
 NAME = "driver.ask_tell_ms"
 DIM = 4172
@@ -34,12 +34,11 @@ def generations(name: str, dim: int, popsize: int, count: int, **options: Any) -
         begin = time.perf_counter()
         population = driver.ask()
         asked = time.perf_counter() - begin
-        told: dict[str, Any] = {}
-        if blocks:
-            told["heads"] = -np.stack([(population.vectors[:, block] ** 2).sum(axis=1) for block in blocks], axis=1)
-        fitness = -(population.vectors**2).sum(axis=1)
+        squares = population.vectors**2
+        heads = -np.stack([squares[:, block].sum(axis=1) for block in blocks], axis=1) if blocks else None
+        fitness = Fitness(-squares.sum(axis=1), per_head=heads)
         begin = time.perf_counter()
-        driver.tell(population, fitness, **told)
+        driver.tell(population, fitness)
         taken.append(1e3 * (asked + time.perf_counter() - begin))
     return taken[WARM_UP:]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evomem.drivers.base import Array, Driver, Population, drivers
+from evomem.drivers.base import Array, Driver, Fitness, Population, drivers
 from evomem.drivers.block_cmaes import BlockCMAES
 from evomem.drivers.cmaes import CMAES
 from evomem.drivers.cmaes_library import LRACMA, CatCMA
@@ -27,6 +27,7 @@ __all__ = [
     "CatCMA",
     "Driver",
     "EvoTorchCMAES",
+    "Fitness",
     "PolicyGradient",
     "Population",
     "RandomSearch",

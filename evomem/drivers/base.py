@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomem.registry import Registry
+
+if TYPE_CHECKING:
+    from evomem.drivers.estimators import Rollouts
 
 Array = NDArray[np.float64]
 
@@ -37,6 +40,24 @@ class Population:
     learns: NDArray[np.int64] | None = None
 
 
+@dataclass(frozen=True)
+class Fitness:
+    """What came of a generation: all that a driver may learn from.
+
+    Attributes
+    ----------
+    values : (candidates,) float64, larger is better; NaN or infinite: no result.
+    per_head : (candidates, layers * kv_heads) the same of every KV head by itself; None: the objective has none.
+    costs : (candidates,) measured bytes, smaller is better; None: not measured.
+    rollouts : a group of rollouts per sample and budget, for a policy gradient; empty: none were measured.
+    """
+
+    values: Array
+    per_head: Array | None = None
+    costs: Array | None = None
+    rollouts: tuple[Rollouts, ...] = ()
+
+
 class Driver(Protocol):
     """Ask for candidates, tell their fitness (larger is better).
 
@@ -51,8 +72,8 @@ class Driver(Protocol):
         """Return the next generation; asking again before ``tell`` returns the same one."""
         ...
 
-    def tell(self, population: Population, fitness: Array) -> None:
-        """Learn from fitness (candidates,), larger is better, NaN = failed."""
+    def tell(self, population: Population, fitness: Fitness) -> None:
+        """Learn from what came of the population that was asked last."""
         ...
 
     @property

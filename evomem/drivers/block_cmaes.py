@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomem.bounds import LARGE, SMALL
-from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.base import Array, Fitness, Population, drivers
 from evomem.drivers.cmaes import SMALLEST, alone, put_together, strategy, taken_apart
 from evomem.drivers.common import (
     DriverOptions,
@@ -153,10 +153,10 @@ class BlockCMAES:
             self._asked = Population(self._generation, vectors, seeds)
         return self._asked
 
-    def tell(self, population: Population, fitness: Array, heads: Array | None = None) -> None:
-        """Learn from fitness (candidates,) and, in a head-wise stage, from heads (candidates, layers * kv_heads)."""
+    def tell(self, population: Population, fitness: Fitness) -> None:
+        """Learn from the fitness per head in a head-wise stage, and from the one fitness elsewhere."""
         check_told(self._asked, population)
-        vectors = population.vectors
+        vectors, heads = population.vectors, fitness.per_head
         with alone():
             if self._headwise:
                 if heads is None or heads.shape != (len(vectors), len(self._blocks)):
@@ -170,7 +170,7 @@ class BlockCMAES:
                 for block, one, loss in zip(self._blocks, self._strategies, losses, strict=True):
                     one.tell(list(vectors[:, block]), list(loss), check_points=False)
             elif self._rest is not None:
-                loss = -filled(fitness, len(vectors))
+                loss = -filled(fitness.values, len(vectors))
                 self._rest.tell(list(vectors[:, self._shared]), list(loss), check_points=False)
         self._asked = None
         self._generation += 1

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from evomem.bounds import LARGE, POPULATION
-from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.base import Array, Fitness, Population, drivers
 from evomem.drivers.common import (
     DriverOptions,
     Gaussian,
@@ -204,10 +204,10 @@ class CMAES:
             self._asked = Population(self._generation, vectors, seeds)
         return self._asked
 
-    def tell(self, population: Population, fitness: Array) -> None:
+    def tell(self, population: Population, fitness: Fitness) -> None:
         """Learn; a candidate without a finite fitness counts as the worst."""
         check_told(self._asked, population)
-        values = filled(fitness, len(population.vectors))
+        values = filled(fitness.values, len(population.vectors))
         with alone():
             # check_points=False: after a resume pycma does not know the vectors as its own and would shorten them.
             self._strategy.tell(list(population.vectors), list(-values), check_points=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.base import Array, Fitness, Population, drivers
 from evomem.drivers.cmaes import alone
 from evomem.drivers.common import (
     DriverOptions,
@@ -66,10 +66,10 @@ class _Library:
             self._asked = Population(self._generation, vectors, seeds)
         return self._asked
 
-    def tell(self, population: Population, fitness: Array) -> None:
+    def tell(self, population: Population, fitness: Fitness) -> None:
         """Learn; a candidate without a finite fitness counts as the worst."""
         check_told(self._asked, population)
-        losses, before = -filled(fitness, self._popsize), self.mean
+        losses, before = -filled(fitness.values, self._popsize), self.mean
         try:
             with alone():
                 self._strategy.tell(list(zip(self._solutions, losses.tolist(), strict=True)))

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from evomem.bounds import LARGE
-from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.base import Array, Fitness, Population, drivers
 from evomem.drivers.common import (
     DriverOptions,
     check_told,
@@ -139,10 +139,10 @@ class _EvoTorch(Generic[O]):
         seeds = sampling_seeds(self._seed, self._generation, self._popsize)
         return Population(self._generation, self._steps.vectors, seeds)
 
-    def tell(self, population: Population, fitness: Array) -> None:
+    def tell(self, population: Population, fitness: Fitness) -> None:
         """Learn; a candidate without a finite fitness counts as the worst."""
         check_told(self.ask() if self._asked else None, population)
-        values = filled(fitness, self._popsize)
+        values = filled(fitness.values, self._popsize)
         before = self.mean
         try:
             with self._library().alone():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, TypeGuard
 
-from evomem.drivers.base import Array, Driver, Population
-from evomem.drivers.estimators import Rollouts
+from evomem.drivers.base import Driver
 
 
 class PolicyDriver(Driver, Protocol):
@@ -18,28 +16,12 @@ class PolicyDriver(Driver, Protocol):
         """Begin, or go on with, the stage of generations ``begin`` to ``end``."""
         ...
 
-    def tell(self, population: Population, fitness: Array, rollouts: Sequence[Rollouts] = ()) -> None:
-        """Learn from fitness (candidates,) and a group of rollouts per sample and budget."""
-        ...
-
 
 class HeadwiseDriver(Driver, Protocol):
     """Searches every KV head's part of the vector by itself, where the objective allows it (`BlockCMAES`)."""
 
     def enter(self, *, headwise: bool) -> None:
         """Begin, or go on with, a stage whose objective has a fitness per head, or has none."""
-        ...
-
-    def tell(self, population: Population, fitness: Array, heads: Array | None = None) -> None:
-        """Learn from fitness (candidates,) or, in a head-wise stage, heads (candidates, layers * kv_heads)."""
-        ...
-
-
-class FrontDriver(Driver, Protocol):
-    """Looks for a front of fitness against bytes (`NSGA2`)."""
-
-    def tell(self, population: Population, fitness: Array, costs: Array | None = None) -> None:
-        """Learn from fitness (candidates,), larger is better, and costs (candidates,), smaller is better."""
         ...
 
 

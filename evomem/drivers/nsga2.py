@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomem.bounds import LARGE, POPULATION
-from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.base import Array, Fitness, Population, drivers
 from evomem.drivers.common import (
     DriverOptions,
     check_told,
@@ -145,17 +145,16 @@ class NSGA2:
             vectors[copies] = again.values.numpy()
         return np.concatenate([self._survivors, vectors]) if self.options.remeasure else vectors
 
-    def tell(self, population: Population, fitness: Array, costs: Array | None = None) -> None:
+    def tell(self, population: Population, fitness: Fitness) -> None:
         """Let the best survive, front by front, of the last front those that stand most alone.
 
         Parameters
         ----------
-        fitness : (candidates,) larger is better.
-        costs : (candidates,) bytes, smaller is better; None: all the same. A candidate with a fitness or a cost that
-            is not finite is worse than all others in both.
+        fitness : its values and costs; without costs all cost the same. A candidate with a value or a cost that is not
+            finite is worse than all others in both.
         """
         check_told(self._asked, population)
-        vectors, evals = population.vectors, _evals(fitness, costs, len(population.vectors))
+        vectors, evals = population.vectors, _evals(fitness.values, fitness.costs, len(population.vectors))
         if not self.options.remeasure and self._generation > 0:
             vectors, evals = np.concatenate([self._survivors, vectors]), np.concatenate([self._evals, evals])
         with self._alone():

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomem.bounds import LARGE
-from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.base import Array, Fitness, Population, drivers
 from evomem.drivers.common import DriverOptions, check_told, checked_start, parse_options, sampling_seeds
-from evomem.drivers.estimators import Baseline, Rollouts, advantages, combined, group_gradient
+from evomem.drivers.estimators import Baseline, advantages, combined, group_gradient
 from evomem.errors import ConfigError, FitnessError
 from evomem.evaluation.measurement import Step
 
@@ -141,13 +141,13 @@ class PolicyGradient:
             )
         return self._asked
 
-    def tell(self, population: Population, fitness: Array, rollouts: Sequence[Rollouts] = ()) -> None:
+    def tell(self, population: Population, fitness: Fitness) -> None:
         """Step along the gradient of the groups.
 
         Parameters
         ----------
-        fitness : (candidates,), of which only the number is looked at: the groups hold it apart.
-        rollouts : one a sample and budget.
+        fitness : its rollouts, a group a sample and budget; of its values only the number is looked at: the groups
+            hold them apart.
 
         Raises
         ------
@@ -155,8 +155,8 @@ class PolicyGradient:
         FitnessError : no group has a result.
         """
         check_told(self._asked, population)
-        count = len(population.vectors)
-        sizes = {np.shape(fitness), *((len(group.rewards),) for group in rollouts)}
+        count, rollouts = len(population.vectors), fitness.rollouts
+        sizes = {np.shape(fitness.values), *((len(group.rewards),) for group in rollouts)}
         if sizes != {(count,)}:
             raise ConfigError(
                 f"driver 'policy_gradient': {count} fitness values are expected, and groups of as many rollouts; these "

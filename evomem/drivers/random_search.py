@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evomem.drivers.base import Array, Population, drivers
+from evomem.drivers.base import Array, Fitness, Population, drivers
 from evomem.drivers.common import (
     DriverOptions,
     check_told,
@@ -46,10 +46,10 @@ class RandomSearch:
         seeds = sampling_seeds(self._seed, self._generation, self._popsize)
         return Population(self._generation, self._start + self.options.sigma * draws, seeds)
 
-    def tell(self, population: Population, fitness: Array) -> None:
+    def tell(self, population: Population, fitness: Fitness) -> None:
         """Remember the best candidate; the first of equals."""
         check_told(None if self._told else self.ask(), population)
-        values = filled(fitness, len(population.vectors))
+        values = filled(fitness.values, len(population.vectors))
         best = int(np.argmax(values))
         if values[best] > self._best_fitness:
             self._best, self._best_fitness = population.vectors[best].copy(), float(values[best])

@@ -20,16 +20,13 @@ from evomem.runs.folder_reading import read_numbers
 from evomem.search_space.space import SearchSpace
 
 
-def enter(driver: Driver, stage: Stage) -> bool:
-    """Tell a driver that works on parts what a stage measures; return whether it wants the heads' fitness."""
+def enter(driver: Driver, stage: Stage) -> None:
+    """Tell a driver that works on parts what a stage measures."""
     objective = objective_of(stage.fitness)
     if is_policy_driver(driver):
         driver.enter(begin=stage.begin - stage.since, end=stage.end - stage.since, exact=objective.exact)
-        return False
-    if not is_headwise_driver(driver):
-        return False
-    driver.enter(headwise=objective.headwise)
-    return objective.headwise
+    elif is_headwise_driver(driver):
+        driver.enter(headwise=objective.headwise)
 
 
 class Relay:
@@ -74,12 +71,12 @@ class Relay:
         """Return the stage of a generation."""
         return next(stage for stage in self._plan if generation < stage.end)
 
-    def enter(self, stage: Stage) -> bool:
+    def enter(self, stage: Stage) -> None:
         """Put the driver of a stage to work, at the mean of the one before it if its turn begins; see `enter`."""
         if stage.since != self.since:
             write_vector(self._start(stage), self.driver.mean)
             self._begin(stage, self.driver.mean)
-        return enter(self.driver, stage)
+        enter(self.driver, stage)
 
     def following(self, stage: Stage) -> int:
         """Return the generation with which the next driver's turn begins, or the end of the search."""

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from evomem import drivers
 from evomem.bounds import LARGE
-from evomem.drivers.base import Array, Driver, Population
+from evomem.drivers.base import Array, Driver, Fitness, Population
 from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError, RunError
@@ -256,7 +256,7 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
                 "from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
             )
         fitness = np.array(told.fitness, dtype=np.float64)
-        driver.tell(population, fitness)
+        driver.tell(population, Fitness(fitness))
         yield population, fitness
 
 

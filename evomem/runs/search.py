@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import safetensors.torch
 
 from evomem.drivers.base import Array, Driver, Population, drivers
-from evomem.drivers.kinds import FrontDriver, is_headwise_driver, is_policy_driver
+from evomem.drivers.base import Fitness as Told
+from evomem.drivers.kinds import is_policy_driver
 from evomem.errors import ConfigError, EvomemError, FitnessError, RunError
 from evomem.files.atomic import write_atomically, write_vector
 from evomem.files.strict_json import as_float
@@ -350,7 +350,7 @@ class Search:
         generation = told
         while generation < self.generations:
             stage = relay.stage(generation)
-            headwise = relay.enter(stage)
+            relay.enter(stage)
             driver = relay.driver
             if driver.stopped() is not None:
                 generation = relay.following(stage)
@@ -372,7 +372,7 @@ class Search:
             plan = Plan("train", generation, stage, samples, rollouts=wanted)
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
             self._check(fitness, generation, stage)
-            self._tell(driver, population, fitness, generation, headwise=headwise)
+            self._tell(driver, population, fitness, generation)
             self._record(generation, stage, fitness, driver, self._look(driver, judge, stage, generation))
             generation += 1
             self._checkpoint(driver, generation, asked=False)
@@ -394,22 +394,14 @@ class Search:
             found["expected_cost"] = -float(np.mean([np.mean(one.heads or [np.nan]) for one in looks]))
         return found
 
-    def _tell(
-        self, driver: Driver, population: Population, fitness: Fitness, generation: int, *, headwise: bool
-    ) -> None:
-        """Tell the driver what it wants to know, and the archive."""
+    def _tell(self, driver: Driver, population: Population, fitness: Fitness, generation: int) -> None:
+        """Tell the driver all that came of its population, and the archive."""
+        driver.tell(population, Told(fitness.values, fitness.heads, fitness.held, fitness.rollouts))
         kept = replace(population, generation=generation)  # a later driver counts its own
         if isinstance(self.archive, FrontArchive):
-            cast(FrontDriver, driver).tell(population, fitness.values, fitness.held)
             self.archive.update(kept, fitness.values, fitness.held)
-            return
-        if is_policy_driver(driver):
-            driver.tell(population, fitness.values, fitness.rollouts)
-        elif headwise and is_headwise_driver(driver):
-            driver.tell(population, fitness.values, fitness.heads)
         else:
-            driver.tell(population, fitness.values)
-        self.archive.update(kept, fitness.values, driver.mean)
+            self.archive.update(kept, fitness.values, driver.mean)
 
     def _check(self, fitness: Fitness, generation: int, stage: Stage) -> None:
         if fitness.failed == len(fitness.values):

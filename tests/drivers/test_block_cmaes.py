@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evomem.drivers import build
+from evomem.drivers.base import Fitness
 from evomem.errors import ConfigError, FitnessError
 from evomem.search_space.space import SearchSpace, SpaceConfig
 
@@ -43,7 +44,7 @@ def step(driver, *, headwise, holes=0):
     if holes:
         heads.ravel()[holes::7] = np.nan
         fitness[holes % 3 :: 4] = (np.nan, np.inf, -np.inf)[holes % 3]
-    driver.tell(population, fitness, *([heads] if headwise else []))
+    driver.tell(population, Fitness(fitness, heads if headwise else None))
     return population
 
 
@@ -65,7 +66,7 @@ def test_asks_what_it_is_told_to(options):
         told = step(driver, headwise=generation % 4 < 2)
         assert told is asked
     with pytest.raises(ConfigError, match="tell"):
-        driver.tell(asked, shared(asked.vectors))
+        driver.tell(asked, Fitness(shared(asked.vectors)))
 
 
 @every_variant
@@ -135,7 +136,7 @@ def test_a_head_learns_from_its_own_fitness_only():
             population = driver.ask()
             heads = by_head(population.vectors)
             heads[:, 2] *= sign
-            driver.tell(population, heads.mean(1), heads)
+            driver.tell(population, Fitness(heads.mean(1), heads))
     differs = [not np.array_equal(one.mean[block], other.mean[block]) for block in BLOCKS]
     assert differs == [False, False, True, False, False, False]
 
@@ -147,15 +148,15 @@ def test_a_generation_that_is_refused_changes_nothing():
     heads = by_head(population.vectors)
     heads[:, 4] = np.nan
     with pytest.raises(FitnessError):
-        driver.tell(population, heads.mean(1), heads)
-    driver.tell(population, np.zeros(len(heads)), by_head(population.vectors))
+        driver.tell(population, Fitness(heads.mean(1), heads))
+    driver.tell(population, Fitness(np.zeros(len(heads)), by_head(population.vectors)))
     step(untouched, headwise=True)
     for _ in range(3):
         assert np.array_equal(step(driver, headwise=True).vectors, step(untouched, headwise=True).vectors)
     driver.enter(headwise=False)
     population = driver.ask()
     with pytest.raises(FitnessError):
-        driver.tell(population, np.full(len(population.vectors), np.nan))
+        driver.tell(population, Fitness(np.full(len(population.vectors), np.nan)))
     assert driver.ask() is population
 
 
@@ -174,9 +175,9 @@ def test_converges_far_faster_than_one_search_over_everything():
     parts.enter(headwise=True)
     for _ in range(generations):
         asked = parts.ask()
-        parts.tell(asked, -loss(asked.vectors).mean(1), -loss(asked.vectors))
+        parts.tell(asked, Fitness(-loss(asked.vectors).mean(1), -loss(asked.vectors)))
         asked = whole.ask()
-        whole.tell(asked, -loss(asked.vectors).mean(1))
+        whole.tell(asked, Fitness(-loss(asked.vectors).mean(1)))
     start, mine, other = (loss(v[None]).mean() for v in (np.zeros(dim), parts.mean, whole.mean))
     assert mine < 0.01 * start
     assert other > 0.1 * start
@@ -220,7 +221,7 @@ def test_clear_errors():
     population = driver.ask()
     for heads in (None, np.zeros((len(population.vectors), HEADS + 1)), np.zeros(HEADS)):
         with pytest.raises(ConfigError, match=rf"{HEADS} heads.*layers and heads"):
-            driver.tell(population, np.zeros(len(population.vectors)), heads)
+            driver.tell(population, Fitness(np.zeros(len(population.vectors)), heads))
     with pytest.raises(ConfigError, match="between ask"):
         driver.enter(headwise=False)
     with pytest.raises(ConfigError, match="overlap"):

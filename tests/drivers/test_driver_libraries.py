@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import tests.support.synthetic_search as synthetic
 from evomem.drivers import WarmStart, build, drivers
+from evomem.drivers.base import Fitness
 from evomem.errors import ConfigError, RunError
 from evomem.runs.driver_replay import best_vectors, make_driver, replay
 from evomem.runs.run import open_run
@@ -113,7 +114,7 @@ def test_catcma_asks_in_codes_and_finds_the_category_the_integer_and_the_numbers
             assert np.array_equal(vector[mode.places], mode.codes[MODES.index(manager.options.mode)])
             assert rate.bounds[0] <= vector[rate.place] <= rate.bounds[1]
         seen.append({manager.options.mode for manager in managers})
-        driver.tell(population, np.array([goal(manager) for manager in managers]))
+        driver.tell(population, Fitness(np.array([goal(manager) for manager in managers])))
     found = space.decode(driver.mean)
     assert set().union(*seen[:10]) == set(MODES)
     assert (found.options.mode, found.options.sinks) == ("none", 13)
@@ -150,7 +151,7 @@ def test_categories_alone_are_searched():
     assert math.isnan(driver.sigma)
     for _ in range(60):
         population = driver.ask()
-        driver.tell(population, population.vectors[:, 2::3].sum(axis=1))
+        driver.tell(population, Fitness(population.vectors[:, 2::3].sum(axis=1)))
     assert driver.mean.tolist() == [0.0, 0, 1] * 4
     assert driver.stopped() is None
 
@@ -282,7 +283,7 @@ def test_a_search_that_has_converged_says_so(name):
     driver = build(name, 2, np.ones(2), 0, popsize=8)
     for _ in range(3000):
         population = driver.ask()
-        driver.tell(population, -np.abs(population.vectors).sum(axis=1))
+        driver.tell(population, Fitness(-np.abs(population.vectors).sum(axis=1)))
         if driver.stopped() is not None:
             break
     assert "converged" in driver.stopped()
@@ -295,7 +296,7 @@ def test_a_search_whose_distribution_degenerates_stops_with_a_finite_mean(name):
     driver = build(name, 4, np.ones(4), 0, popsize=10)
     for _ in range(700):
         vectors = driver.ask().vectors
-        driver.tell(driver.ask(), vectors[:, 0] - 1e6 * np.abs(vectors[:, 1:]).sum(axis=1) ** 0.5)
+        driver.tell(driver.ask(), Fitness(vectors[:, 0] - 1e6 * np.abs(vectors[:, 1:]).sum(axis=1) ** 0.5))
         assert np.isfinite(driver.mean).all()
         if driver.stopped() is not None:
             break
@@ -314,7 +315,7 @@ def test_a_covariance_that_cannot_be_decomposed_ends_the_search(monkeypatch):
     monkeypatch.setattr(steps.CMAESSteps, "decompose_C", lambda self: torch.linalg.cholesky(singular))
     for _ in range(10):
         population = driver.ask()
-        driver.tell(population, population.vectors.sum(axis=1))
+        driver.tell(population, Fitness(population.vectors.sum(axis=1)))
     assert driver.stopped() == "the covariance is no longer positive definite"
     assert np.isfinite(driver.mean).all()
 

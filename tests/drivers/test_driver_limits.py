@@ -10,6 +10,7 @@ import pytest
 
 from evomem.bounds import POPULATION, SMALL
 from evomem.drivers import build, drivers
+from evomem.drivers.base import Fitness
 from evomem.drivers.estimators import Rollouts
 from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.drivers.restarts import first, following
@@ -59,13 +60,13 @@ def turns(driver, dim: int) -> None:
         if is_policy_driver(driver):
             gradient = Step.pack(np.ones(dim, dtype=np.float32))
             steps = [(Step(gradient, ascent=generation == 0, choices=1),)] * count
-            driver.tell(population, fitness, [Rollouts(1.0, fitness[:, None], steps)])
+            driver.tell(population, Fitness(fitness, rollouts=(Rollouts(1.0, fitness[:, None], steps),)))
         elif is_headwise_driver(driver) and driver._headwise:
-            driver.tell(population, fitness, np.repeat(fitness[:, None], len(driver._blocks), 1))
+            driver.tell(population, Fitness(fitness, per_head=np.repeat(fitness[:, None], len(driver._blocks), 1)))
         elif hasattr(driver, "objectives"):
-            driver.tell(population, fitness, np.arange(count, dtype=np.float64))
+            driver.tell(population, Fitness(fitness, costs=np.arange(count, dtype=np.float64)))
         else:
-            driver.tell(population, fitness)
+            driver.tell(population, Fitness(fitness))
         if driver.stopped() is not None:
             break
     assert np.isfinite(driver.mean).all()

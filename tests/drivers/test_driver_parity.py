@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from evomem.drivers import build
+from evomem.drivers.base import Fitness
 
 DIM, SEEDS = 10, range(9)
 
@@ -31,7 +32,7 @@ def evaluations(name, goal, start, seed, target, limit=20_000, **options):
         used += len(fitness)
         if fitness.max() > -target:
             return used
-        driver.tell(population, fitness)
+        driver.tell(population, Fitness(fitness))
     return limit + 1
 
 
@@ -73,5 +74,5 @@ def test_thousands_of_dimensions_are_searched_too(name):
     driver = build(name, len(start), start, 0, sigma=0.3, popsize=32)
     for _ in range(60):
         population = driver.ask()
-        driver.tell(population, sphere(population.vectors))
+        driver.tell(population, Fitness(sphere(population.vectors)))
     assert sphere(driver.mean[None])[0] > 0.9 * sphere(start[None])[0]

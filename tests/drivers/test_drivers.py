@@ -16,11 +16,12 @@ import torch
 
 import tests.support.synthetic_search  # noqa: F401  (registers the manager "toy")
 from evomem.drivers import build, drivers
+from evomem.drivers.base import Fitness
 from evomem.drivers.restarts import first, following
 from evomem.errors import ConfigError, FitnessError, UnknownNameError
 from evomem.search_space.option_ranges import Bounded, Categorical, Integer, Variable
 from evomem.search_space.space import SearchSpace, SpaceConfig
-from tests.support.gaussian_policy import groups, sphere, tell
+from tests.support.gaussian_policy import parts, sphere, tell
 
 KINDS = [
     Bounded(kind="bounded", low=-1, high=1, scale=0.4),
@@ -195,14 +196,14 @@ def test_what_a_caller_does_to_its_arrays_is_not_the_drivers(name, options):
 
 IN_ANOTHER_PROCESS = """
 import pickle, sys
-from evomem.drivers import build
+from evomem.drivers import Fitness, build
 assert not {"evotorch", "ray", "cma", "cmaes"} & set(sys.modules), "a library is imported before it is needed"
 cases = pickle.loads(sys.stdin.buffer.read())
 found = []
-for arguments, options, state, fitness, groups in cases:
+for arguments, options, state, fitness, parts in cases:
     driver = build(*arguments, **options)
     driver.load_state_dict(pickle.loads(state))
-    driver.tell(driver.ask(), fitness, *groups)
+    driver.tell(driver.ask(), Fitness(fitness, **parts))
     found.append((driver.mean, driver.ask().vectors))
 sys.__stdout__.buffer.write(pickle.dumps(found))
 """
@@ -218,7 +219,7 @@ def test_another_process_continues_bit_exactly_and_in_silence():
             tell(driver, population, sphere(population.vectors))
         population = driver.ask()
         fitness, state = sphere(population.vectors), pickle.dumps(driver.state_dict())
-        cases.append(((name, 5, np.full(5, 1.5), 3), options, state, fitness, groups(driver, population, fitness)))
+        cases.append(((name, 5, np.full(5, 1.5), 3), options, state, fitness, parts(driver, population, fitness)))
         tell(driver, population, fitness)
         expected.append((driver.mean, driver.ask().vectors))
     done = subprocess.run(
@@ -271,8 +272,8 @@ def test_cmaes_sees_only_the_order_of_fitness(options):
     for _ in range(10):
         a, b = plain.ask(), bent.ask()
         assert np.array_equal(a.vectors, b.vectors)
-        plain.tell(a, sphere(a.vectors))
-        bent.tell(b, np.arctan(sphere(b.vectors)) * 7 - 3)
+        plain.tell(a, Fitness(sphere(a.vectors)))
+        bent.tell(b, Fitness(np.arctan(sphere(b.vectors)) * 7 - 3))
 
 
 @pytest.mark.parametrize(("options", "goal"), [({}, sphere), ({}, ellipsoid), ({"diagonal": True}, ellipsoid)])
@@ -281,7 +282,7 @@ def test_cmaes_converges(options, goal):
     evaluations = 0
     while goal(driver.mean[None])[0] < -1e-8:
         population = driver.ask()
-        driver.tell(population, goal(population.vectors))
+        driver.tell(population, Fitness(goal(population.vectors)))
         evaluations += len(population.vectors)
         assert evaluations < 8000
     assert driver.sigma < 0.01
@@ -291,7 +292,7 @@ def test_random_search_believes_in_the_best_it_has_seen():
     driver, seen = new("random_search", {"popsize": 7}), []
     for _ in range(20):
         population = driver.ask()
-        driver.tell(population, sphere(population.vectors))
+        driver.tell(population, Fitness(sphere(population.vectors)))
         seen += list(population.vectors)
         assert sphere(driver.mean[None])[0] == sphere(np.array(seen)).max()
     draws = (np.array(seen) - 1.5) / 0.3
@@ -305,7 +306,7 @@ def test_converged_cmaes_stops_without_restarts_and_goes_on_with_them():
         while driver.stopped() is None and len(sizes) < 160:
             population = driver.ask()
             sizes.append(len(population.vectors))
-            driver.tell(population, sphere(population.vectors))
+            driver.tell(population, Fitness(sphere(population.vectors)))
         return driver, sizes
 
     driver, sizes = descend()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomem.drivers import build
+from evomem.drivers.base import Fitness
 from evomem.errors import ConfigError, FitnessError
 
 DIM = 6
@@ -18,6 +19,10 @@ DIM = 6
 
 def new(seed=0, dim=DIM, start=0.5, **options):
     return build("nsga2", dim, np.full(dim, start), seed, **{"popsize": 12, **options})
+
+
+def told(scores, costs):
+    return Fitness(scores, costs=costs)
 
 
 def two(vectors):
@@ -68,7 +73,7 @@ def test_survivors_are_the_best_fronts_and_of_the_last_those_that_stand_most_alo
     asked = driver.ask()
     rng = np.random.default_rng(seed)
     points = rng.standard_normal((popsize, 2)) if coarse > 6 else rng.integers(0, 3 + coarse, (popsize, 2)) * 1.0
-    driver.tell(asked, points[:, 0], points[:, 1])
+    driver.tell(asked, told(points[:, 0], points[:, 1]))
     survivors = driver.ask().vectors[: popsize // 2]
     places = [int(np.flatnonzero((asked.vectors == vector).all(axis=1))[0]) for vector in survivors]
     assert len(set(places)) == popsize // 2
@@ -88,7 +93,7 @@ def test_the_ends_of_a_front_survive():
     driver = new(popsize=12)
     asked = driver.ask()
     values = np.array([0, 9, 1, 1.1, 1.2, 4, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8])
-    driver.tell(asked, values, values)
+    driver.tell(asked, told(values, values))
     survivors = {vector.tobytes() for vector in driver.ask().vectors[:6]}
     assert all(asked.vectors[place].tobytes() in survivors for place in (0, 1, 5))
 
@@ -100,7 +105,7 @@ def test_finds_a_known_front(remeasure):
         driver = new(seed, popsize=48, remeasure=remeasure, sigma=0.2)
         for _ in range(40):
             population = driver.ask()
-            driver.tell(population, *two(population.vectors))
+            driver.tell(population, told(*two(population.vectors)))
         scores, costs = two(driver.state_dict()["survivors"])
         sizes = np.linspace(1, 100, 2000)
         found.append(hypervolume(scores, costs, 0.0, 100.0) / hypervolume(np.sqrt(sizes), sizes, 0.0, 100.0))
@@ -112,7 +117,7 @@ def test_survivors_are_measured_again_beside_their_children():
     driver = new(popsize=11)
     first = driver.ask()
     assert np.array_equal(first.vectors[0], np.full(DIM, 0.5))  # the start
-    driver.tell(first, *two(first.vectors))
+    driver.tell(first, told(*two(first.vectors)))
     second = driver.ask()
     known = {vector.tobytes() for vector in first.vectors}
     assert [vector.tobytes() in known for vector in second.vectors] == [True] * 5 + [False] * 6
@@ -120,7 +125,7 @@ def test_survivors_are_measured_again_beside_their_children():
     scores, costs = two(second.vectors)
     scores[:5] -= 100
     costs[:5] += 100
-    driver.tell(second, scores, costs)
+    driver.tell(second, told(scores, costs))
     assert not {v.tobytes() for v in driver.ask().vectors[:5]} & known
 
 
@@ -133,7 +138,7 @@ def test_without_measuring_again_everything_asked_is_new_and_what_was_measured_c
         seen |= {v.tobytes() for v in population.vectors}
         scores, costs = two(population.vectors)
         best = max(best, scores.max())
-        driver.tell(population, scores, costs)
+        driver.tell(population, told(scores, costs))
         assert two(driver.mean[None])[0] == best
 
 
@@ -147,7 +152,7 @@ def test_resumes_bit_exactly_with_two_objectives(remeasure):
         scores, costs = two(population.vectors)
         scores[generation % 3 :: 5], costs[1::7] = np.nan, np.inf
         trace.append((population, scores, costs))
-        whole.tell(population, scores, costs)
+        whole.tell(population, told(scores, costs))
     for generation, state in saved:
         resumed = new(99, remeasure=remeasure)
         resumed._seed = 3  # of the sampling seeds; a run builds the driver with its own
@@ -156,7 +161,7 @@ def test_resumes_bit_exactly_with_two_objectives(remeasure):
             again = resumed.ask()
             assert np.array_equal(again.vectors, population.vectors)
             assert np.array_equal(again.seeds, population.seeds)
-            resumed.tell(again, scores, costs)
+            resumed.tell(again, told(scores, costs))
         assert np.array_equal(resumed.ask().vectors, whole.ask().vectors)
         assert np.array_equal(resumed.mean, whole.mean)
 
@@ -169,7 +174,7 @@ def test_a_failed_candidate_is_worse_than_all_others(bad, where):
     # All others are equal: a failed one that counted as one of them would share their front.
     scores, costs = np.ones(12), np.ones(12)
     (scores if where == "score" else costs)[[2, 5, 7, 8, 9, 11]] = bad
-    driver.tell(population, scores, costs)
+    driver.tell(population, told(scores, costs))
     survivors = {vector.tobytes() for vector in driver.ask().vectors[:6]}
     assert survivors == {population.vectors[place].tobytes() for place in (0, 1, 3, 4, 6, 10)}
 
@@ -180,11 +185,11 @@ def test_children_are_no_copies_whatever_the_options():
         for _ in range(15):
             population = driver.ask()
             assert len(np.unique(population.vectors, axis=0)) == 16
-            driver.tell(population, *two(population.vectors))
+            driver.tell(population, told(*two(population.vectors)))
     tiny = new(popsize=8, sigma=1e-30, start=1.0)  # every step is lost in rounding: it must still come to an end
     for _ in range(3):
         population = tiny.ask()
-        tiny.tell(population, *two(population.vectors))
+        tiny.tell(population, told(*two(population.vectors)))
 
 
 def test_leaves_torch_alone():
@@ -193,7 +198,7 @@ def test_leaves_torch_alone():
     driver = new()
     for _ in range(3):
         population = driver.ask()
-        driver.tell(population, *two(population.vectors))
+        driver.tell(population, told(*two(population.vectors)))
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.get_num_threads() == threads
 
@@ -205,7 +210,9 @@ def test_refusals():
     population = driver.ask()
     scores, costs = two(population.vectors)
     with pytest.raises(ConfigError, match="12 costs are expected"):
-        driver.tell(population, scores, costs[:-1])
+        driver.tell(population, told(scores, costs[:-1]))
     with pytest.raises(FitnessError, match="both a fitness and a size"):
-        driver.tell(population, np.where(np.arange(12) < 6, np.nan, 1.0), np.where(np.arange(12) < 6, 1.0, np.nan))
-    driver.tell(population, scores, costs)
+        driver.tell(
+            population, told(np.where(np.arange(12) < 6, np.nan, 1.0), np.where(np.arange(12) < 6, 1.0, np.nan))
+        )
+    driver.tell(population, told(scores, costs))

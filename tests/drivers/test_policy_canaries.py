@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from evomem.drivers import build as build_driver
+from evomem.drivers.base import Fitness
 from evomem.drivers.estimators import Rollouts
 from evomem.evaluation import Evaluator
 from evomem.managers import build
@@ -53,7 +54,7 @@ def trained(features, samples, measure, *, exact, generations=30, begin=None):
             found = measure(manager, samples[(2 * generation + number) % len(samples)], population.seeds)
             rewards = np.array([[0.0 if exact else one.loglik] for one in found])
             groups.append(Rollouts(0.5, rewards, [one.steps for one in found]))
-        driver.tell(population, np.zeros(len(population.vectors)), groups)
+        driver.tell(population, Fitness(np.zeros(len(population.vectors)), rollouts=tuple(groups)))
     return policy(features, driver.mean)
 
 

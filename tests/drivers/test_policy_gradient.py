@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from evomem.drivers import build
+from evomem.drivers.base import Fitness
 from evomem.drivers.estimators import Rollouts, advantages, combined, group_gradient, rewards_to_go
 from evomem.errors import ConfigError, FitnessError
 from evomem.evaluation.measurement import Step
 from evomem.managers import plackett_luce
-from tests.support.gaussian_policy import SPREAD, groups, sphere
+from tests.support.gaussian_policy import SPREAD, parts, sphere
+from tests.support.gaussian_policy import tell as tell_policy
 
 RNG = np.random.default_rng(0)
 
@@ -93,7 +95,7 @@ def tell(searched, *gradients):
     population = searched.ask()
     count = len(population.vectors)
     found = [Rollouts(1.0, np.zeros((count, 1)), [(step(g, ascent=True),)] * count) for g in gradients]
-    searched.tell(population, np.zeros(count), found)
+    searched.tell(population, Fitness(np.zeros(count), rollouts=tuple(found)))
 
 
 def test_steps_are_torchs_adamw():
@@ -199,12 +201,12 @@ def test_passes_repeat_draw_seeds_and_samples_and_then_move_on():
 
 def test_rollouts_without_a_result_are_left_out():
     one, other = driver(), driver()
-    whole = groups(one, one.ask(), np.zeros(8))[0]
+    whole = parts(one, one.ask(), np.zeros(8))["rollouts"]
     rewards = [group.rewards.copy() for group in whole]
     rewards[0][2:4], rewards[1][:] = np.nan, np.inf
     holes = [Rollouts(g.weight, r, g.steps) for g, r in zip(whole, rewards, strict=True)]
     good = [0, 1, 4, 5, 6, 7]
-    one.tell(one.ask(), np.zeros(8), holes)
+    one.tell(one.ask(), Fitness(np.zeros(8), rollouts=tuple(holes)))
     left = whole[0]
     gradient = group_gradient(
         Rollouts(1.0, left.rewards[good], [left.steps[i] for i in good]), advantages(left.rewards[good])
@@ -212,7 +214,7 @@ def test_rollouts_without_a_result_are_left_out():
     tell(other, gradient)
     assert one.ask().vectors[0] == pytest.approx(other.ask().vectors[0], abs=1e-6)
     with pytest.raises(FitnessError):
-        one.tell(one.ask(), np.zeros(8), [Rollouts(1.0, np.full((8, 1), np.nan), whole[0].steps)])
+        one.tell(one.ask(), Fitness(np.zeros(8), rollouts=(Rollouts(1.0, np.full((8, 1), np.nan), whole[0].steps),)))
 
 
 def test_options_are_checked():
@@ -227,7 +229,9 @@ def test_options_are_checked():
     searched = driver()
     population = searched.ask()
     with pytest.raises(ConfigError, match="groups of as many"):
-        searched.tell(population, np.zeros(8), [Rollouts(1.0, np.zeros((3, 1)), [(step(np.ones(3)),)] * 3)])
+        searched.tell(
+            population, Fitness(np.zeros(8), rollouts=(Rollouts(1.0, np.zeros((3, 1)), [(step(np.ones(3)),)] * 3),))
+        )
 
 
 # ---- problems that it solves ----------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def bandit(searched, rewards):
             steps.append((step(high.numpy(), low.numpy(), **likely),))
             worth.append([rewards[arm]])
         found.append(Rollouts(0.5, np.array(worth), steps))
-    searched.tell(population, np.zeros(len(population.vectors)), found)
+    searched.tell(population, Fitness(np.zeros(len(population.vectors)), rollouts=tuple(found)))
     return float(-(p * p.log()).sum())
 
 
@@ -281,7 +285,7 @@ def test_moves_a_gaussian_policy_to_where_the_reward_is():
     for _ in range(150):
         population = searched.ask()
         fitness = sphere(population.vectors)
-        searched.tell(population, fitness, *groups(searched, population, fitness))
+        tell_policy(searched, population, fitness)
     assert np.linalg.norm(searched.mean) < 0.5 < SPREAD * 4
 
 
@@ -310,7 +314,7 @@ def test_learns_a_ranking_by_draws_and_exactly():
                     steps.append((step(gradient.numpy()),))
                     rewards.append([-float(plackett_luce.trace_cost(future, order))])
                 found = Rollouts(1.0, np.array(rewards), steps)
-            searched.tell(population, np.zeros(len(population.vectors)), [found])
+            searched.tell(population, Fitness(np.zeros(len(population.vectors)), rollouts=(found,)))
         costs[exact] = float(plackett_luce.expected_cost(features @ torch.from_numpy(searched.mean), future))
     start = float(plackett_luce.expected_cost(torch.zeros(10, dtype=torch.float64), future))
     assert all(cost < 1 + 0.35 * (start - 1) for cost in costs.values())
@@ -326,7 +330,7 @@ def test_diagnostics_are_of_the_rollouts():
                  [(step(g, log_prob=-6.0, reference=-8.0, choices=4, clipped=0.25),) for g in part])
         for part in gradients
     ]  # fmt: skip
-    searched.tell(population, np.zeros(8), found)
+    searched.tell(population, Fitness(np.zeros(8), rollouts=tuple(found)))
     told, means = searched.diagnostics, [group_gradient(g, advantages(g.rewards)) for g in found]
     mean = sum(means) / 2
     noise = sum(float(((m - mean) ** 2).sum()) for m in means) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evomem.drivers.base import drivers
+from evomem.drivers.base import Fitness, drivers
 from evomem.drivers.random_search import RandomSearch
 from evomem.errors import ConfigError, RunError, UnknownNameError
 from evomem.evaluation import Evaluator
@@ -49,12 +49,12 @@ def test_the_second_begins_where_the_first_ended_and_stays_at_work(undisturbed):
     start = np.load(undisturbed / "start" / "vector.npy")
     first = make_driver(config, space, start, undisturbed)
     for generation in generations[:2]:
-        first.tell(first.ask(), np.array(generation.fitness))
+        first.tell(first.ask(), Fitness(np.array(generation.fitness)))
     assert np.array_equal(np.load(undisturbed / "start" / "driver-2.npy"), first.mean)
     # And the second, told what it was told, ends where the run does: the last stage names no driver.
     second = make_driver(config, space, first.mean, undisturbed, config.plan()[1])
     for generation in generations[2:]:
-        second.tell(second.ask(), np.array(generation.fitness))
+        second.tell(second.ask(), Fitness(np.array(generation.fitness)))
     state = checkpoints.load(max((undisturbed / "checkpoints").iterdir()))
     assert state.generation == 5
     again = make_driver(config, space, first.mean, undisturbed, config.plan()[2])

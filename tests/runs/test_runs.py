@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from evomem.drivers import build
+from evomem.drivers import Fitness, build
 from evomem.errors import ConfigError, FitnessError, RunError, TaskError, UnknownNameError
 from evomem.managers.vector import to_vector
 from evomem.plugins import load as load_plugin
@@ -91,7 +91,7 @@ def test_equals_a_plain_loop(tmp_path):
             fitness.append(total / sum(task.weight for task in stage.tasks))
         assert generations[generation].fitness == pytest.approx(fitness, rel=1e-12)
         told = np.array(generations[generation].fitness)
-        driver.tell(population, told)
+        driver.tell(population, Fitness(told))
         archive += list(zip(told, population.vectors, strict=True))
         assert generations[generation].best == max(told)
         assert generations[generation].spread == pytest.approx(told.std(ddof=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from evomem.drivers.base import Fitness
 from evomem.drivers.estimators import Rollouts
 from evomem.evaluation.measurement import Step
 
@@ -20,15 +21,16 @@ def tell(driver, population, fitness):
 
     The policy draws a point around its parameters, by the rollout's seed, and is rewarded for where that is.
     """
-    driver.tell(population, fitness, *groups(driver, population, fitness))
+    driver.tell(population, Fitness(fitness, **parts(driver, population, fitness)))
 
 
-def groups(driver, population, fitness):
+def parts(driver, population, fitness):
+    """What a driver is told besides the values, by the name of the part."""
     count, dim = population.vectors.shape
     if not getattr(driver, "takes_rollouts", False):
-        return ()
+        return {}
     if len(fitness) != count:
-        return ([],)
+        return {"rollouts": ()}
     drawing, found = population.vectors if population.behaviour is None else population.behaviour[None], []
     for number in range(2):
         noise = np.stack([np.random.default_rng([seed, number]).normal(size=dim) for seed in population.seeds])
@@ -40,4 +42,4 @@ def groups(driver, population, fitness):
         steps = [(Step(high[i * size :][:size], lower=low[i * size :][:size], choices=dim),) for i in range(count)]
         rewards = np.where(np.isfinite(fitness), sphere(points), fitness)
         found.append(Rollouts(0.5, rewards[:, None], steps))
-    return (found,)
+    return {"rollouts": tuple(found)}
