@@ -401,7 +401,7 @@ RUNS = {
     },
 }  # fmt: skip
 """Searches on a tiny model. Where layers have shares of the budget, no floor binds and all shares can be had."""
-KILLED_AFTER = 0.55
+KILLED_AFTER = 0.25
 """Share of the journal's lines after which a run is killed."""
 
 
