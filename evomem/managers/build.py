@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, managers
 from evomem.modes import outside_inference_mode
+from evomem.spec import parse_call
 
-_TOKEN = re.compile(
-    r"""\s*(?:
-        (?P<text>"[^"]*"|'[^']*')
-      | (?P<mark>[()\[\],=])
-      | (?P<word>[^\s()\[\],="']+)
-    )""",
-    re.VERBOSE,
-)
-_CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
+EXAMPLES = "'snapkv', 'snapkv(window=64)' or 'adakv(keydiff, safeguard=0.3)'"
+"""How managers are written, for messages."""
 
 
 def build(spec: str | Mapping[str, Any], **options: Any) -> MemoryManager:
@@ -31,8 +24,8 @@ def build(spec: str | Mapping[str, Any], **options: Any) -> MemoryManager:
     ----------
     spec :
         ``"snapkv"``, ``"snapkv(window=64)"``, ``"adakv(keydiff, safeguard=0.3)"``, or
-        ``{"name": ..., "options": {...}}``. In a text, values are numbers, true, false, none, words, quoted texts,
-        lists ``[a, b]`` and managers; a value without a name is the inner manager.
+        ``{"name": ..., "options": {...}}``. How texts are written: `evomem.spec`; a value without a name is the
+        inner manager.
     **options :
         Override those of the spec.
 
@@ -48,7 +41,8 @@ def build(spec: str | Mapping[str, Any], **options: Any) -> MemoryManager:
 
 def parse(text: str) -> dict[str, Any]:
     """Read a manager written as text into ``{"name": ..., "options": {...}}``; see `build`."""
-    return _Parser(text).whole()
+    spec = parse_call(text, "manager", EXAMPLES)
+    return {"name": spec.name, "options": spec.options}
 
 
 def names() -> list[str]:
@@ -73,102 +67,3 @@ def _checked(spec: Mapping[str, Any]) -> dict[str, Any]:
             f'manager: {dict(spec)!r} is not of the form {{"name": "snapkv", "options": {{"window": 64}}}}'
         )
     return {"name": spec["name"], "options": dict(options)}
-
-
-class _Parser:
-    """Recursive descent over ``spec = word ["(" [[word "="] value {"," ...}] ")"]``."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.tokens: list[tuple[str, str, int]] = []
-        self.at = 0
-        end = 0
-        stripped = text.rstrip()
-        while end < len(stripped):
-            match = _TOKEN.match(stripped, end)
-            if match is None:
-                self.fail("a quotation mark has no partner", end)
-            kind = str(match.lastgroup)
-            self.tokens.append((kind, match.group(kind), match.start(kind)))
-            end = match.end()
-        self.tokens += [("end", "", len(stripped))] * 2  # two, because `arguments` looks one ahead
-
-    def fail(self, problem: str, position: int | None = None) -> NoReturn:
-        position = self.tokens[self.at][2] if position is None else position
-        raise ConfigError(
-            f"manager {self.text!r}, character {position + 1}: {problem}; write e.g. 'snapkv', 'snapkv(window=64)' or "
-            "'adakv(keydiff, safeguard=0.3)'"
-        )
-
-    def next_is(self, mark: str) -> bool:
-        return self.tokens[self.at][:2] == ("mark", mark)
-
-    def accept(self, mark: str) -> bool:
-        found = self.next_is(mark)
-        self.at += found
-        return found
-
-    def expect(self, mark: str) -> None:
-        if not self.accept(mark):
-            self.fail(f"expected {mark!r}")
-
-    def word(self, what: str) -> str:
-        kind, word, _ = self.tokens[self.at]
-        if kind != "word":
-            self.fail(f"expected {what}")
-        self.at += 1
-        return word
-
-    def whole(self) -> dict[str, Any]:
-        name = self.word("the name of a manager")
-        options = self.arguments() if self.next_is("(") else {}
-        if self.tokens[self.at][0] != "end":
-            self.fail("something follows the manager")
-        return {"name": name, "options": options}
-
-    def arguments(self) -> dict[str, Any]:
-        self.expect("(")
-        options: dict[str, Any] = {}
-        while not self.accept(")"):
-            if options:
-                self.expect(",")
-            position = self.tokens[self.at][2]
-            if self.tokens[self.at + 1][:2] == ("mark", "="):
-                key = self.word("the name of an option")
-                self.expect("=")
-            else:
-                key = "inner"
-            value = self.value()
-            if key in options:
-                self.fail(f"option {key!r} is given twice", position)
-            options[key] = value
-        return options
-
-    def value(self) -> Any:
-        kind, text, _ = self.tokens[self.at]
-        if kind == "text":
-            self.at += 1
-            return text[1:-1]
-        if self.accept("["):
-            values: list[Any] = []
-            while not self.accept("]"):
-                if values:
-                    self.expect(",")
-                values.append(self.value())
-            return values
-        word = self.word("a value")
-        if self.next_is("("):
-            return {"name": word, "options": self.arguments()}
-        return _scalar(word)
-
-
-def _scalar(word: str) -> Any:
-    """Return the number or constant that a word stands for, or the word."""
-    if word.lower() in _CONSTANTS:
-        return _CONSTANTS[word.lower()]
-    for number in (int, float):
-        try:
-            return number(word)
-        except ValueError:
-            continue
-    return word

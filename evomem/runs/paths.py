@@ -10,6 +10,7 @@ from evomem.errors import EvomemError
 from evomem.runs.config import ExperimentConfig, TaskConfig
 from evomem.runs.inputs import names_a_file
 from evomem.search_space.space import Start
+from evomem.spec import format_call, format_settings, is_call
 from evomem.tasks import parse, tasks
 from evomem.validation import read_yaml
 
@@ -64,9 +65,11 @@ def _task(task: TaskConfig, folder: str) -> TaskConfig:
     )
     changed: dict[str, Any] = {}
     if mine != given:
-        main = getattr(kind, "main_option", None)
-        first = [mine[main]] if main in mine else []
-        changed["spec"] = f"{name}:" + ",".join(first + [f"{key}={mine[key]}" for key in mine if key != main])
+        changed["spec"] = (
+            format_call(name, mine)
+            if is_call(task.spec)
+            else format_settings(name, mine, getattr(kind, "main_option", None))
+        )
     if theirs != task.options:
         changed["options"] = theirs
     return task.model_copy(update=changed) if changed else task

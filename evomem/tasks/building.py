@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from evomem.errors import ConfigError
+from evomem.spec import is_call, name_of, parse_call, parse_settings
 from evomem.tasks.base import Task, Tokenizer, tasks
+
+EXAMPLES = "'passkey:length=1000,haystack=noise' or 'passkey(length=1000, haystack=noise)'"
+"""How tasks are written, for messages."""
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """Return the task's name and the options that a spec gives it, values as text.
+    """Return the task's name and the options that a spec gives it.
 
-    A spec is ``NAME``, ``NAME:option=value,option=value`` or, for a task with a main option such as the path of
-    ``file``, ``NAME:VALUE`` and ``NAME:VALUE,option=value``.
+    A spec is written in either way of `evomem.spec`: ``passkey:length=1000,haystack=noise``, whose values are texts, or
+    ``passkey(length=1000, haystack=noise)``. A task with a main option, such as the path of ``file``, takes its value
+    without a name: ``file:mine.jsonl,length=500``, ``file("mine.jsonl", length=500)``.
 
     Raises
     ------
     UnknownNameError : no task has that name.
-    ConfigError : a part is not ``option=value``, or an option is given twice.
+    ConfigError : the text is of neither form, or an option is given twice.
     """
-    name, _, rest = spec.strip().partition(":")
-    cls = tasks.get(name)
-    options: dict[str, Any] = {}
+    cls = tasks.get(name_of(spec))
     main = getattr(cls, "main_option", None)
-    known = set(getattr(getattr(cls, "Options", None), "model_fields", ()))
-    parts = rest.split(",") if rest else []
-    if main is not None and parts and not _is_setting(parts[0], known):
-        # The value may hold commas: it ends where the first known option is set.
-        end = next((i for i, part in enumerate(parts) if _is_setting(part, known)), len(parts))
-        options[main] = ",".join(parts[:end])
-        parts = parts[end:]
-    for part in parts:
-        option, equals, value = (piece.strip() for piece in part.partition("="))
-        if not option or not equals:
-            raise ConfigError(f"task {spec!r}: {part!r} is not option=value; write {name}:option=value,option=value")
-        if option in options:
-            raise ConfigError(f"task {spec!r}: option {option!r} is given twice")
-        options[option] = value
-    return name, options
+    if is_call(spec):
+        found = parse_call(spec, "task", EXAMPLES, main)
+    else:
+        known = getattr(getattr(cls, "Options", None), "model_fields", ())
+        found = parse_settings(spec, "task", main, known)
+    return found.name, found.options
 
 
 def build(spec: str, tokenizer: Tokenizer, length: int | None = None, **options: Any) -> Task:
@@ -84,8 +76,3 @@ def check_options(spec: str, length: int | None = None, **options: Any) -> None:
         given.setdefault("length", length)
     if isinstance(model, type) and issubclass(model, TaskOptions):
         validate_options(name, model, {**options, **given})
-
-
-def _is_setting(part: str, known: set[str]) -> bool:
-    match = re.match(r"\s*(\w+)\s*=", part)
-    return match is not None and match.group(1) in known

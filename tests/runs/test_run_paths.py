@@ -104,6 +104,7 @@ def test_every_path_of_an_experiment(folder: Path) -> None:
     tasks = [
         "file:a=b,c.jsonl,length=50", "file:path=data/own.jsonl", {"spec": "file", "options": {"path": "../x.jsonl"}},
         "single_2:essay=~/e.txt", {"spec": "multikey_1:length=9", "options": {"essay": "e.txt"}}, "mqar", "none:a=b",
+        'file("a (1), b.jsonl", length=50)',
     ]  # fmt: skip
     config = experiment(tasks=tasks).model_copy(update={"traces": ["t", "/abs/t"]})
     config = config.model_copy(update={"stages": parse_stages(stage)})
@@ -111,6 +112,7 @@ def test_every_path_of_an_experiment(folder: Path) -> None:
     assert [task.spec for task in found.tasks] == [
         f"file:{folder}/a=b,c.jsonl,length=50", f"file:{folder}/data/own.jsonl", "file",
         f"single_2:essay={Path.home()}/e.txt", "multikey_1:length=9", "mqar", "none:a=b",
+        f'file(path="{folder}/a (1), b.jsonl", length=50)',
     ]  # fmt: skip
     assert found.tasks[2].options == {"path": f"{folder.parent}/x.jsonl"}
     assert found.tasks[4].options == {"essay": f"{folder}/e.txt"}

@@ -31,6 +31,7 @@ from evomem.report.tables import notes, rows_json, sentences, tables, write_rows
 from evomem.runs import open_run
 from evomem.runs.config import TaskConfig
 from evomem.runs.inputs import changed_tasks, task_inputs
+from evomem.spec import split
 from evomem.tasks.base import Split, at_hand
 from evomem.terminal import wide_console
 from evomem.validation import validate
@@ -340,14 +341,7 @@ def split_specs(text: str | None) -> list[str] | None:
         return None
     if text.strip() in ("none", ""):
         return []
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
+    return split(text)
 
 
 def parse_protocol(text: str | None, mode: str | None, default: EvaluationProtocol) -> EvaluationProtocol:
