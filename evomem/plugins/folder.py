@@ -14,7 +14,6 @@ How suspicious, and the limits: `evomem.plugins.untrusted`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from evomem.modes import outside_inference_mode
 from evomem.plugins.card import render_card
 from evomem.plugins.hub import download
 from evomem.plugins.replacing import current, located, strangers, write_folder
+from evomem.plugins.schema import describe_manager, parse_config
 from evomem.plugins.tensors import check_tensors, set_tensors, to_bytes
 from evomem.plugins.untrusted import (
     CARD,
@@ -49,10 +49,6 @@ from evomem.plugins.untrusted import (
     read_pictures,
     read_tensors,
 )
-
-SCHEMA_VERSION = 1
-_NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}", re.ASCII)
-_FIELDS = ("schema_version", "manager", "options", "observes", "schedule", "budget")
 
 
 @dataclass(frozen=True)
@@ -170,19 +166,6 @@ def is_plugin(folder: str | Path) -> bool:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def describe_manager(manager: MemoryManager) -> dict[str, Any]:
-    """Return the content of ``config.json``."""
-    described = manager.describe()
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "manager": described["name"],
-        "options": described["options"],
-        "observes": sorted(manager.observes),
-        "schedule": {"every": manager.schedule.every},
-        "budget": manager.options.budget,
-    }
-
-
 def _pretty(value: Mapping[str, Any]) -> bytes:
     """Readable strict JSON; numbers that are not finite become strings."""
     return (json.dumps(json.loads(to_json(dict(value))), indent=1, ensure_ascii=False) + "\n").encode()
@@ -214,30 +197,6 @@ def _located(folder_or_repo: str | Path, hub: Mapping[str, Any]) -> Path:
             raise PluginError(f"{folder}: is a file; give the plug-in's folder")
         return current(folder)
     return download(str(folder_or_repo), LIMITS, **hub)
-
-
-def parse_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a plug-in's configuration; raise `PluginError` if a field is missing, unknown or of another kind."""
-    if "schema_version" not in config:
-        raise PluginError(f"{path}: schema_version: is missing; this is not the configuration of a plug-in")
-    version = config["schema_version"]
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise PluginError(
-            f"{path}: schema_version: {shown(version)} is unknown; this evomem reads version {SCHEMA_VERSION}. "
-            "Update evomem, or save the plug-in again"
-        )
-    for name in _FIELDS:
-        if name not in config:
-            raise PluginError(f"{path}: {name}: is missing")
-    for name in config:
-        if name not in _FIELDS:
-            raise PluginError(f"{path}: {shown(name)}: is an unknown field; known are {', '.join(_FIELDS)}")
-    for name, kind in (("manager", str), ("options", dict), ("observes", list), ("schedule", dict)):
-        if not isinstance(config[name], kind):
-            raise PluginError(f"{path}: {name}: {shown(config[name])} is not a {kind.__name__}")
-    if not _NAME.fullmatch(config["manager"]):
-        raise PluginError(f"{path}: manager: {shown(config['manager'])} is no name of a manager")
-    return config
 
 
 def to_manager(

@@ -31,7 +31,8 @@ from evomem.files.reading import user_path
 from evomem.files.strict_json import NotStrictError, parse_strict, shown
 from evomem.managers import MemoryManager
 from evomem.modes import outside_inference_mode
-from evomem.plugins.folder import describe_manager, parse_config, to_manager
+from evomem.plugins.folder import to_manager
+from evomem.plugins.schema import describe_manager, parse_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
