@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import Line, Setting, line, progress
-from evomem.drivers import Fitness, build
+from evomem.drivers import Fitness, Stage, build
 
 NAME = "driver.ask_tell_ms"
 DIM = 4172
@@ -25,10 +25,10 @@ NAMES = (NAME, *(f"{NAME}.{name}" for name in (*LARGE, "block_cmaes")), *(f"{NAM
 
 def generations(name: str, dim: int, popsize: int, count: int, **options: Any) -> list[float]:
     """Return the milliseconds of ``count`` generations on the sphere, after some that are not counted."""
-    driver: Any = build(name, dim, np.ones(dim), 0, sigma=0.3, popsize=popsize, **options)
+    driver = build(name, dim, np.ones(dim), 0, sigma=0.3, popsize=popsize, **options)
     blocks = options.get("blocks")
     if blocks:
-        driver.enter(headwise=True)
+        driver.enter(Stage(per_head=True))
     taken = []
     for _ in range(WARM_UP + count):
         begin = time.perf_counter()

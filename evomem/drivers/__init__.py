@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evomem.drivers.base import Array, Driver, Fitness, Population, drivers
+from evomem.drivers.base import Array, Driver, Fitness, Population, Stage, drivers, uses
 from evomem.drivers.block_cmaes import BlockCMAES
 from evomem.drivers.cmaes import CMAES
 from evomem.drivers.cmaes_library import LRACMA, CatCMA
@@ -31,9 +31,11 @@ __all__ = [
     "PolicyGradient",
     "Population",
     "RandomSearch",
+    "Stage",
     "WarmStart",
     "build",
     "drivers",
+    "uses",
 ]
 
 

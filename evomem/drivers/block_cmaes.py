@@ -12,6 +12,7 @@ optimization", PPSN 1994; EvolKV (arXiv 2509.08315) searches groups of layers on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,17 +20,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomem.bounds import LARGE, SMALL
-from evomem.drivers.base import Array, Fitness, Population, drivers
+from evomem.drivers.base import Array, Driver, Fitness, Stage, drivers
 from evomem.drivers.cmaes import SMALLEST, alone, put_together, strategy, taken_apart
-from evomem.drivers.common import (
-    DriverOptions,
-    check_told,
-    checked_start,
-    default_popsize,
-    filled,
-    parse_options,
-    sampling_seeds,
-)
+from evomem.drivers.common import DriverOptions, default_popsize, filled
 from evomem.drivers.state import overlay
 from evomem.errors import ConfigError
 
@@ -72,7 +65,7 @@ class _Random:
 
 
 @drivers.register("block_cmaes")
-class BlockCMAES:
+class BlockCMAES(Driver):
     """CMA-ES on every head's part of the vector and on the shared rest.
 
     Parameters
@@ -83,14 +76,15 @@ class BlockCMAES:
     options : `BlockOptions`.
     """
 
-    takes_blocks = True
+    Options = BlockOptions
+    uses = frozenset({"per_head"})
+    takes = frozenset({"blocks"})
     packages = ("cma", "threadpoolctl")
+    options: BlockOptions
 
     def __init__(self, dim: int, start: Array, seed: int, *, blocks: Blocks = (), **options: Any) -> None:
-        self.dim = dim
-        self.options = parse_options(BlockOptions, "block_cmaes", options)
-        start = checked_start(dim, start)
-        self._seed, self._generation = seed, 0
+        super().__init__(dim, start, seed, **options)
+        start = self.start
         self._blocks = [np.asarray(block, dtype=np.int64) for block in blocks]
         used = np.concatenate(self._blocks) if self._blocks else np.zeros(0, dtype=np.int64)
         if len(np.unique(used)) != len(used):
@@ -117,17 +111,15 @@ class BlockCMAES:
             if len(self._shared) > 1
             else None
         )
-        self._fixed = start
         self._headwise = False
-        self._asked: Population | None = None
 
     def _make(self, mean: Array, sigma: float, diagonal: bool, number: int) -> Any:
         if self.options.search == "random":
-            return _Random(mean, sigma, self.popsize, self._seed, number)
-        return strategy(mean, sigma, self.popsize, (self._seed, number, 7), diagonal=diagonal)
+            return _Random(mean, sigma, self.popsize, self.seed, number)
+        return strategy(mean, sigma, self.popsize, (self.seed, number, 7), diagonal=diagonal)
 
-    def enter(self, *, headwise: bool) -> None:
-        """Begin (or go on with) a stage whose objective has a fitness per head, or has none."""
+    def _enter(self, stage: Stage) -> None:
+        headwise = stage.per_head
         if headwise and not self._blocks:
             raise ConfigError(
                 "driver 'block_cmaes': the objective has a fitness per head, but nothing in the search space belongs "
@@ -135,50 +127,41 @@ class BlockCMAES:
             )
         if not headwise and self._rest is None:
             raise ConfigError("driver 'block_cmaes': nothing in the search space is shared by the heads")
-        if headwise != self._headwise and self._asked is not None:
-            raise ConfigError("driver 'block_cmaes': a stage cannot change between ask() and tell()")
         self._headwise = headwise
 
-    def ask(self) -> Population:
-        """Return the next generation; the same one until it is told."""
-        if self._asked is None:
-            vectors = np.tile(self.mean, (self.popsize, 1))
-            with alone():
-                if self._headwise:
-                    for block, one in zip(self._blocks, self._strategies, strict=True):
-                        vectors[:, block] = np.array(one.ask(), dtype=np.float64)
-                elif self._rest is not None:
-                    vectors[:, self._shared] = np.array(self._rest.ask(), dtype=np.float64)
-            seeds = sampling_seeds(self._seed, self._generation, self.popsize)
-            self._asked = Population(self._generation, vectors, seeds)
-        return self._asked
-
-    def tell(self, population: Population, fitness: Fitness) -> None:
-        """Learn from the fitness per head in a head-wise stage, and from the one fitness elsewhere."""
-        check_told(self._asked, population)
-        vectors, heads = population.vectors, fitness.per_head
+    def _ask(self) -> Array:
+        vectors = np.tile(self.mean, (self.popsize, 1))
         with alone():
             if self._headwise:
-                if heads is None or heads.shape != (len(vectors), len(self._blocks)):
-                    shape = None if heads is None else heads.shape
-                    raise ConfigError(
-                        f"driver 'block_cmaes': fitness of {len(self._blocks)} heads is expected, this has shape "
-                        f"{shape}; do layers and heads of the search space fit the model?"
-                    )
-                # All before the first is told: a head whose fitness is refused must not leave the others a step ahead.
-                losses = [-filled(column, len(vectors)) for column in heads.T]
-                for block, one, loss in zip(self._blocks, self._strategies, losses, strict=True):
-                    one.tell(list(vectors[:, block]), list(loss), check_points=False)
+                for block, one in zip(self._blocks, self._strategies, strict=True):
+                    vectors[:, block] = np.array(one.ask(), dtype=np.float64)
             elif self._rest is not None:
-                loss = -filled(fitness.values, len(vectors))
-                self._rest.tell(list(vectors[:, self._shared]), list(loss), check_points=False)
-        self._asked = None
-        self._generation += 1
+                vectors[:, self._shared] = np.array(self._rest.ask(), dtype=np.float64)
+        return vectors
 
-    @property
-    def mean(self) -> Array:
-        """Means of all parts, put together (dim,)."""
-        mean = self._fixed.copy()
+    def _without_holes(self, fitness: Fitness, count: int) -> Fitness:
+        if not self._headwise or fitness.per_head is None:
+            return super()._without_holes(fitness, count)
+        heads = fitness.per_head
+        if heads.shape[1] != len(self._blocks):
+            raise ConfigError(
+                f"driver 'block_cmaes': fitness of {len(self._blocks)} heads is expected, this has shape "
+                f"{heads.shape}; do layers and heads of the search space fit the model?"
+            )
+        # All before the first is told: a head whose fitness is refused must not leave the others a step ahead.
+        return replace(fitness, per_head=np.stack([filled(column, count) for column in heads.T], axis=1))
+
+    def _tell(self, vectors: Array, fitness: Fitness) -> None:
+        with alone():
+            if self._headwise and fitness.per_head is not None:
+                for block, one, column in zip(self._blocks, self._strategies, fitness.per_head.T, strict=True):
+                    one.tell(list(vectors[:, block]), list(-column), check_points=False)
+            elif self._rest is not None:
+                self._rest.tell(list(vectors[:, self._shared]), list(-fitness.values), check_points=False)
+
+    def _mean(self) -> Array:
+        """Return the means of all parts, put together (dim,)."""
+        mean = self.start.copy()
         for block, one in zip(self._blocks, self._strategies, strict=True):
             mean[block] = np.array(one.mean, dtype=np.float64)
         if self._rest is not None:
@@ -192,26 +175,17 @@ class BlockCMAES:
             return float(np.median([one.sigma for one in self._strategies]))
         return float(self._rest.sigma) if self._rest is not None else float("nan")
 
-    def stopped(self) -> str | None:
-        """None: noisy parts do not converge together; the generations of the experiment end the search."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, as plain values and arrays."""
+    def _state(self) -> dict[str, Any]:
         return {
             "strategies": [taken_apart(one) for one in self._strategies],
             "rest": None if self._rest is None else taken_apart(self._rest),
-            "generation": self._generation,
             "headwise": self._headwise,
-            "asked": self._asked,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+    def _load(self, state: dict[str, Any]) -> None:
         restored = overlay if self.options.search == "random" else put_together
         pairs = zip(self._strategies, state["strategies"], strict=True)
         self._strategies = [restored(one, tree) for one, tree in pairs]
         if self._rest is not None:
             self._rest = restored(self._rest, state["rest"])
-        self._generation, self._headwise = state["generation"], state["headwise"]
-        self._asked = state["asked"]
+        self._headwise = state["headwise"]

@@ -15,22 +15,11 @@ import numpy as np
 from pydantic import Field
 
 from evomem.bounds import LARGE, POPULATION
-from evomem.drivers.base import Array, Fitness, Population, drivers
-from evomem.drivers.common import (
-    DriverOptions,
-    Gaussian,
-    check_told,
-    checked_start,
-    default_popsize,
-    filled,
-    library,
-    parse_options,
-    sampling_seeds,
-)
+from evomem.drivers.base import Array, Driver, Fitness, drivers
+from evomem.drivers.common import DriverOptions, Gaussian, library
 from evomem.drivers.restarts import RestartState, Strategy, first, following
 from evomem.drivers.state import overlay, snapshot
 from evomem.drivers.warm import WarmStart
-from evomem.errors import ConfigError
 
 # Fitness is an estimate from a few samples: a generation without differences, or a best value that does not improve,
 # says little. What ends a descent is the distribution itself (step size, condition) and a long stagnation.
@@ -144,7 +133,7 @@ def put_together(fresh: Any, tree: Any) -> Any:
 
 
 @drivers.register("cmaes")
-class CMAES:
+class CMAES(Driver):
     """CMA-ES, the default: full covariance, separable from 500 dimensions on; restarts, mirrors, warm start (cma).
 
     Parameters
@@ -155,26 +144,21 @@ class CMAES:
     options : `CMAESOptions`.
     """
 
-    takes_warm_start = True
+    Options = CMAESOptions
+    takes = frozenset({"warm"})
     packages = ("cma", "threadpoolctl")
+    smallest_dim = 2
+    options: CMAESOptions
 
     def __init__(self, dim: int, start: Array, seed: int, *, warm: WarmStart | None = None, **options: Any) -> None:
-        if dim < 2:
-            raise ConfigError(f"driver 'cmaes': needs at least 2 dimensions, this space has {dim}; use random_search")
-        self.dim = dim
-        self.options = parse_options(CMAESOptions, "cmaes", options)
-        self._start, self._sigma = checked_start(dim, start), self.options.sigma
+        super().__init__(dim, start, seed, **options)
+        self._sigma = self.options.sigma
         self._scales: Array | None = None
         if warm is not None:
-            warm.check(dim, "cmaes")
-            self._start, (self._sigma, self._scales) = warm.mean, warm.diagonal()
-        self._seed = seed
-        self._popsize = self.options.popsize or default_popsize(dim)
-        self._restart: RestartState = first(self._popsize, self._sigma)
+            warm.check(dim, self.name)
+            self.start, (self._sigma, self._scales) = warm.mean, warm.diagonal()
+        self._restart: RestartState = first(self.popsize, self._sigma)
         self._strategy = self._descent()
-        self._generation = 0
-        self._asked: Population | None = None
-        self._stopped: str | None = None
         self._ended: tuple[float, Array] | None = None  # fitness and mean of the best descent that has ended
         self._level = -np.inf  # mean fitness of the running descent's last generation
 
@@ -185,35 +169,26 @@ class CMAES:
 
     def _descent(self) -> Any:
         regime, number = self._restart.regime, self._restart.descents
-        mean = self._start
+        mean = self.start
         if number > 1:
-            draw = np.random.default_rng([self._seed, number, 3]).standard_normal(self.dim)
+            draw = np.random.default_rng([self.seed, number, 3]).standard_normal(self.dim)
             spread = self.options.restart_spread * self._sigma
-            mean = self._start + spread * draw * (1.0 if self._scales is None else self._scales)
+            mean = self.start + spread * draw * (1.0 if self._scales is None else self._scales)
         return strategy(
-            mean, regime.sigma, regime.popsize, (self._seed, number), diagonal=self.diagonal,
+            mean, regime.sigma, regime.popsize, (self.seed, number), diagonal=self.diagonal,
             mirrored=self.options.mirrored, scales=self._scales,
         )  # fmt: skip
 
-    def ask(self) -> Population:
-        """Return the next generation; the same one until it is told."""
-        if self._asked is None:
-            with alone():
-                vectors = np.array(self._strategy.ask(), dtype=np.float64)
-            seeds = sampling_seeds(self._seed, self._generation, len(vectors))
-            self._asked = Population(self._generation, vectors, seeds)
-        return self._asked
+    def _ask(self) -> Array:
+        with alone():
+            return np.array(self._strategy.ask(), dtype=np.float64)
 
-    def tell(self, population: Population, fitness: Fitness) -> None:
-        """Learn; a candidate without a finite fitness counts as the worst."""
-        check_told(self._asked, population)
-        values = filled(fitness.values, len(population.vectors))
+    def _tell(self, vectors: Array, fitness: Fitness) -> None:
+        values = fitness.values
         with alone():
             # check_points=False: after a resume pycma does not know the vectors as its own and would shorten them.
-            self._strategy.tell(list(population.vectors), list(-values), check_points=False)
+            self._strategy.tell(list(vectors), list(-values), check_points=False)
             reasons = dict(self._strategy.stop())
-        self._asked = None
-        self._generation += 1
         self._level = float(values.mean())
         limit = self._restart.regime.limit
         if limit is not None and self._strategy.countevals >= limit:
@@ -225,7 +200,7 @@ class CMAES:
         if self._ended is None or self._level > self._ended[0]:
             self._ended = (self._level, self._running_mean())
         used = int(self._strategy.countevals)
-        restart = following(self.options.restarts, self._restart, used, self._popsize, self._sigma, self._seed)
+        restart = following(self.options.restarts, self._restart, used, self.popsize, self._sigma, self.seed)
         if restart is None:
             self._stopped = f"CMA-ES has converged ({reason})"
             return
@@ -235,11 +210,10 @@ class CMAES:
     def _running_mean(self) -> Array:
         return np.array(self._strategy.mean, dtype=np.float64)
 
-    @property
-    def mean(self) -> Array:
-        """Mean of the running descent, or of the best ended one while the running one's last generation is worse."""
+    def _mean(self) -> Array:
+        """Return the running descent's mean, or the best ended one's while the last generation is worse than it was."""
         if self._ended is not None and self._ended[0] >= self._level:
-            return self._ended[1].copy()
+            return self._ended[1]
         return self._running_mean()
 
     @property
@@ -247,28 +221,15 @@ class CMAES:
         """Current step size, in units of the vector."""
         return float(self._strategy.sigma)
 
-    def stopped(self) -> str | None:
-        """Why there is nothing more to propose, or None."""
-        return self._stopped
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, as plain values and arrays."""
+    def _state(self) -> dict[str, Any]:
         return {
             "strategy": taken_apart(self._strategy),
             "restart": self._restart,
-            "generation": self._generation,
-            "asked": self._asked,
-            "stopped": self._stopped,
             "ended": self._ended,
             "level": self._level,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+    def _load(self, state: dict[str, Any]) -> None:
         self._restart = state["restart"]
         self._strategy = put_together(self._descent(), state["strategy"])
-        self._generation = state["generation"]
-        self._asked = state["asked"]
-        self._stopped = state["stopped"]
-        self._ended = state["ended"]
-        self._level = state["level"]
+        self._ended, self._level = state["ended"], state["level"]

@@ -7,48 +7,30 @@ from typing import Any
 
 import numpy as np
 
-from evomem.drivers.base import Array, Fitness, Population, drivers
+from evomem.drivers.base import Array, Driver, Fitness, drivers
 from evomem.drivers.cmaes import alone
-from evomem.drivers.common import (
-    DriverOptions,
-    check_told,
-    checked_start,
-    default_popsize,
-    filled,
-    library,
-    parse_options,
-    sampling_seeds,
-)
+from evomem.drivers.common import checked_start, library
 from evomem.drivers.state import overlay, snapshot
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError
 from evomem.search_space.option_ranges import Variable
 
 
-class _Library:
+class _Library(Driver):
     """What the drivers of this file share; a subclass makes the strategy and translates its solutions.
 
     The package keeps what a driver has to report (mean, step size, probabilities) in attributes with an underscore;
     they are read here and nowhere else.
     """
 
-    name: str
     packages = ("cmaes", "threadpoolctl")
 
     def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
-        self.dim = dim
-        self.options = parse_options(DriverOptions, self.name, options)
-        self._start = checked_start(dim, start)
-        self._seed = seed
-        self._popsize = self.options.popsize or default_popsize(dim)
+        super().__init__(dim, start, seed, **options)
         package = library("cmaes", self.name, "cmaes")
         with alone():
             self._strategy = self._make(package, int(np.random.default_rng([seed, 5]).integers(0, 2**32)))
-        self._generation = 0
         self._solutions: list[Any] = []  # what the strategy asked, in its own form
-        self._asked: Population | None = None
-        self._stopped: str | None = None
-        self._kept: Array | None = None  # the last finite mean of a search that has degenerated
 
     def _make(self, package: Any, seed: int) -> Any:
         raise NotImplementedError
@@ -56,70 +38,40 @@ class _Library:
     def _vector(self, solution: Any) -> Array:
         raise NotImplementedError
 
-    def ask(self) -> Population:
-        """Return the next generation; the same one until it is told."""
-        if self._asked is None:
-            with alone():
-                self._solutions = [self._strategy.ask() for _ in range(self._popsize)]
-            vectors = np.array([self._vector(solution) for solution in self._solutions], dtype=np.float64)
-            seeds = sampling_seeds(self._seed, self._generation, self._popsize)
-            self._asked = Population(self._generation, vectors, seeds)
-        return self._asked
+    def _ask(self) -> Array:
+        with alone():
+            self._solutions = [self._strategy.ask() for _ in range(self.popsize)]
+        return np.array([self._vector(solution) for solution in self._solutions], dtype=np.float64)
 
-    def tell(self, population: Population, fitness: Fitness) -> None:
-        """Learn; a candidate without a finite fitness counts as the worst."""
-        check_told(self._asked, population)
-        losses, before = -filled(fitness.values, self._popsize), self.mean
+    def _tell(self, vectors: Array, fitness: Fitness) -> None:
         try:
             with alone():
-                self._strategy.tell(list(zip(self._solutions, losses.tolist(), strict=True)))
+                self._strategy.tell(list(zip(self._solutions, (-fitness.values).tolist(), strict=True)))
                 if self._has_gaussian and self._strategy.should_stop():
                     self._stopped = f"{self.name} has converged"
         except np.linalg.LinAlgError:
             self._stopped = "the covariance cannot be decomposed any more"
-        self._solutions, self._asked = [], None
-        self._generation += 1
-        if self._has_gaussian and not np.isfinite([self._strategy._sigma, *self._strategy._mean]).all():
-            self._stopped, self._kept = "the distribution is no longer finite", before
+        self._solutions = []
+
+    def _finite(self) -> bool:
+        numbers = [self._strategy._sigma, *self._strategy._mean] if self._has_gaussian else []
+        return bool(np.isfinite(numbers).all())
 
     @property
     def _has_gaussian(self) -> bool:
         return True
 
     @property
-    def mean(self) -> Array:
-        """The distribution's centre (dim,), always finite."""
-        return self._centre() if self._kept is None else self._kept.copy()
-
-    def _centre(self) -> Array:
-        raise NotImplementedError
-
-    @property
     def sigma(self) -> float:
         """Step size, in units of the vector."""
         return float(self._strategy._sigma) if self._has_gaussian else float("nan")
 
-    def stopped(self) -> str | None:
-        """Why there is nothing more to propose, or None."""
-        return self._stopped
+    def _state(self) -> dict[str, Any]:
+        return {"strategy": snapshot(self._strategy), "solutions": snapshot(self._solutions)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, as plain values and arrays."""
-        return {
-            "strategy": snapshot(self._strategy),
-            "generation": self._generation,
-            "solutions": snapshot(self._solutions),
-            "asked": self._asked,
-            "stopped": self._stopped,
-            "kept": self._kept,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+    def _load(self, state: dict[str, Any]) -> None:
         self._strategy = overlay(self._strategy, state["strategy"])
         self._solutions = overlay(None, state["solutions"], self._kinds())
-        self._asked = state["asked"]
-        self._generation, self._stopped, self._kept = state["generation"], state["stopped"], state["kept"]
 
     def _kinds(self) -> tuple[type, ...]:
         """Return the classes of the package that solutions are of, besides arrays."""
@@ -140,29 +92,27 @@ class LRACMA(_Library):
     options : `DriverOptions`.
     """
 
-    name = "lra_cma"
-    takes_warm_start = True
+    takes = frozenset({"warm"})
+    smallest_dim = 2
 
     def __init__(self, dim: int, start: Array, seed: int, *, warm: WarmStart | None = None, **options: Any) -> None:
-        if dim < 2:
-            raise ConfigError(f"driver 'lra_cma': needs at least 2 dimensions, this space has {dim}")
         if warm is not None:
             warm.check(dim, self.name)
         self._warm = warm
         super().__init__(dim, start, seed, **options)
 
     def _make(self, package: Any, seed: int) -> Any:
-        mean, sigma, covariance = self._start, self.options.sigma, None
+        mean, sigma, covariance = self.start, self.options.sigma, None
         if self._warm is not None:
             mean, (sigma, covariance) = self._warm.mean, self._warm.full()
         return package.CMA(
-            mean=mean, sigma=sigma, cov=covariance, population_size=self._popsize, seed=seed, lr_adapt=True
+            mean=mean, sigma=sigma, cov=covariance, population_size=self.popsize, seed=seed, lr_adapt=True
         )
 
     def _vector(self, solution: Any) -> Array:
         return np.asarray(solution)
 
-    def _centre(self) -> Array:
+    def _mean(self) -> Array:
         return np.array(self._strategy.mean, dtype=np.float64)
 
 
@@ -185,8 +135,7 @@ class CatCMA(_Library):
     options : `DriverOptions`.
     """
 
-    name = "catcma"
-    takes_variables = True
+    takes = frozenset({"variables"})
 
     def __init__(
         self, dim: int, start: Array, seed: int, *, variables: Sequence[Variable] = (), **options: Any
@@ -215,14 +164,14 @@ class CatCMA(_Library):
         return len(self._gaussian) > 0
 
     def _make(self, package: Any, seed: int) -> Any:
-        if self._popsize < 4:
+        if self.popsize < 4:
             raise ConfigError("driver 'catcma': popsize: give at least 4 candidates")
         return package.CatCMAwM(
             x_space=self._bounds[self._numbers].tolist() or None,
             z_space=[_codes(variable)[:, 0].tolist() for variable in self._integers] or None,
             c_space=[len(_codes(variable)) for variable in self._categories] or None,
-            population_size=self._popsize,
-            mean=self._start[self._gaussian],
+            population_size=self.popsize,
+            mean=self.start[self._gaussian],
             sigma=self.options.sigma,
             # The package's own would be as wide as the mean is far from the bounds: 0 for a start on one.
             cov=np.eye(len(self._gaussian)),
@@ -241,7 +190,7 @@ class CatCMA(_Library):
         table = np.zeros((len(self._categories), max(variable.width for variable in self._categories)))
         for row, variable in zip(table, self._categories, strict=True):
             row[: variable.width] = 1.0
-            row[variable.nearest(self._start)] = 2.0
+            row[variable.nearest(self.start)] = 2.0
         return np.asarray(table / table.sum(axis=1, keepdims=True))
 
     def _vector(self, solution: Any) -> Array:
@@ -253,9 +202,9 @@ class CatCMA(_Library):
             vector[variable.places] = _codes(variable)[int(np.argmax(solution.c[number]))]
         return vector
 
-    def _centre(self) -> Array:
+    def _mean(self) -> Array:
         """Return the mean of the numbers, the nearest integers, the most likely categories."""
-        vector = self._start.copy()
+        vector = self.start.copy()
         if self._has_gaussian:
             mean = vector[self._gaussian] = np.array(self._strategy._mean, dtype=np.float64)
             numbers = mean[: len(self._numbers)]

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from evomem.bounds import LARGE, POPULATION, SMALL
-from evomem.drivers.base import Array, Population
 from evomem.errors import ConfigError, FitnessError
 from evomem.installing import pip_install
 from evomem.validation import Settings, faults
+
+Array = NDArray[np.float64]
 
 
 class DriverOptions(Settings):
@@ -74,14 +75,6 @@ def default_popsize(dim: int) -> int:
 def sampling_seeds(seed: int, generation: int, count: int) -> NDArray[np.int64]:
     """Return one sampling seed per candidate: a pure function of (search seed, generation, place)."""
     return np.random.default_rng([seed, generation, 1]).integers(0, 2**62, count, dtype=np.int64)
-
-
-def check_told(asked: Population | None, told: Population) -> None:
-    """Raise `ConfigError` unless the told population is the asked one."""
-    if asked is None:
-        raise ConfigError("driver: tell() without ask()")
-    if told.generation != asked.generation or not np.array_equal(told.vectors, asked.vectors):
-        raise ConfigError(f"driver: tell() of generation {told.generation}, which is not the population last asked")
 
 
 def filled(fitness: Array, count: int) -> Array:

@@ -6,24 +6,15 @@ the number of actors. The library, which brings Ray with it, is imported when a 
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from evomem.bounds import LARGE
-from evomem.drivers.base import Array, Fitness, Population, drivers
-from evomem.drivers.common import (
-    DriverOptions,
-    check_told,
-    checked_start,
-    default_popsize,
-    filled,
-    library,
-    parse_options,
-    sampling_seeds,
-)
+from evomem.drivers.base import Array, Driver, Fitness, drivers
+from evomem.drivers.common import DriverOptions, default_popsize, library
 from evomem.drivers.state import overlay, snapshot
 from evomem.errors import ConfigError
 
@@ -31,8 +22,6 @@ _MEMORY = 4 * 2**30
 """Bytes that full CMA-ES of EvoTorch may take for its update: it holds an outer product per candidate."""
 
 _CLOCK = ("_first_step_datetime",)
-
-O = TypeVar("O", bound=DriverOptions)  # noqa: E741
 
 
 class EvoTorchCMAESOptions(DriverOptions):
@@ -95,107 +84,63 @@ class CEMOptions(DriverOptions):
     stdev_max_change: float | None = Field(default=0.1, gt=0, lt=1)
 
 
-class _EvoTorch(Generic[O]):
-    """What the drivers of this file share; a subclass makes the steps.
+class _EvoTorch(Driver):
+    """What the drivers of this file share; a subclass makes the steps."""
 
-    Parameters
-    ----------
-    dim, start, seed : length of a vector, first mean (dim,), seed of everything random.
-    options : of the subclass.
-    """
-
-    name: str
     packages = ("evotorch", "threadpoolctl")
-    model: type[O]
-    smallest = 1
 
     def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
-        if dim < self.smallest:
-            raise ConfigError(f"driver {self.name!r}: needs at least 2 dimensions, this space has {dim}")
-        self.dim = dim
-        self.options: O = parse_options(self.model, self.name, options)
-        self._seed = seed
-        self._popsize = self._population()
+        super().__init__(dim, start, seed, **options)
         own = int(np.random.default_rng([seed, 4]).integers(0, 2**62))
         with self._library().alone():
-            self._steps = self._make(checked_start(dim, start), own)
-        self._generation = 0
-        self._asked = False
-        self._stopped: str | None = None
-        self._kept: Array | None = None  # the last finite mean of a search that has degenerated
+            self._steps = self._make(self.start.copy(), own)
 
     def _library(self) -> Any:
         return library("evomem.drivers.evotorch_steps", self.name)
 
-    def _population(self) -> int:
-        return self.options.popsize or default_popsize(self.dim)
-
     def _make(self, start: Array, seed: int) -> Any:
         raise NotImplementedError
 
-    def ask(self) -> Population:
-        """Return the next generation; the same one until it is told."""
-        self._asked = True
-        seeds = sampling_seeds(self._seed, self._generation, self._popsize)
-        return Population(self._generation, self._steps.vectors, seeds)
+    def _ask(self) -> Array:
+        return np.asarray(self._steps.vectors)
 
-    def tell(self, population: Population, fitness: Fitness) -> None:
-        """Learn; a candidate without a finite fitness counts as the worst."""
-        check_told(self.ask() if self._asked else None, population)
-        values = filled(fitness.values, self._popsize)
-        before = self.mean
+    def _tell(self, vectors: Array, fitness: Fitness) -> None:
         try:
             with self._library().alone():
-                self._steps.tell(values)
+                self._steps.tell(fitness.values)
         except LinAlgError:
             self._stopped = "the covariance is no longer positive definite"
-        self._asked = False
-        self._generation += 1
-        if not np.isfinite([self._steps.mean, *self._steps.vectors]).all():
-            self._stopped, self._kept = "the distribution is no longer finite", before
-        elif self.sigma < 1e-12 * self.options.sigma:
+        if self.sigma < 1e-12 * self.options.sigma:
             self._stopped = "the search has converged (standard deviations)"
 
-    @property
-    def mean(self) -> Array:
-        """Mean of the distribution (dim,), always finite."""
-        mean: Array = self._steps.mean if self._kept is None else self._kept.copy()
-        return mean
+    def _finite(self) -> bool:
+        return bool(np.isfinite([self._steps.mean, *self._steps.vectors]).all())
+
+    def _mean(self) -> Array:
+        return np.asarray(self._steps.mean)
 
     @property
     def sigma(self) -> float:
         """Step size, in units of the vector: root mean square over the coordinates, or CMA-ES's sigma."""
         return float(self._steps.sigma)
 
-    def stopped(self) -> str | None:
-        """Why there is nothing more to propose, or None."""
-        return self._stopped
+    def _state(self) -> dict[str, Any]:
+        return {"steps": snapshot(self._steps, _CLOCK)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, as plain values and arrays."""
-        return {
-            "steps": snapshot(self._steps, _CLOCK),
-            "generation": self._generation,
-            "asked": self._asked,
-            "stopped": self._stopped,
-            "kept": self._kept,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+    def _load(self, state: dict[str, Any]) -> None:
         self._steps = overlay(self._steps, state["steps"], skip=_CLOCK)
-        self._generation, self._asked = state["generation"], state["asked"]
-        self._stopped, self._kept = state["stopped"], state["kept"]
 
 
 @drivers.register("evotorch_cmaes")
-class EvoTorchCMAES(_EvoTorch[EvoTorchCMAESOptions]):
+class EvoTorchCMAES(_EvoTorch):
     """CMA-ES as vectorised by EvoTorch: the fastest separable one in thousands of dimensions.
 
     N. Hansen, arXiv 1604.00772; separable: Ros and Hansen, PPSN 2008. Options: `EvoTorchCMAESOptions`.
     """
 
-    name, model, smallest = "evotorch_cmaes", EvoTorchCMAESOptions, 2
+    Options = EvoTorchCMAESOptions
+    smallest_dim = 2
+    options: EvoTorchCMAESOptions
 
     @property
     def diagonal(self) -> bool:
@@ -203,22 +148,23 @@ class EvoTorchCMAES(_EvoTorch[EvoTorchCMAESOptions]):
         return self.dim >= 500 if self.options.diagonal is None else self.options.diagonal
 
     def _make(self, start: Array, seed: int) -> Any:
-        needed = self._popsize * self.dim**2 * 8
+        needed = self.popsize * self.dim**2 * 8
         if not self.diagonal and needed > _MEMORY:
             raise ConfigError(
                 f"driver 'evotorch_cmaes': a full covariance of {self.dim} dimensions takes {needed / 1e9:.0f} GB per "
                 "generation; take diagonal: true, or the driver cmaes"
             )
         make = self._library().cmaes_steps
-        return make(start, self.options.sigma, self._popsize, seed, diagonal=self.diagonal)
+        return make(start, self.options.sigma, self.popsize, seed, diagonal=self.diagonal)
 
 
-class _NES(_EvoTorch[NESOptions]):
-    model = NESOptions
+class _NES(_EvoTorch):
+    Options = NESOptions
+    options: NESOptions
 
     def _make(self, start: Array, seed: int) -> Any:
         return self._library().gaussian_steps(
-            self.name, start, self.options.sigma, self._popsize, seed,
+            self.name, start, self.options.sigma, self.popsize, seed,
             center_learning_rate=self.options.center_learning_rate,
             stdev_learning_rate=self.options.stdev_learning_rate,
         )  # fmt: skip
@@ -232,8 +178,6 @@ class SNES(_NES):
     Options: `NESOptions`.
     """
 
-    name = "snes"
-
 
 @drivers.register("xnes")
 class XNES(_NES):
@@ -242,20 +186,21 @@ class XNES(_NES):
     Glasmachers et al., "Exponential natural evolution strategies", GECCO 2010. Options: `NESOptions`.
     """
 
-    name, smallest = "xnes", 2
+    smallest_dim = 2
 
 
 @drivers.register("pgpe")
-class PGPE(_EvoTorch[PGPEOptions]):
+class PGPE(_EvoTorch):
     """Policy gradient with parameter exploration: mirrored pairs, steps of limited length by ClipUp (EvoTorch).
 
     Sehnke et al., "Parameter-exploring policy gradients", Neural Networks 23(4), 2010; ClipUp: Toklu, Liskowski,
     Srivastava, PPSN 2020 (arXiv 2008.02387). Options: `PGPEOptions`.
     """
 
-    name, model = "pgpe", PGPEOptions
+    Options = PGPEOptions
+    options: PGPEOptions
 
-    def _population(self) -> int:
+    def _population_size(self) -> int:
         size = self.options.popsize
         if size is not None and size % 2:
             raise ConfigError(
@@ -270,7 +215,7 @@ class PGPE(_EvoTorch[PGPEOptions]):
             raise ConfigError("driver 'pgpe': max_speed is an option of optimizer: clipup only")
         speed = options.max_speed or options.sigma * self.dim**0.5 / 15
         return self._library().gaussian_steps(
-            "pgpe", start, options.sigma, self._popsize, seed,
+            "pgpe", start, options.sigma, self.popsize, seed,
             center_learning_rate=options.center_learning_rate or (speed / 2 if clipup else options.sigma / 3),
             stdev_learning_rate=options.stdev_learning_rate,
             stdev_max_change=options.stdev_max_change,
@@ -280,21 +225,22 @@ class PGPE(_EvoTorch[PGPEOptions]):
 
 
 @drivers.register("cem")
-class CEM(_EvoTorch[CEMOptions]):
+class CEM(_EvoTorch):
     """Cross-entropy method: a separable Gaussian, fitted to the best of each generation (EvoTorch).
 
     Rubinstein, "The cross-entropy method for combinatorial and continuous optimization", 1999; Duan et al., ICML 2016.
     Options: `CEMOptions`.
     """
 
-    name, model = "cem", CEMOptions
+    Options = CEMOptions
+    options: CEMOptions
 
     def _make(self, start: Array, seed: int) -> Any:
         # A deviation needs two parents, and EvoTorch rounds down.
-        if self._popsize < 3:
+        if self.popsize < 3:
             raise ConfigError("driver 'cem': popsize: give at least 3 candidates, 2 of them parents")
         return self._library().gaussian_steps(
-            "cem", start, self.options.sigma, self._popsize, seed,
-            parenthood_ratio=max(self.options.parents, 2.5 / self._popsize),
+            "cem", start, self.options.sigma, self.popsize, seed,
+            parenthood_ratio=max(self.options.parents, 2.5 / self.popsize),
             stdev_max_change=self.options.stdev_max_change,
         )  # fmt: skip

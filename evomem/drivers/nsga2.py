@@ -11,6 +11,7 @@ drop the end of a front and keep its most crowded part; `arg_pareto_sort` orders
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomem.bounds import LARGE, POPULATION
-from evomem.drivers.base import Array, Fitness, Population, drivers
-from evomem.drivers.common import (
-    DriverOptions,
-    check_told,
-    checked_start,
-    default_popsize,
-    filled,
-    library,
-    parse_options,
-    sampling_seeds,
-)
-from evomem.errors import ConfigError, FitnessError
+from evomem.drivers.base import Array, Driver, Fitness, drivers
+from evomem.drivers.common import DriverOptions, filled, library
+from evomem.errors import FitnessError
 
 _TRIES = 100
 """How often a child that is a copy is mutated again: a step too small for the numbers would make copies for ever."""
@@ -62,7 +54,7 @@ class NSGA2Options(DriverOptions):
 
 
 @drivers.register("nsga2")
-class NSGA2:
+class NSGA2(Driver):
     """NSGA-II on two objectives, the score and the measured bytes: a front of managers (EvoTorch's operators).
 
     Parameters
@@ -72,19 +64,16 @@ class NSGA2:
     options : `NSGA2Options`.
     """
 
-    objectives = ("score", "bytes")
+    Options = NSGA2Options
+    uses = frozenset({"costs"})
     packages = ("evotorch", "threadpoolctl")
+    options: NSGA2Options
 
     def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
-        self.dim = dim
-        self.options = parse_options(NSGA2Options, "nsga2", options)
-        self._seed = seed
-        self._popsize = self.options.popsize or default_popsize(dim)
+        super().__init__(dim, start, seed, **options)
         self._make_library(int(np.random.default_rng([seed, 5]).integers(0, 2**62)))
-        self._survivors: Array = checked_start(dim, start)[None]
+        self._survivors: Array = self.start[None]
         self._evals: Array = np.zeros((1, 2))
-        self._generation = 0
-        self._asked: Population | None = None
 
     def _make_library(self, seed: int) -> None:
         self._alone = library("evomem.drivers.evotorch_steps", "nsga2").alone  # first: it imports EvoTorch silently
@@ -96,7 +85,7 @@ class NSGA2:
             ["max", "min"], solution_length=self.dim, dtype=torch.float64, eval_dtype=torch.float64,
             initial_bounds=(-1.0, 1.0), seed=seed, store_solution_stats=False,
         )  # fmt: skip
-        children = self._popsize - self._kept if self.options.remeasure else self._popsize
+        children = self.popsize - self._survive if self.options.remeasure else self.popsize
         self._cross = SimulatedBinaryCrossOver(
             self._problem, tournament_size=self.options.tournament, eta=self.options.crossover,
             num_children=children + children % 2,
@@ -107,9 +96,9 @@ class NSGA2:
         self._children = children
 
     @property
-    def _kept(self) -> int:
+    def _survive(self) -> int:
         """How many survive a generation."""
-        return self._popsize // 2 if self.options.remeasure else self._popsize
+        return self.popsize // 2 if self.options.remeasure else self.popsize
 
     def _batch(self, vectors: Array, evals: Array) -> Any:
         from evotorch import SolutionBatch
@@ -119,17 +108,12 @@ class NSGA2:
         batch.set_evals(torch.from_numpy(evals))
         return batch
 
-    def ask(self) -> Population:
-        """Return the next generation; the same one until it is told."""
-        if self._asked is None:
-            with self._alone():
-                vectors = self._first() if self._generation == 0 else self._next()
-            seeds = sampling_seeds(self._seed, self._generation, len(vectors))
-            self._asked = Population(self._generation, vectors, seeds)
-        return self._asked
+    def _ask(self) -> Array:
+        with self._alone():
+            return self._first() if self.generation == 0 else self._next()
 
     def _first(self) -> Array:
-        draws = self._problem.make_gaussian((self._popsize, self.dim)).numpy()
+        draws = self._problem.make_gaussian((self.popsize, self.dim)).numpy()
         draws[0] = 0.0  # the start itself
         first: Array = self._survivors + self.options.sigma * draws
         return first
@@ -145,55 +129,45 @@ class NSGA2:
             vectors[copies] = again.values.numpy()
         return np.concatenate([self._survivors, vectors]) if self.options.remeasure else vectors
 
-    def tell(self, population: Population, fitness: Fitness) -> None:
-        """Let the best survive, front by front, of the last front those that stand most alone.
+    def _without_holes(self, fitness: Fitness, count: int) -> Fitness:
+        """Return the fitness where failed candidates are strictly worse than all others in both.
 
-        Parameters
-        ----------
-        fitness : its values and costs; without costs all cost the same. A candidate with a value or a cost that is not
-            finite is worse than all others in both.
+        Raises
+        ------
+        FitnessError : no candidate has both.
         """
-        check_told(self._asked, population)
-        vectors, evals = population.vectors, _evals(fitness.values, fitness.costs, len(population.vectors))
-        if not self.options.remeasure and self._generation > 0:
+        filled(fitness.values, count)  # refuses what every driver refuses
+        values, costs = (np.asarray(part, dtype=np.float64) for part in (fitness.values, fitness.costs))
+        good = np.isfinite(values) & np.isfinite(costs)
+        if not good.any():
+            raise FitnessError("no candidate of the generation has both a fitness and a size (NaN or infinite)")
+        worst, largest = np.nextafter(values[good].min(), -np.inf), np.nextafter(costs[good].max(), np.inf)
+        return replace(fitness, values=np.where(good, values, worst), costs=np.where(good, costs, largest))
+
+    def _tell(self, vectors: Array, fitness: Fitness) -> None:
+        """Let the best survive, front by front, of the last front those that stand most alone."""
+        evals = np.stack([fitness.values, np.asarray(fitness.costs)], axis=1)
+        if not self.options.remeasure and self.generation > 0:
             vectors, evals = np.concatenate([self._survivors, vectors]), np.concatenate([self._evals, evals])
         with self._alone():
             fronts = self._batch(vectors, evals).arg_pareto_sort().fronts
-        best = torch.cat(fronts)[: self._kept].numpy()
+        best = torch.cat(fronts)[: self._survive].numpy()
         self._survivors, self._evals = vectors[best], evals[best]
-        self._asked = None
-        self._generation += 1
 
-    @property
-    def mean(self) -> Array:
-        """The survivor with the best score (dim,), the start before anything was told: a front has no centre."""
-        best: Array = self._survivors[int(np.argmax(self._evals[:, 0]))].copy()
-        return best
+    def _mean(self) -> Array:
+        """Return the survivor with the best score (dim,), the start before anything was told: a front has no centre."""
+        return np.asarray(self._survivors[int(np.argmax(self._evals[:, 0]))])
 
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of a mutation; it does not change."""
-        return self.options.sigma
-
-    def stopped(self) -> str | None:
-        """Return None: the generations of the experiment end the search."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs."""
+    def _state(self) -> dict[str, Any]:
         return {
             "survivors": self._survivors.copy(),
             "evals": self._evals.copy(),
             "generator": self._problem.generator.get_state().numpy().copy(),
-            "generation": self._generation,
-            "asked": self._asked,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+    def _load(self, state: dict[str, Any]) -> None:
         self._survivors, self._evals = state["survivors"].copy(), state["evals"].copy()
         self._problem.generator.set_state(torch.from_numpy(state["generator"].copy()))
-        self._generation, self._asked = state["generation"], state["asked"]
 
 
 def _copies(vectors: Array, others: Array) -> NDArray[np.int64]:
@@ -205,23 +179,3 @@ def _copies(vectors: Array, others: Array) -> NDArray[np.int64]:
             found.append(place)
         seen.add(vector.tobytes())
     return np.array(found, dtype=np.int64)
-
-
-def _evals(fitness: Array, costs: Array | None, count: int) -> Array:
-    """Return fitness and costs as (candidates, 2), failed ones strictly worse than all others in both.
-
-    Raises
-    ------
-    ConfigError : another number of values than candidates.
-    FitnessError : no candidate has both.
-    """
-    filled(fitness, count)  # refuses what every driver refuses
-    fitness = np.array(fitness, dtype=np.float64)
-    costs = np.zeros(count) if costs is None else np.array(costs, dtype=np.float64)
-    if costs.shape != (count,):
-        raise ConfigError(f"driver 'nsga2': {count} costs are expected, this has shape {costs.shape}")
-    good = np.isfinite(fitness) & np.isfinite(costs)
-    if not good.any():
-        raise FitnessError("no candidate of the generation has both a fitness and a size (NaN or infinite)")
-    worst = [np.nextafter(fitness[good].min(), -np.inf), np.nextafter(costs[good].max(), np.inf)]
-    return np.where(good[:, None], np.stack([fitness, costs], axis=1), worst)

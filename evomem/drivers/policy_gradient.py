@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomem.bounds import LARGE
-from evomem.drivers.base import Array, Fitness, Population, drivers
-from evomem.drivers.common import DriverOptions, check_told, checked_start, parse_options, sampling_seeds
+from evomem.drivers.base import Array, Driver, Fitness, Population, Stage, drivers
+from evomem.drivers.common import DriverOptions, sampling_seeds
 from evomem.drivers.estimators import Baseline, advantages, combined, group_gradient
 from evomem.errors import ConfigError, FitnessError
 from evomem.evaluation.measurement import Step
@@ -62,8 +62,11 @@ class PolicyGradientOptions(DriverOptions):
     entropy: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
 
 
+_STATE = ("_average", "_begin", "_end", "_pass", "_draw", "_exact", "_behaviour", "_reference")
+
+
 @drivers.register("policy_gradient")
-class PolicyGradient:
+class PolicyGradient(Driver):
     """Gradient ascent on one policy: exact, by REINFORCE with leave-one-out, or by GRPO with clipped ratios (torch).
 
     Parameters
@@ -73,97 +76,76 @@ class PolicyGradient:
     options : `PolicyGradientOptions`.
     """
 
-    takes_rollouts = True
-    takes_blocks = True
+    Options = PolicyGradientOptions
+    uses = frozenset({"rollouts"})
+    takes = frozenset({"blocks"})
+    options: PolicyGradientOptions
 
     def __init__(
         self, dim: int, start: Array, seed: int, *, blocks: Sequence[NDArray[np.int64]] = (), **options: Any
     ) -> None:
-        self.dim = dim
-        self.options = o = parse_options(PolicyGradientOptions, "policy_gradient", options)
+        super().__init__(dim, start, seed, **options)
+        o = self.options
         own = np.concatenate([np.zeros(0, dtype=np.int64), *blocks])
         self._learned = np.arange(dim) if o.rollout_heads else np.setdiff1d(np.arange(dim), own)
-        self.rollouts = o.popsize or 8
         self.passes = o.passes or (2 if o.estimator == "grpo" else 1)
         if o.estimator == "reinforce" and self.passes > 1:
             raise ConfigError(
                 "driver 'policy_gradient': reinforce takes one step along its rollouts, because after it they are "
                 "another policy's; for more passes take estimator: grpo, which clips the ratios"
             )
-        self._theta = torch.from_numpy(checked_start(dim, start)).requires_grad_(True)
+        self._theta = torch.from_numpy(self.start.copy()).requires_grad_(True)
         self._optimiser = torch.optim.AdamW(
             [self._theta], lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
         )
         self._average = self._vector()
-        self._seed = seed
-        self._generation = self._begin = self._end = self._pass = self._draw = 0
+        self._begin = self._end = self._pass = self._draw = 0
         self._exact = False
         self._behaviour: Array | None = None
         self._reference: Array | None = None
-        self._asked: Population | None = None
-        self.diagnostics: Mapping[str, float] = {}
 
     def _vector(self) -> Array:
         return np.array(self._theta.detach().numpy(), dtype=np.float64)
 
-    def enter(self, *, begin: int, end: int, exact: bool) -> None:
-        """Begin, or go on with, a stage.
+    def _population_size(self) -> int:
+        return self.options.popsize or 8  # rollouts of a context
 
-        Parameters
-        ----------
-        begin, end : generations that it covers.
-        exact : its objective has an exact gradient.
-        """
+    def _enter(self, stage: Stage) -> None:
+        begin, end, exact = stage.begin, stage.end, stage.exact
         if (begin, end, exact) == (self._begin, self._end, self._exact):
             return
-        if self._asked is not None:
-            raise ConfigError("driver 'policy_gradient': a stage cannot change between ask() and tell()")
         self._begin, self._end, self._exact = begin, end, exact
         self._pass, self._draw, self._behaviour = 0, begin, None
         if begin:  # steps of another objective say nothing of this one's
             self._optimiser.state.clear()
         self._reference = None if exact else self._vector()
 
-    def ask(self) -> Population:
-        """Return the next generation, equal vectors with different seeds; the same one until it is told."""
-        if self._asked is None:
-            if self._pass == 0:
-                self._behaviour = None
-            count = 1 if self._exact else self.rollouts
-            self._asked = Population(
-                self._generation,
-                np.tile(self._vector(), (count, 1)),
-                sampling_seeds(self._seed, self._draw, count),
-                draw=self._draw,
-                behaviour=None if self._behaviour is None else self._behaviour.copy(),
-                reference=None if self._reference is None else self._reference.copy(),
-                learns=None if self._exact or len(self._learned) == self.dim else self._learned,
-            )
-        return self._asked
+    def _ask(self) -> Array:
+        """Return equal vectors, a candidate where the gradient is exact."""
+        if self._pass == 0:
+            self._behaviour = None
+        return np.tile(self._vector(), (1 if self._exact else self.popsize, 1))
 
-    def tell(self, population: Population, fitness: Fitness) -> None:
-        """Step along the gradient of the groups.
+    def _population(self, vectors: Array) -> Population:
+        """Return candidates that differ in their seeds; all passes over the same rollouts have the same ones."""
+        return Population(
+            self.generation,
+            vectors,
+            sampling_seeds(self.seed, self._draw, len(vectors)),
+            draw=self._draw,
+            behaviour=self._behaviour,
+            reference=self._reference,
+            learns=None if self._exact or len(self._learned) == self.dim else self._learned,
+        ).copy()
 
-        Parameters
-        ----------
-        fitness : its rollouts, a group a sample and budget; of its values only the number is looked at: the groups
-            hold them apart.
+    def _without_holes(self, fitness: Fitness, count: int) -> Fitness:
+        """Return the fitness as it is: the groups hold it apart, and say which rollouts have none."""
+        return fitness
 
-        Raises
-        ------
-        ConfigError : another population, or another number of candidates.
-        FitnessError : no group has a result.
-        """
-        check_told(self._asked, population)
-        count, rollouts = len(population.vectors), fitness.rollouts
-        sizes = {np.shape(fitness.values), *((len(group.rewards),) for group in rollouts)}
-        if sizes != {(count,)}:
-            raise ConfigError(
-                f"driver 'policy_gradient': {count} fitness values are expected, and groups of as many rollouts; these "
-                f"have shapes {', '.join(map(str, sorted(sizes)))}"
-            )
+    def _tell(self, vectors: Array, fitness: Fitness) -> None:
+        """Step along the gradient of the groups; raise `FitnessError` if none has a result."""
         gradients, weights, values = [], [], []
-        for group in rollouts:
+        for group in fitness.rollouts:
             good = group.good()
             if not good.any():
                 continue
@@ -181,11 +163,9 @@ class PolicyGradient:
         self._step(gradient * min(1.0, self.options.clip_norm / norm) if norm else gradient, rate)
         self.diagnostics = _diagnostics(norm, variance, rate, values, reference=self._reference is not None)
         if not self._exact:
-            self._behaviour = np.array(population.vectors[0]) if self._pass == 0 else self._behaviour
+            self._behaviour = np.array(vectors[0]) if self._pass == 0 else self._behaviour
             self._pass = (self._pass + 1) % self.passes
         self._draw += self._pass == 0
-        self._asked = None
-        self._generation += 1
 
     def _spread(self, found: Array) -> Array:
         """Return a gradient (dim,) that is 0 outside of what is learned, of one that may be of this only."""
@@ -206,7 +186,7 @@ class PolicyGradient:
 
     def _rate(self) -> float:
         o = self.options
-        left = self._end - self._generation
+        left = self._end - self.generation
         share = left / max(1.0, o.decay * (self._end - self._begin)) if self._end > self._begin else 1.0
         return (o.exact_learning_rate if self._exact else o.learning_rate) * min(1.0, max(share, 0.0))
 
@@ -217,39 +197,32 @@ class PolicyGradient:
         self._optimiser.step()
         self._average = self.options.ema * self._average + (1 - self.options.ema) * self._vector()
 
-    @property
-    def mean(self) -> Array:
-        """The averaged parameters (dim,)."""
-        return self._average.copy()
+    def _mean(self) -> Array:
+        """Return the averaged parameters (dim,)."""
+        return self._average
 
     @property
     def sigma(self) -> float:
         """NaN: a policy's randomness is its own, not the driver's."""
         return math.nan
 
-    def stopped(self) -> str | None:
-        """None: the generations of the experiment end the search."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs."""
-        names = ("_average", "_generation", "_begin", "_end", "_pass", "_draw", "_exact", "_behaviour", "_reference")
+    def _state(self) -> dict[str, Any]:
         return {
             "theta": self._vector(),
             "optimiser": copy.deepcopy(self._optimiser.state_dict()),
-            "asked": self._asked,
-            **{name: copy.copy(getattr(self, name)) for name in names},
+            **{name: copy.copy(getattr(self, name)) for name in _STATE},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        values = dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
-            self._theta.copy_(torch.from_numpy(values.pop("theta")))
-        self._optimiser.load_state_dict(copy.deepcopy(values.pop("optimiser")))
-        self._asked = values.pop("asked")
-        for name, value in values.items():
-            setattr(self, name, copy.copy(value))
+            self._theta.copy_(torch.from_numpy(state["theta"]))
+        self._optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        for name in _STATE:
+            setattr(self, name, copy.copy(state[name]))
+
+    @classmethod
+    def _current(cls, state: dict[str, Any]) -> dict[str, Any]:
+        return {"generation": state["_generation"], **state} if "_generation" in state else state
 
 
 def _diagnostics(

@@ -22,6 +22,7 @@ from evomem.errors import RunError
 _PLAIN = (type(None), bool, int, float, str)
 _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "deque": deque}
 _DICTIONARIES = (dict, OrderedDict, defaultdict)
+_CODE = ("builtins.function", "builtins.method", "builtins.module", "builtins.type")
 _MODULES = ("cma", "cmaes", "evotorch", "torch.optim", "evomem")
 
 
@@ -129,6 +130,17 @@ def overlay(fresh: Any, tree: Any, kinds: Iterable[type] = (), skip: Iterable[st
         return _Together({_name(kind): kind for kind in kinds}, frozenset(skip)).whole(tree, fresh)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise RunError(f"the state of a search cannot be read: {type(error).__name__}: {error}") from None
+
+
+def lost(tree: Any) -> list[str]:
+    """Return the classes of the objects that `snapshot` could not take apart; functions and modules need not be."""
+    if isinstance(tree, list):
+        return sorted({kind for part in tree for kind in lost(part)})
+    if not isinstance(tree, dict):
+        return []
+    if tree.get("is") == "kept":
+        return [] if tree["class"] in _CODE else [tree["class"]]
+    return sorted({kind for part in tree.values() for kind in lost(part)})
 
 
 _NOTHING = object()

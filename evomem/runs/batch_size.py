@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from evomem import devices
-from evomem.drivers.base import drivers
-from evomem.drivers.kinds import is_policy_driver
+from evomem import devices, drivers
 from evomem.evaluation.rows import budget_size
 from evomem.runs.candidates import Plan, UnitEvaluator, WantedRollouts, units_of
 from evomem.runs.chunks import DEFAULT, EVENT, Chunk, Chunks, chunks_of
@@ -122,7 +120,7 @@ def _fitting(search: Search) -> tuple[Fit | None, str]:
     evaluate = UnitEvaluator(search.space, bench, search.samples)
     reserved = int(bench.facts.get("store_bytes", 0)) + (bench.weights if search.workers.count != 0 else 0)
     for stage in search.plan:
-        rollouts = WantedRollouts() if is_policy_driver(drivers.get(stage.driver.name)) else None
+        rollouts = WantedRollouts() if drivers.uses(stage.driver.name, "rollouts") else None
         for place, task in enumerate(stage.tasks):
             pool = search.samples.pool(task, Split.TRAIN, stage.train_contexts)[:8]
             samples: list[tuple[Sample, ...]] = [()] * len(stage.tasks)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evomem.drivers import base
 from evomem.drivers.base import Array, Driver
-from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.files.atomic import write_vector
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.config import ExperimentConfig, Stage
@@ -21,12 +21,10 @@ from evomem.search_space.space import SearchSpace
 
 
 def enter(driver: Driver, stage: Stage) -> None:
-    """Tell a driver that works on parts what a stage measures."""
+    """Tell a driver what a stage measures; its generations are counted from the driver's first one."""
     objective = objective_of(stage.fitness)
-    if is_policy_driver(driver):
-        driver.enter(begin=stage.begin - stage.since, end=stage.end - stage.since, exact=objective.exact)
-    elif is_headwise_driver(driver):
-        driver.enter(headwise=objective.headwise)
+    begin, end = stage.begin - stage.since, stage.end - stage.since
+    driver.enter(base.Stage(begin, end, per_head=objective.headwise, exact=objective.exact))
 
 
 class Relay:

@@ -17,7 +17,6 @@ from pydantic import Field
 from evomem import drivers
 from evomem.bounds import LARGE
 from evomem.drivers.base import Array, Driver, Fitness, Population
-from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError, RunError
 from evomem.files.atomic import write_vector
@@ -72,7 +71,7 @@ def make_driver(
     turn, chosen = [one for one in plan if one.since == stage.since], stage.driver
     kind = drivers.drivers.get(chosen.name)
     headwise = any(objective_of(one.fitness).headwise for one in turn)
-    if len(config.all_models) > 1 and headwise and is_headwise_driver(kind):
+    if len(config.all_models) > 1 and headwise and drivers.uses(chosen.name, "per_head"):
         raise ConfigError(
             "fitness.objective: one that gives every head a fitness of its own is for one model: heads of different "
             "models are not the same heads"
@@ -82,16 +81,16 @@ def make_driver(
         "popsize": chosen.population,
         **chosen.options,
     }
-    if is_policy_driver(kind):
+    if drivers.uses(chosen.name, "rollouts"):
         check_policy(config, space, turn)
-    if getattr(kind, "takes_blocks", False):
+    if "blocks" in kind.takes:
         options["blocks"] = space.blocks()
-    if getattr(kind, "takes_variables", False):
+    if "variables" in kind.takes:
         options["variables"] = space.variables()
     wanted = options.pop("warm_start", None)
     if wanted is not None:
-        if not getattr(kind, "takes_warm_start", False):
-            able = [name for name in drivers.drivers if getattr(drivers.drivers.get(name), "takes_warm_start", False)]
+        if "warm" not in kind.takes:
+            able = [name for name in drivers.drivers if "warm" in drivers.drivers.get(name).takes]
             raise ConfigError(f"driver {chosen.name!r} has no option warm_start; it is one of {', '.join(able)}")
         if stage.since:
             raise ConfigError(
@@ -113,7 +112,7 @@ def check_heads(config: ExperimentConfig, space: SearchSpace, bench: Bench) -> N
     stages = [
         stage
         for stage in config.plan()
-        if objective_of(stage.fitness).headwise and is_headwise_driver(drivers.drivers.get(stage.driver.name))
+        if objective_of(stage.fitness).headwise and drivers.uses(stage.driver.name, "per_head")
     ]
     if not stages or kv_heads is None or not space.blocks():
         return
@@ -224,12 +223,12 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
         make_driver(run.config, run.space, read_numbers(start), run.folder),
         stages[0].driver.name,
     )
-    if is_policy_driver(driver):
+    if drivers.uses(name, "rollouts"):
         raise RunError(
             f"{run.folder}: its driver {name!r} learned from gradients, which are not kept per "
             "generation; start from its winner instead (space.start: {plugin: RUN/winner/plugin})"
         )
-    if is_headwise_driver(driver) and any(objective_of(stage.fitness).headwise for stage in stages):
+    if drivers.uses(name, "per_head") and any(objective_of(stage.fitness).headwise for stage in stages):
         raise RunError(
             f"{run.folder}: its driver {name!r} learned from a fitness per head, which is not kept "
             "per generation; start from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
@@ -245,8 +244,6 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
         if record["kind"] == "unit" and record["phase"] == "train":
             evaluated.setdefault(record["generation"], set()).add(record["candidates"])
     for told in generations:
-        if is_headwise_driver(driver):
-            driver.enter(headwise=False)
         population = driver.ask()
         asked = set[str]().union(*(digests(population, size) for size in chunks.sizes))
         if evaluated.get(told.generation, set()).isdisjoint(asked):

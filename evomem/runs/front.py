@@ -22,7 +22,7 @@ from evomem.drivers.base import Population
 from evomem.errors import ConfigError, RunError
 from evomem.files.strict_json import as_float, to_json
 from evomem.runs.archive import Finalist
-from evomem.runs.config import Budget, ExperimentConfig, Stage
+from evomem.runs.config import Budget, ExperimentConfig
 from evomem.runs.fitness import Fitness
 from evomem.runs.folder_reading import of_shape, read_json
 from evomem.runs.result import Score
@@ -35,19 +35,15 @@ MEMBERS = 12
 
 
 def wants_bytes(config: ExperimentConfig) -> bool:
-    """Whether a driver of the experiment learns from the measured bytes too (its ``objectives`` name them)."""
-    return any(_learns_from_bytes(stage) for stage in config.plan())
-
-
-def _learns_from_bytes(stage: Stage) -> bool:
-    return "bytes" in getattr(drivers.drivers.get(stage.driver.name), "objectives", ())
+    """Whether a driver of the experiment learns from the measured bytes too."""
+    return any(drivers.uses(stage.driver.name, "costs") for stage in config.plan())
 
 
 def check_bytes_may_vary(config: ExperimentConfig) -> None:
     """Raise `ConfigError` if the stages set the budget, which such a search is about, or name another driver."""
     plan = config.plan()
     fixed = [stage.name for stage in plan if stage.budgets]
-    name = next((stage.driver.name for stage in plan if _learns_from_bytes(stage)), None)
+    name = next((stage.driver.name for stage in plan if drivers.uses(stage.driver.name, "costs")), None)
     if name is not None and plan[-1].since:
         raise ConfigError(
             f"stages: driver: driver {name!r} looks for a front, and others look for one manager; a search is for one "

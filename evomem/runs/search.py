@@ -6,7 +6,6 @@ of what was evaluated. That is why a run that was killed at any moment goes on b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 
-from evomem.drivers.base import Array, Driver, Population, drivers
-from evomem.drivers.base import Fitness as Told
-from evomem.drivers.kinds import is_policy_driver
+from evomem import drivers
+from evomem.drivers.base import Array, Driver, Population
 from evomem.errors import ConfigError, EvomemError, FitnessError, RunError
 from evomem.files.atomic import write_atomically, write_vector
 from evomem.files.strict_json import as_float
@@ -97,7 +95,7 @@ def search(
 def check_objectives(config: ExperimentConfig) -> None:
     """Raise `ConfigError` if a stage measures what does not exist, or not what its driver needs."""
     for stage in config.plan():
-        rollouts = is_policy_driver(drivers.get(stage.driver.name))
+        rollouts = drivers.uses(stage.driver.name, "rollouts")
         objective, kind = objective_of(stage.fitness), config.protocol.kind
         what = f"stage {stage.name!r}: fitness.objective {stage.fitness.objective!r}"
         if objective.against_full == "nothing" and stage.fitness.normalise == "full":
@@ -368,7 +366,7 @@ class Search:
             self._checkpoint(driver, generation, asked=True)
             draw = relay.since + (population.generation if population.draw is None else population.draw)
             samples = tuple(tuple(self.samples.minibatch(stage, task, draw)) for task in stage.tasks)
-            wanted = WantedRollouts.of(population) if is_policy_driver(driver) else None
+            wanted = WantedRollouts.of(population) if "rollouts" in driver.uses else None
             plan = Plan("train", generation, stage, samples, rollouts=wanted)
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
             self._check(fitness, generation, stage)
@@ -381,7 +379,7 @@ class Search:
 
     def _look(self, driver: Driver, judge: Judge, stage: Stage, generation: int) -> dict[str, float]:
         """Return the driver's diagnostics, and every so often how its mean compares with the oracle."""
-        found = dict(getattr(driver, "diagnostics", {}))
+        found = dict(driver.diagnostics)
         config = self.config.diagnostics
         if config.every and (generation + 1) % config.every == 0 and generation not in self.records:
             pools = (self.samples.pool(task, Split.TRAIN, stage.train_contexts) for task in stage.tasks)
@@ -396,7 +394,7 @@ class Search:
 
     def _tell(self, driver: Driver, population: Population, fitness: Fitness, generation: int) -> None:
         """Tell the driver all that came of its population, and the archive."""
-        driver.tell(population, Told(fitness.values, fitness.heads, fitness.held, fitness.rollouts))
+        driver.tell(population, drivers.Fitness(fitness.values, fitness.heads, fitness.held, fitness.rollouts))
         kept = replace(population, generation=generation)  # a later driver counts its own
         if isinstance(self.archive, FrontArchive):
             self.archive.update(kept, fitness.values, fitness.held)
@@ -430,7 +428,7 @@ class Search:
                 spread=fitness.spread,
                 noise=fitness.noise,
                 failed=fitness.failed,
-                sigma=float(getattr(driver, "sigma", math.nan)),
+                sigma=driver.sigma,
                 evaluations=sum(journal.totals.evaluations.values()),
                 tokens=journal.totals.tokens,
                 seconds=journal.totals.seconds,

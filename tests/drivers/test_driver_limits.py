@@ -10,9 +10,8 @@ import pytest
 
 from evomem.bounds import POPULATION, SMALL
 from evomem.drivers import build, drivers
-from evomem.drivers.base import Fitness
+from evomem.drivers.base import Fitness, Stage
 from evomem.drivers.estimators import Rollouts
-from evomem.drivers.kinds import is_headwise_driver, is_policy_driver
 from evomem.drivers.restarts import first, following
 from evomem.errors import ConfigError
 from evomem.evaluation.measurement import Step
@@ -34,12 +33,12 @@ OPTIONS = {
 
 def settings_of(kind, dim: int) -> list[dict]:
     """What a search space adds for a driver: blocks of two coordinates and of one, none, and kinds of variables."""
-    if getattr(kind, "takes_variables", False):
+    if "variables" in kind.takes:
         whole, word = Integer(kind="integer", low=0, high=1), Categorical(kind="categorical", choices=["a", "b"])
         last = Variable(dim - 1, 1, whole.bounds, whole.codes())
         words = [Variable(0, 2, None, word.codes())] if dim > 2 else []
         return [{"variables": []}, {"variables": [*words, last]}]
-    if getattr(kind, "takes_blocks", False):
+    if "blocks" in kind.takes:
         pairs = [np.array([place, place + 1]) for place in range(0, dim - 3, 2)]
         return [{"blocks": []}, {"blocks": pairs}, {"blocks": [np.array([0])]}]
     return [{}]
@@ -48,25 +47,20 @@ def settings_of(kind, dim: int) -> list[dict]:
 def turns(driver, dim: int) -> None:
     """Three generations: of different, of equal, and of partly failed candidates."""
     for generation in range(3):
-        if is_policy_driver(driver):
-            driver.enter(begin=0, end=3, exact=generation == 0)
-        elif is_headwise_driver(driver):
-            driver.enter(headwise=bool(generation % 2) and bool(driver._blocks))
+        per_head = "per_head" in driver.uses and bool(generation % 2) and bool(driver._blocks)
+        driver.enter(Stage(0, 3, per_head=per_head, exact=generation == 0))
         population = driver.ask()
         count = len(population.vectors)
         assert np.isfinite(population.vectors).all()
         values = [-np.abs(population.vectors).sum(1), np.ones(count), np.where(np.arange(count) % 2, np.nan, 1.0)]
         fitness = values[generation]
-        if is_policy_driver(driver):
-            gradient = Step.pack(np.ones(dim, dtype=np.float32))
-            steps = [(Step(gradient, ascent=generation == 0, choices=1),)] * count
-            driver.tell(population, Fitness(fitness, rollouts=(Rollouts(1.0, fitness[:, None], steps),)))
-        elif is_headwise_driver(driver) and driver._headwise:
-            driver.tell(population, Fitness(fitness, per_head=np.repeat(fitness[:, None], len(driver._blocks), 1)))
-        elif hasattr(driver, "objectives"):
-            driver.tell(population, Fitness(fitness, costs=np.arange(count, dtype=np.float64)))
-        else:
-            driver.tell(population, Fitness(fitness))
+        step = Step(Step.pack(np.ones(dim, dtype=np.float32)), ascent=generation == 0, choices=1)
+        told = {
+            "per_head": np.repeat(fitness[:, None], len(driver._blocks), 1) if per_head else None,
+            "costs": np.arange(count, dtype=np.float64),
+            "rollouts": (Rollouts(1.0, fitness[:, None], [(step,)] * count),),
+        }
+        driver.tell(population, Fitness(fitness, **told))
         if driver.stopped() is not None:
             break
     assert np.isfinite(driver.mean).all()

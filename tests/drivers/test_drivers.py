@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,9 @@ import ray
 import torch
 
 import tests.support.synthetic_search  # noqa: F401  (registers the manager "toy")
-from evomem.drivers import build, drivers
-from evomem.drivers.base import Fitness
+from evomem.drivers import Fitness, Stage, build, drivers
 from evomem.drivers.restarts import first, following
-from evomem.errors import ConfigError, FitnessError, UnknownNameError
+from evomem.errors import ConfigError, FitnessError, RunError, UnknownNameError
 from evomem.search_space.option_ranges import Bounded, Categorical, Integer, Variable
 from evomem.search_space.space import SearchSpace, SpaceConfig
 from tests.support.gaussian_policy import parts, sphere, tell
@@ -71,7 +71,7 @@ def test_asks_what_it_is_told_to(name, options):
         assert asked.vectors.shape == (options.get("popsize", 4 + int(3 * np.log(5))), 5)
         assert asked.vectors.dtype == np.float64
         distinct = len(np.unique(asked.vectors, axis=0))
-        if getattr(driver, "takes_rollouts", False):
+        if "rollouts" in driver.uses:
             assert distinct == 1  # one policy, drawn several times
         else:
             assert distinct == len(asked.vectors) or (distinct > 1 and "variables" in options)
@@ -141,6 +141,74 @@ def test_a_generation_without_any_fitness_is_refused_and_nothing_is_lost(name, o
         tell(driver, population, np.zeros(2))
     assert np.array_equal(driver.ask().vectors, population.vectors)
     tell(driver, population, sphere(population.vectors))
+
+
+@every_driver
+def test_a_population_that_was_not_asked_is_refused_and_nothing_is_lost(name, options):
+    driver, untouched, other = new(name, options), new(name, options), new(name, options, seed=4)
+    with pytest.raises(ConfigError, match="without ask"):
+        tell(driver, other.ask(), sphere(other.ask().vectors))
+    asked = driver.ask()
+    changed = asked.copy()
+    changed.vectors[-1, 0] += 1e-9
+    for foreign in (other.ask(), replace(asked, generation=1), replace(asked, seeds=asked.seeds + 1), changed):
+        with pytest.raises(ConfigError, match="not the population last asked"):
+            tell(driver, foreign, sphere(asked.vectors))
+    with pytest.raises(ConfigError, match=r"takes evomem\.drivers\.Fitness"):
+        driver.tell(asked, sphere(asked.vectors))
+    for part in driver.uses - {"per_head"}:
+        with pytest.raises(ConfigError, match=f"learns from {part}"):
+            driver.tell(asked, Fitness(sphere(asked.vectors)))
+    told = parts(driver, asked, sphere(asked.vectors))
+    for wrong in ({"costs": np.ones(1)}, {"per_head": np.ones((1, 2))}):
+        with pytest.raises(ConfigError, match="expected"):
+            driver.tell(asked, Fitness(sphere(asked.vectors), **{**told, **wrong}))
+    asked.vectors[:] = np.nan  # a caller's own
+    for one in (driver, untouched):
+        tell(one, one.ask(), sphere(one.ask().vectors))
+    assert np.array_equal(driver.ask().vectors, untouched.ask().vectors)
+    assert np.array_equal(driver.mean, untouched.mean)
+
+
+@every_driver
+def test_a_fitness_that_says_nothing_is_survived(name, options):
+    """All equal, then one result among failures: the search goes on, or says why not, and its mean is finite."""
+    driver = new(name, options)
+    for generation in range(6):
+        population = driver.ask()
+        fitness = np.full(len(population.vectors), 2.0)
+        fitness[1:] = np.nan if generation % 2 else 2.0
+        tell(driver, population, fitness)
+        assert np.isfinite(driver.mean).all()
+        assert driver.mean.shape == (5,)
+        if driver.stopped() is not None:  # one that has seen nothing change may have enough, and says so
+            assert "converged" in driver.stopped()
+            break
+
+
+@every_driver
+def test_a_stage_does_not_change_between_ask_and_tell(name, options):
+    driver = new(name, options)
+    driver.enter(Stage(0, 3))
+    population = driver.ask()
+    driver.enter(Stage(0, 3))
+    with pytest.raises(ConfigError, match="between ask"):
+        driver.enter(Stage(3, 6))
+    resumed = new(name, options)
+    resumed.load_state_dict(driver.state_dict())
+    with pytest.raises(ConfigError, match="between ask"):
+        resumed.enter(Stage(3, 6))
+    tell(driver, population, sphere(population.vectors))
+    driver.enter(Stage(3, 6))
+
+
+@every_driver
+def test_the_state_of_another_driver_is_refused(name, options):
+    state = new(name, options).state_dict()
+    with pytest.raises(RunError, match="is of driver 'other'"):
+        new(name, options).load_state_dict({**state, "driver": "other"})
+    with pytest.raises(RunError, match="has no 'generation'"):
+        new(name, options).load_state_dict({k: v for k, v in state.items() if k != "generation"})
 
 
 def world():
@@ -238,7 +306,7 @@ def test_another_process_continues_bit_exactly_and_in_silence():
 
 
 # A policy gradient refuses options that vary: they have none.
-@pytest.mark.parametrize("name", [n for n in drivers.names() if not getattr(drivers.get(n), "takes_rollouts", False)])
+@pytest.mark.parametrize("name", [n for n in drivers.names() if "rollouts" not in drivers.get(n).uses])
 def test_whatever_is_asked_decodes_within_the_bounds(name):
     """With steps far wider than the options' ranges."""
     space = SearchSpace(
@@ -251,7 +319,7 @@ def test_whatever_is_asked_decodes_within_the_bounds(name):
             },
         )
     )
-    options = {"variables": space.variables()} if getattr(drivers.get(name), "takes_variables", False) else {}
+    options = {"variables": space.variables()} if "variables" in drivers.get(name).takes else {}
     driver = build(name, space.dim, space.start + 5.0, 0, sigma=4.0, **options)
     seen = []
     for _ in range(6):

@@ -155,7 +155,7 @@ def test_resumes_bit_exactly_with_two_objectives(remeasure):
         whole.tell(population, told(scores, costs))
     for generation, state in saved:
         resumed = new(99, remeasure=remeasure)
-        resumed._seed = 3  # of the sampling seeds; a run builds the driver with its own
+        resumed.seed = 3  # of the sampling seeds; a run builds the driver with its own
         resumed.load_state_dict(pickle.loads(state))
         for population, scores, costs in trace[generation:]:
             again = resumed.ask()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from evomem.drivers import build as build_driver
-from evomem.drivers.base import Fitness
+from evomem.drivers.base import Fitness, Stage
 from evomem.drivers.estimators import Rollouts
 from evomem.evaluation import Evaluator
 from evomem.managers import build
@@ -46,7 +46,7 @@ def trained(features, samples, measure, *, exact, generations=30, begin=None):
     """The policy at the end of a stage; ``measure`` gives the evaluations of a generation's candidates on a sample."""
     start = policy(features, begin)
     driver = build_driver("policy_gradient", len(to_vector(start)), to_vector(start), 0, learning_rate=0.1)
-    driver.enter(begin=0, end=generations, exact=exact)
+    driver.enter(Stage(0, generations, exact=exact))
     for generation in range(generations):
         population = driver.ask()
         manager, groups = policy(features, population.vectors[0]), []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evomem.drivers import build
-from evomem.drivers.base import Fitness
+from evomem.drivers.base import Fitness, Stage
 from evomem.drivers.estimators import Rollouts, advantages, combined, group_gradient, rewards_to_go
 from evomem.errors import ConfigError, FitnessError
 from evomem.evaluation.measurement import Step
@@ -118,17 +118,17 @@ def test_steps_are_torchs_adamw():
 
 def test_the_rate_falls_in_the_last_share_of_a_stage():
     searched = driver(decay=0.4, exact_learning_rate=0.1, learning_rate=0.2)
-    searched.enter(begin=0, end=10, exact=True)
+    searched.enter(Stage(0, 10, exact=True))
     rates = []
     for generation in range(20):
         if generation == 10:
-            searched.enter(begin=10, end=20, exact=False)
+            searched.enter(Stage(10, 20, exact=False))
         tell(searched, np.ones(3))
         rates.append(searched.diagnostics["learning_rate"])
     shares = [1.0] * 7 + [0.75, 0.5, 0.25]
     assert rates == pytest.approx([0.1 * s for s in shares] + [0.2 * s for s in shares])
     constant = driver(decay=0.0, learning_rate=0.2)
-    constant.enter(begin=0, end=2, exact=False)
+    constant.enter(Stage(0, 2, exact=False))
     for _ in range(2):
         tell(constant, np.ones(3))
         assert constant.diagnostics["learning_rate"] == 0.2
@@ -136,17 +136,17 @@ def test_the_rate_falls_in_the_last_share_of_a_stage():
 
 def test_a_stage_begins_anew_where_the_last_one_ended():
     searched = driver(estimator="grpo", passes=3)
-    searched.enter(begin=0, end=20, exact=True)
+    searched.enter(Stage(0, 20, exact=True))
     assert len(searched.ask().vectors) == 1
     assert searched.ask().reference is None
     for _ in range(4):
         tell(searched, np.ones(3))
     at = searched.ask().vectors[0]
     with pytest.raises(ConfigError, match="between ask"):
-        searched.enter(begin=5, end=20, exact=False)
+        searched.enter(Stage(5, 20, exact=False))
     tell(searched, np.zeros(3))
     before = searched._vector()
-    searched.enter(begin=5, end=20, exact=False)
+    searched.enter(Stage(5, 20, exact=False))
     asked = searched.ask()
     assert len(asked.vectors) == 8
     assert np.array_equal(asked.reference, before)
@@ -154,7 +154,7 @@ def test_a_stage_begins_anew_where_the_last_one_ended():
     assert not np.array_equal(before, at)  # momentum; but now
     tell(searched, np.zeros(3))
     assert np.array_equal(searched._vector(), before)  # there is none left
-    searched.enter(begin=5, end=20, exact=False)  # entering again changes nothing
+    searched.enter(Stage(5, 20, exact=False))  # entering again changes nothing
     assert searched.ask().behaviour is not None
 
 
@@ -163,13 +163,13 @@ def test_what_acts_on_one_head_is_moved_by_exact_gradients_only():
     blocks, shared = [np.array([1]), np.array([3])], [0, 2, 4]
     every, few, free = (driver(5, blocks=blocks, rollout_heads=heads) for heads in (False, False, True))
     for one in (every, few, free):
-        one.enter(begin=0, end=2, exact=True)
+        one.enter(Stage(0, 2, exact=True))
         assert one.ask().learns is None
         tell(one, np.ones(5))
         assert np.all(one.mean != 0.5)
     before = few._vector()
     for one, part in ((every, slice(None)), (few, shared), (free, slice(None))):
-        one.enter(begin=1, end=4, exact=False)
+        one.enter(Stage(1, 4, exact=False))
         asked = one.ask().learns
         assert asked is None if one is free else asked.tolist() == shared
         for gradient in np.random.default_rng(1).normal(size=(2, 5)):
@@ -181,7 +181,7 @@ def test_what_acts_on_one_head_is_moved_by_exact_gradients_only():
 
 def test_passes_repeat_draw_seeds_and_samples_and_then_move_on():
     searched = driver(estimator="grpo", passes=3, popsize=4)
-    searched.enter(begin=0, end=9, exact=False)
+    searched.enter(Stage(0, 9, exact=False))
     asked = []
     for _ in range(9):
         asked.append(searched.ask())
@@ -228,7 +228,7 @@ def test_options_are_checked():
             driver(**options)
     searched = driver()
     population = searched.ask()
-    with pytest.raises(ConfigError, match="groups of as many"):
+    with pytest.raises(ConfigError, match="8 rollouts in a group are expected"):
         searched.tell(
             population, Fitness(np.zeros(8), rollouts=(Rollouts(1.0, np.zeros((3, 1)), [(step(np.ones(3)),)] * 3),))
         )
@@ -297,7 +297,7 @@ def test_learns_a_ranking_by_draws_and_exactly():
     costs = {}
     for exact in (False, True):
         searched = driver(2, np.zeros(2), learning_rate=0.1, exact_learning_rate=0.1)
-        searched.enter(begin=0, end=60, exact=exact)
+        searched.enter(Stage(0, 60, exact=exact))
         for _ in range(60):
             population = searched.ask()
             theta = torch.from_numpy(population.vectors[0]).requires_grad_(True)
@@ -322,7 +322,7 @@ def test_learns_a_ranking_by_draws_and_exactly():
 
 def test_diagnostics_are_of_the_rollouts():
     searched = driver()
-    searched.enter(begin=0, end=3, exact=False)
+    searched.enter(Stage(0, 3, exact=False))
     population = searched.ask()
     gradients = RNG.normal(size=(2, 8, 3))
     found = [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from evomem.drivers import build
+from evomem.drivers import Stage, build
 from evomem.errors import ConfigError
 from evomem.evaluation import Evaluator
 from evomem.models import LoadedModel
@@ -129,7 +129,7 @@ def check(folder):
     # The first generation once more, one candidate at a time.
     whole, config = SearchSpace(configured().space), configured()
     driver = build("block_cmaes", whole.dim, whole.start, 0, sigma=0.3, popsize=6, blocks=whole.blocks())
-    driver.enter(headwise=True)
+    driver.enter(Stage(per_head=True))
     units = [r for r in found.records() if r["kind"] == "unit" and r["generation"] == 0]
     samples = {e["sample"] for unit in units for e in unit["evaluations"]}
     evaluator = bench()(config).evaluator

@@ -27,7 +27,9 @@ def tell(driver, population, fitness):
 def parts(driver, population, fitness):
     """What a driver is told besides the values, by the name of the part."""
     count, dim = population.vectors.shape
-    if not getattr(driver, "takes_rollouts", False):
+    if "costs" in driver.uses:
+        return {"costs": np.abs(population.vectors[:, 0])}
+    if "rollouts" not in driver.uses:
         return {}
     if len(fitness) != count:
         return {"rollouts": ()}

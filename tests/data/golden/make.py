@@ -1,4 +1,4 @@
-"""Record what the code of commit 1ffdb50 decides: plug-ins of schema 1, decisions, likelihoods, runs, search spaces.
+"""Record what the code of commit 1ffdb50 decides: plug-ins of schema 1, decisions, runs, search spaces, drivers.
 
 It runs at that commit only, whose modules it imports: what later code does is held against these files, never the
 files against later code. To extend them (another manager, another budget), do it there:
@@ -12,6 +12,7 @@ Every number that is drawn has a seed of its own, by name: a case that is added 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -26,14 +27,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from evomem.cache import layer_view
+from evomem.evaluation.types import Step
+from evomem.varying import Bounded, Categorical, Integer, Variable
 
 from evomem import plugins
+from evomem.drivers import build as build_driver
+from evomem.drivers import drivers as registry
+from evomem.drivers.estimators import Rollouts
+from evomem.drivers.state import overlay, snapshot
 from evomem.errors import ConfigError
 from evomem.evaluation import EvaluationProtocol, Evaluator
 from evomem.managers import build
 from evomem.managers.selection import TopN, slots_of_budget
 from evomem.models import LoadedModel
 from evomem.runs import Bench, open_run, parse_experiment, search
+from evomem.runs import checkpoint as checkpoints
 from evomem.search_space import SearchSpace, load_space
 from evomem.tasks.base import Sample
 from evomem.testing.models import tiny, tiny_tokenizer
@@ -482,6 +490,65 @@ def ended(folder):
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
+DRIVER_BLOCKS = [np.array([0, 1]), np.array([2, 3])]
+DRIVER_OPTIONS = {
+    "cmaes": {"mirrored": True, "popsize": 9},
+    "cmaes_bipop": {"restarts": "bipop", "popsize": 6},
+    "block_cmaes": {"blocks": DRIVER_BLOCKS},
+    "policy_gradient": {"estimator": "grpo", "popsize": 4},
+}
+
+
+def mixed():
+    """Return a number, an integer and a category, as `catcma` is told of them."""
+    kinds = [
+        Bounded(kind="bounded", low=-1, high=1, scale=0.4),
+        Integer(kind="integer", low=0, high=6, scale=0.5),
+        Categorical(kind="categorical", choices=["a", "b", "c"]),
+    ]
+    return [Variable(place, kind.width, kind.bounds, kind.codes()) for place, kind in enumerate(kinds)]
+
+
+def tell(driver, name, population):
+    """Tell a driver the sphere, by the signature of its kind."""
+    vectors, parts = population.vectors, []
+    if name == "policy_gradient":
+        arms = np.arange(len(vectors), dtype=float)
+        gradients = [[np.cos(arm + np.arange(5.0) * k) for arm in arms] for k in (1, 2)]
+        steps = [[(Step(Step.pack(gradient), choices=5),) for gradient in some] for some in gradients]
+        parts = [[Rollouts(0.5, k * arms[:, None], some) for k, some in zip((1, 2), steps, strict=True)]]
+    if name == "block_cmaes":
+        parts = [np.stack([-(vectors[:, block] ** 2).sum(1) for block in DRIVER_BLOCKS], axis=1)]
+    if name == "nsga2":
+        parts = [np.abs(vectors[:, 0])]
+    driver.tell(population, -(vectors**2).sum(1), *parts)
+
+
+def states(folder):
+    """Record every driver's state between ask and tell and after tell, and what it proposes next."""
+    found, options = {}, {**DRIVER_OPTIONS, "catcma": {"variables": mixed(), "popsize": 12}}
+    for key in sorted({*options, *registry.names()}):
+        name, dim = key.removesuffix("_bipop"), 6 if key == "block_cmaes" else 5
+        driver = build_driver(name, dim, np.full(dim, 1.5), 3, **options.get(key, {}))
+        if name == "block_cmaes":
+            driver.enter(headwise=True)
+        if name == "policy_gradient":
+            driver.enter(begin=0, end=8, exact=False)
+        for _ in range(90 if key == "cmaes_bipop" else 3):
+            tell(driver, name, driver.ask())
+        kept = []
+        for _ in range(2):
+            kept.append(overlay(None, snapshot(driver.state_dict()), checkpoints._KINDS))
+            population = driver.ask()
+        tell(driver, name, population)
+        after = {"vectors": population.vectors, "mean": driver.mean, "next": driver.ask().vectors}
+        found[key] = {"told": kept[0], "asked": kept[1], **after}
+    with tempfile.TemporaryDirectory() as place:
+        checkpoints.save(Path(place), checkpoints.Checkpoint(0, False, found, {}, {}, 0, 0))
+        (file,) = Path(place).iterdir()
+        (folder / "drivers.ckpt.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+
+
 def made_with():
     """What decides over the last bit of a number besides the code."""
     return {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability()}
@@ -507,7 +574,7 @@ def pack(folder, path):
                 archive.writestr(entry, file.read_bytes())
 
 
-PARTS = {"decisions": decisions, "answers": answers, "spaces": spaces, "runs": runs}
+PARTS = {"decisions": decisions, "answers": answers, "spaces": spaces, "runs": runs, "states": states}
 
 
 if __name__ == "__main__":
