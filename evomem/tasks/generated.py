@@ -19,6 +19,7 @@ from evomem.tasks.base import Sample, Split, Tokenizer
 from evomem.tasks.chat import ChatTemplate
 from evomem.tasks.fitting import UnitCounts, fit
 from evomem.tasks.metrics import substring_share
+from evomem.tasks.splits import draw_of_split
 
 
 class TaskOptions(BaseModel):
@@ -83,11 +84,14 @@ class GeneratedTask(ABC, Generic[Opts]):
     has_exact : whether `score` means anything.
     immaterial : options that do not count in the hash.
     packages : that the task needs and the plain install does not have.
+    divides : what `sample` itself divides over the splits with the functions of `evomem.tasks.splits`, in words. "",
+        as long as a task does not say so: `samples` draws until the context belongs to the split.
     """
 
     name: ClassVar[str]
     Options: type[Opts]
     packages: ClassVar[tuple[str, ...]] = ()
+    divides: ClassVar[str] = ""
     immaterial: ClassVar[frozenset[str]] = frozenset({"length", "essay", "chat_template"})
     has_exact: bool = True
     uniform_chance: float = 0.0
@@ -108,9 +112,15 @@ class GeneratedTask(ABC, Generic[Opts]):
     def samples(self, split: Split, n: int, seed: int) -> list[Sample]:
         """Return the first ``n`` samples of a split and seed."""
         split = Split(split)
-        return [
-            self.sample(self._random(split, seed, k), split, k, f"{self.name}/{split}/{seed}/{k}") for k in range(n)
-        ]
+        return [self._of_split(split, seed, k) for k in range(n)]
+
+    def _of_split(self, split: Split, seed: int, number: int) -> Sample:
+        random, identity = self._random(split, seed, number), f"{self.name}/{split}/{seed}/{number}"
+
+        def draw() -> Sample:
+            return self.sample(random, split, number, identity)
+
+        return draw() if self.divides else draw_of_split(draw, lambda sample: sample.context, split, "contexts")
 
     def score(self, sample: Sample, output: str) -> float:
         """Return the share of the reference values that occur in the lower-cased output."""

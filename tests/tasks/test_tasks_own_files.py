@@ -18,6 +18,7 @@ from evomem.evaluation import Evaluator
 from evomem.models import LoadedModel
 from evomem.tasks import Split, build
 from evomem.tasks.base import at_hand
+from evomem.tasks.splits import split_of
 from evomem.tasks.text import file_rows
 from evomem.tasks.text.cutting import cut_end, cut_middle, token_ends
 from evomem.tasks.text.file_rows import divide, read_entries
@@ -227,7 +228,7 @@ def test_every_split_of_a_small_file_has_rows(names: set[str]) -> None:
     assert found == {split: {entry.identity for entry in part} for split, part in again.entries.items()}
     assert all(found.values())
     assert set().union(*found.values()) == names
-    usual = {split: {e.identity for e in entries if file_rows.split_of(e.identity) is split} for split in Split}
+    usual = {split: {e.identity for e in entries if split_of(e.identity) is split} for split in Split}
     if all(usual.values()):
         assert (found, division.note) == (usual, "")
         return

@@ -17,7 +17,7 @@ from evomem.managers import build as build_manager
 from evomem.models.aliases import Shipped, aliases
 from evomem.models.pretrained.files import sha256
 from evomem.tasks import Split, build
-from evomem.tasks.text.words import split_of
+from evomem.tasks.splits import split_of
 from evomem.tasks.text.zoo import LINE, draw_facts, needle_facts, pair_facts
 from evomem.tasks.text.zoo_words import DIGITS, KEYS, VALUES, VOCABULARY
 from experiments.zoo.data import TASKS, Lessons, needle_lesson, recall_lesson, zoo_tokenizer

@@ -15,7 +15,7 @@ from evomem.evaluation import Evaluator
 from evomem.managers import build as build_manager
 from evomem.models.aliases import aliases
 from evomem.tasks import Split, build
-from evomem.tasks.text.words import split_of
+from evomem.tasks.splits import split_of
 from evomem.tasks.text.zoo_forgetting import draw_story, tell
 from evomem.tasks.text.zoo_words import KEYS, VALUES
 from experiments.zoo.data import RESTATED, Lessons, forgetting_lesson, zoo_tokenizer

@@ -41,6 +41,7 @@ class EpisodeOptions(TaskOptions):
 class _Episodes(GeneratedTask[Any]):
     """What both tasks share: an episode, cut at the last step that fits and at which the action is no close call."""
 
+    divides = "layouts of the maze, seeds of the cart"
     packages: ClassVar[tuple[str, ...]] = ("gymnasium",)
 
     @abstractmethod

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from evomem.errors import ConfigError
 from evomem.tasks.base import Split
 from evomem.tasks.episodes.codebook import Codebook, Episode
-from evomem.tasks.text.words import split_of
+from evomem.tasks.splits import draw_of_split
 
 Vector = NDArray[np.float32]
 Env = gymnasium.Env[Any, Any]
@@ -143,11 +143,12 @@ def maze_codebook() -> Codebook:
 
 def maze_seed(random: Random, split: Split, env: Maze) -> int:
     """Return a seed for ``env.reset``; layouts are divided over the splits."""
-    while True:
-        seed = random.getrandbits(32)
+
+    def layout(seed: int) -> str:
         env.reset(seed=seed)
-        if split_of(env.layout) is split:
-            return seed
+        return env.layout
+
+    return draw_of_split(lambda: random.getrandbits(32), layout, split, "mazes")
 
 
 def maze_episode(random: Random, split: Split, steps: int, cues: int, visits: int) -> Episode:
@@ -206,10 +207,7 @@ def cart_lean(env: Env, *, skilled: bool = True) -> float:
 
 def cart_seed(random: Random, split: Split) -> int:
     """Return a seed for ``env.reset``; seeds are divided over the splits."""
-    while True:
-        seed = random.getrandbits(32)
-        if split_of(f"cart {seed}") is split:
-            return seed
+    return draw_of_split(lambda: random.getrandbits(32), lambda seed: f"cart {seed}", split, "seeds")
 
 
 def cart_episode(random: Random, split: Split, *, skilled: bool = True, exploring: float = 0.1) -> Episode:

@@ -35,6 +35,7 @@ class Book(GeneratedTask[BookOptions]):
     """
 
     name = "book"
+    divides = "sentences"
     Options = BookOptions
     has_exact = False
 

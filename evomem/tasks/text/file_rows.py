@@ -7,7 +7,6 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 from unicodedata import category
@@ -17,8 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from evomem.bounds import SEED
 from evomem.errors import TaskError
 from evomem.files.strict_json import NotStrictError, parse_strict, shown
+from evomem.tasks import splits
 from evomem.tasks.base import Split
-from evomem.tasks.text.words import split_of
 
 FILE_BYTES, LINE_BYTES, ROWS = 256 << 20, 32 << 20, 1_000_000
 """What a file may have at most: it is held in memory as a whole."""
@@ -99,34 +98,13 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def divide(entries: Sequence[Entry]) -> Division:
-    """Divide rows over the splits: as they say themselves, or 60/20/20 by the hash of their ids.
-
-    A small file may leave a split empty by its hashes. Where no row names its split, rows are moved then, the last by
-    their hash from the largest split; of two rows one trains and selects, and one is sealed; a single one is in all
-    splits. ``note`` tells of it, because such a division changes when rows are added.
-    """
-    found: dict[Split, list[Entry]] = {split: [] for split in Split}
-    for entry in entries:
-        found[split_of(entry.identity) if entry.row.split is None else Split(entry.row.split)].append(entry)
-    if all(found.values()) or any(entry.row.split is not None for entry in entries):
-        return Division(found, "")
-    ranked = sorted(entries, key=lambda entry: blake2b(entry.identity.encode(errors="replace")).digest())
-    if len(ranked) < 3:
-        shared, last = [ranked[0]], [ranked[-1]]
-        found = {Split.TRAIN: shared, Split.SELECT: shared, Split.SEALED: last}
-        how = "one trains and selects, the other is sealed" if len(ranked) == 2 else "it is in every split"
-        return Division(found, f"{_count(len(ranked))}: {how}")
-    while not all(found.values()):
-        donor = max(found.values(), key=len)
-        moved = max(donor, key=ranked.index)
-        donor.remove(moved)
-        next(part for part in found.values() if not part).append(moved)
-    sizes = ", ".join(f"{len(part)} {split}" for split, part in found.items())
-    return Division(found, f"{_count(len(entries))}, divided so that no split is empty: {sizes}")
-
-
-def _count(rows: int) -> str:
-    return f"{rows} row{'s' if rows > 1 else ''}"
+    """Divide rows over the splits, see `evomem.tasks.splits.divide`."""
+    found, note = splits.divide(
+        entries,
+        lambda entry: entry.identity,
+        lambda entry: None if entry.row.split is None else Split(entry.row.split),
+    )
+    return Division(found, note)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

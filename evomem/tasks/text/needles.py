@@ -84,6 +84,7 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
     """
 
     Options = NeedleOptions
+    divides = "words of keys, and sentences; digits and UUIDs are drawn at random in every split"
     packages: ClassVar[tuple[str, ...]] = ("wonderwords",)
     kind: ClassVar[NeedleKind]
 

@@ -31,6 +31,7 @@ class Passkey(GeneratedTask[PasskeyOptions]):
     """Five digits hidden at a uniformly random place in noise (or prose)."""
 
     name = "passkey"
+    divides = "sentences of an essay; the five digits are drawn at random in every split"
     Options = PasskeyOptions
 
     def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:

@@ -12,11 +12,11 @@ from evomem.errors import TaskError
 from evomem.files.reading import read_text, user_path
 from evomem.files.strict_json import shown
 from evomem.tasks.base import Split
+from evomem.tasks.splits import deal
 
 REGIONS = 10
 """Contiguous stretches that a text is cut into before they are dealt out, so that each split reads like prose."""
 
-_DEAL = (Split.TRAIN, Split.TRAIN, Split.SELECT, Split.TRAIN, Split.SEALED)
 _ESSAY = 64 << 20
 """Bytes of a text file, at most."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|(?<=[\u3002\uff01\uff1f])\s*")  # and of Chinese and Japanese
@@ -100,8 +100,4 @@ def _divide(sentences: tuple[str, ...], where: str) -> dict[Split, Prose]:
             f"give a text with at least {5 * REGIONS}"
         )
     fingerprint = blake2b("\n".join(distinct).encode(), digest_size=4).hexdigest()
-    shares: dict[Split, list[str]] = {split: [] for split in Split}
-    for region in range(REGIONS):
-        start, stop = (len(distinct) * r // REGIONS for r in (region, region + 1))
-        shares[_DEAL[region % len(_DEAL)]].extend(distinct[start:stop])
-    return {split: Prose(tuple(share), fingerprint) for split, share in shares.items()}
+    return {split: Prose(share, fingerprint) for split, share in deal(distinct, REGIONS).items()}

@@ -57,6 +57,7 @@ class _Recall(GeneratedTask[Any]):
     with -0.7 nats with both, -5.3 with filler words, and -9.7 without commas too, as models trained for MQAR read it.
     """
 
+    divides = "words: keys, values and fillers"
     packages: ClassVar[tuple[str, ...]] = ("wonderwords",)
     options: RecallOptions
 

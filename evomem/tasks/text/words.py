@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
-from hashlib import blake2b
 from random import Random
 from typing import Literal
 
 from evomem.errors import TaskError
 from evomem.installing import require
 from evomem.tasks.base import Split
+from evomem.tasks.splits import of_split
 
 Category = Literal["noun", "adjective"]
-
-
-def split_of(text: str) -> Split:
-    """Return the split that a text belongs to, by its hash: 60 % train, 20 % select, 20 % sealed."""
-    bucket = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") % 5
-    return (Split.TRAIN, Split.TRAIN, Split.TRAIN, Split.SELECT, Split.SEALED)[bucket]
 
 
 @cache
@@ -32,7 +26,7 @@ def words(category: Category, split: Split | None = None) -> tuple[str, ...]:
     from wonderwords import RandomWord
 
     found = sorted(set(RandomWord().filter(include_categories=[category], regex="[a-z]+")))
-    return tuple(word for word in found if split is None or split_of(word) == split)
+    return tuple(found) if split is None else of_split(found, split)
 
 
 def draw_keys(random: Random, split: Split, n: int, taken: set[str] | None = None) -> list[str]:

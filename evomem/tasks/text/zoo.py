@@ -11,7 +11,7 @@ no context of ``select`` or ``sealed`` states what any context of ``train`` stat
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -23,8 +23,8 @@ from evomem.errors import TaskError
 from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.fitting import fit
 from evomem.tasks.generated import FittedOptions, GeneratedTask
+from evomem.tasks.splits import draw_of_split
 from evomem.tasks.text.needles import Hay
-from evomem.tasks.text.words import split_of
 from evomem.tasks.text.zoo_words import DIGITS, FILLERS, KEYS, VALUES
 
 SUCCESSORS = 6
@@ -69,10 +69,16 @@ def draw_facts(random: Random, split: Split, n: int, values: Callable[[int], Seq
     """
     if n > len(KEYS):
         raise TaskError(f"{n} facts are too many: the zoo's vocabulary has {len(KEYS)} keys; ask for fewer")
-    while True:
-        facts = [Fact(key, value) for key, value in zip(random.sample(KEYS, n), values(n), strict=True)]
-        if split_of("; ".join(sorted(fact.pair for fact in facts))) == split:
-            return facts
+
+    def draw() -> list[Fact]:
+        return [Fact(key, value) for key, value in zip(random.sample(KEYS, n), values(n), strict=True)]
+
+    return draw_of_split(draw, stated, split, "facts")
+
+
+def stated(facts: Iterable[Fact]) -> str:
+    """Return what facts state, whatever their order: the text whose hash says which split they belong to."""
+    return "; ".join(sorted(fact.pair for fact in facts))
 
 
 def needle_facts(random: Random, split: Split, n: int) -> list[Fact]:
@@ -116,6 +122,8 @@ def weave(statements: Sequence[str], depths: Sequence[float], filler: Sequence[s
 
 class _ZooTask(GeneratedTask[Any]):
     """Facts in filler; one is asked for. The exact metric is the share of the value's words at their right place."""
+
+    divides = "the set of facts that a context states"
 
     @abstractmethod
     def facts(self, random: Random, split: Split) -> tuple[list[Fact], list[str]]:

@@ -18,9 +18,9 @@ from evomem.errors import TaskError
 from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.fitting import fit
 from evomem.tasks.generated import FittedOptions, GeneratedTask
+from evomem.tasks.splits import draw_of_split
 from evomem.tasks.text.needles import Hay
-from evomem.tasks.text.words import split_of
-from evomem.tasks.text.zoo import LINE, REMINDERS, Fact, lines, sentence, weave
+from evomem.tasks.text.zoo import LINE, REMINDERS, Fact, lines, sentence, stated, weave
 from evomem.tasks.text.zoo_words import KEYS, VALUES
 
 
@@ -62,13 +62,15 @@ def draw_story(random: Random, split: Split, once: int, restated: int, values: i
             f"{number} pairs, {restated} of them with {values} values, are too many: the zoo's vocabulary has "
             f"{len(KEYS)} keys and {len(VALUES)} values, and no value occurs twice; ask for fewer pairs"
         )
-    while True:
+
+    def draw() -> Story:
         keys = random.sample(KEYS, number)
         order = keys[:once] + keys[once:] * values
         random.shuffle(order)
         statements = tuple(Fact(key, value) for key, value in zip(order, random.sample(VALUES, count), strict=True))
-        if split_of("; ".join(sorted(fact.pair for fact in statements))) == split:
-            return Story(statements, {fact.key: fact for fact in statements}, frozenset(keys[once:]))
+        return Story(statements, {fact.key: fact for fact in statements}, frozenset(keys[once:]))
+
+    return draw_of_split(draw, lambda story: stated(story.statements), split, "stories")
 
 
 def tell(story: Story, depths: Sequence[float], filler: Sequence[str], line: int) -> str:
@@ -104,6 +106,7 @@ class ZooForgetting(GeneratedTask[ZooForgettingOptions]):
     """
 
     name: ClassVar[str] = "zoo_forgetting"
+    divides = "the set of facts that a context states"
     Options = ZooForgettingOptions
     immaterial: ClassVar[frozenset[str]] = GeneratedTask.immaterial | {"asked"}
 
