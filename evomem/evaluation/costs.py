@@ -25,7 +25,6 @@ from evomem.evaluation.measurement import Evaluation, Step
 from evomem.evaluation.rollouts import DrawnRows, sample_number
 from evomem.managers import plackett_luce
 from evomem.managers.base import MemoryManager
-from evomem.managers.selection import TopN
 from evomem.managers.stochastic import Noise, StochasticManager
 from evomem.memory import LayerView
 from evomem.modes import outside_inference_mode
@@ -228,11 +227,8 @@ def _protected_first(manager: MemoryManager, view: LayerView, ranking: Tensor, n
 
 def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
     """Slots that the manager keeps whatever it scores: (batch, kv_heads, slots) bool."""
-    selection = manager.on(view.slots.device).select()
-    if not isinstance(selection, TopN):
-        return torch.zeros(view.slots.shape, dtype=torch.bool, device=view.slots.device)
-    scores = torch.zeros(view.slots.shape, device=view.slots.device, dtype=torch.float32)
-    return selection.protected(scores, view) == torch.inf
+    here = manager.on(view.slots.device)
+    return here.rule.protected(view, here.shares())
 
 
 def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from evomem.errors import ConfigError
 from evomem.evaluation.attention import Future, sample_key
 from evomem.evaluation.measurement import Evaluation
 from evomem.managers.base import ManagerOptions, MemoryManager
-from evomem.managers.selection import Selection, TopN
+from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 from evomem.tasks.base import Sample, Task
 
@@ -116,9 +116,9 @@ class FutureOracle(MemoryManager):
         super().__init__(**options)
         self.scores = scores
 
-    def make_selection(self) -> Selection:
-        """Return the best n with the sinks protected."""
-        return TopN(self.options.budget, sinks=self.options.sinks)
+    def make_ends(self) -> Ends:
+        """The sinks."""
+        return Ends(sinks=self.options.sinks)
 
     def score(self, view: LayerView) -> Tensor:
         """Return the future attention of the layer's slots: (1, kv_heads, slots) fp32."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
-from evomem.bounds import TOKENS
+from evomem.bounds import TOKENS, UNITS
 from evomem.errors import ConfigError, PluginError
+from evomem.managers.allocation import Allocation, ModelAllocation, Uniform, build_allocation, settle
+from evomem.managers.decision import Judgement, Rule
 from evomem.managers.placement import follows_view, on_device
-from evomem.managers.selection import Selection, TopN
+from evomem.managers.selection import Ends
 from evomem.memory import Decision, LayerView, attached
 from evomem.modes import outside_inference_mode
 from evomem.registry import Registry
@@ -59,6 +61,19 @@ class ManagerOptions(BaseModel):
     every: int | None = Field(
         default=None, ge=1, le=TOKENS, description="decide every that many tokens; none: once, after the context"
     )
+    allocation: Annotated[int, Field(ge=0, le=UNITS)] | dict[str, Any] | None = Field(
+        default=None,
+        description="how layers and heads share the budget, e.g. pyramid(beta=20) (see `evomem list allocations`); a "
+        "whole number n: depth_shares(points=n); none: the manager's own way",
+    )
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _allocation(cls, spec: Any) -> Any:
+        """Turn a text or mapping into the full description; numbers stay numbers."""
+        if isinstance(spec, bool):
+            raise ValueError("give an allocation, e.g. pyramid(beta=20), or a number of points of depth")
+        return build_allocation(spec).describe() if isinstance(spec, str | Mapping) else spec
 
 
 class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
@@ -89,10 +104,16 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     Options: ClassVar[type[ManagerOptions]] = ManagerOptions
     head_parameters: ClassVar[frozenset[str]] = frozenset()
     calibrates: ClassVar[bool] = False
-    on_view_device: ClassVar[frozenset[str]] = frozenset({"decide", "forward", "score", "admit", "decay"})
+    on_view_device: ClassVar[frozenset[str]] = frozenset({"decide", "forward", "judge", "score", "admit", "decay"})
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
+        for name in ("make_selection", "select"):
+            if name in vars(cls):
+                raise ConfigError(
+                    f"manager {cls.__qualname__}: {name}: nobody asks for it any more; say in make_ends which tokens "
+                    "are protected, and in own_allocation how the budget is shared out"
+                )
         for name in cls.on_view_device & vars(cls).keys():
             setattr(cls, name, follows_view(vars(cls)[name]))
 
@@ -109,7 +130,8 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
             raise ConfigError(f"manager {getattr(self, 'name', type(self).__name__)!r}: {lines}") from None
         check_budget(self.options.budget)
         self.schedule = Schedule(self.options.every)
-        self.selection: Selection = self.make_selection()
+        self.ends = self.make_ends()
+        self.allocation = self.make_allocation()
 
     # ---- what a subclass says -------------------------------------------------------------------------------------
 
@@ -118,13 +140,29 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         """Observations that the cache must record (`evomem.memory.observations`); none by default."""
         return frozenset()
 
-    def make_selection(self) -> Selection:
-        """Return how scores become a keep-mask; by default the ``budget`` best slots of every head."""
-        return TopN(self.options.budget)
+    def make_ends(self) -> Ends:
+        """Return which tokens are kept before all others; by default none."""
+        return Ends()
 
-    def select(self) -> Selection:
-        """Return the selection of this decision; managers whose parameters shape it override this."""
-        return self.selection
+    def make_allocation(self) -> Allocation:
+        """Return how layers and heads share the budget: the option ``allocation``, over what the manager does itself.
+
+        Raises
+        ------
+        ConfigError : both do the same job, or the manager does not rank its slots to a budget.
+        """
+        spec, own = self.options.allocation, self.own_allocation()
+        if not spec:  # the number 0 stands for none
+            return own
+        return settle(build_allocation(spec), own, self.name)
+
+    def own_allocation(self) -> Allocation:
+        """Return the allocation that the manager has by itself; by default every head gets the budget."""
+        return Uniform()
+
+    def shares(self) -> Tensor | None:
+        """Return the log-shares of the budget that are parameters: (1, points of depth); None: there are none."""
+        return self.allocation.shares()
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
@@ -146,17 +184,41 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     # ---- composed once, here --------------------------------------------------------------------------------------
 
+    @property
+    def rule(self) -> Rule:
+        """How judgements become decisions; see `evomem.managers.decision`."""
+        return Rule(self.options.budget, self.ends, self.allocation)
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether a decision needs all layers' views, so that `decide_all` must be asked and not `decide`."""
+        return isinstance(self.allocation, ModelAllocation)
+
+    @follows_view
+    def judge(self, view: LayerView) -> Judgement:
+        """Return what the manager says about the slots; overridden only to compute the parts together."""
+        scores, log_odds = self.score(view).float(), self.admit(view)
+        return Judgement(scores, None if log_odds is None else log_odds >= 0, self.decay(view), self.shares())
+
     @follows_view
     def decide(self, view: LayerView) -> Decision:
-        """Compose `score`, `admit`, `decay` and the selection into one decision.
+        """Return the decision about one layer, composed by `Rule.decide`. No manager overrides this.
 
-        A fresh token that `admit` gives log-odds below zero is not stored, whatever its score.
+        A fresh token that `admit` gives log-odds below zero is not stored, whatever its score; its place goes to the
+        next best.
+
+        Raises
+        ------
+        ConfigError : the manager's allocation needs all layers (``whole_model``).
         """
-        keep = self.select().keep(self.score(view).float(), view) & view.valid
-        log_odds = self.admit(view)
-        if log_odds is not None:
-            keep = keep & ((log_odds >= 0) | (view.age >= view.fresh))
-        return Decision(keep, self.decay(view))
+        return self.rule.decide(self.judge(view), view)
+
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        """Return the decisions about all layers at once, composed by `Rule.decide_all`.
+
+        ``views`` are of one model's layers, in their order, with nothing evicted since the last decision.
+        """
+        return self.rule.decide_all([self.judge(view) for view in views], views)
 
     def forward(self, view: LayerView) -> Decision:
         """`decide`, under the name that `torch.func.functional_call` calls."""
@@ -167,7 +229,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     def on(self, device: torch.device) -> Self:
         """Return the manager with its tensors on ``device``: itself if they lie there, else a twin.
 
-        Needed only for what takes no view, such as `select`. The twin shares everything but the tensors.
+        Needed only for what takes no view, such as `rule`. The twin shares everything but the tensors.
         """
         return on_device(self, device)
 
@@ -292,7 +354,10 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return ``{"name": ..., "options": ...}``, JSON-serialisable: the record of an experiment."""
-        return {"name": self.name, "options": self.options.model_dump(mode="json")}
+        options = self.options.model_dump(mode="json")
+        if options["allocation"] is None:  # records of before know no such option, and mean the same
+            del options["allocation"]
+        return {"name": self.name, "options": options}
 
     def extra_repr(self) -> str:
         """Show every option that differs from its default."""

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evomem.managers.base import MemoryManager
+from evomem.managers.decision import Judgement
 from evomem.memory import Decision, LayerView
+
+COMMON = 64
+"""Random numbers that the layers of a decision have in common, so shares that can be drawn."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Noise:
     ----------
     uniform : (batch, kinds, kv_heads, tokens) fp64 in [0, 1); `LayerView.slots` index the last axis. A row's left
         padding has zeros, which nothing looks at.
-    common : (batch, 64) fp32 standard normal numbers that a decision's layers have in common.
+    common : (batch, `COMMON`) fp32 standard normal numbers that a decision's layers have in common.
     """
 
     uniform: Tensor
@@ -65,7 +69,7 @@ class Noise:
         for place, seed in enumerate(seeds):
             start = starts[place if len(starts) > 1 else 0]
             first = torch.Generator("cpu").manual_seed(_mixed((*seed, -1)))
-            common.append(torch.randn(64, generator=first, dtype=torch.float32, device="cpu"))
+            common.append(torch.randn(COMMON, generator=first, dtype=torch.float32, device="cpu"))
             generator = torch.Generator("cpu").manual_seed(_mixed((*seed, view.layer)))
             # As many numbers as the row has tokens of its own, whatever it is padded to.
             shape = (3, kv_heads, view.seen - start)
@@ -99,16 +103,34 @@ class StochasticManager(MemoryManager):
     """
 
     on_view_device: ClassVar[frozenset[str]] = MemoryManager.on_view_device | {
-        "draw", "carry_out", "log_prob", "log_probs", "choices",
+        "draw", "carry_out", "drawn", "faded", "log_prob", "log_probs", "choices",
     }  # fmt: skip
 
     @abstractmethod
     def draw(self, view: LayerView, noise: Noise) -> Action:
         """Return a random action. A view of one row may be drawn for several times: one action a row of the noise."""
 
-    @abstractmethod
     def carry_out(self, view: LayerView, action: Action) -> Decision:
-        """Return the decision that an action stands for."""
+        """Return the decision that an action stands for, composed as a deployed one is (`Rule.decide`)."""
+        return self.rule.decide(self.drawn(view, action), view)
+
+    def drawn(self, view: LayerView, action: Action) -> Judgement:
+        """Return the action as a judgement: drawn values in the place of the manager's own.
+
+        A slot's place in the ranking is its score; without a ranking the newest come first.
+        """
+        if action.ranking is None:
+            scores = -view.age.float()
+        else:
+            places = torch.arange(action.ranking.shape[-1], 0, -1, device=view.slots.device, dtype=torch.float32)
+            scores = places.new_zeros(action.ranking.shape)
+            scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
+        decay = None if action.rates is None else self.faded(view, action.rates)
+        return Judgement(scores, action.stored, decay, action.shares)
+
+    def faded(self, view: LayerView, rates: Tensor) -> Tensor:
+        """Return what drawn log-rates add to slots' logits, <= 0: (batch, kv_heads, slots); by default -exp(rate)."""
+        return -torch.exp(rates)
 
     @abstractmethod
     def log_prob(self, view: LayerView, action: Action) -> Tensor:

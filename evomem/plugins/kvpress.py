@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evomem.errors import ConfigError
 from evomem.managers import MemoryManager
-from evomem.managers.selection import TopN
+from evomem.managers.allocation import LayerAllocation, Uniform
 from evomem.memory import LayerView, layer_view
 from evomem.memory.kv.parallel import check_parallel
 from evomem.memory.kv.recompute import recomputed
@@ -47,9 +47,10 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
     What is equal to ``manager.attach(model)`` with a schedule *once*: the observations, so the scores, and which slots
     of which head are kept. What is not:
 
-    * Managers that keep equally many slots in every head and layer (a `TopN`) evict physically. Where heads or layers
-      differ (NAMM, adakv, pyramidkv, shares of the budget per layer) kvpress has no room for it: what is evicted is
-      hidden as by its AdaKVPress, by keys that get next to no attention, and not freed. Not with eager attention.
+    * Managers that keep equally many slots in every head and layer (the allocation ``uniform``) evict physically. Where
+      heads or layers differ (NAMM, adakv, pyramidkv, shares of the budget per layer) kvpress has no room for it: what
+      is evicted is hidden as by its AdaKVPress, by keys that get next to no attention, and not freed. Not with eager
+      attention.
     * kvpress compresses once. Refused are a manager that decides every so many tokens, and a press around this one that
       hands over a context in pieces.
     * Padded batches, windows of attention shorter than the context, and forgetting (decay) are refused.
@@ -74,6 +75,11 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
             raise ConfigError(
                 f"manager {manager.name!r} decides every {manager.schedule.every} tokens, kvpress once, after the "
                 "context; give EvoMemPress(manager.with_options(every=None))"
+            )
+        if manager.whole_model:
+            raise ConfigError(
+                f"manager {manager.name!r}: allocation {manager.allocation.name!r} needs all layers at once, and "
+                "kvpress compresses layer by layer; give another allocation"
             )
         self.manager = manager
         self._ratio: float | None = None
@@ -118,8 +124,10 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
         """Return scores (batch, kv_heads, tokens) fp32, protected tokens infinite: what other presses build upon."""
         view = self._view(module, hidden_states, keys, values, kwargs)
         manager = self._sized(keys.shape[2])
-        scores, selection = manager.score(view).float(), manager.on(view.slots.device).select()
-        return selection.protected(scores, view) if isinstance(selection, TopN) else scores
+        scores, here = manager.score(view).float(), manager.on(view.slots.device)
+        if not isinstance(here.allocation, LayerAllocation):
+            return scores
+        return here.ends.mark(scores, view, view.valid, here.rule.layer_limit(view, here.shares()))
 
     def compress(
         self, module: nn.Module, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any
@@ -132,8 +140,8 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
             raise ConfigError(f"manager {manager.name!r} lets slots fade (decay), which kvpress has no way to do")
         if bool(decision.keep.all()):
             return keys, values
-        # Subclasses of TopN share a budget unequally; `admit` takes tokens off some heads.
-        if type(manager.select()) is TopN and type(manager).admit is MemoryManager.admit:
+        # Other allocations share a budget unequally; `admit` takes tokens off some heads.
+        if isinstance(manager.allocation, Uniform) and type(manager).admit is MemoryManager.admit:
             index = decision.keep.nonzero()[:, 2].view(batch, heads, -1, 1)
             return tuple(x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))  # type: ignore[return-value]
         if module.config._attn_implementation == "eager":  # type: ignore[union-attr]

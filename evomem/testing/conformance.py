@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from evomem.managers.base import MemoryManager
+from evomem.managers.decision import Judgement
 from evomem.memory import CachePolicy, Decision, LayerView, SlotCache, attached
 from evomem.memory.kv.cache import SchedulePolicy
 from evomem.memory.kv.versions import passed
@@ -296,8 +298,7 @@ def check_repeatable(manager: CachePolicy, model: PreTrainedModel, tokenizer: An
 
 def check_ties(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = None) -> None:
     """7b. Scores are fp32 also for a bf16 cache, and equal scores are told apart by position only."""
-    selection, score = getattr(manager, "selection", None), getattr(manager, "score", None)
-    if selection is None or score is None:
+    if not isinstance(manager, MemoryManager) or manager.whole_model:
         return
     length = context_length(manager)
     batch = Batch.of(random_rows(model, [length - 8, length], 10, tokenizer))
@@ -315,18 +316,19 @@ def check_ties(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = No
             view.keys.bfloat16(), view.values.bfloat16(), view.slots, view.start, view.seen, view.fresh, view.layer,
             view.layers, view.recorded,
         )  # fmt: skip
-        if (dtype := score(low).dtype) != torch.float32:
+        if (dtype := manager.score(low).dtype) != torch.float32:
             raise ConformanceError(f"scores of a bf16 cache are {dtype}, not fp32: most of them would tie by rounding")
         device = view.slots.device
         equal = torch.zeros(view.slots.shape, device=device)
-        keep = selection.keep(equal, view) & view.valid
+        rule, shares = manager.rule, manager.shares()
+        keep = rule.decide(Judgement(equal, shares=shares), view).keep
         row = LayerView(
             view.keys[:1, :, view.start[0] :], view.values[:1, :, view.start[0] :],
             view.slots[:1, :, view.start[0] :] - view.start[0], torch.zeros(1, dtype=torch.int64, device=device),
             view.seen - int(view.start[0]), view.fresh, view.layer, view.layers,
         )  # fmt: skip
         if bool((view.slots[0] == torch.arange(view.seen, device=device)).logical_or(view.slots[0] < 0).all()):
-            alone = selection.keep(equal[:1, :, view.start[0] :], row) & row.valid
+            alone = rule.decide(Judgement(equal[:1, :, view.start[0] :], shares=shares), row).keep
             same_tensors(f"ties, layer {view.layer}: kept in a padded batch", keep[:1, :, view.start[0] :], alone)
 
 

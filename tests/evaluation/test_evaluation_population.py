@@ -10,8 +10,8 @@ from torch import nn
 
 from evomem.evaluation import Evaluator, PopulationPolicy
 from evomem.managers import FeatureScorer, MemoryManager
+from evomem.managers.allocation import Everything
 from evomem.managers.base import ManagerOptions
-from evomem.managers.selection import KeepAll
 from evomem.models import LoadedModel
 from evomem.testing.models import tiny, tiny_tokenizer
 from tests.evaluation.test_evaluation import BUDGET, FEATURES, TASK, Fading, equal, made, make_sample, randomised
@@ -95,15 +95,15 @@ def test_what_managers_compute_once_is_shared_and_not_wrong(llama):
     assert first[0].loglik == pytest.approx(again[0].loglik, abs=1e-6)
 
 
-def test_a_manager_may_have_a_selection_of_its_own(llama):
-    class Everything(MemoryManager):
+def test_a_manager_may_have_an_allocation_of_its_own(llama):
+    class Keeping(MemoryManager):
         name = "everything"
 
         def score(self, view):
             return view.keys.new_zeros(view.slots.shape)
 
-        def make_selection(self):
-            return KeepAll()
+        def own_allocation(self):
+            return Everything()
 
     evaluator, sample = Evaluator(llama), make_sample()
-    equal(*evaluator.evaluate([Everything(budget=3), made("full")], sample, TASK))
+    equal(*evaluator.evaluate([Keeping(budget=3), made("full")], sample, TASK))

@@ -15,9 +15,10 @@ from evomem import plugins
 from evomem.errors import ConfigError
 from evomem.evaluation import PopulationPolicy
 from evomem.managers import FeatureScorer, build
+from evomem.managers.allocation import DepthShares
 from evomem.managers.features import LINEAR_20, features
-from evomem.managers.learned.feature_scorer import AllocatedTopN, interpolate
-from evomem.managers.selection import slots_of_budget
+from evomem.managers.learned.feature_scorer import interpolate
+from evomem.managers.selection import Ends, slots_of_budget
 from tests.managers.test_features import ALL, slow_observation, spoiled, view_of
 from tests.managers.test_heuristics import HEADS, START, alone
 
@@ -166,9 +167,10 @@ def test_start_says_what_it_cannot_do():
 
 def limits(log_shares, budget, layers, sinks=0, recent=0):
     view = view_of()
-    shared = AllocatedTopN(budget, sinks, recent, log_shares=torch.tensor(log_shares))
-    found = torch.stack([shared.limit(replace(view, layer=layer, layers=layers))[:, 0, 0] for layer in range(layers)])
-    return found, slots_of_budget(budget, view)[:, 0, 0]
+    shared, mean = DepthShares(log_shares=log_shares), slots_of_budget(budget, view)
+    views = [replace(view, layer=layer, layers=layers) for layer in range(layers)]
+    found = torch.stack([shared.layer_limit(one, mean, Ends(sinks, recent))[:, 0, 0] for one in views])
+    return found, mean[:, 0, 0]
 
 
 @settings(max_examples=60)
@@ -184,11 +186,11 @@ def test_budgets_of_the_layers_add_up(log_shares, budget, layers, ends):
     assert torch.all(found >= least)
     g = np.array([float(interpolate(torch.tensor(log_shares), i / max(layers - 1, 1))) for i in range(layers)])
     ideal = np.exp(g) / np.exp(g).sum() * layers * mean.numpy()[:, None]
-    free = least.numpy() + 1 < ideal.T  # where no bound cuts, a share is within one slot of the formula
-    assert np.all(np.abs(found.numpy() - ideal.T)[free] < 1 + 1e-6)
-    if free.all():
-        assert torch.equal(found.sum(0), mean * layers)
-    assert torch.all(found.sum(0) >= mean * layers)
+    read = (view_of().seen - view_of().start).numpy()
+    free = ((least.numpy() + 1 < ideal.T) & (read - 1 > ideal.T)).all(0)
+    # Where no bound cuts, a share is within one slot of the formula.
+    assert np.all(np.abs(found.numpy() - ideal.T)[:, free] < 1 + 1e-6)
+    assert torch.equal(found.sum(0), mean * layers)
 
 
 def test_equal_shares_give_every_layer_the_mean():
@@ -197,7 +199,7 @@ def test_equal_shares_give_every_layer_the_mean():
     assert torch.all(mean == 17)
 
 
-def test_allocation_is_what_the_selection_keeps():
+def test_allocation_is_what_a_decision_keeps():
     scorer = FeatureScorer(features=["keydiff"], budget=6, allocation=2, sinks=1, recent=1)
     with torch.no_grad():
         scorer.weights.fill_(1.0)

@@ -16,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evomem import managers
 from evomem.errors import ConfigError, UnknownNameError
 from evomem.managers import build
-from evomem.managers.selection import TopN, pyramid_budget, slots_of_budget
+from evomem.managers.allocation import Uniform, pyramid_budget
+from evomem.managers.decision import Judgement, Rule
+from evomem.managers.selection import Ends, slots_of_budget
 from evomem.memory import LayerView
 
 HEADS, GROUP, DIM, SEEN = 3, 2, 8, 40
@@ -256,8 +258,7 @@ def test_counts_and_rows(spec, seed, budget, layer):
     keep = manager.decide(view).keep
     assert not (keep & ~view.valid).any()
     held = view.valid.sum(-1)
-    selection = manager.inner.selection if spec.startswith("adakv") else manager.selection
-    limit = selection.limit(view)[:, :, 0]
+    limit = manager.rule.layer_limit(view)[:, :, 0]
     if spec.startswith("adakv"):
         assert torch.equal(keep.sum((-1, -2)), torch.minimum(limit[:, 0] * HEADS, held.sum(-1)))
         sure = torch.tensor([[int(0.2 * int(n))] for n in limit])
@@ -282,8 +283,8 @@ def test_ties_go_to_the_older_token(spec):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_broken_scores_keep_the_count_and_the_protected(bad):
     view = make_view(held=((40, 33, 25), (33, 20, 10)))
-    selection = TopN(9, sinks=2, recent=3)
-    keep = selection.keep(torch.full(view.slots.shape, bad), view)
+    rule = Rule(9, Ends(sinks=2, recent=3), Uniform())
+    keep = rule.decide(Judgement(torch.full(view.slots.shape, bad)), view).keep
     assert (keep.sum(-1) == 9).all()
     assert keep[view.valid & ((view.position < 2) | (view.age < 3))].all()
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from evomem.errors import CacheError, ConfigError
+from evomem.managers.allocation import Dense, Threshold
 from evomem.managers.base import managers
 from evomem.managers.learned.bam import BAMScorer, causal_attention
 from evomem.managers.learned.namm import FEATURES, NAMM, SpectrumStatistics, collect_statistics
-from evomem.managers.selection import Dense, Threshold
+from evomem.managers.selection import Ends
 from evomem.managers.vector import load_vector, to_vector, unflatten, vector_size
 from evomem.memory import LayerView
 from evomem.memory.spectrum import BINS
@@ -405,8 +406,9 @@ def test_selections_equal_plain_loops(lengths: list[list[int]], cap: int | float
     most = max(sum(s == order[0] or bool(scores[at][s] >= 0) for s in order) for at, order in ranked.items())
     for at, order in ranked.items():
         dense[at][order[:most]] = True
-    assert torch.equal(Threshold(cap).keep(scores, view), capped)
-    assert torch.equal(Dense().keep(scores, view), dense)
+    for allocation, budget in ((Threshold(cap=cap), None), (Threshold(), cap)):
+        assert torch.equal(allocation.keep(scores, view, view.valid, Ends(), budget), capped)
+    assert torch.equal(Dense().keep(scores, view, view.valid, Ends(), None), dense)
 
 
 def test_options() -> None:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
 from evomem.managers import MemoryManager, build
-from evomem.managers.selection import Selection
+from evomem.managers.allocation import EmergentAllocation
 from evomem.memory import Decision, LayerView
 from evomem.testing import conformance
 from evomem.testing.conformance import CHECKS, ConformanceError, check_manager, run_check
 from evomem.testing.models import FAMILIES, tiny, tiny_tokenizer
 
 
-@dataclass(frozen=True)
-class AboveMean:
+class AboveMean(EmergentAllocation):
     """Slots scored above their head's mean, and the newest: ragged across heads."""
 
-    def keep(self, scores: Tensor, view: LayerView) -> Tensor:
-        held = torch.where(view.valid, scores, torch.nan)
-        return (scores > held.nanmean(-1, keepdim=True)) | (view.age == 0)
+    def keep(self, scores, view, held, ends, budget):
+        known = torch.where(view.valid, scores, torch.nan)
+        return ((scores > known.nanmean(-1, keepdim=True)) | (view.age == 0)) & held
 
 
 class Everything(MemoryManager):
@@ -34,7 +31,7 @@ class Everything(MemoryManager):
             {"attention_sum", "attention_spectrum", "window_attention:3", "window_attention:8", "query_statistics"}
         )
 
-    def make_selection(self) -> Selection:
+    def own_allocation(self) -> AboveMean:
         return AboveMean()
 
     def score(self, view: LayerView) -> Tensor:
@@ -54,7 +51,7 @@ class Everything(MemoryManager):
 class Emptying(MemoryManager):
     """Keeps nothing at all in every second head of every second layer."""
 
-    def make_selection(self) -> Selection:
+    def own_allocation(self) -> AboveMean:
         return AboveMean()
 
     def score(self, view: LayerView) -> Tensor:

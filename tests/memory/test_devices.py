@@ -20,7 +20,7 @@ from evomem.evaluation.traces.recording import record
 from evomem.evaluation.traces.store import Traces
 from evomem.managers import MemoryManager, build
 from evomem.managers.plackett_luce import sample_ranking
-from evomem.managers.selection import TopN
+from evomem.managers.selection import Ends
 from evomem.models import LoadedModel, load
 from evomem.models.sharing import assemble, dismantle, why_apart
 from evomem.runs import Bench, search
@@ -341,7 +341,7 @@ CHANGES = {
     "a plain tensor in its place": lambda m: setattr(m, "plain", torch.arange(16.0)),
     "a part of a part": lambda m: m.inner.weight.mul_(-9),
     "another parameter in its place": lambda m: setattr(m, "weight", nn.Parameter(torch.arange(16.0))),
-    "the selection": lambda m: setattr(m, "selection", TopN(3)),
+    "the protected ends": lambda m: setattr(m, "ends", Ends(sinks=3)),
 }
 
 

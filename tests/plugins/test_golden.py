@@ -83,7 +83,6 @@ def test_a_plug_in_of_schema_1_decides_as_it_did(folder, views, decays, name):
             assert same_numbers(decay, decays[key], DECISIONS["made_with"]), case
 
 
-@pytest.mark.xfail(reason="the total over layers and heads is not conserved yet where shares meet floors or adakv")
 @pytest.mark.parametrize("name", sorted({case["plugin"] for case in SUPERSEDED["cases"]}))
 def test_what_was_wrong_is_right_or_refused(folder, views, name):
     """The total over layers and heads is what the budget says, in every row, where that many tokens may be kept.
@@ -91,6 +90,8 @@ def test_what_was_wrong_is_right_or_refused(folder, views, name):
     These cases were recorded as wrong, each with its reason: see superseded.json.
     """
     loaded, masks = plugins.load(folder / name), recorded("superseded")
+    scorer = loaded.inner if loaded.name == "adakv" else loaded
+    stores = "store" in getattr(scorer.options, "actions", ())
     for case, before in zip(SUPERSEDED["cases"], masks, strict=True):
         # At a later decision nobody knows what other layers hold; with "store" fewer tokens may be kept.
         if case["plugin"] != name or case["view"] != "read":
@@ -105,11 +106,11 @@ def test_what_was_wrong_is_right_or_refused(folder, views, name):
         mean = read if case["budget"] is None else case["budget"] * torch.ones_like(read)
         mean = torch.ceil(case["budget"] * read).long() if isinstance(case["budget"], float) else mean
         total = keep.sum((0, 2, 3))
-        if "store" in name:
+        if stores:
             assert (total <= LAYERS * HEADS * mean).all(), case
         else:
             assert torch.equal(total, LAYERS * HEADS * mean), case
-        if case["budget"] is not None and not ("store" in name and case["why"].startswith("a layer's share")):
+        if case["budget"] is not None and not (stores and case["why"].startswith("a layer's share")):
             assert not torch.equal(keep, before), case
 
 

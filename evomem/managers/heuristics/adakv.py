@@ -9,9 +9,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from evomem.errors import ConfigError
+from evomem.managers.allocation import AcrossHeads, Allocation, LayerAllocation
 from evomem.managers.base import ManagerOptions, MemoryManager, register
 from evomem.managers.build import build
-from evomem.managers.selection import AcrossHeads, Selection, TopN
+from evomem.managers.decision import Judgement
+from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 
 
@@ -43,9 +45,10 @@ class AdaKVOptions(ManagerOptions):
 class AdaKV(MemoryManager):
     """Shares the layer's slots among its heads by another manager's scores (AdaKV, Feng et al., arXiv 2407.11550).
 
-    ``adakv(snapkv)`` keeps as many slots a layer as ``snapkv`` would, and protects the same tokens; a head may get more
-    or fewer of them, but at least ⌊safeguard n⌋. Raises `ConfigError` for an inner manager that does not rank to a
-    budget (``full``, thresholds, another ``adakv``).
+    Another name for ``snapkv(allocation=across_heads)``: ``adakv(snapkv)`` keeps as many slots a layer as ``snapkv``
+    would, and protects the same tokens; a head may get more or fewer of them, but at least ⌊safeguard n⌋. What the
+    inner manager gives its layers, a pyramid or learned shares, stays as it is. Raises `ConfigError` for an inner
+    manager that does not rank to a budget (``full``, thresholds), or shares it among heads already (``adakv``).
     """
 
     Options = AdaKVOptions
@@ -57,16 +60,33 @@ class AdaKV(MemoryManager):
         """What the inner manager observes."""
         return self.inner.observes
 
-    def make_selection(self) -> Selection:
-        """Return one ranking over the heads, with the inner manager's budget and protected tokens."""
-        self.inner = build(self.options.inner, budget=self.options.budget)
-        selection = self.inner.selection
-        if not isinstance(selection, TopN):
+    def make_ends(self) -> Ends:
+        """Return what the inner manager protects; it is built here, with the budget, and the layers' allocation."""
+        given = self.options.allocation
+        if given and self.options.inner["options"].get("allocation"):
+            raise ConfigError("manager 'adakv': allocation: adakv and the manager inside it have one; give one of them")
+        self.inner = build(self.options.inner, budget=self.options.budget, **({"allocation": given} if given else {}))
+        return self.inner.ends
+
+    def make_allocation(self) -> Allocation:
+        """Return one ranking over the heads, of the slots that the inner manager's allocation gives the layer."""
+        layers = self.inner.allocation
+        if not isinstance(layers, LayerAllocation) or isinstance(layers, AcrossHeads):
             raise ConfigError(
                 f"manager 'adakv': inner: {self.inner.name!r} does not rank its slots to a budget per head, "
                 "so there is nothing to share; use one that does, e.g. adakv(snapkv)"
             )
-        return AcrossHeads(selection, self.options.safeguard)
+        across = AcrossHeads(layers=layers.describe(), safeguard=self.options.safeguard)
+        across.take_shares()  # what is learned is the inner manager's, and `shares` gives it
+        return across
+
+    def shares(self) -> Tensor | None:
+        """Return the inner manager's log-shares."""
+        return self.inner.shares()
+
+    def judge(self, view: LayerView) -> Judgement:
+        """Return what the inner manager says."""
+        return self.inner.judge(view)
 
     def score(self, view: LayerView) -> Tensor:
         """Return the inner manager's scores: (batch, kv_heads, slots)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evomem.bounds import LARGE, TOKENS
 from evomem.managers.base import ManagerOptions, MemoryManager, register
-from evomem.managers.selection import Selection, TopN
+from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 
 
@@ -43,9 +43,9 @@ class ExpectedAttention(MemoryManager):
         """Mean and covariance of the queries, and the mean rotation to come."""
         return frozenset({"query_statistics"})
 
-    def make_selection(self) -> Selection:
-        """Return the best n with the sinks protected."""
-        return TopN(self.options.budget, sinks=self.options.sinks)
+    def make_ends(self) -> Ends:
+        """The sinks."""
+        return Ends(sinks=self.options.sinks)
 
     def score(self, view: LayerView) -> Tensor:
         """Return s_i: (batch, kv_heads, slots) fp32."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evomem.managers.allocation import Allocation, Everything
 from evomem.managers.base import MemoryManager, register
-from evomem.managers.selection import KeepAll, Selection
 from evomem.memory.view import LayerView
 
 
@@ -14,9 +14,9 @@ from evomem.memory.view import LayerView
 class Full(MemoryManager):
     """Keeps every token; a budget, if given, is ignored."""
 
-    def make_selection(self) -> Selection:
-        """Return the selection that keeps all."""
-        return KeepAll()
+    def own_allocation(self) -> Allocation:
+        """Return the allocation that keeps all."""
+        return Everything()
 
     def score(self, view: LayerView) -> Tensor:
         """Return zeros (batch, kv_heads, slots): no token is better than another."""

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from evomem.managers.base import ManagerOptions, MemoryManager, register
-from evomem.managers.selection import Selection, TopN
+from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 
 
@@ -32,9 +32,9 @@ class H2O(MemoryManager):
         """The attention summed over all queries."""
         return frozenset({"attention_sum"})
 
-    def make_selection(self) -> Selection:
-        """Return the best n with the newest protected."""
-        return TopN(self.options.budget, recent=self.options.recent)
+    def make_ends(self) -> Ends:
+        """The newest tokens, as share of the slots."""
+        return Ends(recent=self.options.recent)
 
     def score(self, view: LayerView) -> Tensor:
         """Return S_i = Σ_t a[t, i]: (batch, kv_heads, slots) fp32."""

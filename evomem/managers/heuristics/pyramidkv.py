@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from evomem.bounds import LARGE
+from evomem.managers.allocation import Allocation, Pyramid
 from evomem.managers.base import register
 from evomem.managers.heuristics.snapkv import SnapKV, SnapKVOptions
-from evomem.managers.selection import PyramidTopN
 
 
 class PyramidKVOptions(SnapKVOptions):
@@ -22,13 +22,13 @@ class PyramidKVOptions(SnapKVOptions):
 class PyramidKV(SnapKV):
     """Keeps what SnapKV keeps, with more slots in low layers (PyramidKV, Cai et al., arXiv 2406.02069).
 
-    ``budget`` is the mean over the layers and is met exactly, see `pyramid_budget`; the kept window is part of it.
+    Another name for ``snapkv(allocation=pyramid)``. ``budget`` is the mean over the layers and is met exactly, see
+    `pyramid_budget`; the kept window is part of it.
     """
 
     Options = PyramidKVOptions
     options: PyramidKVOptions
 
-    def make_selection(self) -> PyramidTopN:
-        """Return the best b_l of layer l with the window, at most half of b_l, protected."""
-        o = self.options
-        return PyramidTopN(o.budget, recent=o.window, recent_share=0.5, beta=o.beta, observed=o.window)
+    def own_allocation(self) -> Allocation:
+        """Return the pyramid, which observes the window that is kept."""
+        return Pyramid(beta=self.options.beta)

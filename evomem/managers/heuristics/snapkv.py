@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from evomem.managers.base import NEIGHBOURS, ManagerOptions, MemoryManager, register
-from evomem.managers.selection import TopN
+from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 
 
@@ -44,20 +44,19 @@ class SnapKV(MemoryManager):
 
     Options: ClassVar[type[ManagerOptions]] = SnapKVOptions
     options: SnapKVOptions
-    selection: TopN
 
     @property
     def observes(self) -> frozenset[str]:
         """The mean attention of the last ``window`` queries."""
         return frozenset({f"window_attention:{self.options.window}"})
 
-    def make_selection(self) -> TopN:
-        """Return the best n with the window, at most half of n, protected."""
-        return TopN(self.options.budget, recent=self.options.window, recent_share=0.5)
+    def make_ends(self) -> Ends:
+        """The window, at most half of the slots."""
+        return Ends(recent=self.options.window, recent_share=0.5)
 
     def score(self, view: LayerView) -> Tensor:
         """Return the pooled attention: (batch, kv_heads, slots) fp32; beyond both ends it counts as zero."""
         attention = view.recorded[f"window_attention:{self.options.window}"].float()
-        outside = view.valid & (view.age >= self.selection.window(view))
+        outside = view.valid & (view.age >= self.ends.window(self.rule.layer_limit(view, self.shares())))
         kernel = self.options.kernel
         return functional.avg_pool1d(torch.where(outside, attention, 0.0), kernel, stride=1, padding=kernel // 2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evomem.bounds import TOKENS
 from evomem.managers.base import ManagerOptions, MemoryManager, register
-from evomem.managers.selection import Selection, TopN
+from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 
 
@@ -27,9 +27,9 @@ class StreamingLLM(MemoryManager):
     Options = StreamingLLMOptions
     options: StreamingLLMOptions
 
-    def make_selection(self) -> Selection:
-        """Return the best n with the sinks protected."""
-        return TopN(self.options.budget, sinks=self.options.sinks)
+    def make_ends(self) -> Ends:
+        """The sinks."""
+        return Ends(sinks=self.options.sinks)
 
     def score(self, view: LayerView) -> Tensor:
         """Return the negative age in tokens: (batch, kv_heads, slots) fp32."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -13,7 +12,7 @@ from evomem.bounds import TOKENS, UNITS
 from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager, register
 from evomem.managers.features import FeatureOptions, features, required
-from evomem.managers.selection import Selection, TopN, slots_of_budget
+from evomem.managers.selection import Ends
 from evomem.managers.vector import zeros
 from evomem.memory import LayerView
 
@@ -29,46 +28,6 @@ def interpolate(knots: Tensor, place: float) -> Tensor:
     return knots[low] * (1 - share) + knots[low + 1] * share
 
 
-@dataclass(frozen=True)
-class AllocatedTopN(TopN):
-    """`TopN` with a budget of its own in every layer; ``budget`` is their mean.
-
-    Layer l of N gets a share proportional to exp(g(depth)), g piecewise linear through ``log_shares``; at least
-    ``sinks + recent + 1`` and at most what was read. Shares are rounded by their running sum, so that the layers'
-    budgets add up to N times the mean (unless a bound cuts them).
-    """
-
-    log_shares: Tensor = None  # type: ignore[assignment]
-
-    def limit(self, view: LayerView) -> Tensor:
-        """Return the slots per head that this layer may keep: (batch, 1, 1) int64."""
-        mean = slots_of_budget(self.budget, view)
-        return allocated(mean, view, self.log_shares[:, None], self.sinks + int(self.recent) + 1)
-
-
-def allocated(mean: Tensor, view: LayerView, log_shares: Tensor, least: int) -> Tensor:
-    """Return the slots per head of a layer whose share of the budget is g(depth): see `AllocatedTopN`.
-
-    Parameters
-    ----------
-    mean : (batch, 1, 1) int64, the mean over the layers.
-    log_shares : (points of depth, batch or 1).
-    least : slots that every layer keeps, unless the mean itself is less.
-
-    Returns
-    -------
-    (batch, 1, 1) int64.
-    """
-    layers = view.layers
-    places = [layer / (layers - 1) if layers > 1 else 0.0 for layer in range(layers)]
-    logs = torch.stack([interpolate(log_shares, place) for place in places])
-    until = (torch.softmax(logs.double(), 0).cumsum(0) * layers)[..., None, None]
-    end = until[view.layer]
-    begin = until[view.layer - 1] if view.layer else torch.zeros_like(end)
-    own = torch.round(mean * end).long() - torch.round(mean * begin).long()
-    return torch.maximum(own, torch.full_like(mean, least).minimum(mean))
-
-
 @register("feature_scorer")
 class FeatureScorer(MemoryManager):
     """Scores slots by a weighted sum of standardised features whose weights change with depth.
@@ -76,7 +35,8 @@ class FeatureScorer(MemoryManager):
     score = Σ_f w_f(d) x_f, with w piecewise linear in the layer's relative depth d through ``knots`` points: one knot
     is the same weights everywhere, two are a slope (the first trial's w_f + d·u_f in other coordinates), as many as
     layers are weights of their own. With ``hidden`` > 0 a small network over the same features is added:
-    Σ_h a_h(d) tanh(b_h + Σ_f W_hf x_f). With ``allocation`` > 0 the layers share the budget unequally.
+    Σ_h a_h(d) tanh(b_h + Σ_f W_hf x_f). With ``allocation`` > 0 the layers share the budget unequally
+    (`DepthShares`).
 
     With ``layers`` and ``heads`` every KV head of every layer has weights of its own, added to the common ones: heads
     read for different purposes, and what is worth keeping differs between them. On a model with another number of
@@ -88,8 +48,10 @@ class FeatureScorer(MemoryManager):
 
         knots: int = Field(2, ge=1, le=UNITS, description="points of depth at which the weights are given")
         hidden: int = Field(0, ge=0, le=UNITS, description="units of a nonlinear part; 0: linear")
-        allocation: int = Field(
-            0, ge=0, le=UNITS, description="points of depth for the layers' shares of the budget; 0: equal"
+        allocation: Annotated[int, Field(ge=0, le=UNITS)] | dict[str, Any] | None = Field(
+            0,
+            description="points of depth at which the layers' shares of the budget are learned (0: equal shares), or "
+            "an allocation, e.g. across_heads(layers=depth_shares(points=8))",
         )
         sinks: int = Field(4, ge=0, le=TOKENS, description="first tokens that are always kept")
         recent: int = Field(8, ge=0, le=TOKENS, description="newest tokens that are always kept")
@@ -115,17 +77,17 @@ class FeatureScorer(MemoryManager):
             self.outer = zeros(o.knots, o.hidden)
         if o.layers:
             self.own = zeros(o.layers, o.heads, count)
-        if o.allocation:
-            self.log_shares = zeros(o.allocation)
+        if (shares := self.allocation.take_shares()) is not None:
+            self.log_shares = shares
 
     @property
     def observes(self) -> frozenset[str]:
         """What the declared features need."""
         return required(self.options.features)
 
-    def make_selection(self) -> Selection:
-        """The best slots of every head after the protected ends; `score` puts the layer's own budget in."""
-        return TopN(self.options.budget, self.options.sinks, self.options.recent)
+    def make_ends(self) -> Ends:
+        """The first and the newest tokens."""
+        return Ends(self.options.sinks, self.options.recent)
 
     def score(self, view: LayerView) -> Tensor:
         """Return (batch, kv_heads, slots) fp32 scores."""
@@ -142,12 +104,9 @@ class FeatureScorer(MemoryManager):
             score = score + torch.matmul(units, interpolate(self.outer.float(), place))
         return score
 
-    def select(self) -> Selection:
-        """Selection with the parameters' own allocation."""
-        if not self.options.allocation:
-            return self.selection
-        o = self.options
-        return AllocatedTopN(o.budget, o.sinks, o.recent, log_shares=self.log_shares.float())
+    def shares(self) -> Tensor | None:
+        """Return the learned log-shares, which are parameters of the scorer itself."""
+        return self.log_shares.float()[None] if "log_shares" in self._parameters else None
 
     @classmethod
     def start_from(cls, heuristic: str, **options: Any) -> Self:

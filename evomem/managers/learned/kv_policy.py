@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -18,12 +18,13 @@ from evomem.bounds import TOKENS
 from evomem.errors import ConfigError
 from evomem.managers import plackett_luce
 from evomem.managers.base import register
+from evomem.managers.decision import Judgement, arrived
 from evomem.managers.features import FeatureOptions, columns, required, standardise
-from evomem.managers.learned.feature_scorer import allocated, interpolate
-from evomem.managers.selection import TopN, best
-from evomem.managers.stochastic import Action, Noise, StochasticManager
+from evomem.managers.learned.feature_scorer import interpolate
+from evomem.managers.selection import Ends
+from evomem.managers.stochastic import COMMON, Action, Noise, StochasticManager
 from evomem.managers.vector import zeros
-from evomem.memory import Decision, LayerView
+from evomem.memory import LayerView
 
 ActionName = Literal["evict", "store", "forget"]
 POLICY_FEATURES = (
@@ -57,7 +58,7 @@ class KVPolicy(StochasticManager):
     order. *Store*: a new token enters memory with probability σ(o_store); deployed, if o_store >= 0. *Forget*: a slot's
     attention logit is lowered by exp(u), u normal around o_forget; deployed, exp(o_forget). With ``fades: with_age`` it
     is lowered by exp(u) age / 64: one number is then enough for the newer of two statements to win. With ``allocation``
-    the layers share the budget unequally (`AllocatedTopN`); their log-shares are drawn around the parameters.
+    the layers share the budget unequally (`DepthShares`); their log-shares are drawn around the parameters.
 
     Features are *of* slots (log-norms, not normalised keys: norms carry signal) and know no head size, head count or
     vocabulary. Standardised within each head (``scale: head``) they made better rankings on SmolLM2; with one mean and
@@ -76,8 +77,10 @@ class KVPolicy(StochasticManager):
         )
         hidden: int = Field(16, ge=0, le=4096, description="units of the network's one hidden layer; 0: linear")
         knots: int = Field(2, ge=1, le=4096, description="points of depth at which the linear weights are given")
-        allocation: int = Field(
-            0, ge=0, le=64, description="points of depth for the layers' shares of the budget; 0: equal"
+        allocation: Annotated[int, Field(ge=0, le=64)] | dict[str, Any] | None = Field(
+            0,
+            description="points of depth at which the layers' shares of the budget are learned (0: equal shares), or "
+            "an allocation, e.g. pyramid(beta=20)",
         )
         odds: float = Field(3.0, ge=-20, le=20, description="log-odds of storing at first, before training")
         rate: float = Field(-6.0, ge=-20, le=4, description="logarithm of how fast slots fade at first, in nats")
@@ -116,8 +119,10 @@ class KVPolicy(StochasticManager):
             self.outer = zeros(outputs, o.hidden)
         if o.layers:
             self.own = zeros(o.layers, o.heads, count)
-        if o.allocation:
-            self.log_shares = zeros(o.allocation)
+        if (shares := self.allocation.take_shares()) is not None:
+            if len(shares) > COMMON:
+                raise ConfigError(f"manager 'kv_policy': allocation: {len(shares)} points of depth; at most {COMMON}")
+            self.log_shares = shares
         # Of the ranking no constant matters. By default everything is stored at first, and nothing fades to speak of.
         # What a change of o_forget does is in proportion to exp(o_forget): a search for rates should begin higher up.
         starts = {"store": o.odds, "forget": o.rate}
@@ -132,9 +137,13 @@ class KVPolicy(StochasticManager):
         """What the declared features need."""
         return required(self.options.features)
 
-    def make_selection(self) -> TopN:
-        """The best slots of every head after the protected ends."""
-        return TopN(self.options.budget, self.options.sinks, self.options.recent)
+    def make_ends(self) -> Ends:
+        """The first and the newest tokens."""
+        return Ends(self.options.sinks, self.options.recent)
+
+    def shares(self) -> Tensor | None:
+        """Return the learned log-shares, which are parameters of the policy itself."""
+        return self.log_shares.float()[None] if "log_shares" in self._parameters else None
 
     STARTS: ClassVar[dict[str, str]] = {
         "keydiff": "keydiff", "knorm": "-key_norm", "h2o": "attention", "observed_attention": "attention_per_query",
@@ -226,46 +235,32 @@ class KVPolicy(StochasticManager):
     def decay(self, view: LayerView) -> Tensor | None:
         """Return what is added to the slots' attention logits, as ``fades`` says."""
         rates = self.outputs(view).get("forget")
-        return None if rates is None else self._faded(view, rates)
+        return None if rates is None else self.faded(view, rates)
 
     # ---- decisions ------------------------------------------------------------------------------------------------
 
-    def decide(self, view: LayerView) -> Decision:
-        """Decide as deployed. A token that is refused leaves its place to the next best, unlike in the base class."""
+    def judge(self, view: LayerView) -> Judgement:
+        """Return all that the network says, which runs once."""
         outputs = self.outputs(view)
         scores = outputs["evict"] if "evict" in outputs else -view.age.float()
-        held = self._held(view, None if "store" not in outputs else outputs["store"] >= 0)
-        keep = self._kept(scores, view, held, self.log_shares.float()[None] if self.options.allocation else None)
-        rates = outputs.get("forget")
-        return Decision(keep, None if rates is None else self._faded(view, rates))
+        odds, rates = outputs.get("store"), outputs.get("forget")
+        decay = None if rates is None else self.faded(view, rates)
+        return Judgement(scores, None if odds is None else odds >= 0, decay, self.shares())
 
     def draw(self, view: LayerView, noise: Noise) -> Action:
         """Return a random action."""
         outputs = self.outputs(view)
         stored = ranking = rates = shares = None
-        if self.options.allocation:
-            shares = self.log_shares.float() + SHARE_SPREAD * noise.common[:, : self.options.allocation]
+        if (mean := self.shares()) is not None:
+            shares = mean + SHARE_SPREAD * noise.common[:, : mean.shape[-1]]
         if "store" in outputs:
             stored = outputs["store"] + noise.logistic(view.slots) > 0
         if "evict" in outputs:
-            scores, _ = self._open(outputs["evict"], view, stored, shares)
+            scores, _ = self.rule.open(outputs["evict"], view, stored, shares)
             ranking = torch.argsort(scores + noise.gumbel(view.slots), dim=-1, descending=True, stable=True)
         if "forget" in outputs:
             rates = outputs["forget"] + SPREAD * noise.normal(view.slots)
         return Action(ranking, stored, rates, shares)
-
-    def carry_out(self, view: LayerView, action: Action) -> Decision:
-        """Return the decision that an action stands for."""
-        held = self._held(view, action.stored)
-        if action.ranking is None:
-            keep = self._kept(-view.age.float(), view, held, action.shares)
-        else:
-            # Places in the ranking as scores; what is safe comes first in either case.
-            places = torch.arange(action.ranking.shape[-1], 0, -1, device=view.slots.device, dtype=torch.float32)
-            scores = places.new_zeros(action.ranking.shape)
-            scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
-            keep = self._kept(scores, view, held, action.shares)
-        return Decision(keep, None if action.rates is None else self._faded(view, action.rates))
 
     def log_probs(self, view: LayerView, action: Action) -> Tensor:
         """Return log π of every pick, gate, rate and share: (batch, kv_heads, choices), 0 where there is no choice."""
@@ -283,16 +278,17 @@ class KVPolicy(StochasticManager):
         outputs, found = self.outputs(view), list[Tensor]()
         if action.stored is not None:
             terms = plackett_luce.bernoulli_log_prob(outputs["store"], action.stored)
-            found.append(torch.where(_arrived(view), terms, 0.0))
+            found.append(torch.where(arrived(view), terms, 0.0))
         if action.ranking is not None:
-            scores, picks = self._open(outputs["evict"], view, action.stored, action.shares)
+            scores, picks = self.rule.open(outputs["evict"], view, action.stored, action.shares)
             found.append(plackett_luce.log_probs(scores.expand_as(action.ranking), action.ranking, picks))
         if action.rates is not None:
             z = (action.rates - outputs["forget"]) / SPREAD
             terms = -0.5 * z.square() - math.log(SPREAD * math.sqrt(2 * math.pi))
             found.append(torch.where(view.valid, terms, 0.0))
-        if action.shares is not None and view.layer == 0:  # drawn once for all layers and heads: counted once
-            z = (action.shares - self.log_shares.float()) / SHARE_SPREAD
+        mean = self.shares()
+        if action.shares is not None and mean is not None and view.layer == 0:  # drawn once for all: counted once
+            z = (action.shares - mean) / SHARE_SPREAD
             terms = -0.5 * z.square() - math.log(SHARE_SPREAD * math.sqrt(2 * math.pi))
             found.append(torch.nn.functional.pad(terms[:, None], (0, 0, 0, view.slots.shape[1] - 1)))
         return found
@@ -301,62 +297,19 @@ class KVPolicy(StochasticManager):
         """Return the number of picks, gates and rates that were drawn: (batch, kv_heads)."""
         total = torch.zeros((), device=view.slots.device, dtype=torch.float32)
         if action.stored is not None:
-            total = total + _arrived(view).sum(-1)
+            total = total + arrived(view).sum(-1)
         if action.ranking is not None:
             nothing = torch.zeros(action.ranking.shape, device=view.slots.device, dtype=torch.float32)
-            scores, picks = self._open(nothing, view, action.stored, action.shares)
+            scores, picks = self.rule.open(nothing, view, action.stored, action.shares)
             total = total + torch.minimum(picks, torch.isfinite(scores).sum(-1))
         if action.rates is not None:
             total = total + view.valid.sum(-1)
         return total
 
-    def _faded(self, view: LayerView, rates: Tensor) -> Tensor:
-        """What log-rates (batch, kv_heads, slots) add to the slots' attention logits: nothing or less."""
+    def faded(self, view: LayerView, rates: Tensor) -> Tensor:
+        """Return what log-rates (batch, kv_heads, slots) add to the slots' attention logits: nothing or less."""
         amount = torch.exp(rates.clamp(max=4.0))
         return -amount * view.age.clamp(min=0) / AGE if self.options.fades == "with_age" else -amount
-
-    def _held(self, view: LayerView, stored: Tensor | None) -> Tensor:
-        """Slots that may stay: those with a token that was not refused."""
-        return view.valid if stored is None else view.valid & (stored | ~_arrived(view))
-
-    def _limits(self, view: LayerView, shares: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the slots per head that this layer may keep, and how many of the newest tokens are safe.
-
-        shares : (batch, points of depth), or None if all layers have the same. Returns (batch, 1, 1) int64 both.
-        """
-        o, selection = self.options, self.make_selection()
-        n = selection.limit(view)
-        if shares is not None:
-            n = allocated(n, view, shares.transpose(0, 1), o.sinks + o.recent + 1)
-        return n, torch.full_like(n, o.recent).minimum(n - n.clamp(max=o.sinks))
-
-    def _safe(self, view: LayerView, held: Tensor, shares: Tensor | None) -> Tensor:
-        """Protected slots, which no ranking decides about."""
-        n, recent = self._limits(view, shares)
-        return held & ((view.position < n.clamp(max=self.options.sinks)) | (view.age < recent))
-
-    def _kept(self, scores: Tensor, view: LayerView, held: Tensor, shares: Tensor | None) -> Tensor:
-        limits = torch.finfo(scores.dtype)
-        scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
-        scores = torch.where(self._safe(view, held, shares), torch.inf, torch.where(held, scores, -torch.inf))
-        n, _ = self._limits(view, shares)
-        if n.shape[0] > scores.shape[0]:
-            scores = scores.expand(n.shape[0], *scores.shape[1:])
-        return best(scores, n) & held
-
-    def _open(
-        self, scores: Tensor, view: LayerView, stored: Tensor | None, shares: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the scores with -inf at slots that the ranking does not decide about, and how many picks it makes.
-
-        Returns
-        -------
-        scores (batch, kv_heads, slots), picks (batch, kv_heads) int64.
-        """
-        held = self._held(view, stored)
-        safe = self._safe(view, held, shares)
-        picks = (self._limits(view, shares)[0] - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
-        return torch.where(held & ~safe, scores, -torch.inf), picks
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -365,8 +318,3 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return drawn.to(torch.get_default_device())
-
-
-def _arrived(view: LayerView) -> Tensor:
-    """Slots whose token came since the last decision: what storing is about."""
-    return view.valid & (view.age < view.fresh)

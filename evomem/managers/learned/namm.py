@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from evomem.bounds import TOKENS, UNITS
 from evomem.errors import CacheError, ConfigError
+from evomem.managers.allocation import Allocation, Dense, Threshold, Uniform
 from evomem.managers.base import ManagerOptions, MemoryManager, register
 from evomem.managers.learned.bam import BAMScorer, LinearScorer, MLPScorer
-from evomem.managers.selection import Dense, Selection, Threshold
+from evomem.managers.selection import Ends
 from evomem.managers.vector import load_vector, to_vector
 from evomem.memory import LayerView
 from evomem.memory.spectrum import BINS
@@ -47,7 +48,8 @@ class NAMMOptions(ManagerOptions):
     selection: Literal["threshold", "capped", "dense"] = Field(
         default="capped",
         description="threshold: keep scores >= 0; capped: of these, the budget's best first (no budget: no cap); "
-        "dense: as many slots in every head as the greediest head keeps (parity with the reference only)",
+        "dense: as many slots in every head as the greediest head keeps (parity with the reference only). With an "
+        "allocation: capped only, and slots are ranked to the budget",
     )
 
 
@@ -93,10 +95,14 @@ class NAMM(MemoryManager):
         """The attention spectrogram."""
         return frozenset({OBSERVATION})
 
-    def make_selection(self) -> Selection:
-        """Return the selection that the options name."""
+    def make_ends(self) -> Ends:
+        """The newest token."""
+        return Ends(recent=1)
+
+    def own_allocation(self) -> Allocation:
+        """Return what ``selection`` names; with an ``allocation``, slots are ranked to the budget instead."""
         if self.options.selection == "capped":
-            return Threshold(self.options.budget)
+            return Uniform() if self.options.allocation else Threshold()
         if self.options.budget is not None:
             raise ConfigError(
                 f"manager 'namm': budget: {self.options.budget!r} has no effect with selection "

@@ -1,0 +1,151 @@
+"""Manager: the one place where a decision is composed: score, admit, limits, protect, best, decay.
+
+Deployed and drawn decisions come from the same `Rule`. They differ in the `Judgement` that it gets: a stochastic
+manager puts drawn scores, gates, rates and shares in the place of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evomem.errors import ConfigError
+from evomem.managers.allocation import AcrossHeads, Allocation, EmergentAllocation, LayerAllocation, ModelAllocation
+from evomem.managers.selection import Ends, best, slots_of_budget
+from evomem.memory.view import Decision, LayerView
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a manager says about one layer's slots, before anything is decided.
+
+    Attributes
+    ----------
+    scores : (batch, kv_heads, slots) fp32; larger is kept.
+    stored : (batch, kv_heads, slots) bool, which of the tokens that came since the last decision may enter memory;
+        None: all.
+    decay : (batch, kv_heads, slots) <= 0, added to the slots' attention logits; None: nothing.
+    shares : (batch or 1, points of depth) log-shares of the budget for the allocation; None: its own.
+    """
+
+    scores: Tensor
+    stored: Tensor | None = None
+    decay: Tensor | None = None
+    shares: Tensor | None = None
+
+
+def arrived(view: LayerView) -> Tensor:
+    """Slots whose token came since the last decision, which is what storing is about: (batch, kv_heads, slots) bool."""
+    return view.valid & (view.age < view.fresh)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How judgements become decisions.
+
+    A token that is refused is taken out before anything is protected or ranked, so its place goes to the next best.
+
+    Attributes
+    ----------
+    budget : mean slots per head, see `slots_of_budget`.
+    ends : tokens that come before all others.
+    allocation : how the budget is shared out.
+    """
+
+    budget: int | float | None
+    ends: Ends
+    allocation: Allocation
+
+    def decide(self, judgement: Judgement, view: LayerView) -> Decision:
+        """Return the decision about one layer.
+
+        Raises
+        ------
+        ConfigError : the allocation needs every layer's view, see `decide_all`.
+        """
+        held = self.held(view, judgement.stored)
+        if isinstance(self.allocation, EmergentAllocation):
+            kept = self.allocation.keep(judgement.scores, view, held, self.ends, self.budget)
+            return Decision(kept, judgement.decay)
+        n = self.layer_limit(view, judgement.shares)
+        marked = self.ends.mark(judgement.scores, view, held, n)
+        limits = self._by_layer().head_limits(marked, view, held, n)
+        return Decision(_kept(marked, limits, held), judgement.decay)
+
+    def decide_all(self, judgements: Sequence[Judgement], views: Sequence[LayerView]) -> list[Decision]:
+        """Return the decisions about all layers, the first first."""
+        allocation = self.allocation
+        if not isinstance(allocation, ModelAllocation):
+            return [self.decide(judgement, view) for judgement, view in zip(judgements, views, strict=True)]
+        held = [self.held(view, judgement.stored) for judgement, view in zip(judgements, views, strict=True)]
+        scores = [torch.where(h, judgement.scores, -torch.inf) for h, judgement in zip(held, judgements, strict=True)]
+        means = [slots_of_budget(self.budget, view) for view in views]
+        limits = allocation.limits(views, means, scores, self.ends, judgements[0].shares)
+        decisions = []
+        for judgement, view, h, n in zip(judgements, views, held, limits, strict=True):
+            marked = self.ends.mark(judgement.scores, view, h, n)
+            decisions.append(Decision(_kept(marked, n, h), judgement.decay))
+        return decisions
+
+    def held(self, view: LayerView, stored: Tensor | None) -> Tensor:
+        """Slots that may stay, those with a token that was not refused: (batch, kv_heads, slots) bool."""
+        return view.valid if stored is None else view.valid & (stored | ~arrived(view))
+
+    def layer_limit(self, view: LayerView, shares: Tensor | None = None) -> Tensor:
+        """Return the slots that a head of the layer has on average, by which ends are measured: (batch, 1, 1) int64.
+
+        Without a layer-wise allocation that is the budget.
+        """
+        mean = slots_of_budget(self.budget, view)
+        if not isinstance(self.allocation, LayerAllocation):
+            return mean
+        return self.allocation.layer_limit(view, mean, self.ends, shares)
+
+    def protected(self, view: LayerView, shares: Tensor | None = None) -> Tensor:
+        """Slots that are kept whatever their score is: (batch, kv_heads, slots) bool."""
+        if isinstance(self.allocation, EmergentAllocation):
+            return torch.zeros_like(view.valid)
+        return self.ends.safe(view, self.layer_limit(view, shares)) & view.valid
+
+    def open(
+        self, scores: Tensor, view: LayerView, stored: Tensor | None, shares: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores with -inf at slots that a ranking does not decide about, and how many picks it makes.
+
+        Returns
+        -------
+        scores (batch, kv_heads, slots), picks (batch, kv_heads) int64.
+
+        Raises
+        ------
+        ConfigError : the heads' numbers of slots depend on the ranking itself, or on all layers.
+        """
+        if not isinstance(self.allocation, LayerAllocation) or isinstance(self.allocation, AcrossHeads):
+            raise ConfigError(
+                f"allocation {self.allocation.name!r}: a ranking that is drawn head by head needs to know how many "
+                "slots a head has, and here that depends on all heads' scores; train with uniform, pyramid or "
+                "depth_shares, or search by evolution, which draws nothing"
+            )
+        held = self.held(view, stored)
+        n = self.layer_limit(view, shares)
+        safe = held & self.ends.safe(view, n)
+        picks = (n - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
+        return torch.where(held & ~safe, scores, -torch.inf), picks
+
+    def _by_layer(self) -> LayerAllocation:
+        if not isinstance(self.allocation, LayerAllocation):
+            raise ConfigError(
+                f"allocation {self.allocation.name!r} needs the views of all layers at once; ask decide_all(views), "
+                "or read through a cache of slots, which does"
+            )
+        return self.allocation
+
+
+def _kept(marked: Tensor, limits: Tensor, held: Tensor) -> Tensor:
+    """Keep the first of every head: marked, held (batch, kv_heads, slots), limits (batch, kv_heads or 1, 1)."""
+    if limits.shape[0] > marked.shape[0]:
+        marked = marked.expand(limits.shape[0], *marked.shape[1:])
+    return best(marked, limits) & held
