@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +22,12 @@ from evomem.drivers.common import (
     parse_options,
     sampling_seeds,
 )
+from evomem.drivers.fitness import Fitness, Part, Stage
 from evomem.drivers.state import lost, overlay, snapshot
 from evomem.errors import ConfigError, RunError
 from evomem.registry import Registry
 
-if TYPE_CHECKING:
-    from evomem.drivers.estimators import Rollouts
-
 __all__ = ["Array", "Driver", "Fitness", "Part", "Population", "Stage", "drivers", "uses"]
-
-Part = Literal["per_head", "costs", "rollouts"]
-"""What a driver can learn from besides the values, by the names of `Fitness`."""
 
 _TAKES = ("blocks", "variables", "warm")
 _BASE = frozenset(
@@ -69,41 +64,6 @@ class Population:
         """Return an independent copy."""
         arrays: dict[str, Any] = {k: v.copy() for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **arrays)
-
-
-@dataclass(frozen=True)
-class Fitness:
-    """What came of a generation: all that a driver may learn from.
-
-    Attributes
-    ----------
-    values : (candidates,) float64, larger is better; NaN or infinite: no result.
-    per_head : (candidates, layers * kv_heads) the same of every KV head by itself; None: the objective has none.
-    costs : (candidates,) measured bytes, smaller is better; None: not measured.
-    rollouts : a group of rollouts per sample and budget, for a policy gradient; empty: none were measured.
-    """
-
-    values: Array
-    per_head: Array | None = None
-    costs: Array | None = None
-    rollouts: tuple[Rollouts, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a driver is told of a stage of the search when it begins.
-
-    Attributes
-    ----------
-    begin, end : generations that it covers, by the driver's own count; 0 and 0: not known.
-    per_head : its objective gives every KV head a fitness.
-    exact : its objective has an exact gradient.
-    """
-
-    begin: int = 0
-    end: int = 0
-    per_head: bool = False
-    exact: bool = False
 
 
 class Driver(ABC):
@@ -283,23 +243,9 @@ class Driver(ABC):
             raise ConfigError(
                 f"driver {self.name!r}: tell() takes evomem.drivers.Fitness(values), this is {type(fitness).__name__}"
             )
-        shapes = {"fitness values": np.shape(fitness.values)}
-        if fitness.costs is not None:
-            shapes["costs"] = np.shape(fitness.costs)
-        for group in fitness.rollouts:
-            shapes["rollouts in a group"] = np.shape(group.rewards)[:1]
-        for what, shape in shapes.items():
-            if shape != (count,):
-                raise ConfigError(f"driver {self.name!r}: {count} {what} are expected, this has shape {shape}")
-        heads = fitness.per_head
-        if heads is not None and (np.ndim(heads) != 2 or len(heads) != count):
-            raise ConfigError(
-                f"driver {self.name!r}: fitness per head of {count} candidates is expected, this has shape "
-                f"{np.shape(heads)}"
-            )
-        there = {"per_head": heads is not None, "costs": fitness.costs is not None, "rollouts": bool(fitness.rollouts)}
+        fitness.check(self.name, count)
         per_head = self._stage is not None and self._stage.per_head
-        missing = [part for part in self.uses if not there[part] and (per_head or part != "per_head")]
+        missing = [part for part in self.uses if not fitness.has(part) and (per_head or part != "per_head")]
         if missing:
             raise ConfigError(
                 f"driver {self.name!r}: learns from {', '.join(sorted(missing))} (`Fitness`), and is told none; take "
