@@ -111,14 +111,22 @@ def validate(model: type[M], data: Any, where: str) -> M:
         raise ConfigError("\n".join(f"{where}: {fault}" for fault in faults(error, model))) from None
 
 
-def faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return one line per fault of a validated model: field, what is wrong, value, nearest valid key."""
-    return list(dict.fromkeys(_explain(fault, model) for fault in error.errors()))
+def faults(error: ValidationError, model: type[BaseModel], whole: str = "settings") -> list[str]:
+    """Return one line per fault of a validated model: field, what is wrong, value, nearest valid key.
+
+    Every error of pydantic that a user reads is worded here. Names and values may be a stranger's: they are shortened,
+    and control characters are escaped.
+
+    Parameters
+    ----------
+    whole : what a fault is of that is of no field.
+    """
+    return list(dict.fromkeys(_explain(fault, model, whole) for fault in error.errors()))
 
 
-def _explain(fault: Any, model: type[BaseModel]) -> str:
+def _explain(fault: Any, model: type[BaseModel], whole: str) -> str:
     location = [str(part) for part in fault["loc"]]
-    field = ".".join(location)
+    field = shown(".".join(location), 200)
     if fault["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, location[:-1]))
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -128,7 +136,7 @@ def _explain(fault: Any, model: type[BaseModel]) -> str:
         return f"{field}: is required and missing"
     message = fault["msg"].removeprefix("Value error, ")
     value = repr(fault["input"])
-    return f"{field or 'settings'}: {message} (got {value if len(value) <= 100 else value[:97] + '...'})"
+    return f"{field or whole}: {message} (got {value if len(value) <= 100 else value[:97] + '...'})"
 
 
 def _keys_at(model: type[BaseModel], location: list[str]) -> set[str]:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from evomem.statistics import percentile_interval
+
 
 def arm(subject: str, given: Mapping[str, str]) -> str:
     """Return the arm of a subject: as given, or the last part of its path without the seed (``-0``), if it has one."""
@@ -31,9 +33,8 @@ def arm(subject: str, given: Mapping[str, str]) -> str:
 
 def interval(differences: np.ndarray) -> str:
     """Return mean and 95 % bootstrap interval of differences (samples,)."""
-    draws = np.random.default_rng(0).integers(0, len(differences), (10_000, len(differences)))
-    low, high = np.quantile(differences[draws].mean(1), (0.025, 0.975))
-    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    found = percentile_interval(differences)
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 class Samples:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from evomem.errors import EvomemError
 from evomem.evaluation.measurement import Evaluation
-from evomem.evaluation.statistics import bootstrap_mean, paired_bootstrap, recovered_share
+from evomem.statistics import bootstrap_mean, paired_bootstrap, recovered_share
 
 Budget = int | float | None
 Role = Literal["subject", "field", "full", "oracle"]

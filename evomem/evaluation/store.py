@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evomem.devices import CPU, free_bytes
 from evomem.errors import EvomemError
+from evomem.files.atomic import replacing
 from evomem.files.scratch import Scratch, sweep
 from evomem.memory import LayerView
 
@@ -158,13 +159,11 @@ class PrefillStore:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
         facts = {"seen": str(reading.views[0].seen), "tokens": str(reading.tokens), "layers": str(len(reading.views))}
         facts["devices"] = json.dumps([str(view.keys.device) for view in reading.views])  # where they go back to
-        temporary = path.with_suffix(".partial")
         try:
-            save_file(tensors, temporary, metadata=facts)
-            temporary.replace(path)
+            with replacing(path, durable=False) as temporary:  # it lasts no longer than its process
+                save_file(tensors, temporary, metadata=facts)
             self.spills += 1
         except Exception as error:
-            temporary.unlink(missing_ok=True)
             raise EvomemError(
                 f"a context that was read could not be moved to {path.parent}: {error}; free some disk space, or give "
                 f"the store more memory (store_bytes is {self.limit:,})"

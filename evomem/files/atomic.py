@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from evomem.errors import RunError
 
 _MARK = ".evomem.tmp"
+_NUMBER = itertools.count()
 _TEMPORARY = re.compile(rf"\..+\.[0-9]+{re.escape(_MARK)}", re.DOTALL)
 
 
@@ -34,20 +36,44 @@ def disk_errors(path: Path, what: Literal["written", "read"] = "written") -> Ite
         raise RunError(f"{path}: cannot be {what}: {error.strerror or error}") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that after a kill at any moment it is the old one or the new one, whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_MARK}")
-    with disk_errors(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a file beside ``path`` to write to; it takes the place of ``path`` at the end, and is removed on an error.
+
+    After a kill at any moment ``path`` is the old file or the new one, whole. Threads and processes that write the same
+    file do not disturb each other; the last one counts.
+
+    Parameters
+    ----------
+    durable : wait until the new file is on the disk, so that this is also true after a power cut.
+
+    Raises
+    ------
+    OSError : the disk is full, or does not let us.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(_NUMBER)}{_MARK}")
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that after a kill at any moment it is the old one or the new one, whole and on the disk.
+
+    Raises
+    ------
+    RunError : the disk is full, or does not let us.
+    """
+    with disk_errors(path), replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def is_temporary(path: Path) -> bool:
@@ -64,9 +90,9 @@ def sweep(*folders: Path) -> None:
                     path.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -17,6 +17,7 @@ import jinja2
 from evomem.errors import PluginError
 from evomem.plain_text import plain
 from evomem.plugins.hub import REPOSITORY
+from evomem.statistics import verdict
 
 _TEMPLATE = "card.md.jinja"
 _CAPTIONS = {
@@ -120,12 +121,15 @@ def _at_home(row: Mapping[str, Any]) -> bool:
     return str(row.get("model")) in str(row.get("train_model", "")).split(" + ")
 
 
+_WORDS = {"wins": "better", "loses": "worse", "ties": "equal", "unknown": ""}
+
+
 def _verdict(row: Mapping[str, Any]) -> str:
     """Return whether the interval of the advantage excludes zero: better, worse or equal; nothing without one."""
     interval = row.get("interval")
     if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(_is_number, interval)):
         return ""
-    return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "equal"
+    return _WORDS[verdict(interval)]
 
 
 def _advantage(row: Mapping[str, Any]) -> str:

@@ -49,6 +49,7 @@ from evomem.plugins.untrusted import (
     read_pictures,
     read_tensors,
 )
+from evomem.validation import faults
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,7 @@ def _build(path: Path, config: Mapping[str, Any]) -> MemoryManager:
         with torch.random.fork_rng(devices=[]):
             manager: MemoryManager = kind(**options)
     except ValidationError as error:
-        fault = error.errors()[0]
-        field = ".".join(map(str, ("options", *fault["loc"])))
-        raise PluginError(f"{path}: {shown(field)}: {shown(fault['msg'], 400)} (got {shown(fault['input'])})") from None
+        raise PluginError(f"{path}: {shown(f'options.{faults(error, kind.Options)[0]}', 600)}") from None
     except ConfigError as error:
         raise PluginError(f"{path}: options: {shown(str(error), 400)}") from None
     except Exception as error:  # a constructor's own: sizes beyond all integers, code of other packages

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from evomem.errors import PluginError
+from evomem.files.atomic import sync
 from evomem.files.reading import is_folder, user_path, whole_number
 from evomem.plugins.untrusted import FILES, PICTURE, PICTURES, shown
 
@@ -85,7 +86,7 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         _lay_down(partial, contents)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         _discard(partial)
 
@@ -105,12 +106,12 @@ def _lay_down(folder: Path, contents: Mapping[str, bytes]) -> None:
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         _write(folder / name, content)
-    _sync(folder)
+    sync(folder)
 
 
 def _put_in_place(folder: Path) -> None:
     """Put what is in ``.evomem-saved`` in its place, and remove pictures that are no longer there."""
-    _sync(folder)
+    sync(folder)
     saved = folder / SAVED
     names = {path.relative_to(saved).as_posix() for path in _plain_files(saved)}
     for name in sorted(names):
@@ -125,7 +126,7 @@ def _put_in_place(folder: Path) -> None:
                 path.unlink()
         with suppress(OSError):  # not empty
             pictures.rmdir()
-    _sync(folder)
+    sync(folder)
     done = folder / f".evomem-new-{os.getpid()}"
     saved.rename(done)
     _discard(done)
@@ -196,15 +197,5 @@ def _dead(pid: str) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_bytes(content)
+    sync(path)

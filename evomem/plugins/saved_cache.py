@@ -17,7 +17,6 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomem.errors import CacheError, PluginError
+from evomem.files.atomic import replacing
 from evomem.files.reading import user_path
 from evomem.files.strict_json import NotStrictError, parse_strict, shown
 from evomem.managers import MemoryManager
@@ -219,20 +219,14 @@ def _digest(facts: Mapping[str, Any], sums: Mapping[str, list[Any]]) -> str:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], facts: str) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {_KEY: facts})
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, {_KEY: facts})
     except (OSError, SafetensorError) as error:
         raise CacheError(
             f"{path}: cannot be written: {getattr(error, 'strerror', None) or shown(str(error))}"
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _require_saved_cache(path: Path) -> None:

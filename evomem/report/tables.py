@@ -15,6 +15,7 @@ from rich.text import Text
 from evomem.evaluation.rows import BYTES_TOLERANCE, Budget, Row
 from evomem.files.atomic import write_atomically
 from evomem.runs.folder_reading import of_shape, read_json
+from evomem.statistics import verdict
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -162,11 +163,12 @@ def _sentence(rows: Sequence[Row]) -> str | None:
     low, high = best.interval if best.interval is not None else (math.nan, math.nan)
     span = f"[{low:.3f}, {high:.3f}]"
     name = f"the best heuristic ({best.manager})"
-    if best.interval is None:
+    who = verdict(best.interval)
+    if who == "unknown":
         text = f"{subject.manager} is {best.difference:+.3f} nats per answer token from {name} {where}; too few samples"
-    elif low > 0:
+    elif who == "wins":
         text = f"{subject.manager} beats {name} by {amount} {span} {where}"
-    elif high < 0:
+    elif who == "loses":
         text = f"{subject.manager} loses to {name} by {amount} [{-high:.3f}, {-low:.3f}] {where}"
     else:
         text = (

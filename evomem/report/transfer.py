@@ -16,6 +16,7 @@ from evomem.evaluation.compare import Comparison
 from evomem.evaluation.rows import Budget, Row, budget_size, rows_of
 from evomem.report.plots import figure_with, save_figure
 from evomem.report.tables import best_heuristic, budget_text, read_rows
+from evomem.statistics import Verdict, verdict
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,12 @@ class Cell:
     best: TransferRow | None
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """``wins`` or ``loses`` if the interval of the advantage over the best heuristic excludes zero, else ``ties``.
 
         ``unknown`` without an interval.
         """
-        interval = self.best.interval if self.best is not None else None
-        if interval is None:
-            return "unknown"
-        return "wins" if interval[0] > 0 else "loses" if interval[1] < 0 else "ties"
+        return verdict(self.best.interval if self.best is not None else None)
 
 
 def transfer_rows(

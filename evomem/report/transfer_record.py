@@ -27,6 +27,7 @@ from evomem.plugins.replacing import located
 from evomem.report.plots import figure_with, save_figure
 from evomem.report.tables import budget_text
 from evomem.report.transfer import Cell
+from evomem.statistics import verdict
 from evomem.validation import Settings, validate
 
 FIELD, PICTURE = "transfer", "transfer.png"
@@ -35,7 +36,7 @@ _ROWS, _DRAWN = 1000, 60
 """Rows that a plug-in keeps, and that its picture shows, at most."""
 _ROOM = 64 << 10
 """Bytes that a provenance must have left for rows."""
-_COLORS = {"wins": "#D55E00", "loses": "#0072B2", "ties": "#8C8C8C"}
+_COLORS = {"wins": "#D55E00", "loses": "#0072B2", "ties": "#8C8C8C", "unknown": "#8C8C8C"}
 
 
 Value = Annotated[float, Field(ge=-VALUE, le=VALUE)]
@@ -291,7 +292,7 @@ def record_plot(path: Path, rows: Sequence[RecordedRow]) -> None:
     figure, (axes,) = figure_with(title, size=(8.5, 1.4 + 0.27 * max(len(shown), 2)))
     for down, row in enumerate(shown):
         low, high = row.interval or (math.nan, math.nan)
-        color = _COLORS["wins" if low > 0 else "loses" if high < 0 else "ties"]
+        color = _COLORS[verdict(row.interval)]
         axes.plot([low, high], [down, down], color=color, linewidth=2, solid_capstyle="butt")
         axes.plot(
             row.difference, down, marker="o", color=color, markersize=6,

@@ -89,8 +89,8 @@ def _write_front(
     search: Search, result: RunResult, front: list[Finalist], select: list[Score], sealed: list[Score], rows: list[Row]
 ) -> None:
     """Write the members of a front as plug-ins, then the list of them."""
-    from evomem.evaluation.statistics import bootstrap_mean
     from evomem.plugins import save
+    from evomem.statistics import bootstrap_mean
 
     members = []
     known = provenance(search, result)

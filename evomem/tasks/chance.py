@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from evomem.errors import TaskError
+from evomem.statistics import percentile_interval
 
 MINIMUM_GAIN = 0.1
 """Nats per answer token that the full context must be worth at least."""
-
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,8 @@ def check(
             f"chance check of task {task_name}: sample {where} has log-likelihoods {full[where]} and {without[where]}; "
             "they must be finite"
         )
-    gain = float(difference.mean())
-    # A fixed seed: the verdict is a function of the numbers.
-    rows = np.random.default_rng(0).integers(0, len(difference), size=(RESAMPLES, len(difference)))
-    low, high = (float(bound) for bound in np.quantile(difference[rows].mean(axis=1), (0.025, 0.975)))
+    interval = percentile_interval(difference)
+    gain, low, high = interval.mean, interval.low, interval.high
     passed = low > 0.0 and gain > MINIMUM_GAIN
     exact = float(np.mean(full_cache_exact)) if len(full_cache_exact) else None
 

@@ -20,6 +20,7 @@ from evomem.tasks.chat import ChatTemplate
 from evomem.tasks.fitting import UnitCounts, fit
 from evomem.tasks.metrics import substring_share
 from evomem.tasks.splits import draw_of_split
+from evomem.validation import faults
 
 
 class TaskOptions(BaseModel):
@@ -63,11 +64,7 @@ def validate_options(task: str, model: type[Opts], given: dict[str, Any]) -> Opt
     try:
         return model(**given)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'options'}={problem.get('input')!r}: {problem['msg']}"
-            for problem in error.errors()
-        )
-        raise ConfigError(f"task {task}: {problems}") from error
+        raise ConfigError(f"task {task}: {'; '.join(faults(error, model, 'options'))}") from None
 
 
 class GeneratedTask(ABC, Generic[Opts]):

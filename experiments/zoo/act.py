@@ -13,9 +13,9 @@ from typing import Any
 
 from evomem import plugins
 from evomem.evaluation.episode_return import rollout
-from evomem.evaluation.statistics import bootstrap_mean
 from evomem.managers import MemoryManager, build
 from evomem.models import load
+from evomem.statistics import bootstrap_mean
 from evomem.tasks import Split
 from evomem.tasks.episodes.environments import DISTURBED, STEPS, Maze, cart, cart_seed, maze_seed
 

@@ -16,10 +16,10 @@ from evomem.evaluation.compare import NamedManager, Place, compare, evaluate, fi
 from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.measurement import Evaluation, EvaluationProtocol
 from evomem.evaluation.rows import Measured, Row, rows_of
-from evomem.evaluation.statistics import bootstrap_mean, paired_bootstrap, recovered_share
 from evomem.managers import build, names
 from evomem.models import LoadedModel
 from evomem.report.tables import markdown, notes, read_rows, sentences, tables, write_rows
+from evomem.statistics import bootstrap_mean, paired_bootstrap, recovered_share
 from evomem.tasks import build as build_task
 from evomem.testing.models import tiny, tiny_tokenizer
 

@@ -13,11 +13,11 @@ from evomem.cli.commands import compare as words
 from evomem.cli.commands import transfer as command
 from evomem.errors import ConfigError, RunError, TaskError
 from evomem.evaluation import Evaluator
-from evomem.evaluation.statistics import paired_bootstrap
 from evomem.managers import build
 from evomem.models import load
 from evomem.report.tables import read_rows
 from evomem.report.transfer import cells, read_transfer, summary, transfer_markdown
+from evomem.statistics import paired_bootstrap
 from evomem.tasks import Split
 from evomem.tasks import build as build_task
 from tests.workers.test_several_models import folders  # noqa: F401

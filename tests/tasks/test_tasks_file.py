@@ -80,7 +80,7 @@ def test_named_splits_and_likelihood_rows(tmp_path):
     [
         ('{"context": ', "t.jsonl:3: not JSON"),
         ("[1, 2]", "t.jsonl:3: field the whole line"),
-        ('{"question": "b", "answers": ["c"]}', "t.jsonl:3: field context: Field required"),
+        ('{"question": "b", "answers": ["c"]}', "t.jsonl:3: field context: is required and missing"),
         ('{"context": "", "question": "b", "answers": ["c"]}', "t.jsonl:3: field context"),
         ('{"context": "a", "question": "b", "answers": []}', "t.jsonl:3: field answers"),
         ('{"context": "a", "question": "b", "answers": ["c", 4]}', "t.jsonl:3: field answers.1"),

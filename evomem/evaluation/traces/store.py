@@ -40,6 +40,7 @@ from evomem.evaluation.store import Reading
 from evomem.files.reading import user_path
 from evomem.managers.features import base_columns, column
 from evomem.memory import LayerView
+from evomem.validation import faults
 
 if TYPE_CHECKING:
     from evomem.models import LoadedModel
@@ -147,9 +148,9 @@ class Manifest(_Strict):
         except OSError as error:
             raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RunError(f"{path}: {where}: {first['msg']}; this evomem reads version {SCHEMA}") from None
+            raise RunError(
+                f"{path}: {faults(error, cls, 'the manifest')[0]}; this evomem reads version {SCHEMA}"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise RunError(f"{path}: is damaged ({error}); record the traces again into another folder") from None
 

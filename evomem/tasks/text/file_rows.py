@@ -18,6 +18,7 @@ from evomem.errors import TaskError
 from evomem.files.strict_json import NotStrictError, parse_strict, shown
 from evomem.tasks import splits
 from evomem.tasks.base import Split
+from evomem.validation import faults
 
 FILE_BYTES, LINE_BYTES, ROWS = 256 << 20, 32 << 20, 1_000_000
 """What a file may have at most: it is held in memory as a whole."""
@@ -157,10 +158,7 @@ def _row(line: str, where: str) -> Row:
     except NotStrictError as error:
         raise TaskError(f"{where}: {error}") from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "the whole line"
-        message = problem["msg"].removeprefix("Value error, ")
-        raise TaskError(f"{where}: field {field}: {message} (got {shown(repr(problem.get('input')), 60)})") from None
+        raise TaskError(f"{where}: field {faults(error, Row, 'the whole line')[0]}") from None
     absent = sorted(set(Row.model_fields) - set(found))
     for name in found:
         close = [] if name in Row.model_fields else get_close_matches(name[:100], absent, n=1, cutoff=0.8)
