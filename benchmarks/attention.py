@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks.measuring import Line, Setting, in_turns, line, ratios, timed
 from evomem.managers import build
 from evomem.memory import attached
+from evomem.memory.kv.versions import passed
 
 PREFILL = "attention.prefill_overhead"
 DECODE = "attention.decode_overhead"
@@ -72,7 +73,7 @@ def _decode_overhead(setting: Setting, batch: int) -> list[float]:
 
 def step(model: PreTrainedModel, tokens: Tensor, cache: Any) -> Tensor:
     """Feed tokens (batch, count) and return the last one's logits (batch, 1, vocabulary)."""
-    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits: Tensor = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **passed(cache, model)).logits
     return logits
 
 

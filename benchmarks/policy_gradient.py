@@ -17,6 +17,7 @@ from evomem.managers import build, plackett_luce
 from evomem.managers.stochastic import Noise, StochasticManager
 from evomem.managers.vector import load_vector, vector_size
 from evomem.memory import LayerView
+from evomem.statistics import leave_one_out
 
 VARIANCE, ERROR, SPEEDUP = "pg.variance_ratio", "pg.closed_form_error", "pg.rollouts_speedup"
 GROUP = 8
@@ -67,9 +68,9 @@ class Known:
             with torch.no_grad():
                 ranking, reward = self.drawn(view, seeds)
                 grouped = reward.view(-1, GROUP, reward.shape[-1]).transpose(0, 1)
-                advantage = plackett_luce.leave_one_out(grouped).transpose(0, 1).reshape(reward.shape)
+                advantage = leave_one_out(grouped).transpose(0, 1).reshape(reward.shape)
             scores = self.manager.score(view).expand(ranking.shape)
-            worth = (advantage * plackett_luce.log_prob(scores, ranking)).sum() / (self.heads * len(seeds))
+            worth = (advantage * plackett_luce.log_probs(scores, ranking).sum(-1)).sum() / (self.heads * len(seeds))
             parts = torch.autograd.grad(worth, parameters, allow_unused=True)
             flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, parts, strict=True)]
             total += torch.cat(flat).double()
@@ -84,7 +85,7 @@ class Known:
         for view in self.views:
             with torch.no_grad():
                 ranking, reward = self.drawn(view, seeds)
-            likely = plackett_luce.log_prob(self.manager.score(view).expand(ranking.shape), ranking)
+            likely = plackett_luce.log_probs(self.manager.score(view).expand(ranking.shape), ranking).sum(-1)
             parts = torch.autograd.grad((reward * likely).sum() / (self.heads * GROUP), parameters, allow_unused=True)
             flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, parts, strict=True)]
             without += torch.cat(flat).double()

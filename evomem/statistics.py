@@ -6,13 +6,16 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from evomem.errors import EvomemError
 from evomem.installing import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,20 @@ def percentile_interval(values: ArrayLike, *, resamples: int = 10_000, seed: int
     rows = np.random.default_rng(seed).integers(0, len(data), size=(resamples, len(data)))
     low, high = np.quantile(data[rows].mean(axis=1), (0.025, 0.975))
     return Interval(float(data.mean()), float(low), float(high))
+
+
+Rewards = TypeVar("Rewards", NDArray[np.float64], "Tensor")
+
+
+def leave_one_out(rewards: Rewards) -> Rewards:
+    """Return advantages (samples, ...): each reward minus the mean of the other samples' of the same context (RLOO).
+
+    Source: Kool, van Hoof, Welling, "Buy 4 REINFORCE samples, get a baseline for free!" (2019). The baseline does not
+    depend on the sample that it is taken off, so the gradient stays unbiased. A single reward has no others: it is
+    returned as it is.
+    """
+    count = len(rewards)
+    return (rewards - rewards.mean(0)) * (count / (count - 1)) if count > 1 else rewards
 
 
 Verdict = Literal["wins", "loses", "ties", "unknown"]

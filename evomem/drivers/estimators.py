@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from evomem.drivers.base import Array
 from evomem.errors import ConfigError
 from evomem.evaluation.measurement import Step
+from evomem.statistics import leave_one_out
 
 Baseline = Literal["leave_one_out", "none"]
 
@@ -68,7 +69,7 @@ def advantages(rewards: Array, baseline: Baseline = "leave_one_out", *, normalis
     if baseline == "leave_one_out":
         if count < 2:
             return np.zeros_like(rewards)
-        found = (rewards - rewards.mean(axis=0)) * (count / (count - 1))
+        found = leave_one_out(rewards)
     if normalise:
         deviation = rewards.std(axis=0)
         found = np.divide(found, deviation, out=np.zeros_like(found), where=deviation > 1e-12)

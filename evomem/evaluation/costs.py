@@ -28,6 +28,7 @@ from evomem.managers.base import MemoryManager
 from evomem.managers.stochastic import Noise, StochasticManager
 from evomem.memory import LayerView
 from evomem.modes import outside_inference_mode
+from evomem.statistics import leave_one_out
 from evomem.tasks.base import Sample
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def _drawn(
             raise ConfigError(f"manager {policy.name!r}: without the action evict there is no ranking to cost anything")
         ranking = _protected_first(policy, view, action.ranking, noise.gumbel(view.slots))
         cost = plackett_luce.trace_cost(future.expand(count, -1, -1), ranking)
-        weights = plackett_luce.leave_one_out(-cost) / heads
+        weights = leave_one_out(-cost) / heads
         part, likely = DrawnRows(view, action, count).gradient(policy, weights)
         gradient, log_prob = gradient + part.double().cpu(), log_prob + likely.sum(1).double().cpu()
         rows.append(cost.double().cpu())

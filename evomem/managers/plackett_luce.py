@@ -19,25 +19,16 @@ NEVER = -1e30
 """Score of a slot that is never picked while another is left."""
 
 
-def sample_ranking(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return a ranking drawn from Plackett-Luce: (..., slots) int64, the slots in the order in which they are picked.
-
-    P(ranking) = Π_j exp(s_j) / Σ_{i picked at j or later} exp(s_i). A slot whose score is -inf comes after all others.
-    """
-    # A generator draws on its own device only.
-    device = scores.device if generator is None else generator.device
-    uniform = torch.rand(scores.shape, generator=generator, device=device, dtype=torch.float64).to(scores.device)
-    gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300))).to(scores.dtype)
-    return torch.argsort(scores + gumbel, dim=-1, descending=True)
-
-
 def log_probs(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) -> Tensor:
     """Return log P of every pick of a ranking, given those before it: (..., slots), differentiable in the scores.
+
+    P(ranking) = Π_j exp(s_j) / Σ_{i picked at j or later} exp(s_i). The sum over the first n picks is the likelihood of
+    an ordered selection: what comes after them is not distinguished.
 
     Parameters
     ----------
     scores : (..., slots); -inf at slots that cannot be picked.
-    ranking : (..., slots) int64, see `sample_ranking`.
+    ranking : (..., slots) int64, the slots in the order in which they are picked.
     n : number of picks that count, or (...) int64; None: all. Those after the n-th, and those of slots that cannot be
         picked, are 0.
     """
@@ -55,15 +46,6 @@ def log_probs(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) ->
     return torch.where(places < limit, terms, 0.0)
 
 
-def log_prob(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) -> Tensor:
-    """Return log P of the first ``n`` picks of a ranking: (...), the sum of `log_probs`.
-
-    What comes after the n-th pick is not distinguished, so this is the likelihood of an *ordered* selection, and its
-    gradient that of the whole decision: REINFORCE needs no more.
-    """
-    return log_probs(scores, ranking, n).sum(-1)
-
-
 def best_cost(future: Tensor) -> Tensor:
     """Return Z = Σ_j j f_sorted(j), what the best ranking costs: (...); ``future`` (..., slots) as in `trace_cost`."""
     ordered = torch.sort(future, dim=-1, descending=True).values
@@ -76,7 +58,7 @@ def trace_cost(future: Tensor, ranking: Tensor) -> Tensor:
     Parameters
     ----------
     future : (..., slots) >= 0, the attention that each slot gets from the tokens after the decision.
-    ranking : (..., slots) int64, see `sample_ranking`.
+    ranking : (..., slots) int64, see `log_probs`.
     """
     return _weighted(future.gather(-1, ranking)) / best_cost(future)
 
@@ -96,28 +78,6 @@ def expected_cost(scores: Tensor, future: Tensor) -> Tensor:
         before = torch.sigmoid(scores[..., None, :] - mine[..., :, None]).sum(-1)
         total = total + (weight * (before + 0.5)).sum(-1)
     return total / best_cost(future)
-
-
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Return advantages (samples, ...): each reward minus the mean of the other samples' of the same context (RLOO).
-
-    Source: Kool, van Hoof, Welling, "Buy 4 REINFORCE samples, get a baseline for free!" (2019). The baseline does not
-    depend on the sample that it is taken off, so the gradient stays unbiased.
-    """
-    count = rewards.shape[0]
-    if count < 2:
-        return rewards
-    return (rewards - rewards.mean(0)) * (count / (count - 1))
-
-
-def ppo_clip(log_ratio: Tensor, advantages: Tensor, clip: float = 0.2) -> Tensor:
-    """Return the loss whose gradient GRPO follows: -mean of min(r A, clip(r, 1 - ε, 1 + ε) A), r = exp(log_ratio).
-
-    Source: Schulman et al., "Proximal policy optimization algorithms" (2017), equation 7; DeepSeekMath (2024) for
-    groups in place of a critic.
-    """
-    ratio = torch.exp(log_ratio)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
 def bernoulli_log_prob(log_odds: Tensor, stored: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evomem.managers.base import MemoryManager
 from evomem.managers.decision import Judgement
+from evomem.managers.hashing import mixed_seed
 from evomem.memory import Decision, LayerView
 
 COMMON = 64
@@ -68,9 +69,9 @@ class Noise:
         rows, common = [], []
         for place, seed in enumerate(seeds):
             start = starts[place if len(starts) > 1 else 0]
-            first = torch.Generator("cpu").manual_seed(_mixed((*seed, -1)))
+            first = torch.Generator("cpu").manual_seed(mixed_seed((*seed, -1)))
             common.append(torch.randn(COMMON, generator=first, dtype=torch.float32, device="cpu"))
-            generator = torch.Generator("cpu").manual_seed(_mixed((*seed, view.layer)))
+            generator = torch.Generator("cpu").manual_seed(mixed_seed((*seed, view.layer)))
             # As many numbers as the row has tokens of its own, whatever it is padded to.
             shape = (3, kv_heads, view.seen - start)
             own = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -147,13 +148,3 @@ class StochasticManager(MemoryManager):
     @abstractmethod
     def choices(self, view: LayerView, action: Action) -> Tensor:
         """Return how many random choices every head's action consists of: (batch, kv_heads)."""
-
-
-def _mixed(seed: tuple[int, ...]) -> int:
-    """Return one 63-bit seed for several integers; near ones give unrelated streams (SplitMix64's finaliser)."""
-    state = 0x9E3779B97F4A7C15
-    for part in seed:
-        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from evomem.errors import UnknownNameError
 from evomem.files.resources import resource_folder
 
 
@@ -82,10 +81,3 @@ aliases: dict[str, Alias | Shipped] = {
     )
 }
 """Every alias by name."""
-
-
-def get_alias(name: str) -> Alias | Shipped:
-    """Return the alias called ``name``; raise `UnknownNameError` with the known names otherwise."""
-    if name not in aliases:
-        raise UnknownNameError("model alias", name, list(aliases))
-    return aliases[name]

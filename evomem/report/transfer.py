@@ -11,11 +11,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from evomem.errors import RunError
 from evomem.evaluation.compare import Comparison
 from evomem.evaluation.rows import Budget, Row, budget_size, rows_of
 from evomem.report.plots import figure_with, save_figure
-from evomem.report.tables import best_heuristic, budget_text, read_rows
+from evomem.report.tables import best_heuristic, budget_text
 from evomem.statistics import Verdict, verdict
 
 
@@ -78,14 +77,6 @@ def transfer_rows(
             speed = speeds.get((row.manager, row.budget))
             found.append(TransferRow(**asdict(row), subject=subject, train_model=train_model, tokens_per_second=speed))
     return found
-
-
-def read_transfer(path: Path) -> list[TransferRow]:
-    """Return the rows of a file that ``evomem transfer`` wrote; raise `RunError` if it is damaged."""
-    rows = read_rows(path, TransferRow)
-    if any(not row.subject for row in rows):
-        raise RunError(f"{path}: rows without a subject: this is a comparison, not a transfer")
-    return rows
 
 
 def cells(rows: Sequence[TransferRow]) -> list[Cell]:

@@ -16,6 +16,7 @@ from evomem.evaluation.measurement import Step
 from evomem.managers import plackett_luce
 from tests.support.gaussian_policy import SPREAD, parts, sphere
 from tests.support.gaussian_policy import tell as tell_policy
+from tests.support.rankings import log_prob, sample_ranking
 
 RNG = np.random.default_rng(0)
 
@@ -307,10 +308,8 @@ def test_learns_a_ranking_by_draws_and_exactly():
             else:
                 steps, rewards = [], []
                 for seed in population.seeds:
-                    order = plackett_luce.sample_ranking(
-                        (features @ theta).detach(), torch.Generator().manual_seed(int(seed))
-                    )
-                    (gradient,) = torch.autograd.grad(plackett_luce.log_prob(features @ theta, order), theta)
+                    order = sample_ranking((features @ theta).detach(), torch.Generator().manual_seed(int(seed)))
+                    (gradient,) = torch.autograd.grad(log_prob(features @ theta, order), theta)
                     steps.append((step(gradient.numpy()),))
                     rewards.append([-float(plackett_luce.trace_cost(future, order))])
                 found = Rollouts(1.0, np.array(rewards), steps)

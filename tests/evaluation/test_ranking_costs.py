@@ -19,6 +19,7 @@ from evomem.evaluation.traces.store import Traces
 from evomem.managers import build, plackett_luce
 from evomem.managers.stochastic import Noise
 from evomem.managers.vector import load_vector, to_vector, vector_size
+from evomem.statistics import leave_one_out
 from tests.evaluation.test_traces import FEATURES, Words, load, recorded
 
 
@@ -124,7 +125,7 @@ def estimates(evaluator, manager, sample, count, size=8):
         noise = Noise.of([(seed, 7, 0) for seed in range(count)], view)
         action = manager.draw(view, noise)
         rewards = -plackett_luce.trace_cost(future.expand(count, -1, -1), action.ranking)
-        baselined = plackett_luce.leave_one_out(rewards.view(groups, size, -1).transpose(0, 1)).transpose(0, 1)
+        baselined = leave_one_out(rewards.view(groups, size, -1).transpose(0, 1)).transpose(0, 1)
         rows = DrawnRows(view, action, count)
         for weights, total in ((baselined.reshape(count, -1), with_baseline), (rewards, without)):
             gradient, _ = rows.gradient(manager, weights / heads)

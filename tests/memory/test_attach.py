@@ -21,11 +21,15 @@ from transformers import (
 from evomem.errors import CacheError, UnsupportedModelError
 from evomem.managers import Full, KNorm, StreamingLLM, build
 from evomem.memory import SlotCache, attached, check_supported
-from evomem.memory.kv.attach import is_attached
+from evomem.memory.kv.attention import IMPLEMENTATION
 from evomem.testing.comparing import random_rows, read, same_logits
 from evomem.testing.conformance import check_evicted_is_hidden, check_keep_everything, check_row_alone
 from evomem.testing.models import FAMILIES, tiny, tiny_unsupported
 from evomem.testing.reference import Batch
+
+
+def is_attached(model) -> bool:
+    return model.config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION
 
 
 def state(model) -> tuple:

@@ -19,7 +19,6 @@ from evomem.evaluation.store import PrefillStore
 from evomem.evaluation.traces.recording import record
 from evomem.evaluation.traces.store import Traces
 from evomem.managers import MemoryManager, build
-from evomem.managers.plackett_luce import sample_ranking
 from evomem.managers.selection import Ends
 from evomem.models import LoadedModel, load
 from evomem.models.sharing import assemble, dismantle, why_apart
@@ -206,12 +205,6 @@ def test_rollouts_and_their_gradients_are_what_they_are_on_the_processor(place, 
             )
             found.append(plain(drawn))
     assert found[:2] == found[2:]
-
-
-def test_rankings_are_drawn_by_a_generator_of_the_processor(devices):
-    scores = torch.randn(2, 9)
-    drawn = [sample_ranking(s, torch.Generator().manual_seed(1)).tolist() for s in (scores, scores.to("pretend:1"))]
-    assert drawn[0] == drawn[1]
 
 
 # ---- contexts that were read ----------------------------------------------------------------------------------------

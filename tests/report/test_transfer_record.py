@@ -19,7 +19,8 @@ from evomem.cli.commands.evolve import evolve
 from evomem.errors import ConfigError, PluginError
 from evomem.managers import build
 from evomem.report import transfer_record
-from evomem.report.transfer import Cell, TransferRow, cells, read_transfer
+from evomem.report.tables import read_rows
+from evomem.report.transfer import Cell, TransferRow, cells
 from evomem.report.transfer_record import merged, open_record, record_row, write_record
 from evomem.workers import WorkerOptions
 from tests.report.test_transfer import travellers, wishes  # noqa: F401
@@ -72,7 +73,7 @@ def test_rows_are_those_of_the_matrix_and_everything_else_stays(tmp_path, folder
     command.transfer(
         [*travellers, "snapkv"], "keydiff,random", wished, str(path), recalibrate=True, check=False, record=True
     )
-    found = {(c.row.subject, c.row.model, c.row.budget): c for c in cells(read_transfer(path))}
+    found = {(c.row.subject, c.row.model, c.row.budget): c for c in cells(read_rows(path, TransferRow))}
     assert "snapkv is no folder and is left alone" in capsys.readouterr().err
     for folder, old in zip(travellers, before, strict=True):
         new = plugins.read(folder)

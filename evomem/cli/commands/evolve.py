@@ -205,9 +205,11 @@ def _other_budgets(run: Run) -> str:
 
 def snippet(folder: Path) -> str:
     """Return the line of Python that uses a plug-in."""
+    from evomem.memory.kv.versions import argument  # needs transformers: not for every command
+
     return (
         f'from evomem.plugins import load; manager = load("{folder}")\n'
-        "          with manager.attach(model) as cache: model.generate(**inputs, past_key_values=cache)"
+        f"          with manager.attach(model) as cache: model.generate(**inputs, {argument()})"
     )
 
 

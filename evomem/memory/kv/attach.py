@@ -90,11 +90,6 @@ def check_supported(model: PreTrainedModel) -> int:
     return len(modules)
 
 
-def is_attached(model: PreTrainedModel) -> bool:
-    """Tell whether the model runs the managed attention now."""
-    return bool(model.config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
-
-
 def _configurations(model: PreTrainedModel) -> list[Any]:
     """Every configuration object that a part of the model looks its attention up in, once."""
     from transformers import PreTrainedModel

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from evomem.errors import CacheError
+from evomem.memory.kv.versions import argument
 
 _lock = threading.RLock()
 
@@ -33,7 +34,7 @@ class Usage:
         if self.unmanaged and not self.managed:
             raise CacheError(
                 f"the model ran {self.unmanaged} times inside `with manager.attach(model) as cache:` and no cache of "
-                "evomem's read anything, so nothing was managed: pass past_key_values=cache to the model, or to "
+                f"evomem's read anything, so nothing was managed: pass {argument()} to the model, or to "
                 "generate; if it was passed, something between took it away (PEFT's prefix tuning brings a cache of "
                 "its own). To run a model without a manager, leave the block"
             )

@@ -23,6 +23,11 @@ def passed(cache: Any, model: Any = None) -> dict[str, Any]:
     return {_default() if model is None else _of_forward(type(model).forward): cache}
 
 
+def argument() -> str:
+    """Return what a user of the installed transformers writes to pass a cache: ``cache=cache``, say."""
+    return f"{_default()}=cache"
+
+
 def given(arguments: Mapping[str, Any]) -> Any:
     """Return the cache among the keyword arguments of a call, under either name; None if there is none."""
     return next((arguments[name] for name in (NEW, OLD) if arguments.get(name) is not None), None)
