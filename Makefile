@@ -13,7 +13,7 @@ PIP     := $(BIN)/python $(INSTALL) --constraint constraints.txt
 
 # Tests of what touches the inside of transformers.
 VERSIONED := cache generate attach conformance integrations model_masks handover self_check encoding vision decision tiny_models \
-    evaluation sharing versions
+    evaluation generated_text sharing versions
 
 export TOKENIZERS_PARALLELISM := false
 

@@ -18,6 +18,7 @@ from evomem.memory.kv.callers import given_cache
 from evomem.memory.kv.masks import Visibility, leading_padding
 from evomem.memory.kv.model_mask import ModelMask
 from evomem.memory.kv.switch import note_pass, previous_implementation
+from evomem.memory.kv.versions import argument
 
 if TYPE_CHECKING:
     from evomem.memory.kv.cache import SlotCache
@@ -264,7 +265,8 @@ def _require_not_lost(module: nn.Module) -> None:
     if lost is not None:
         raise CacheError(
             f"a cache of evomem's was given, but layer {index} ({type(module).__name__}) attends without it: the "
-            "model, generate or a wrapper exchanged or dropped it, so nothing would be managed. Known causes: gradient "
+            "model, generate or a wrapper exchanged or dropped it, so nothing would be managed. Known causes: another "
+            f"name than that of the installed transformers (pass {argument()} to the model); gradient "
             "checkpointing in train mode (use model.eval()); PEFT's prefix tuning (it brings a cache of its own); long "
             "rope (Phi-3): generate drops a cache when a text crosses original_max_position_embeddings, so read a "
             "context longer than that with the model first, inside `with cache.reading():`, and then generate"
