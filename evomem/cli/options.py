@@ -41,6 +41,7 @@ class Listing(StrEnum):
     spaces = "spaces"
     experiments = "experiments"
     observations = "observations"
+    allocations = "allocations"
 
 
 class Scorer(StrEnum):

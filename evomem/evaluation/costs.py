@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -193,7 +193,7 @@ def _drawn(
     policy, count = managers[0], len(managers)
     if not isinstance(policy, StochasticManager) or len(seeds) != count:
         raise ConfigError(f"manager {policy.name!r} draws no rankings: a drawn cost needs a stochastic one, and seeds")
-    policy = policy.with_options(budget=None)  # a ranking of everything
+    policy = policy.with_options(budget=None)  # a ranking of everything: without a budget no allocation cuts it
     heads = sum(view.slots.shape[1] for view in context.views)
     rows, gradient, log_prob = [], torch.zeros(()), torch.zeros(count, dtype=torch.float64)
     for view, future in zip(context.views, context.future.peak, strict=True):
@@ -227,9 +227,13 @@ def _protected_first(manager: MemoryManager, view: LayerView, ranking: Tensor, n
 
 
 def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
-    """Slots that the manager keeps whatever it scores: (batch, kv_heads, slots) bool."""
+    """Slots that the manager keeps whatever it scores: (batch, kv_heads, slots) bool.
+
+    Of a policy, those that it protects without a budget: its rankings are drawn without one (`_drawn`).
+    """
     here = manager.on(view.slots.device)
-    return here.rule.protected(view, here.shares())
+    rule = replace(here.rule, budget=None) if isinstance(here, StochasticManager) else here.rule
+    return rule.protected(view, here.shares())
 
 
 def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:
@@ -238,8 +242,7 @@ def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:
     From a trace, which has no keys, the bytes are not known: NaN.
     """
     counts, held = [], 0.0
-    for view in context.views:
-        decision = manager.decide(view)
+    for view, decision in zip(context.views, manager.decide_all(context.views), strict=True):
         kept = decision.keep.sum(-1).float()
         counts.append(kept.mean())
         known = 1.0 if view.keys.shape[-1] else float("nan")
@@ -250,10 +253,11 @@ def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:
 def _oracle(manager: MemoryManager, context: _Context) -> Mapping[str, float]:
     found: dict[str, list[Tensor]] = {"rank_correlation": [], "good_decisions": [], "sorted_cost": []}
     module = _Score(manager)
+    decisions = manager.decide_all(context.views)
     for place, view in enumerate(context.views):
         scores, future = module(view), context.future.peak[place]
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-        keep = manager.decide(view).keep
+        keep = decisions[place].keep
         found["rank_correlation"].append(against.rank_correlation(scores, future, view.valid))
         found["good_decisions"].append(against.good_decision_ratio(keep, context.future.next_use[place], view.valid))
         found["sorted_cost"].append(plackett_luce.trace_cost(future, order))

@@ -1,5 +1,14 @@
 """Manager: looks at a layer's slots and decides: store, evict, forget."""
 
+from evomem.managers.allocation import (
+    Allocation,
+    EmergentAllocation,
+    LayerAllocation,
+    ModelAllocation,
+    allocations,
+    build_allocation,
+    register_allocation,
+)
 from evomem.managers.base import ManagerOptions, MemoryManager, Schedule, managers, register
 from evomem.managers.build import build, names, parse, summary
 from evomem.managers.heuristics.adakv import AdaKV
@@ -24,14 +33,18 @@ __all__ = [
     "NAMM",
     "TOVA",
     "AdaKV",
+    "Allocation",
+    "EmergentAllocation",
     "ExpectedAttention",
     "FeatureScorer",
     "Full",
     "KNorm",
     "KVPolicy",
     "KeyDiff",
+    "LayerAllocation",
     "ManagerOptions",
     "MemoryManager",
+    "ModelAllocation",
     "ObservedAttention",
     "PyramidKV",
     "Random",
@@ -39,10 +52,13 @@ __all__ = [
     "SnapKV",
     "StochasticManager",
     "StreamingLLM",
+    "allocations",
     "build",
+    "build_allocation",
     "managers",
     "names",
     "parse",
     "register",
+    "register_allocation",
     "summary",
 ]

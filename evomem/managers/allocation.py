@@ -435,9 +435,9 @@ def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, read: Ten
     ----------
     own : (layers, batch or 1, 1, 1) int64 whose sum is layers x mean.
     weights : the same shape, float64 >= 0.
-    mean : (batch, 1, 1) int64.
+    mean : (batch or 1, 1, 1) int64.
     floor : a floor above the mean counts as the mean.
-    read : (batch, 1, 1) int64; fewer than the mean count as the mean.
+    read : (batch or 1, 1, 1) int64; fewer than the mean count as the mean.
 
     Returns
     -------
@@ -445,7 +445,8 @@ def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, read: Ten
     """
     least, most = mean.clamp(max=floor), torch.maximum(mean, read)
     bound = ((own < least) | (own > most)).any(0)
-    low, high, w = least.double(), most.double(), weights.clamp(min=1e-200)
+    low, high = (one.double().expand(own.shape[1:]) for one in (least, most))
+    w = weights.clamp(min=1e-200)
     ends = torch.zeros_like(low)[None], torch.full_like(low, 1e300)[None]
     kinks = torch.cat([low / w, high / w, *ends])
     sums = torch.minimum(torch.maximum(kinks[:, None] * w, low), high).sum(1)

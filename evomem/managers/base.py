@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evomem.bounds import TOKENS, UNITS
 from evomem.errors import ConfigError, PluginError
-from evomem.managers.allocation import Allocation, ModelAllocation, Uniform, build_allocation, settle
+from evomem.managers.allocation import Allocation, ModelAllocation, Threshold, Uniform, build_allocation, settle
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.placement import follows_view, on_device
 from evomem.managers.selection import Ends
@@ -154,7 +154,13 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         spec, own = self.options.allocation, self.own_allocation()
         if not spec:  # the number 0 stands for none
             return own
-        return settle(build_allocation(spec), own, self.name)
+        given = build_allocation(spec)
+        if isinstance(given, Threshold) and given.options.cap is not None and self.options.budget is not None:
+            raise ConfigError(
+                f"manager {self.name!r}: budget: {self.options.budget!r}, and allocation: threshold has the cap "
+                f"{given.options.cap!r}; give one of them: without a cap of its own a threshold is capped by the budget"
+            )
+        return settle(given, own, self.name)
 
     def own_allocation(self) -> Allocation:
         """Return the allocation that the manager has by itself; by default every head gets the budget."""
@@ -267,6 +273,11 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         state = self.state_dict()
         with outside_inference_mode():
             other = type(self)(**{**self.options.model_dump(), **changes})
+            if differing := other.state_dict().keys() ^ state.keys():
+                raise ConfigError(
+                    f"manager {self.name!r}: with {', '.join(changes)} changed it has other parameters "
+                    f"({', '.join(sorted(differing))}); build another manager and search for its parameters"
+                )
             retype(other, {name: tensor.dtype for name, tensor in state.items()})
             other.load_state_dict(state)
         other.provenance, other.pictures = self.provenance, self.pictures

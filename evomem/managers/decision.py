@@ -97,10 +97,10 @@ class Rule:
     def layer_limit(self, view: LayerView, shares: Tensor | None = None) -> Tensor:
         """Return the slots that a head of the layer has on average, by which ends are measured: (batch, 1, 1) int64.
 
-        Without a layer-wise allocation that is the budget.
+        Without a layer-wise allocation that is the budget; without a budget there is nothing to share out.
         """
         mean = slots_of_budget(self.budget, view)
-        if not isinstance(self.allocation, LayerAllocation):
+        if self.budget is None or not isinstance(self.allocation, LayerAllocation):
             return mean
         return self.allocation.layer_limit(view, mean, self.ends, shares)
 
@@ -121,13 +121,15 @@ class Rule:
 
         Raises
         ------
-        ConfigError : the heads' numbers of slots depend on the ranking itself, or on all layers.
+        ConfigError : there is a budget, and the heads' numbers of slots depend on the scores, or on all layers.
         """
-        if not isinstance(self.allocation, LayerAllocation) or isinstance(self.allocation, AcrossHeads):
+        emerges = isinstance(self.allocation, EmergentAllocation)
+        depends = not isinstance(self.allocation, LayerAllocation) or isinstance(self.allocation, AcrossHeads)
+        if emerges or (depends and self.budget is not None):
             raise ConfigError(
                 f"allocation {self.allocation.name!r}: a ranking that is drawn head by head needs to know how many "
-                "slots a head has, and here that depends on all heads' scores; train with uniform, pyramid or "
-                "depth_shares, or search by evolution, which draws nothing"
+                "slots a head has, and here that depends on all scores; train with uniform, pyramid or depth_shares, "
+                "or search by evolution, which draws nothing"
             )
         held = self.held(view, stored)
         n = self.layer_limit(view, shares)

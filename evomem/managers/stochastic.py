@@ -118,7 +118,8 @@ class StochasticManager(MemoryManager):
     def drawn(self, view: LayerView, action: Action) -> Judgement:
         """Return the action as a judgement: drawn values in the place of the manager's own.
 
-        A slot's place in the ranking is its score; without a ranking the newest come first.
+        A slot's place in the ranking is its score; without a ranking the newest come first. Shares that are not drawn
+        are the manager's.
         """
         if action.ranking is None:
             scores = -view.age.float()
@@ -127,7 +128,7 @@ class StochasticManager(MemoryManager):
             scores = places.new_zeros(action.ranking.shape)
             scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
         decay = None if action.rates is None else self.faded(view, action.rates)
-        return Judgement(scores, action.stored, decay, action.shares)
+        return Judgement(scores, action.stored, decay, self.shares() if action.shares is None else action.shares)
 
     def faded(self, view: LayerView, rates: Tensor) -> Tensor:
         """Return what drawn log-rates add to slots' logits, <= 0: (batch, kv_heads, slots); by default -exp(rate)."""

@@ -25,6 +25,21 @@ def managers() -> Entries:
     return _registered(registry)
 
 
+def allocations() -> Entries:
+    """Allocations by name, with their options: how layers and heads share a manager's budget."""
+    from evomem.managers.allocation import allocations as registry
+
+    found = _registered(registry)
+    for name in found:
+        try:
+            fields = registry.get(name).Options.model_fields
+        except ConfigError:
+            continue
+        if fields:
+            found[name] += " Options: " + "; ".join(f"{key}: {field.description}" for key, field in fields.items())
+    return found
+
+
 def tasks() -> Entries:
     """Tasks by name."""
     from evomem.tasks import tasks as registry
@@ -62,6 +77,7 @@ def experiments() -> Entries:
 
 _SECTIONS: dict[str, Callable[[], Entries]] = {
     "managers": managers,
+    "allocations": allocations,
     "tasks": tasks,
     "drivers": drivers,
     "spaces": spaces,

@@ -280,7 +280,8 @@ class KVPolicy(StochasticManager):
             terms = plackett_luce.bernoulli_log_prob(outputs["store"], action.stored)
             found.append(torch.where(arrived(view), terms, 0.0))
         if action.ranking is not None:
-            scores, picks = self.rule.open(outputs["evict"], view, action.stored, action.shares)
+            shares = self.shares() if action.shares is None else action.shares
+            scores, picks = self.rule.open(outputs["evict"], view, action.stored, shares)
             found.append(plackett_luce.log_probs(scores.expand_as(action.ranking), action.ranking, picks))
         if action.rates is not None:
             z = (action.rates - outputs["forget"]) / SPREAD
@@ -300,7 +301,8 @@ class KVPolicy(StochasticManager):
             total = total + arrived(view).sum(-1)
         if action.ranking is not None:
             nothing = torch.zeros(action.ranking.shape, device=view.slots.device, dtype=torch.float32)
-            scores, picks = self.rule.open(nothing, view, action.stored, action.shares)
+            shares = self.shares() if action.shares is None else action.shares
+            scores, picks = self.rule.open(nothing, view, action.stored, shares)
             total = total + torch.minimum(picks, torch.isfinite(scores).sum(-1))
         if action.rates is not None:
             total = total + view.valid.sum(-1)
