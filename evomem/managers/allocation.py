@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -321,16 +321,9 @@ class DepthSharesOptions(AllocationOptions):
     points: int | None = Field(
         default=None, ge=1, le=UNITS, description="points of depth at which log-shares are learned, all 0 at first"
     )
-    log_shares: tuple[float, ...] | None = Field(
+    log_shares: tuple[Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)], ...] | None = Field(
         default=None, min_length=1, max_length=UNITS, description="log-shares at equally spaced points of depth, fixed"
     )
-
-    @field_validator("log_shares")
-    @classmethod
-    def _moderate(cls, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if values is not None and max(map(abs, values)) > 100:
-            raise ValueError("log-shares are between -100 and 100")
-        return values
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -547,16 +540,17 @@ class AcrossHeads(LayerAllocation):
 class ThresholdOptions(AllocationOptions):
     """Options of `Threshold`."""
 
-    cap: int | float | None = Field(
-        default=None,
-        description="slots per head at most, a whole number or a share of the tokens read; none: the manager's budget",
+    cap: Annotated[int, Field(ge=1, le=TOKENS)] | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = (
+        Field(
+            default=None,
+            description="slots per head at most: a number, or a share of the tokens read; none: the manager's budget",
+        )
     )
 
-    @field_validator("cap")
+    @field_validator("cap", mode="before")
     @classmethod
-    def _cap(cls, cap: int | float | None) -> int | float | None:
-        wrong = isinstance(cap, bool) or (isinstance(cap, int) and not 1 <= cap <= TOKENS)
-        if wrong or (isinstance(cap, float) and not 0 < cap <= 1):
+    def _number(cls, cap: Any) -> Any:
+        if isinstance(cap, bool):
             raise ValueError("give a whole number >= 1, or a share in (0, 1]")
         return cap
 

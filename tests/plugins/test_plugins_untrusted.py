@@ -437,7 +437,10 @@ def test_bits_that_flip_and_files_that_end(whole, tmp_path_factory, faults):
         else:
             files[name][at] ^= 1 << bit
     message = outcome(tmp_path_factory.mktemp("bits"), files)
-    assert message is None or any(name in message for name, *_ in faults)
+    damaged = {name for name, *_ in faults}
+    if "config.json" in damaged:  # a size that changed is noticed at the tensors
+        damaged.add("model.safetensors")
+    assert message is None or any(name in message for name in damaged)
 
 
 @settings(max_examples=60)
