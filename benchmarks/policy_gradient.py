@@ -10,8 +10,10 @@ from torch import Tensor
 
 from benchmarks.measuring import Line, Setting, in_turns, line, progress, ratios, timed
 from evomem.evaluation import Evaluator
-from evomem.evaluation.attention import sample_key
+from evomem.evaluation.costs import ranking_costs
+from evomem.evaluation.future import sample_key
 from evomem.evaluation.measurement import Step
+from evomem.evaluation.rollouts import rollouts as draw_rollouts
 from evomem.evaluation.rollouts import sample_number
 from evomem.managers import build, plackett_luce
 from evomem.managers.stochastic import Noise, StochasticManager
@@ -47,7 +49,7 @@ class Known:
 
     def exact(self) -> Tensor:
         """Return the gradient of minus the expected cost: (parameters,)."""
-        (found,) = self.evaluator.costs([self.manager], self.sample, "expected", gradient=True)
+        (found,) = ranking_costs(self.evaluator, [self.manager], self.sample, "expected", gradient=True)
         return torch.from_numpy(Step.numbers((found.steps or ())[0].gradient))
 
     def drawn(self, view: LayerView, seeds: range) -> tuple[Tensor, Tensor]:
@@ -78,7 +80,9 @@ class Known:
 
     def group(self, seeds: range) -> tuple[Tensor, Tensor]:
         """Return a group's estimate with its leave-one-out baseline, and with none: (parameters,) each."""
-        found = self.evaluator.costs([self.manager] * GROUP, self.sample, "drawn", seeds=list(seeds), gradient=True)
+        found = ranking_costs(
+            self.evaluator, [self.manager] * GROUP, self.sample, "drawn", seeds=list(seeds), gradient=True
+        )
         mine = sum(torch.from_numpy(Step.numbers((one.steps or ())[0].gradient)) for one in found) / GROUP
         parameters = list(self.manager.parameters())
         without = torch.zeros_like(mine)
@@ -116,10 +120,10 @@ def rollouts(setting: Setting) -> Iterator[Line]:
 
     def together() -> float:
         evaluator = Evaluator(setting.loaded)
-        return timed(lambda: evaluator.rollouts(manager, sample, task, seeds))
+        return timed(lambda: draw_rollouts(evaluator, manager, sample, task, seeds))
 
     def one_by_one() -> float:
-        return sum(timed(lambda s=seed: Evaluator(setting.loaded).rollouts(manager, sample, task, [s]))  # type: ignore[misc]
+        return sum(timed(lambda s=seed: draw_rollouts(Evaluator(setting.loaded), manager, sample, task, [s]))  # type: ignore[misc]
                    for seed in seeds)  # fmt: skip
 
     together()

@@ -81,7 +81,10 @@ def bit_identical(setting: Setting) -> Iterator[Line]:
 def traces(folder: Path) -> dict[str, Any]:
     """Return all that a search measured, and its winner, without what time and place add."""
     measured = {
-        record["key"]: [(e["loglik"], e["slots"], e["bytes_mean"], e["heads"]) for e in record["evaluations"]]
+        record["key"]: [
+            {name: value for name, value in e.items() if name not in ("tokens", "seconds")}
+            for e in record["evaluations"]
+        ]
         for record in read_journal(folder / "journal.jsonl")
         if record["kind"] == "unit"
     }
@@ -134,7 +137,7 @@ def trivial(log: str, seconds: float, parts: Mapping[str, Any], readings: Any) -
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": unit.key, "pid": os.getpid(), "time": time.time()}) + "\n")
         time.sleep(seconds)
-        return [Evaluation(unit.sample.id, 0.0, None, 1.0, 1.0, 1.0, 1, 0.0)] * unit.candidates
+        return [Evaluation(unit.sample.id, {"loglik": 0.0}, 1.0, 1.0, 1.0, 1, 0.0)] * unit.candidates
 
     return evaluate
 

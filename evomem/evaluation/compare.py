@@ -17,7 +17,7 @@ import torch
 from evomem.devices import CURES, named, out_of_memory
 from evomem.errors import ConfigError, EvaluationError, OutOfMemoryError
 from evomem.evaluation.evaluator import Evaluator, Reach
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import EXACT, LOGLIK, Evaluation
 from evomem.evaluation.oracle import FutureOracle, evaluate_oracle
 from evomem.evaluation.results import SampleFile
 from evomem.evaluation.rows import Budget, Measured, Role, Row, budget_size, rows_of
@@ -328,18 +328,17 @@ def draw(places: Sequence[Place], count: int, split: Split, seed: int, *, exact:
 def _on_sample(entrants: Sequence[_Entrant], place: Place, sample: Sample, exact: bool) -> list[Evaluation]:
     """Evaluate all entrants on one sample: the context is read once, the batches hold rows of about the same size."""
     observes = frozenset[str]().union(*(entrant.manager.observes for entrant in entrants))
+    wanted = (EXACT if exact else LOGLIK).observing(observes)
     found: dict[int, Evaluation] = {}
     for index, entrant in enumerate(entrants):
         if entrant.role == "oracle":
-            found[index] = evaluate_oracle(
-                place.evaluator, sample, place.subject_task, entrant.budget, exact=exact, observes=observes
-            )
+            found[index] = evaluate_oracle(place.evaluator, sample, place.subject_task, entrant.budget, wanted)
     chunks = list(_chunks(entrants))
     while chunks:
         chunk = chunks.pop(0)
         members = [entrants[index].manager for index in chunk]
         try:
-            results = place.evaluator.evaluate(members, sample, place.subject_task, exact=exact, observes=observes)
+            results = place.evaluator.evaluate(members, sample, place.subject_task, wanted)
         except Exception as error:
             ended = out_of_memory(error, f"sample {sample.id}: {len(chunk)} managers as one batch")
             if ended is None:

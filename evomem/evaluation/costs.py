@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from torch.func import functional_call
 from evomem.devices import stacked
 from evomem.errors import ConfigError
 from evomem.evaluation import oracle as against
-from evomem.evaluation.attention import Future, sample_key, slot_bytes
-from evomem.evaluation.measurement import Evaluation, Step
+from evomem.evaluation.future import Future, sample_key, slot_bytes
+from evomem.evaluation.measurement import Evaluation, Measurement, Step, Table
+from evomem.evaluation.measures import Draws, Measure, register_measure
 from evomem.evaluation.rollouts import DrawnRows, sample_number
 from evomem.managers import plackett_luce
 from evomem.managers.base import MemoryManager
@@ -29,36 +30,16 @@ from evomem.managers.stochastic import Noise, StochasticManager
 from evomem.memory import LayerView
 from evomem.modes import outside_inference_mode
 from evomem.statistics import leave_one_out
-from evomem.tasks.base import Sample
+from evomem.tasks.base import Sample, Task
 
 if TYPE_CHECKING:
     from evomem.evaluation.evaluator import Evaluator
 
 How = Literal["expected", "sorted", "drawn"]
+ORACLE = ("rank_correlation", "good_decisions", "sorted_cost")
+"""Values that the measure ``oracle`` gives."""
 _FIRST = 1e4
 """Score that stands for a protected slot: before all others, and yet finite, because infinities have no difference."""
-
-
-class Known(Protocol):
-    """A context that was read before, and what its question and answer did with it."""
-
-    @property
-    def views(self) -> tuple[LayerView, ...]:
-        """One view a layer, nothing evicted."""
-        ...
-
-    @property
-    def future(self) -> Future:
-        """The future attention."""
-        ...
-
-
-class KnownSamples(Protocol):
-    """Where contexts that were read before are found (`evomem.evaluation.traces.store.Traces`)."""
-
-    def get(self, key: str) -> Known | None:
-        """Return the sample called ``key`` (`sample_key`), or None."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +64,7 @@ def ranking_costs(
     oracle: bool = False,
     observes: frozenset[str] = frozenset(),
 ) -> list[Evaluation]:
-    """Return one evaluation a manager, `Evaluation.heads` minus the cost of every layer and head.
+    """Return one evaluation a manager, with the value ``head_cost``: the cost of every layer and head.
 
     Parameters
     ----------
@@ -93,8 +74,8 @@ def ranking_costs(
     gradient : also `Evaluation.steps`, one step, an estimate of the gradient of minus the mean cost in all parameters:
         the exact one for ``expected``; for ``drawn`` REINFORCE, head by head, with the other managers of this call as
         baseline (leave-one-out): a head's ranking moves that head's cost only, so no credit has to be assigned.
-    oracle : also `Evaluation.oracle`: ``rank_correlation`` of scores and future attention, ``good_decisions`` (Belady)
-        and ``sorted_cost``, means over layers and heads.
+    oracle : also the values of `ORACLE`: ``rank_correlation`` of scores and future attention, ``good_decisions``
+        (Belady) and ``sorted_cost``, means over layers and heads.
 
     Raises
     ------
@@ -119,19 +100,59 @@ def ranking_costs(
         found.append(
             Evaluation(
                 sample=sample.id,
-                loglik=float("nan"),
-                exact=None,
+                values=_values(tables[place], _oracle(manager, context) if oracle else {}),
                 slots=slots,
                 bytes_peak=held,
                 bytes_mean=held,
                 tokens=context.tokens if place == 0 else 0,
                 seconds=seconds,
-                heads=tuple(tuple(round(-value, 5) for value in row) for row in tables[place].tolist()),
                 steps=(steps[place],) if gradient else None,
-                oracle=_oracle(manager, context) if oracle else None,
             )
         )
     return found
+
+
+@register_measure("ranking_cost")
+@register_measure("oracle")
+class RankingCosts(Measure):
+    """Gives ``head_cost``; with ``oracle`` also how the decision compares with one that knows the future (`ORACLE`).
+
+    Options of ``ranking_cost``: ``how`` and ``gradient``, see `ranking_costs`.
+    """
+
+    option_types: ClassVar = {"ranking_cost": {"how": str, "gradient": bool}}
+
+    def evaluations(
+        self,
+        evaluator: Evaluator,
+        managers: Sequence[MemoryManager],
+        sample: Sample,
+        task: Task,
+        measurement: Measurement,
+        draws: Draws,
+    ) -> list[Evaluation]:
+        """Return the evaluations; see `Measure.evaluations`."""
+        options = measurement.options("ranking_cost")
+        return ranking_costs(
+            evaluator,
+            managers,
+            sample,
+            _how(options.get("how", "expected")),
+            seeds=draws.seeds,
+            gradient=bool(options.get("gradient", False)),
+            oracle="oracle" in measurement,
+            observes=measurement.observes,
+        )
+
+
+def _how(how: object) -> How:
+    if how not in get_args(How):
+        raise ConfigError(f"measure 'ranking_cost': how is {how!r}; give one of {', '.join(get_args(How))}")
+    return cast("How", how)
+
+
+def _values(table: Tensor, oracle: Mapping[str, float]) -> dict[str, float | Table]:
+    return {"head_cost": tuple(tuple(round(value, 5) for value in row) for row in table.tolist()), **oracle}
 
 
 def _context(evaluator: Evaluator, sample: Sample, observes: frozenset[str]) -> _Context:
@@ -236,22 +257,22 @@ def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
     return rule.protected(view, here.shares())
 
 
-def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float]:
+def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float | None]:
     """Return the slots per head and the bytes that the manager's decision leaves, computed: nothing is evicted here.
 
-    From a trace, which has no keys, the bytes are not known: NaN.
+    From a trace, which has no keys, the bytes are not known: None.
     """
     counts, held = [], 0.0
+    known = all(view.keys.shape[-1] for view in context.views)
     for view, decision in zip(context.views, manager.decide_all(context.views), strict=True):
         kept = decision.keep.sum(-1).float()
         counts.append(kept.mean())
-        known = 1.0 if view.keys.shape[-1] else float("nan")
-        held += known * float(kept.amax()) * float(slot_bytes(view, torch.tensor(decision.decay is not None)))
-    return float(stacked(counts).mean()), held
+        held += float(kept.amax()) * float(slot_bytes(view, torch.tensor(decision.decay is not None)))
+    return float(stacked(counts).mean()), held if known else None
 
 
 def _oracle(manager: MemoryManager, context: _Context) -> Mapping[str, float]:
-    found: dict[str, list[Tensor]] = {"rank_correlation": [], "good_decisions": [], "sorted_cost": []}
+    found: dict[str, list[Tensor]] = {name: [] for name in ORACLE}
     module = _Score(manager)
     decisions = manager.decide_all(context.views)
     for place, view in enumerate(context.views):

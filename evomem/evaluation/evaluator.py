@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,18 +13,15 @@ from torch import Tensor
 
 from evomem.devices import devices_of, stacked
 from evomem.errors import TaskError, UnsupportedModelError
-from evomem.evaluation.attention import FutureAttention, retained_attention, sample_key
 from evomem.evaluation.byte_meter import Meter
-from evomem.evaluation.costs import How, KnownSamples, ranking_costs
-from evomem.evaluation.measurement import Evaluation, EvaluationProtocol
-from evomem.evaluation.population import Deciding, PopulationPolicy, Recording
+from evomem.evaluation.future import FutureAttention, KnownSamples
+from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol, Measurement
+from evomem.evaluation.measures import Draws, measured
+from evomem.evaluation.population import Deciding, Recording
 from evomem.evaluation.reference import evaluate_plainly, loglik_without_context, mean_loglik
-from evomem.evaluation.rollouts import RolloutPolicy, sample_number
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.files.strict_json import shown
 from evomem.managers.base import MemoryManager
-from evomem.managers.stochastic import StochasticManager
-from evomem.managers.vector import to_vector
 from evomem.memory import SlotCache, attached
 from evomem.memory.kv.cache import CachePolicy
 from evomem.memory.kv.parallel import degree
@@ -37,9 +33,6 @@ from evomem.tasks.base import Sample, Task
 from evomem.tasks.encoding import TextEncoder
 
 AnyManager = TypeVar("AnyManager", bound=MemoryManager)
-
-_DRAWN = 512
-"""Sets of rollouts whose rewards are remembered, for further passes over them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class Evaluator:
         self.future = FutureAttention()
         self.traces: KnownSamples | None = None
         self.encoder = TextEncoder(loaded.tokenizer)
-        self._drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
+        self.drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
         self._vocabulary: int | None = None
         with suppress(NotImplementedError):  # a model that reads no texts has no table of words
             self._vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", None)
@@ -121,121 +114,38 @@ class Evaluator:
         managers: Sequence[MemoryManager],
         sample: Sample,
         task: Task,
-        *,
-        exact: bool = False,
-        attention: bool = False,
-        costs: How | None = None,
-        oracle: bool = False,
-        observes: frozenset[str] = frozenset(),
+        measurement: Measurement = LOGLIK,
+        draws: Draws | None = None,
     ) -> list[Evaluation]:
-        """Evaluate every manager on one sample.
+        """Measure every manager on one sample.
 
-        ``exact`` also generates greedily and applies the task's metric. ``attention`` measures `Evaluation.heads`
-        *instead* of the likelihood, without a model call (`evomem.evaluation.attention`), and so does ``costs``, with
-        `Evaluation.oracle` if ``oracle`` (`evomem.evaluation.costs`). ``observes`` is recorded
-        besides what the managers need, so that calls with other managers find the same reading in the store. Returns
-        one `Evaluation` a manager, in order.
+        Parameters
+        ----------
+        measurement : what is measured.
+        draws : seeds and other policies, for what is measured of random decisions.
+
+        Returns
+        -------
+        One `Evaluation` a manager, in order.
         """
-        if attention:
-            return retained_attention(self, managers, sample, observes)
-        if costs is not None:
-            return ranking_costs(self, managers, sample, costs, oracle=oracle, observes=observes)
-        tokens = self.tokens(sample)
-        ready = [self.scheduled(manager) for manager in managers]
-        found: dict[int, Evaluation] = {}
-        for members in self._batches(ready):
-            begin = time.perf_counter()
-            with attached(self.loaded.model):
-                policy = PopulationPolicy([ready[i] for i in members])
-                batch = self._answered(policy, tokens, sample, task, exact, observes)
-            seconds = (time.perf_counter() - begin) / len(members)
-            found.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
-        return [found[i] for i in range(len(managers))]
+        return measured(self, managers, sample, task, measurement, draws or Draws())
 
-    def _batches(self, managers: Sequence[MemoryManager]) -> list[list[int]]:
-        """Places of the managers that are rows of one batch: all; in ``streaming`` those that observe the same.
+    def answered(
+        self, policy: Deciding, tokens: Tokens, sample: Sample, task: Task, measurement: Measurement
+    ) -> list[Evaluation]:
+        """Read, decide and answer, the policy's candidates as rows of one batch.
 
-        There the cache goes on recording, and a row must neither pay for nor be delayed by what only others look at.
+        The likelihood is always measured, the exact metric if it is asked for. Managers are attached by the caller.
         """
-        if self.protocol.kind == "compress_once":
-            return [list(range(len(managers)))] if managers else []
-        alike: dict[frozenset[str], list[int]] = {}
-        for place, manager in enumerate(managers):
-            alike.setdefault(manager.observes, []).append(place)
-        return list(alike.values())
-
-    def costs(
-        self,
-        managers: Sequence[MemoryManager],
-        sample: Sample,
-        how: How,
-        *,
-        seeds: Sequence[int] = (),
-        gradient: bool = False,
-        oracle: bool = False,
-    ) -> list[Evaluation]:
-        """Return what the managers' rankings cost on one sample: `ranking_costs`."""
-        return ranking_costs(self, managers, sample, how, seeds=seeds, gradient=gradient, oracle=oracle)
-
-    @outside_inference_mode()
-    @torch.no_grad()
-    def rollouts(
-        self,
-        manager: StochasticManager,
-        sample: Sample,
-        task: Task,
-        seeds: Sequence[int],
-        *,
-        behaviour: StochasticManager | None = None,
-        reference: StochasticManager | None = None,
-        exact: bool = False,
-        listens: bool = False,
-        observes: frozenset[str] = frozenset(),
-    ) -> list[Evaluation]:
-        """Evaluate one stochastic policy on one sample several times, each time with decisions drawn by another seed.
-
-        Returns one `Evaluation` a seed, in order, with the decisions in `Evaluation.steps`. ``behaviour``,
-        ``reference`` and ``listens`` are `RolloutPolicy`'s; the rest is as in `evaluate`.
-        """
-        tokens = self.tokens(sample)
-        older, other = (None if one is None else self.scheduled(one) for one in (behaviour, reference))
-        begin = time.perf_counter()
-        policy = RolloutPolicy(self.scheduled(manager), list(seeds), sample_number(sample.id), older, other, listens)
-        drawing = older if older is not None else manager
-        drawn = (
-            task.name,
-            sample.id,
-            sample_key(tokens),
-            tuple(seeds),
-            repr(drawing.describe()),
-            to_vector(drawing).tobytes(),
-            exact,
-        )
-        batch = self._drawn.get(drawn) if self.protocol.kind == "compress_once" else None
-        if batch is not None:  # the same rollouts, seen by a newer policy: only how likely they are has changed
-            for view in self.reading(tokens.read, policy.observes | observes).views:
-                policy.decide(view)
-        else:
-            with attached(self.loaded.model):
-                batch = self._answered(policy, tokens, sample, task, exact, observes)
-            self._drawn[drawn] = [replace(one, tokens=0) for one in batch]
-            while len(self._drawn) > _DRAWN:
-                self._drawn.popitem(last=False)
-        seconds = (time.perf_counter() - begin) / len(batch)
-        return [replace(one, seconds=seconds, steps=policy.steps(place)) for place, one in enumerate(batch)]
-
-    def _answered(
-        self, policy: Deciding, tokens: Tokens, sample: Sample, task: Task, exact: bool, observes: frozenset[str]
-    ) -> list[Evaluation]:
-        """Read, decide and answer, the policy's candidates as rows of one batch."""
         meter = Meter(policy)
         if self.protocol.kind == "compress_once":
-            cache, shared, own = self._compress(policy, tokens, observes)
+            cache, shared, own = self._compress(policy, tokens, measurement.observes)
         else:
             cache, shared, own = self._stream(policy, tokens, meter)
         slots = stacked([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
         texts: list[str] | None = None
-        writes = exact and task.has_exact and sample.max_new_tokens > 0  # a row may be of likelihood only
+        # A row of a file may be of likelihood only.
+        writes = "exact" in measurement and task.has_exact and sample.max_new_tokens > 0
         once, decided = self.protocol.kind == "compress_once", cache.get_seq_length()
         if writes and not once:  # decisions while it answers cannot be taken back: on a copy
             texts, generated = self.generate(cache.clone(), policy.aside(), tokens, sample.max_new_tokens)
@@ -250,13 +160,11 @@ class Evaluator:
         return [
             Evaluation(
                 sample=sample.id,
-                loglik=loglik[i],
-                exact=None if texts is None else task.score(sample, texts[i]),
+                values={"loglik": loglik[i]} | ({} if texts is None else {"exact": task.score(sample, texts[i])}),
                 slots=slots[i],
                 bytes_peak=float(meter.peak[i]),
                 bytes_mean=float(meter.mean[i]),
                 tokens=own + (shared if i == 0 else 0),
-                seconds=0.0,
             )
             for i in range(policy.size)
         ]
@@ -471,10 +379,10 @@ class Evaluator:
     # ---- the plain way --------------------------------------------------------------------------------------------
 
     def evaluate_plainly(
-        self, manager: MemoryManager, sample: Sample, task: Task, *, exact: bool = False
+        self, manager: MemoryManager, sample: Sample, task: Task, measurement: Measurement = LOGLIK
     ) -> Evaluation:
         """One candidate from an empty cache: what `evaluate` must equal (`evomem.evaluation.reference`)."""
-        return evaluate_plainly(self, manager, sample, task, exact=exact)
+        return evaluate_plainly(self, manager, sample, task, measurement)
 
     def loglik_without_context(self, sample: Sample) -> float:
         """Mean log-likelihood of the answer when nothing but the question is read: what a task must beat."""

@@ -1,10 +1,16 @@
-"""Evaluation: what is measured, and under which protocol."""
+"""Evaluation: what is asked of the evaluator, under which protocol, and what comes back.
+
+A `Measurement` names the quantities to measure. It goes whole from the objective through plan, unit and worker to the
+evaluator, which answers with one `Evaluation` a candidate. What was not measured is absent from an evaluation; NaN is
+a number that came out as none.
+"""
 
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -12,6 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from evomem.bounds import TOKENS
+from evomem.errors import ConfigError
+from evomem.files.strict_json import as_float
 
 
 class EvaluationProtocol(BaseModel):
@@ -80,42 +88,255 @@ class Step:
         return cls(**{**data, **packed})
 
 
+Option = bool | int | float | str
+"""Value of an option of a quantity."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One thing to measure: the name of a registered measure (`evomem.evaluation.measures`) and its options.
+
+    Attributes
+    ----------
+    options : (name, value) pairs, sorted by name.
+    """
+
+    name: str
+    options: tuple[tuple[str, Option], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, **options: Option) -> Self:
+        """Return the quantity called ``name`` with these options."""
+        return cls(name, tuple(sorted(options.items())))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is asked of the evaluator.
+
+    Attributes
+    ----------
+    quantities : what to measure, no name twice, in the order in which it is measured.
+    observes : observations that are recorded besides what the managers need, so that calls with other managers find the
+        same reading in the store.
+    """
+
+    quantities: tuple[Quantity, ...] = ()
+    observes: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, *quantities: str | Quantity) -> Self:
+        """Return the measurement of some quantities, by name or with options."""
+        made = cls()
+        for one in quantities:
+            made = made.also(cls((Quantity(one) if isinstance(one, str) else one,)))
+        return made
+
+    def also(self, other: Measurement) -> Self:
+        """Return the measurement of both.
+
+        Raises
+        ------
+        ConfigError : both measure a quantity, with different options.
+        """
+        known = {one.name: one for one in self.quantities}
+        for one in other.quantities:
+            if known.setdefault(one.name, one) != one:
+                raise ConfigError(
+                    f"measurement: {one.name!r} is asked for twice, with options {dict(known[one.name].options)} and "
+                    f"{dict(one.options)}; an evaluation has one value of a name"
+                )
+        return replace(self, quantities=tuple(known.values()), observes=self.observes | other.observes)
+
+    def observing(self, observes: frozenset[str]) -> Self:
+        """Return the measurement with more observations recorded."""
+        return replace(self, observes=self.observes | observes)
+
+    def with_options(self, name: str, **options: Option) -> Self:
+        """Return the measurement with some options of one of its quantities set."""
+        changed = Quantity.of(name, **{**self.options(name), **options})
+        return replace(self, quantities=tuple(changed if one.name == name else one for one in self.quantities))
+
+    def __contains__(self, name: object) -> bool:
+        return any(one.name == name for one in self.quantities)
+
+    def options(self, name: str) -> dict[str, Option]:
+        """Return the options that a quantity is asked for with; none if it is not."""
+        return next((dict(one.options) for one in self.quantities if one.name == name), {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-serialisable dictionary."""
+        return {
+            "quantities": [[one.name, dict(one.options)] for one in self.quantities],
+            "observes": sorted(self.observes),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the measurement that `to_json` wrote."""
+        made = cls.of(*(Quantity.of(name, **options) for name, options in data["quantities"]))
+        return made.observing(frozenset(data["observes"]))
+
+
+NOTHING = Measurement()
+"""No quantity."""
+LOGLIK = Measurement.of("loglik")
+"""The answer's log-likelihood."""
+EXACT = Measurement.of("loglik", "exact")
+"""The answer's log-likelihood, and the task's exact metric of what is generated."""
+
+Table = tuple[tuple[float, ...], ...]
+"""One number a layer and KV head."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """One candidate on one sample.
+    """What was measured of one candidate on one sample.
 
     Attributes
     ----------
     sample : id of the sample.
-    loglik : mean natural-log likelihood per answer token, teacher-forced (nats, <= 0).
-    exact : the task's exact metric of the greedily generated text in [0, 1]; None when generation was not asked for.
-    slots : slots per KV head that the decision left, mean over layers and heads.
+    values : what was measured, by name; what was not measured is absent. The measures that come with evomem give
+
+        ``loglik``: mean natural-log likelihood per answer token, teacher-forced (nats, <= 0);
+        ``exact``: the task's exact metric of the greedily generated text in [0, 1], absent where the task or the sample
+        has none;
+        ``head_attention``: per layer and KV head, the share of the attention paid to the context by question and answer
+        that falls on the kept slots (larger is better);
+        ``head_cost``: per layer and KV head, what the manager's ranking costs (smaller is better);
+        ``rank_correlation``, ``good_decisions``, ``sorted_cost``: how the decision compares with one that knows the
+        future.
+    slots : slots per KV head that the decision left, mean over layers and heads; None: no result.
     bytes_peak, bytes_mean : measured bytes of the tensors that one sequence's cache held: while answering in
         ``compress_once`` (reading is shared and full by definition), while reading and answering in ``streaming``.
-        Observations count in ``streaming`` only: after the one decision of ``compress_once`` nothing needs them.
+        Observations count in ``streaming`` only: after the one decision of ``compress_once`` nothing needs them. None:
+        not known.
     tokens : tokens that the model processed for this evaluation, generated ones too (shared reading counts once, at the
         first candidate).
     seconds : wall time of the batch divided by its candidates.
-    heads : per layer and KV head, the share of the attention paid to the context by question and answer that falls on
-        the kept slots, or minus the cost of its ranking; only when that was measured *instead* of the likelihood (then
-        nothing is generated and ``loglik`` is NaN).
     steps : the decisions of a rollout in their order, if a policy gradient was asked for.
-    oracle : how the decision compares with one that knows the future, by name, if asked for.
     """
 
     sample: str
-    loglik: float
-    exact: float | None
-    slots: float
-    bytes_peak: float
-    bytes_mean: float
-    tokens: int
-    seconds: float
-    heads: tuple[tuple[float, ...], ...] | None = None
+    values: Mapping[str, float | Table] = field(default_factory=dict)
+    slots: float | None = None
+    bytes_peak: float | None = None
+    bytes_mean: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
     steps: tuple[Step, ...] | None = None
-    oracle: Mapping[str, float] | None = None
+
+    @property
+    def loglik(self) -> float | None:
+        """Mean log-likelihood per answer token; None if it was not measured."""
+        return self.number("loglik")
+
+    @property
+    def exact(self) -> float | None:
+        """The task's exact metric; None if it was not measured."""
+        return self.number("exact")
+
+    def number(self, name: str) -> float | None:
+        """Return a value that is one number; None if it was not measured.
+
+        Raises
+        ------
+        ConfigError : the value has a number per head.
+        """
+        value = self.values.get(name)
+        if isinstance(value, tuple):
+            raise ConfigError(f"evaluation: {name!r} has a number per head, and one number is asked for")
+        return value
+
+    def table(self, name: str) -> Table | None:
+        """Return a value that has a number per layer and head; None if it was not measured.
+
+        Raises
+        ------
+        ConfigError : the value is one number.
+        """
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, tuple):
+            raise ConfigError(f"evaluation: {name!r} is one number, and a number per head is asked for")
+        return value
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON-serialisable dictionary; what only some evaluations have is left out if None."""
-        fields = {k: v for k, v in asdict(self).items() if v is not None or k not in ("steps", "oracle")}
-        return fields if self.steps is None else {**fields, "steps": [step.to_json() for step in self.steps]}
+        """Return the fields and, under their own names, the values as a JSON-serialisable dictionary.
+
+        What was not measured is left out.
+
+        Raises
+        ------
+        ConfigError : a value has the name of a field.
+        """
+        taken = sorted(_FIELDS & self.values.keys())
+        if taken:
+            raise ConfigError(f"evaluation: {taken[0]!r} is a field of every evaluation; give the value another name")
+        found = {"sample": self.sample, **self.values}
+        numbers = {name: getattr(self, name) for name in ("slots", "bytes_peak", "bytes_mean", "tokens", "seconds")}
+        found |= {name: value for name, value in numbers.items() if value is not None}
+        return found if self.steps is None else {**found, "steps": [step.to_json() for step in self.steps]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], measurement: Measurement = LOGLIK) -> Self:
+        """Return the evaluation that `to_json` wrote, also that of earlier versions.
+
+        Earlier versions wrote NaN or None for what was not measured, and one field ``heads`` for two quantities.
+
+        Parameters
+        ----------
+        measurement : what was asked for; it tells which of them ``heads`` is.
+
+        Raises
+        ------
+        ValueError, TypeError, KeyError, AttributeError, OverflowError : the data are no evaluation, or not of this
+            measurement.
+        """
+        known = dict(data)
+        if "heads" in known or "oracle" in known or known.get("exact", 0) is None:
+            known = _of_earlier(known, measurement)
+        numbers = {name: as_float(known[name]) for name in ("slots", "bytes_peak", "bytes_mean") if name in known}
+        steps = known.get("steps")
+        return cls(
+            sample=known["sample"],
+            values={name: _value(value) for name, value in known.items() if name not in _FIELDS},
+            **numbers,
+            tokens=int(known["tokens"]),
+            seconds=as_float(known["seconds"]),
+            steps=None if steps is None else tuple(map(Step.from_json, steps)),
+        )
+
+
+_FIELDS = frozenset({one.name for one in fields(Evaluation)} | {"heads", "oracle"})
+
+
+def _value(value: Any) -> float | Table:
+    if isinstance(value, list):
+        return tuple(tuple(as_float(number) for number in row) for row in value)
+    if value is None or isinstance(value, bool | dict):
+        raise ValueError("a value is a number, or a number per layer and head")
+    return float(value)
+
+
+def _of_earlier(data: dict[str, Any], measurement: Measurement) -> dict[str, Any]:
+    """Return an evaluation of an earlier version as `Evaluation.to_json` writes it today."""
+    heads, oracle = data.pop("heads", None), data.pop("oracle", None)
+    if data.get("exact", 0) is None:
+        del data["exact"]
+    if heads is not None:
+        del data["loglik"]  # NaN: heads were measured in its place
+        if ("attention" in measurement) == ("ranking_cost" in measurement):
+            raise ValueError("heads of an earlier version are not of this measurement")
+        if "attention" in measurement:
+            data["head_attention"] = heads
+        else:
+            data["head_cost"] = [[-as_float(value) for value in row] for row in heads]
+    elif all(math.isnan(as_float(data[name])) for name in ("loglik", "slots", "bytes_peak", "bytes_mean")):
+        del data["loglik"]  # a candidate that could not be evaluated
+    if oracle is not None:
+        data |= oracle
+    return {
+        name: value
+        for name, value in data.items()
+        if name not in ("slots", "bytes_peak", "bytes_mean") or not math.isnan(as_float(value))
+    }

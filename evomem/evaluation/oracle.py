@@ -1,6 +1,6 @@
 """Evaluation: how good a ranking or a decision is about a future that is known; no model call, pure tensor arithmetic.
 
-All functions take what `evomem.evaluation.attention.Future` holds of a layer, or a trace of it. `FutureOracle` decides
+All functions take what `evomem.evaluation.future.Future` holds of a layer, or a trace of it. `FutureOracle` decides
 by it and is evaluated as any other manager is: what a policy that knew the future would reach.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from evomem.bounds import TOKENS
 from evomem.errors import ConfigError
-from evomem.evaluation.attention import Future, sample_key
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.future import Future, sample_key
+from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.managers.base import ManagerOptions, MemoryManager
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
@@ -137,10 +137,9 @@ def evaluate_oracle(
     sample: Sample,
     task: Task,
     budget: int | float | None,
+    measurement: Measurement = LOGLIK,
     *,
     sinks: int = 0,
-    exact: bool = False,
-    observes: frozenset[str] = frozenset(),
 ) -> Evaluation:
     """Evaluate the decision that knows the future, on one sample, exactly as `Evaluator.evaluate` evaluates managers.
 
@@ -148,7 +147,7 @@ def evaluate_oracle(
     ----------
     budget : slots per head, or a share of the tokens read; the ``budget`` slots with the most future attention stay.
     sinks : tokens protected at the beginning.
-    exact, observes : as in `Evaluator.evaluate`.
+    measurement : as in `Evaluator.evaluate`.
 
     Returns
     -------
@@ -163,9 +162,9 @@ def evaluate_oracle(
     tokens, misses = evaluator.tokens(sample), evaluator.store.misses
     key = sample_key(tokens)
     known = key in evaluator.future.known
-    scores = oracle_scores(evaluator.future.of(evaluator, tokens, key, observes))
+    scores = oracle_scores(evaluator.future.of(evaluator, tokens, key, measurement.observes))
     extra = tokens.read.shape[1] if evaluator.store.misses > misses else 0
     extra += 0 if known else tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
     manager = FutureOracle(scores, budget=budget, sinks=sinks)
-    (found,) = evaluator.evaluate([manager], sample, task, exact=exact, observes=observes)
+    (found,) = evaluator.evaluate([manager], sample, task, measurement)
     return replace(found, tokens=found.tokens + extra)

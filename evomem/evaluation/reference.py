@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evomem.devices import stacked
 from evomem.errors import TaskError
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.evaluation.population import Recording
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate_plainly(
-    evaluator: Evaluator, manager: MemoryManager, sample: Sample, task: Task, *, exact: bool = False
+    evaluator: Evaluator, manager: MemoryManager, sample: Sample, task: Task, measurement: Measurement = LOGLIK
 ) -> Evaluation:
-    """One candidate from an empty cache, through nothing but ``manager.attach``: what `evaluate` must equal."""
+    """One candidate from an empty cache, through nothing but ``manager.attach``: what `evaluate` must equal.
+
+    measurement : of ``loglik`` and ``exact``; nothing else has a plain way here.
+    """
+    exact = "exact" in measurement
     begin = time.perf_counter()
     tokens, manager = evaluator.tokens(sample), evaluator.scheduled(manager)
     streaming = evaluator.protocol.kind == "streaming"
@@ -46,8 +50,7 @@ def evaluate_plainly(
     after = cache.nbytes() - recorded_bytes(cache)
     return Evaluation(
         sample=sample.id,
-        loglik=loglik,
-        exact=None if texts is None else task.score(sample, texts[0]),
+        values={"loglik": loglik} | ({} if texts is None else {"exact": task.score(sample, texts[0])}),
         slots=slots,
         bytes_peak=float(cache.bytes_peak if streaming else max(held, after)),
         bytes_mean=float(cache.bytes_mean if streaming else (held + after) / 2),

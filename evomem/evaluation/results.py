@@ -11,14 +11,12 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from evomem.errors import ConfigError, EvomemError
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import EXACT, Evaluation
 from evomem.files.reading import open_regular
 from evomem.files.sealed_lines import Seals, sealed, whole_lines
-from evomem.files.strict_json import as_float, to_json
+from evomem.files.strict_json import to_json
 
 logger = logging.getLogger("evomem")
-
-_NUMBERS = ("loglik", "slots", "bytes_peak", "bytes_mean", "seconds")
 
 
 class SampleFile:
@@ -123,18 +121,10 @@ class SampleFile:
         """Take in a finished sample; return whether the line is one."""
         try:
             place, sample = int(record["place"]), str(record["sample"])
-            evaluations = [_evaluation(data) for data in record["evaluations"]]
+            evaluations = [Evaluation.from_json(data, EXACT) for data in record["evaluations"]]
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             return False
         if len(evaluations) != len(self._what.get("managers", evaluations)):
             return False
         self._known[place, sample] = evaluations
         return True
-
-
-def _evaluation(data: Mapping[str, Any]) -> Evaluation:
-    exact = data["exact"]
-    numbers: dict[str, Any] = {name: as_float(data[name]) for name in _NUMBERS}
-    return Evaluation(
-        sample=data["sample"], exact=None if exact is None else as_float(exact), tokens=int(data["tokens"]), **numbers
-    )

@@ -7,21 +7,87 @@ reward. What advantage it is multiplied with is the driver's business (`evomem.d
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from evomem.evaluation.measurement import Step
+from evomem.evaluation.future import sample_key
+from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement, Step
 from evomem.managers.base import Schedule
 from evomem.managers.stochastic import Action, Noise, StochasticManager
-from evomem.memory import Decision, LayerView
+from evomem.managers.vector import to_vector
+from evomem.memory import Decision, LayerView, attached
+from evomem.modes import outside_inference_mode
+from evomem.tasks.base import Sample, Task
+
+if TYPE_CHECKING:
+    from evomem.evaluation.evaluator import Evaluator
 
 CLIP = 0.2
 """How far a choice's probability may move from the policy that drew before PPO lets go of it."""
+
+_DRAWN = 512
+"""Sets of rollouts whose rewards an evaluator remembers, for further passes over them."""
+
+
+@outside_inference_mode()
+@torch.no_grad()
+def rollouts(
+    evaluator: Evaluator,
+    manager: StochasticManager,
+    sample: Sample,
+    task: Task,
+    seeds: Sequence[int],
+    measurement: Measurement = LOGLIK,
+    *,
+    behaviour: StochasticManager | None = None,
+    reference: StochasticManager | None = None,
+) -> list[Evaluation]:
+    """Evaluate one stochastic policy on one sample several times, each time with decisions drawn by another seed.
+
+    Parameters
+    ----------
+    measurement : ``exact`` is measured if it asks for it; the option ``listens`` of its ``rollout``, ``behaviour`` and
+        ``reference`` are `RolloutPolicy`'s.
+
+    Returns
+    -------
+    One `Evaluation` a seed, in order, with the decisions in `Evaluation.steps`.
+    """
+    tokens, observes = evaluator.tokens(sample), measurement.observes
+    older, other = (None if one is None else evaluator.scheduled(one) for one in (behaviour, reference))
+    listens = bool(measurement.options("rollout").get("listens", False))
+    begin = time.perf_counter()
+    number = sample_number(sample.id)
+    policy = RolloutPolicy(evaluator.scheduled(manager), list(seeds), number, older, other, listens)
+    drawing = older if older is not None else manager
+    drawn = (
+        task.name,
+        sample.id,
+        sample_key(tokens),
+        tuple(seeds),
+        repr(drawing.describe()),
+        to_vector(drawing).tobytes(),
+        "exact" in measurement,
+    )
+    batch = evaluator.drawn.get(drawn) if evaluator.protocol.kind == "compress_once" else None
+    if batch is not None:  # the same rollouts, seen by a newer policy: only how likely they are has changed
+        for view in evaluator.reading(tokens.read, policy.observes | observes).views:
+            policy.decide(view)
+    else:
+        with attached(evaluator.loaded.model):
+            batch = evaluator.answered(policy, tokens, sample, task, measurement)
+        evaluator.drawn[drawn] = [replace(one, tokens=0) for one in batch]
+        while len(evaluator.drawn) > _DRAWN:
+            evaluator.drawn.popitem(last=False)
+    seconds = (time.perf_counter() - begin) / len(batch)
+    return [replace(one, seconds=seconds, steps=policy.steps(place)) for place, one in enumerate(batch)]
 
 
 def sample_number(identity: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from evomem.errors import EvomemError
 from evomem.evaluation.measurement import Evaluation
+from evomem.files.strict_json import as_float
 from evomem.statistics import bootstrap_mean, paired_bootstrap, recovered_share
 
 Budget = int | float | None
@@ -165,11 +166,11 @@ def _row(
     full: Sequence[Evaluation] | None,
 ) -> Row:
     mine = one.evaluations
-    loglik, bytes_mean = _mean_loglik(mine), _mean([e.bytes_mean for e in mine])
+    loglik, bytes_mean = _mean_loglik(mine), _mean([as_float(e.bytes_mean) for e in mine])
     scores = [e.exact for e in mine if e.exact is not None]
     difference = difference_score = None
     if one.manager != subject:
-        difference = paired_bootstrap([e.loglik for e in reference], [e.loglik for e in mine])
+        difference = paired_bootstrap(_logliks(reference), _logliks(mine))
         pairs = [(a.exact, b.exact) for a, b in zip(reference, mine, strict=True)]
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
         if both:
@@ -188,16 +189,16 @@ def _row(
         samples=len(mine),
         score=_mean(scores) if scores else None,
         loglik=loglik,
-        bytes_peak=_mean([e.bytes_peak for e in mine]),
+        bytes_peak=_mean([as_float(e.bytes_peak) for e in mine]),
         bytes_mean=bytes_mean,
-        slots=_mean([e.slots for e in mine]),
+        slots=_mean([as_float(e.slots) for e in mine]),
         seconds=_mean([e.seconds for e in mine]),
         interval=difference.bounds() if difference else None,
         difference=difference.mean if difference else None,
         interval_score=difference_score.bounds() if difference_score else None,
         difference_score=difference_score.mean if difference_score else None,
-        interval_loglik=bootstrap_mean([e.loglik for e in mine]).bounds(),
-        bytes_ratio=bytes_mean / _mean([e.bytes_mean for e in reference]),
+        interval_loglik=bootstrap_mean(_logliks(mine)).bounds(),
+        bytes_ratio=bytes_mean / _mean([as_float(e.bytes_mean) for e in reference]),
         recovered=recovered,
         prefix=one.prefix,
         chat_template=one.chat_template,
@@ -214,7 +215,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _mean_loglik(evaluations: Sequence[Evaluation]) -> float:
-    return _mean([evaluation.loglik for evaluation in evaluations])
+    return _mean(_logliks(evaluations))
+
+
+def _logliks(evaluations: Sequence[Evaluation]) -> list[float]:
+    return [as_float(evaluation.loglik) for evaluation in evaluations]
 
 
 def _plain(value: Any) -> Any:

@@ -13,10 +13,11 @@ import torch
 
 from evomem import devices, drivers
 from evomem.evaluation.rows import budget_size
-from evomem.runs.candidates import Plan, UnitEvaluator, WantedRollouts, units_of
+from evomem.runs.candidates import Plan, UnitEvaluator, units_of
 from evomem.runs.chunks import DEFAULT, EVENT, Chunk, Chunks, chunks_of
 from evomem.runs.journal import read_journal
 from evomem.tasks.base import Sample, Split
+from evomem.workers.units import RolloutVectors
 
 if TYPE_CHECKING:
     from evomem.runs.search import Search
@@ -120,7 +121,7 @@ def _fitting(search: Search) -> tuple[Fit | None, str]:
     evaluate = UnitEvaluator(search.space, bench, search.samples)
     reserved = int(bench.facts.get("store_bytes", 0)) + (bench.weights if search.workers.count != 0 else 0)
     for stage in search.plan:
-        rollouts = WantedRollouts() if drivers.uses(stage.driver.name, "rollouts") else None
+        rollouts = RolloutVectors() if drivers.uses(stage.driver.name, "rollouts") else None
         for place, task in enumerate(stage.tasks):
             pool = search.samples.pool(task, Split.TRAIN, stage.train_contexts)[:8]
             samples: list[tuple[Sample, ...]] = [()] * len(stage.tasks)
@@ -141,6 +142,5 @@ def _probe(search: Search, evaluate: UnitEvaluator, plan: Plan, place: int, coun
     """Evaluate the search's start so many times, as one batch."""
     budget = max(plan.stage.budgets or (None,), key=budget_size)
     vectors, seeds = np.repeat(search.start[None], count, 0), np.arange(count, dtype=np.int64)
-    arguments = plan.evaluator_arguments()
-    for unit in units_of(plan, search.samples, place, 0, budget, vectors, seeds, arguments, count):
+    for unit in units_of(plan, search.samples, place, 0, budget, vectors, seeds, plan.measurement, count):
         evaluate(unit)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from evomem.devices import named
 from evomem.errors import ModelError
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
+from evomem.evaluation.measures import Draws
+from evomem.files.strict_json import as_float
 from evomem.managers.base import MemoryManager
 from evomem.models.identity import tokenizer_digest
 from evomem.runs.config import ExperimentConfig, ModelConfig, TaskConfig
@@ -19,22 +21,27 @@ from evomem.tasks.chance import ChanceReport, check
 if TYPE_CHECKING:
     import torch
 
-    from evomem.evaluation.costs import KnownSamples
     from evomem.evaluation.evaluator import Evaluator, Reach
+    from evomem.evaluation.future import KnownSamples
     from evomem.evaluation.store import Readings
     from evomem.models import LoadedModel
 
 
 class CandidateEvaluator(Protocol):
-    """What a search needs of an evaluator (`evomem.evaluation.evaluator.Evaluator` is one).
-
-    Further keyword arguments come from the objective (`evomem.runs.fitness.Objective.arguments`).
-    """
+    """What a search needs of an evaluator (`evomem.evaluation.evaluator.Evaluator` is one)."""
 
     def evaluate(
-        self, managers: Sequence[MemoryManager], sample: Sample, task: Task, *, exact: bool = False
+        self,
+        managers: Sequence[MemoryManager],
+        sample: Sample,
+        task: Task,
+        measurement: Measurement = LOGLIK,
+        draws: Draws | None = None,
     ) -> list[Evaluation]:
-        """Return one evaluation a manager, in order: a pure function of the arguments."""
+        """Return one evaluation a manager, in order: a pure function of the arguments.
+
+        ``draws`` is given only where rollouts are measured.
+        """
         ...
 
 
@@ -249,7 +256,8 @@ def check_chance(
     from evomem.managers.heuristics.full import Full
 
     observes = manager.observes if manager is not None else frozenset()
-    full = [evaluator.evaluate([Full()], sample, task, observes=observes)[0].loglik for sample in samples]
+    found = [evaluator.evaluate([Full()], sample, task, LOGLIK.observing(observes))[0] for sample in samples]
+    full = [as_float(one.loglik) for one in found]
     without = [evaluator.loglik_without_context(sample) for sample in samples]
     return check(label, (), task.uniform_chance, full, without)
 

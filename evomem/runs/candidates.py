@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,35 +13,39 @@ from evomem.devices import CURES, out_of_memory
 from evomem.drivers.base import Population
 from evomem.drivers.estimators import Rollouts
 from evomem.errors import EvomemError, OutOfMemoryError, RunError
-from evomem.evaluation.measurement import Evaluation, Step
+from evomem.evaluation.measurement import NOTHING, Evaluation, Measurement, Step
+from evomem.evaluation.measures import Draws
+from evomem.evaluation.objectives.base import Objective
+from evomem.files.strict_json import as_float
 from evomem.managers.base import MemoryManager, managers
-from evomem.runs.bench import Bench
+from evomem.managers.stochastic import StochasticManager
+from evomem.runs.bench import Bench, CandidateEvaluator
 from evomem.runs.chunks import Chunks
 from evomem.runs.config import Budget, Stage, TaskConfig
-from evomem.runs.fitness import Fitness, TaskValues, baseline_scale, combine, objective_of, rollouts_of, worth
+from evomem.runs.fitness import (
+    MeasuredFitness,
+    TaskValues,
+    baseline_scale,
+    combine,
+    measurement_of,
+    objective_of,
+    rollouts_of,
+    worth,
+)
 from evomem.runs.journal import Journal, Record, evaluations_of, unit_record
 from evomem.runs.samples import Samples
 from evomem.search_space.space import SearchSpace
 from evomem.tasks.base import Sample, Task
 from evomem.tracking.base import logger
-from evomem.workers.units import Unit, WorkerPool
+from evomem.workers.units import RolloutVectors, Unit, WorkerPool
 
 Vectors = NDArray[np.float64]
 Seeds = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class WantedRollouts:
-    """Rollouts of one policy with their gradients: what else is needed than the vectors; see `Population`."""
-
-    behaviour: Vectors | None = None
-    reference: Vectors | None = None
-    learns: NDArray[np.int64] | None = None
-
-    @classmethod
-    def of(cls, population: Population) -> Self:
-        """Return what a driver's population asks for."""
-        return cls(population.behaviour, population.reference, population.learns)
+def rollout_vectors(population: Population) -> RolloutVectors:
+    """Return what a driver's population asks for besides its vectors."""
+    return RolloutVectors(population.behaviour, population.reference, population.learns)
 
 
 class UnitEvaluator:
@@ -64,38 +67,33 @@ class UnitEvaluator:
     def __call__(self, unit: Unit) -> list[Evaluation]:
         """Return one evaluation a candidate."""
         task, evaluator = self._samples.tasks[unit.task], self._bench.of(self._samples.configs[unit.task]).evaluator
-        if "rollouts" in unit.arguments:
-            found = self._rollouts(unit, task, evaluator)
+        if unit.rollouts is not None:
+            found = self._rollouts(unit, unit.rollouts, task, evaluator)
         else:
-            found = evaluator.evaluate(self._managers(unit), unit.sample, task, **unit.arguments)
+            found = evaluator.evaluate(self._managers(unit), unit.sample, task, unit.measurement)
         if len(found) != unit.candidates:
             raise RunError(f"unit {unit.key}: {unit.candidates} evaluations expected, {len(found)} came back")
         return found
 
-    def _rollouts(self, unit: Unit, task: Task, evaluator: Any) -> list[Evaluation]:
+    def _rollouts(
+        self, unit: Unit, wanted: RolloutVectors, task: Task, evaluator: CandidateEvaluator
+    ) -> list[Evaluation]:
         """Return rollouts of the one policy that a unit's candidates are; gradients in the coordinates it learns."""
         if unit.vectors is None or (unit.vectors != unit.vectors[:1]).any():
             raise RunError(f"unit {unit.key}: rollouts are of one policy; these candidates are several")
-        arguments = dict(unit.arguments)
-        wanted = arguments.pop("rollouts")
-        how = arguments.pop("costs", None)
-        managers = self._managers(unit)
-        seeds = [int(seed) for seed in unit.seeds]
-        if how is not None:
-            found = evaluator.costs(managers, unit.sample, how, seeds=seeds, gradient=True)
-        else:
-            others = {
-                name: self._policy(unit, vector)
-                for name, vector in (("behaviour", wanted.behaviour), ("reference", wanted.reference))
-                if vector is not None
-            }
-            found = evaluator.rollouts(managers[0], unit.sample, task, seeds, **others, **arguments)
+        behaviour, reference = (self._policy(unit, vector) for vector in (wanted.behaviour, wanted.reference))
+        draws = Draws([int(seed) for seed in unit.seeds], behaviour, reference)
+        found = evaluator.evaluate(self._managers(unit), unit.sample, task, unit.measurement, draws)
         return [
             replace(one, steps=tuple(self._mapped(step, wanted.learns) for step in one.steps or ())) for one in found
         ]
 
-    def _policy(self, unit: Unit, vector: Vectors) -> MemoryManager:
+    def _policy(self, unit: Unit, vector: Vectors | None) -> StochasticManager | None:
+        if vector is None:
+            return None
         manager = self._space.decode(vector)
+        if not isinstance(manager, StochasticManager):
+            raise RunError(f"unit {unit.key}: manager {manager.name!r} draws no decisions; there are no rollouts of it")
         return manager if unit.budget is None else manager.with_options(budget=unit.budget)
 
     def _mapped(self, step: Step, learns: NDArray[np.int64] | None) -> Step:
@@ -211,7 +209,7 @@ class Measuring:
                 "began. Put it back to resume this run, or begin another one in another folder"
             )
         try:
-            found = evaluations_of(record)
+            found = evaluations_of(record, unit.measurement)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             found = []
         if len(found) != unit.candidates or any(one.sample != unit.sample.id for one in found):
@@ -239,38 +237,35 @@ class Plan:
     phase, generation : see `Unit`; the phase is the first part of the units' keys.
     stage : tasks, budgets and fitness.
     samples : samples of every task of the stage, in its order.
-    exact : generate text too, whatever the objective.
+    also : what is measured besides what the objective needs.
     rollouts : measure rollouts of one policy, with gradients.
-    arguments : take these in place of the objective's; the fitness is then not worth looking at.
     """
 
     phase: str
     generation: int | None
     stage: Stage
     samples: tuple[tuple[Sample, ...], ...]
-    exact: bool = False
-    rollouts: WantedRollouts | None = None
-    arguments: Mapping[str, Any] | None = None
+    also: Measurement = NOTHING
+    rollouts: RolloutVectors | None = None
+
+    def places(self) -> list[tuple[int, int, Budget | None]]:
+        """Return the number of the task, the number of the sample, and the budget of everything that is measured."""
+        return [
+            (place, number, budget)
+            for place, samples in enumerate(self.samples)
+            for number in range(len(samples))
+            for budget in self.stage.budgets or (None,)
+        ]
 
     @property
     def together(self) -> bool:
         """Whether all rollouts on a sample must be one unit: they are compared head by head where they are drawn."""
-        return self.rollouts is not None and bool(objective_of(self.stage.fitness).drawn)
+        return self.rollouts is not None and objective_of(self.stage.fitness).compares_draws
 
-    def evaluator_arguments(self) -> dict[str, Any]:
-        """Return what the evaluator is asked for."""
-        objective = objective_of(self.stage.fitness)
-        if self.arguments is not None:
-            return dict(self.arguments)
-        found = dict(objective.arguments)
-        if self.exact:
-            found["exact"] = True
-        if self.rollouts is not None:
-            found |= objective.drawn
-            found["rollouts"] = self.rollouts
-            if self.stage.fitness.reading:
-                found["listens"] = True
-        return found
+    @property
+    def measurement(self) -> Measurement:
+        """What the evaluator is asked for."""
+        return measurement_of(self.stage.fitness, drawn=self.rollouts is not None).also(self.also)
 
 
 @dataclass(frozen=True)
@@ -282,23 +277,22 @@ class Row:
     evaluations: list[Evaluation]
 
 
-def by_head(rows: Sequence[Row]) -> Vectors:
+def by_head(rows: Sequence[Row], objective: Objective) -> Vectors:
     """Return the heads' fitness (candidates, layers * kv_heads): weighted mean over tasks, samples and budgets."""
     total = sum(row.task.weight for row in rows)
-    measured = (evaluation.heads for row in rows for evaluation in row.evaluations if evaluation.heads is not None)
+    tables = [[objective.per_head(evaluation) for evaluation in row.evaluations] for row in rows]
+    measured = (table for row in tables for table in row if table is not None)
     nothing = np.full(np.size(next(measured, ())), np.nan)  # for a candidate that could not be evaluated
     heads = [
-        row.task.weight
-        / total
-        * np.array([nothing if one.heads is None else np.ravel(one.heads) for one in row.evaluations])
-        for row in rows
+        row.task.weight / total * np.array([nothing if table is None else table for table in of_row])
+        for row, of_row in zip(rows, tables, strict=True)
     ]
     return np.asarray(np.sum(heads, axis=0), dtype=np.float64)
 
 
 def by_bytes(rows: Sequence[Row]) -> Vectors:
-    """Return the measured bytes (candidates,): weighted mean over tasks, samples and budgets."""
-    held = [[evaluation.bytes_mean for evaluation in row.evaluations] for row in rows]
+    """Return the measured bytes (candidates,): weighted mean over tasks, samples and budgets; NaN if not known."""
+    held = [[as_float(evaluation.bytes_mean) for evaluation in row.evaluations] for row in rows]
     return np.asarray(np.average(held, axis=0, weights=[row.task.weight for row in rows]), dtype=np.float64)
 
 
@@ -317,8 +311,18 @@ class Judge:
         self._samples = samples
         self._chunks = chunks
 
-    def judge(self, plan: Plan, vectors: Vectors, seeds: Seeds) -> tuple[Fitness, list[Row]]:
+    def judge(self, plan: Plan, vectors: Vectors, seeds: Seeds) -> tuple[MeasuredFitness, list[Row]]:
         """Return the fitness of candidates (candidates, dim), and all evaluations.
+
+        Raises
+        ------
+        OutOfMemoryError : see `measure`.
+        """
+        rows = self.measure(plan, plan.measurement, vectors, seeds)
+        return self._fitness(plan, rows), rows
+
+    def measure(self, plan: Plan, measurement: Measurement, vectors: Vectors, seeds: Seeds) -> list[Row]:
+        """Return the evaluations of candidates (candidates, dim): a row per task, sample and budget, in this order.
 
         Where memory ends, the whole plan is measured again in units of half the size: candidates that are compared
         are measured in batches of one shape.
@@ -329,50 +333,52 @@ class Judge:
         """
         while True:
             try:
-                return self._judge(plan, vectors, seeds)
+                return self._measure(plan, measurement, vectors, seeds)
             except OutOfMemoryError as error:
                 if plan.together:
                     cure = CURES[error.memory]
                     raise OutOfMemoryError(f"{error} These rollouts are one unit. {cure}", error.memory) from error
                 self._chunks.halve(plan.phase, plan.generation, len(vectors), error)
 
-    def _judge(self, plan: Plan, vectors: Vectors, seeds: Seeds) -> tuple[Fitness, list[Row]]:
-        arguments = plan.evaluator_arguments()
-        places = [
-            (place, number, budget)
-            for place, samples in enumerate(plan.samples)
-            for number in range(len(samples))
-            for budget in plan.stage.budgets or (None,)
-        ]
+    def _measure(self, plan: Plan, measurement: Measurement, vectors: Vectors, seeds: Seeds) -> list[Row]:
+        places = plan.places()
         size = self._chunks.at(plan.phase, plan.generation)
-        units = [units_of(plan, self._samples, *where, vectors, seeds, arguments, size) for where in places]
+        units = [units_of(plan, self._samples, *where, vectors, seeds, measurement, size) for where in places]
         found = self._measuring.evaluate([unit for chunks in units for unit in chunks])
+        return [
+            Row(plan.stage.tasks[place], budget, [evaluation for unit in chunks for evaluation in found[unit.key]])
+            for (place, _, budget), chunks in zip(places, units, strict=True)
+        ]
+
+    def _fitness(self, plan: Plan, rows: list[Row]) -> MeasuredFitness:
+        objective = objective_of(plan.stage.fitness)
         baselines = self._baselines(plan)
         values: list[list[list[Vectors]]] = [[[] for _ in samples] for samples in plan.samples]
         total = sum(task.weight for task in plan.stage.tasks)
-        rows, groups = [], list[Rollouts]()
-        for (place, number, budget), chunks in zip(places, units, strict=True):
-            evaluations = [evaluation for unit in chunks for evaluation in found[unit.key]]
-            rows.append(Row(plan.stage.tasks[place], budget, evaluations))
-            value = worth(evaluations, plan.stage.fitness, *baselines[place][number])
+        groups: list[Rollouts] = []
+        for (place, number, _), row in zip(plan.places(), rows, strict=True):
+            value = worth(row.evaluations, plan.stage.fitness, *baselines[place][number])
             values[place][number].append(value)
             if plan.rollouts is not None:
                 share = plan.stage.tasks[place].weight / total / len(plan.samples[place])
                 share /= len(plan.stage.budgets or (None,))
-                groups.append(rollouts_of(evaluations, value, plan.stage.fitness, share))
+                groups.append(rollouts_of(row.evaluations, value, plan.stage.fitness, share))
         tasks = [
             TaskValues(task.weight, np.stack([np.mean(sample, axis=0) for sample in values[place]], axis=1))
             for place, task in enumerate(plan.stage.tasks)
         ]
-        fitness = replace(combine(tasks), held=by_bytes(rows), rollouts=tuple(groups))
-        if objective_of(plan.stage.fitness).headwise and len({task.model for task in plan.stage.tasks}) == 1:
-            fitness = replace(fitness, heads=by_head(rows))
-        return fitness, rows
+        one_model = len({task.model for task in plan.stage.tasks}) == 1
+        return replace(
+            combine(tasks, objective),
+            per_head=by_head(rows, objective) if objective.headwise and one_model else None,
+            costs=by_bytes(rows),
+            rollouts=tuple(groups),
+        )
 
     def _baselines(self, plan: Plan) -> list[list[tuple[float | None, float]]]:
         """Return what to subtract and what to divide by, per task and sample."""
         config = plan.stage.fitness
-        if config.normalise == "none" or plan.arguments is not None:
+        if config.normalise == "none":
             return [[(None, 1.0)] * len(samples) for samples in plan.samples]
         objective = objective_of(config)
         units = [
@@ -385,7 +391,7 @@ class Judge:
                     sample=sample,
                     vectors=None,
                     seeds=np.zeros(1, dtype=np.int64),
-                    arguments=dict(objective.arguments),
+                    measurement=objective.measurement,
                 )
                 for sample in samples
             ]
@@ -400,7 +406,7 @@ class Judge:
 
 def units_of(
     plan: Plan, samples: Samples, place: int, number: int, budget: Budget | None, vectors: Vectors, seeds: Seeds,
-    arguments: Mapping[str, Any], size: int,
+    measurement: Measurement, size: int,
 ) -> list[Unit]:  # fmt: skip
     """Return the units of candidates on sample ``number`` of task ``place`` at one budget, ``size`` candidates each."""
     name, sample = samples.name(plan.stage.tasks[place]), plan.samples[place][number]
@@ -419,7 +425,8 @@ def units_of(
                 vectors=vectors[part],
                 seeds=seeds[part],
                 budget=budget,
-                arguments=arguments,
+                measurement=measurement,
+                rollouts=plan.rollouts,
             )
         )
     return units

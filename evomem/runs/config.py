@@ -96,7 +96,7 @@ class FitnessConfig(Settings):
 
     Attributes
     ----------
-    objective : a name of `evomem.runs.fitness.objectives`: ``loglik`` (nats per answer token) or ``exact``.
+    objective : a name of `evomem.evaluation.objectives`, such as ``loglik`` (nats per answer token) or ``exact``.
     price_per_megabyte : taken off per 10^6 bytes of mean memory, in units of the objective.
     normalise : ``full`` measures against the full cache on the same samples: its likelihood is subtracted (nats lost
         to eviction), its exact score divides. With several models it should be set: they differ in what they can do.

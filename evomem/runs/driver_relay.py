@@ -24,7 +24,7 @@ def enter(driver: Driver, stage: Stage) -> None:
     """Tell a driver what a stage measures; its generations are counted from the driver's first one."""
     objective = objective_of(stage.fitness)
     begin, end = stage.begin - stage.since, stage.end - stage.since
-    driver.enter(base.Stage(begin, end, per_head=objective.headwise, exact=objective.exact))
+    driver.enter(base.Stage(begin, end, per_head=objective.headwise, exact=objective.exact_gradient))
 
 
 class Relay:

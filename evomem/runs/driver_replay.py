@@ -19,6 +19,7 @@ from evomem.bounds import LARGE
 from evomem.drivers.base import Array, Driver, Fitness, Population
 from evomem.drivers.warm import WarmStart
 from evomem.errors import ConfigError, RunError
+from evomem.evaluation.objectives import make, objectives
 from evomem.files.atomic import write_vector
 from evomem.managers.stochastic import StochasticManager
 from evomem.runs.chunks import chunks_of
@@ -143,23 +144,26 @@ def check_policy(config: ExperimentConfig, space: SearchSpace, stages: Sequence[
                 f"driver {driver.name!r}: space.options: {', '.join(config.space.options)} vary, and options have "
                 "no gradient; leave them out, or take a driver of evolution"
             )
-        if not objective.exact and not isinstance(space.template, StochasticManager):
+        if not objective.exact_gradient and not isinstance(space.template, StochasticManager):
             raise ConfigError(
                 f"driver {driver.name!r}: stage {stage.name!r}: manager {name!r} draws no decisions, so its "
                 f"objective {stage.fitness.objective!r} has no gradient; take objective expected_cost, which has an "
                 "exact one for every manager that scores, or manager kv_policy"
             )
         rollouts = driver.population or 8
-        if objective.drawn and (driver.options.get("estimator") == "grpo" or (config.chunk or rollouts) < rollouts):
+        if objective.compares_draws and (
+            driver.options.get("estimator") == "grpo" or (config.chunk or rollouts) < rollouts
+        ):
             raise ConfigError(
                 f"driver {driver.name!r}: stage {stage.name!r}: objective {stage.fitness.objective!r} compares "
                 f"the rollouts of a context head by head where they are drawn: take estimator reinforce, and a "
                 f"chunk of at least the population ({rollouts})"
             )
-        if stage.fitness.objective == "attention":
+        if "rollouts" not in objective.feeds:
+            able = [name for name in objectives if "rollouts" in make(name).feeds]
             raise ConfigError(
-                f"driver {driver.name!r}: stage {stage.name!r}: objective attention is for evolution; take "
-                "expected_cost, trace_cost, loglik or exact"
+                f"driver {driver.name!r}: stage {stage.name!r}: objective {stage.fitness.objective} is for evolution; "
+                f"take one of {', '.join(able)}"
             )
 
 

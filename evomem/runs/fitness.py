@@ -3,74 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.drivers.base import Fitness
 from evomem.drivers.estimators import Rollouts, rewards_to_go
-from evomem.errors import ConfigError, UnknownNameError
-from evomem.evaluation.measurement import Evaluation
+from evomem.errors import ConfigError
+from evomem.evaluation.measurement import Evaluation, Measurement
+from evomem.evaluation.objectives.base import Objective, make
 from evomem.runs.config import FitnessConfig
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What one evaluation is worth; larger is better.
-
-    Attributes
-    ----------
-    value : number of an evaluation.
-    arguments : further arguments that the evaluator needs to measure it.
-    against_full : how it is set against the full cache: its likelihood is a difference, its exact score a ratio;
-        ``nothing``: the full cache has no such value.
-    headwise : every KV head has a fitness of its own (`Evaluation.heads`).
-    drawn : arguments that differ where a policy's rollouts are measured.
-    exact : its gradient in the parameters is known, so that nothing need be drawn.
-    """
-
-    value: Callable[[Evaluation], float]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    against_full: Literal["subtract", "divide", "nothing"] = "subtract"
-    headwise: bool = False
-    drawn: Mapping[str, Any] = field(default_factory=dict)
-    exact: bool = False
-
-
-def _heads(evaluation: Evaluation) -> float:
-    return float("nan") if evaluation.heads is None else float(np.mean(evaluation.heads))
-
-
-def _loglik(evaluation: Evaluation) -> float:
-    return evaluation.loglik
-
-
-def _exact(evaluation: Evaluation) -> float:
-    return float("nan") if evaluation.exact is None else evaluation.exact
-
-
-objectives: dict[str, Objective] = {
-    "loglik": Objective(_loglik),
-    "exact": Objective(_exact, {"exact": True}, "divide"),
-    "attention": Objective(_heads, {"attention": True}, headwise=True),
-    "expected_cost": Objective(_heads, {"costs": "expected"}, "nothing", headwise=True, exact=True),
-    "trace_cost": Objective(_heads, {"costs": "sorted"}, "nothing", headwise=True, drawn={"costs": "drawn"}),
-}
-"""Objectives by name; ``fitness.objective`` of an experiment names one."""
-
 # A task at which the full cache itself almost always fails would rule a sum of ratios (specification of NAMM, faults).
 _SMALLEST_BASELINE = 0.1
+
+_PLAIN = Objective()
+"""Reckons noise as objectives do that say nothing about it."""
 
 
 def objective_of(config: FitnessConfig) -> Objective:
     """Return the objective that an experiment names; raise `UnknownNameError` otherwise."""
-    if config.objective not in objectives:
-        raise UnknownNameError("objective", config.objective, list(objectives))
-    return objectives[config.objective]
+    return make(config.objective)
+
+
+def measurement_of(config: FitnessConfig, *, drawn: bool = False) -> Measurement:
+    """Return what has to be measured for a fitness.
+
+    drawn : of rollouts, for a policy gradient.
+
+    Raises
+    ------
+    ConfigError : rollouts of an objective that is for evolution only.
+    """
+    objective = objective_of(config)
+    if not drawn:
+        return objective.measurement
+    if objective.drawn is None:
+        raise ConfigError(f"fitness.objective {config.objective!r} has no rollouts to learn from; it is for evolution")
+    return objective.drawn.with_options("rollout", listens=True) if config.reading else objective.drawn
 
 
 @dataclass(frozen=True)
@@ -88,26 +63,22 @@ class TaskValues:
 
 
 @dataclass(frozen=True)
-class Fitness:
-    """The fitness of some candidates on the same samples.
+class MeasuredFitness(Fitness):
+    """The fitness of some candidates on the same samples, and how sure it is.
 
     Attributes
     ----------
     values : (candidates,) weighted mean over tasks of the mean over samples; NaN where any value was not finite.
-    failed : how many of them are NaN.
     noise : standard error of a candidate's fitness relative to the others', from the samples' paired differences, root
         mean square over candidates; NaN when a task has one sample only.
-    heads : (candidates, layers * kv_heads) fitness of every head, where the objective has one.
-    held : (candidates,) measured bytes, `Evaluation.bytes_mean` averaged like the fitness.
-    rollouts : what a policy gradient learns from, a group per sample and budget, if rollouts were measured.
     """
 
-    values: Array
-    failed: int
-    noise: float
-    heads: Array | None = None
-    held: Array = field(default_factory=lambda: np.zeros(0))
-    rollouts: tuple[Rollouts, ...] = ()
+    noise: float = math.nan
+
+    @property
+    def failed(self) -> int:
+        """How many values are NaN or infinite."""
+        return int((~np.isfinite(self.values)).sum())
 
     @property
     def best(self) -> float:
@@ -142,7 +113,8 @@ def worth(
         values = values + read_between(evaluations, config).sum(axis=1)
     price = config.price_per_megabyte
     if price:
-        values = values - price * np.array([evaluation.bytes_mean / 1e6 for evaluation in evaluations])
+        held = [math.nan if evaluation.bytes_mean is None else evaluation.bytes_mean for evaluation in evaluations]
+        values = values - price * np.array([number / 1e6 for number in held])
     return values
 
 
@@ -175,11 +147,10 @@ def baseline_scale(full: Sequence[float]) -> float:
     return max(_SMALLEST_BASELINE, sum(finite) / len(finite)) if finite else 1.0
 
 
-def combine(tasks: Sequence[TaskValues]) -> Fitness:
+def combine(tasks: Sequence[TaskValues], objective: Objective = _PLAIN) -> MeasuredFitness:
     """Return the fitness of candidates from the values of all tasks.
 
-    The noise is what common random numbers leave: with v the values, d = v - (mean over candidates) are the paired
-    differences, and a candidate's squared standard error is sum_t (w_t / sum w)^2 var_s(d_t) / samples_t.
+    A candidate's squared standard error is sum_t (w_t / sum w)^2 v_t / samples_t, with v `Objective.variance`.
     """
     if not tasks:
         raise ConfigError("fitness: there is no task")
@@ -190,18 +161,14 @@ def combine(tasks: Sequence[TaskValues]) -> Fitness:
         values = np.where(np.isfinite(task.values), task.values, np.nan)
         share = task.weight / total
         fitness = fitness + share * values.mean(axis=1)
-        samples = values.shape[1]
-        good = values[np.isfinite(values).all(axis=1)]
-        paired = values - (good.mean(axis=0) if len(good) else np.nan)
-        spread = paired.var(axis=1, ddof=1) if samples > 1 else np.full(len(values), np.nan)
-        variance = variance + share**2 * spread / samples
+        variance = variance + share**2 * objective.variance(values) / values.shape[1]
     finite = np.isfinite(fitness)
     usable = variance[finite]
     noise = math.sqrt(usable.mean()) if usable.size and np.isfinite(usable).all() else math.nan
-    return Fitness(fitness, int((~finite).sum()), noise)
+    return MeasuredFitness(fitness, noise=noise)
 
 
-def preflight(fitness: Fitness, sigma: float, samples: int) -> str | None:
+def preflight(fitness: MeasuredFitness, sigma: float, samples: int) -> str | None:
     """Return a warning if the first population's differences drown in the noise of their samples, else None.
 
     The spread that is seen is signal and noise together: signal^2 = spread^2 - noise^2. A first generation can tell

@@ -18,12 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomem import drivers
-from evomem.drivers.base import Population
+from evomem.drivers.base import Fitness, Population
 from evomem.errors import ConfigError, RunError
 from evomem.files.strict_json import as_float, to_json
 from evomem.runs.archive import Finalist
 from evomem.runs.config import Budget, ExperimentConfig
-from evomem.runs.fitness import Fitness
 from evomem.runs.folder_reading import of_shape, read_json
 from evomem.runs.result import Score
 
@@ -59,7 +58,7 @@ def check_bytes_may_vary(config: ExperimentConfig) -> None:
 
 def preflight_bytes(fitness: Fitness) -> str | None:
     """Return a warning if the candidates of the first generation all hold the same memory, else None."""
-    held = fitness.held[np.isfinite(fitness.held)]
+    held = np.zeros(0) if fitness.costs is None else fitness.costs[np.isfinite(fitness.costs)]
     if len(held) < 2 or np.ptp(held) > 1e-6 * held.max():
         return None
     return (

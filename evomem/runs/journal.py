@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evomem.errors import RunError
-from evomem.evaluation.measurement import Evaluation, Step
+from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.files.atomic import disk_errors
 from evomem.files.reading import open_regular
 from evomem.files.sealed_lines import Seals, sealed, whole_lines
@@ -77,24 +77,12 @@ def unit_record(outcome: Outcome) -> Record:
     }
 
 
-def evaluations_of(record: Record) -> list[Evaluation]:
-    """Return the evaluations of a unit's line, exactly as they were written."""
-    return [
-        Evaluation(
-            sample=entry["sample"],
-            loglik=as_float(entry["loglik"]),
-            exact=None if entry["exact"] is None else as_float(entry["exact"]),
-            slots=as_float(entry["slots"]),
-            bytes_peak=as_float(entry["bytes_peak"]),
-            bytes_mean=as_float(entry["bytes_mean"]),
-            tokens=int(entry["tokens"]),
-            seconds=as_float(entry["seconds"]),
-            heads=None if entry.get("heads") is None else tuple(tuple(map(float, row)) for row in entry["heads"]),
-            steps=None if entry.get("steps") is None else tuple(map(Step.from_json, entry["steps"])),
-            oracle=None if entry.get("oracle") is None else {k: as_float(v) for k, v in entry["oracle"].items()},
-        )
-        for entry in record["evaluations"]
-    ]
+def evaluations_of(record: Record, measurement: Measurement = LOGLIK) -> list[Evaluation]:
+    """Return the evaluations of a unit's line, exactly as they were written; see `Evaluation.from_json`.
+
+    measurement : what the unit asks for; lines of earlier versions do not say what their numbers per head are.
+    """
+    return [Evaluation.from_json(entry, measurement) for entry in record["evaluations"]]
 
 
 def measured(record: Record) -> list[Record]:

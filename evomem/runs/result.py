@@ -63,9 +63,9 @@ class Score:
             fitness=fitness,
             loglik=_mean(logliks),
             exact=_mean(exact) if exact else None,
-            slots=_mean([evaluation.slots for evaluation in mine]),
-            bytes_mean=_mean([evaluation.bytes_mean for evaluation in mine]),
-            bytes_peak=_mean([evaluation.bytes_peak for evaluation in mine]),
+            slots=_mean([as_float(evaluation.slots) for evaluation in mine]),
+            bytes_mean=_mean([as_float(evaluation.bytes_mean) for evaluation in mine]),
+            bytes_peak=_mean([as_float(evaluation.bytes_peak) for evaluation in mine]),
             error=deviation / math.sqrt(count),
         )
 
@@ -85,7 +85,7 @@ def by_sample(rows: Sequence[Row], place: int) -> list[float]:
     found: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         evaluation = row.evaluations[place]
-        found.setdefault((row.task.label, evaluation.sample), []).append(evaluation.loglik)
+        found.setdefault((row.task.label, evaluation.sample), []).append(as_float(evaluation.loglik))
     return [_mean(values) for values in found.values()]
 
 

@@ -100,7 +100,7 @@ class Samples:
     def _check(self, task: TaskConfig, split: Split, samples: Sequence[Sample]) -> None:
         """Compare samples with what the model can read, and with what will be measured of them."""
         built = self.tasks[self.name(task)]
-        searched = any(objective_of(stage.fitness).arguments.get("exact") for stage in self._config.plan())
+        searched = any("exact" in objective_of(stage.fitness).measurement for stage in self._config.plan())
         if searched and not all(sample.max_new_tokens for sample in samples):
             raise TaskError(
                 f"task {task.label}: has samples without an exact metric, which the objective needs; take the "

@@ -16,19 +16,21 @@ import safetensors.torch
 from evomem import drivers
 from evomem.drivers.base import Array, Driver, Population
 from evomem.errors import ConfigError, EvomemError, FitnessError, RunError
+from evomem.evaluation.costs import ORACLE
+from evomem.evaluation.measurement import Measurement, Quantity
 from evomem.files.atomic import write_atomically, write_vector
 from evomem.files.strict_json import as_float
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
 from evomem.runs.batch_size import choose_chunks
 from evomem.runs.bench import BenchFactory, model_bench
-from evomem.runs.candidates import Judge, Measuring, Plan, WantedRollouts
+from evomem.runs.candidates import Judge, Measuring, Plan, rollout_vectors
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.chunks import Chunks
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.driver_relay import Relay
 from evomem.runs.driver_replay import check_heads, digests
-from evomem.runs.fitness import Fitness, objective_of, preflight
+from evomem.runs.fitness import MeasuredFitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
 from evomem.runs.folder_reading import read_numbers, read_state
 from evomem.runs.front import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
@@ -46,6 +48,9 @@ from evomem.search_space.space import SearchSpace
 from evomem.tasks.base import Split
 from evomem.tracking.base import GenerationRecord, Tracker, Trackers, logger
 from evomem.workers.units import WorkerOptions
+
+_LOOK = Measurement.of(Quantity.of("ranking_cost", how="expected"), "oracle")
+"""What `DiagnosticsConfig` looks at."""
 
 
 def search(
@@ -100,8 +105,10 @@ def check_objectives(config: ExperimentConfig) -> None:
         what = f"stage {stage.name!r}: fitness.objective {stage.fitness.objective!r}"
         if objective.against_full == "nothing" and stage.fitness.normalise == "full":
             raise ConfigError(f"{what}: the full cache has no such value to normalise by; leave normalise out")
-        if objective.headwise and kind != "compress_once":
-            raise ConfigError(f"{what} needs protocol.kind compress_once: one decision about a whole context")
+        if kind not in objective.protocols:
+            kinds = " or ".join(sorted(objective.protocols))
+            why = ": one decision about a whole context" if kinds == "compress_once" else ""
+            raise ConfigError(f"{what} needs protocol.kind {kinds}{why}")
         if stage.fitness.reading and (kind != "streaming" or not rollouts):
             raise ConfigError(f"{what}: fitness.reading is for rollouts (driver policy_gradient) in protocol streaming")
     if config.diagnostics.every and config.protocol.kind != "compress_once":
@@ -366,7 +373,7 @@ class Search:
             self._checkpoint(driver, generation, asked=True)
             draw = relay.since + (population.generation if population.draw is None else population.draw)
             samples = tuple(tuple(self.samples.minibatch(stage, task, draw)) for task in stage.tasks)
-            wanted = WantedRollouts.of(population) if "rollouts" in driver.uses else None
+            wanted = rollout_vectors(population) if "rollouts" in driver.uses else None
             plan = Plan("train", generation, stage, samples, rollouts=wanted)
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
             self._check(fitness, generation, stage)
@@ -384,24 +391,26 @@ class Search:
         if config.every and (generation + 1) % config.every == 0 and generation not in self.records:
             pools = (self.samples.pool(task, Split.TRAIN, stage.train_contexts) for task in stage.tasks)
             samples = tuple(tuple(pool[: config.contexts]) for pool in pools)
-            plan = Plan("oracle", generation, stage, samples, arguments={"costs": "expected", "oracle": True})
-            _, rows = judge.judge(plan, driver.mean[None], np.zeros(1, dtype=np.int64))
-            looks = [row.evaluations[0] for row in rows]
-            for name in looks[0].oracle or {}:
-                found[name] = float(np.mean([(one.oracle or {})[name] for one in looks]))
-            found["expected_cost"] = -float(np.mean([np.mean(one.heads or [np.nan]) for one in looks]))
+            plan = Plan("oracle", generation, stage, samples)
+            seeds = np.zeros(1, dtype=np.int64)
+            looks = [row.evaluations[0] for row in judge.measure(plan, _LOOK, driver.mean[None], seeds)]
+            for name in ORACLE:
+                values = [one.number(name) for one in looks]
+                if None not in values:
+                    found[name] = float(np.mean([as_float(value) for value in values]))
+            found["expected_cost"] = float(np.mean([np.mean(one.table("head_cost") or [np.nan]) for one in looks]))
         return found
 
-    def _tell(self, driver: Driver, population: Population, fitness: Fitness, generation: int) -> None:
+    def _tell(self, driver: Driver, population: Population, fitness: MeasuredFitness, generation: int) -> None:
         """Tell the driver all that came of its population, and the archive."""
-        driver.tell(population, drivers.Fitness(fitness.values, fitness.heads, fitness.held, fitness.rollouts))
+        driver.tell(population, fitness)
         kept = replace(population, generation=generation)  # a later driver counts its own
         if isinstance(self.archive, FrontArchive):
-            self.archive.update(kept, fitness.values, fitness.held)
+            self.archive.update(kept, fitness.values, np.zeros(0) if fitness.costs is None else fitness.costs)
         else:
             self.archive.update(kept, fitness.values, driver.mean)
 
-    def _check(self, fitness: Fitness, generation: int, stage: Stage) -> None:
+    def _check(self, fitness: MeasuredFitness, generation: int, stage: Stage) -> None:
         if fitness.failed == len(fitness.values):
             raise self.all_failed("train", generation, f"generation {generation}: all {fitness.failed} candidates")
         if generation == stage.since and generation not in self.records:
@@ -414,7 +423,7 @@ class Search:
                     self.warn(message)
 
     def _record(
-        self, generation: int, stage: Stage, fitness: Fitness, driver: Driver, diagnostics: dict[str, float]
+        self, generation: int, stage: Stage, fitness: MeasuredFitness, driver: Driver, diagnostics: dict[str, float]
     ) -> None:
         """Write the generation's line, unless a killed process has done so already."""
         journal = self.run_folder.journal

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomem.drivers.base import Driver
+from evomem.evaluation.measurement import EXACT, NOTHING
 from evomem.files.atomic import write_atomically, write_vector
 from evomem.runs.archive import Finalist
 from evomem.runs.candidates import Judge, Plan, Row
+from evomem.runs.fitness import measurement_of
 from evomem.runs.front import FrontArchive, Member, front_json, plugin_folder
 from evomem.runs.result import RunResult, Score, by_sample, write_result
 from evomem.tasks.base import Split
@@ -76,12 +78,14 @@ def _scores(
     """Return the finalists' scores, all on the same samples of a split, as the last stage measures; and the rows."""
     stage = search.plan[-1]
     samples = tuple(tuple(search.samples.pool(task, split, contexts)) for task in stage.tasks)
-    exact = split is Split.SEALED and search.config.sealed.exact
+    # Only what is measured by answers is reported by them: another objective has not made the model answer.
+    answers = "loglik" in measurement_of(stage.fitness)
+    exact = answers and split is Split.SEALED and search.config.sealed.exact
     who = "the winner" if len(finalists) == 1 else f"{len(finalists)} candidates"
     logger.info(f"{phase}: {who} on {sum(map(len, samples))} {split} samples")
     vectors = np.stack([finalist.vector for finalist in finalists])
     seeds = np.arange(len(finalists), dtype=np.int64)
-    fitness, rows = judge.judge(Plan(phase, None, stage, samples, exact), vectors, seeds)
+    fitness, rows = judge.judge(Plan(phase, None, stage, samples, EXACT if exact else NOTHING), vectors, seeds)
     return [Score.of(float(fitness.values[place]), rows, place) for place in range(len(finalists))], rows
 
 

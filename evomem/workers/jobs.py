@@ -186,9 +186,8 @@ def barred(unit: Unit, quarantined: Collection[str]) -> list[int]:
 
 
 def nothing(unit: Unit) -> Evaluation:
-    """Return the evaluation of a candidate that cannot be evaluated: no number, the worst fitness."""
-    nan = float("nan")
-    return Evaluation(unit.sample.id, nan, None, nan, nan, nan, 0, 0.0)
+    """Return the evaluation of a candidate that cannot be evaluated: nothing was measured, the worst fitness."""
+    return Evaluation(unit.sample.id)
 
 
 def _told(unit: Unit, place: int, reason: str) -> str:

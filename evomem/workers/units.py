@@ -5,15 +5,30 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.evaluation.store import Readings
 from evomem.tasks.base import Sample
+
+
+@dataclass(frozen=True)
+class RolloutVectors:
+    """What rollouts of one policy need besides its own vector; see `evomem.drivers.base.Population`.
+
+    Attributes
+    ----------
+    behaviour, reference : (dim,) other policies; None: there is none.
+    learns : (learned,) int64, the coordinates that gradients are wanted of; None: all.
+    """
+
+    behaviour: NDArray[np.float64] | None = None
+    reference: NDArray[np.float64] | None = None
+    learns: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,8 @@ class Unit:
     vectors : (candidates, dim) float64; None: the full cache, as a reference.
     seeds : (candidates,) int64 sampling seeds.
     budget : overrides the manager's; None leaves it.
-    arguments : further arguments of the evaluator, such as ``{"exact": True}``.
+    measurement : what is measured of them.
+    rollouts : the other policies and coordinates of a measurement of rollouts; the candidates are then one policy.
     """
 
     key: str
@@ -41,7 +57,8 @@ class Unit:
     vectors: NDArray[np.float64] | None
     seeds: NDArray[np.int64]
     budget: int | float | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    measurement: Measurement = LOGLIK
+    rollouts: RolloutVectors | None = None
 
     @property
     def candidates(self) -> int:
@@ -67,7 +84,7 @@ class Outcome:
     Attributes
     ----------
     unit : what was evaluated.
-    evaluations : one a candidate; empty with an error. A quarantined candidate's numbers are NaN.
+    evaluations : one a candidate; empty with an error. A quarantined candidate's have no values.
     seconds : wall time of the attempt.
     error : what it raised.
     again : with an error: whether the pool tries once more by itself.

@@ -14,6 +14,7 @@ import transformers
 
 import evomem.models
 from evomem.evaluation import Evaluation, Evaluator
+from evomem.evaluation.measurement import EXACT
 from evomem.managers import build as build_manager
 from evomem.models.pretrained.files import sha256, write_json
 from evomem.tasks import Split
@@ -40,7 +41,7 @@ def accuracy(loaded: evomem.models.LoadedModel, task: str, length: int, samples:
     found: dict[str, list[Evaluation]] = {}
     for sample in built.samples(Split.SEALED, samples * (1 + (task == "zoo_forgetting")), 0):
         kind = RESTATED if sample.meta.get("restated") else task
-        found.setdefault(kind, []).extend(evaluator.evaluate(full, sample, built, exact=True))
+        found.setdefault(kind, []).extend(evaluator.evaluate(full, sample, built, EXACT))
     return {
         kind: (sum(one.exact or 0.0 for one in of) / len(of), sum(one.loglik for one in of) / len(of))
         for kind, of in found.items()

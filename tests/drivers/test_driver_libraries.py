@@ -16,6 +16,7 @@ import tests.support.synthetic_search as synthetic
 from evomem.drivers import WarmStart, build, drivers
 from evomem.drivers.base import Fitness
 from evomem.errors import ConfigError, RunError
+from evomem.evaluation.measurement import LOGLIK
 from evomem.runs.driver_replay import best_vectors, make_driver, replay
 from evomem.runs.run import open_run
 from evomem.search_space.option_ranges import Bounded, Categorical, Integer, Log, Variable
@@ -204,12 +205,12 @@ class Remembering(synthetic.ToyEvaluator):
         super().__init__()
         self.seen = {}
 
-    def evaluate(self, candidates, sample, task, *, exact=False):
+    def evaluate(self, candidates, sample, task, measurement=LOGLIK):
         for manager in candidates:
             if manager.name == "toy":
                 weights = np.concatenate([p.detach().numpy().ravel() for p in manager.parameters()])
                 self.seen.setdefault(weights.tobytes(), []).append(sample.id)
-        return super().evaluate(candidates, sample, task, exact=exact)
+        return super().evaluate(candidates, sample, task, measurement)
 
 
 def test_a_run_is_replayed_and_followed(tmp_path):

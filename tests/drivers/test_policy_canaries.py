@@ -16,6 +16,8 @@ from evomem.drivers import build as build_driver
 from evomem.drivers.base import Fitness, Stage
 from evomem.drivers.estimators import Rollouts
 from evomem.evaluation import Evaluator
+from evomem.evaluation.costs import ranking_costs
+from evomem.evaluation.rollouts import rollouts
 from evomem.managers import build
 from evomem.managers.base import MemoryManager
 from evomem.managers.vector import load_vector, to_vector
@@ -78,7 +80,7 @@ def content(bench):
 
 
 def exact_costs(evaluator):
-    return lambda manager, sample, seeds: evaluator.costs([manager], sample, "expected", gradient=True)
+    return lambda manager, sample, seeds: ranking_costs(evaluator, [manager], sample, "expected", gradient=True)
 
 
 def test_places_alone_do_not_find_what_stands_anywhere(bench, content):
@@ -127,7 +129,7 @@ def test_a_reward_of_pure_noise_teaches_nothing(bench, content):
     evaluator, task, train, _ = bench
 
     def true(manager, sample, seeds):
-        return evaluator.rollouts(manager, sample, task, [int(seed) for seed in seeds])
+        return rollouts(evaluator, manager, sample, task, [int(seed) for seed in seeds])
 
     def noise(manager, sample, seeds):
         def chance(seed):
@@ -135,7 +137,7 @@ def test_a_reward_of_pure_noise_teaches_nothing(bench, content):
             return int.from_bytes(digest[:6], "big") / 2**48
 
         found = true(manager, sample, seeds)
-        return [replace(one, loglik=chance(seed)) for one, seed in zip(found, seeds, strict=True)]
+        return [replace(one, values={"loglik": chance(seed)}) for one, seed in zip(found, seeds, strict=True)]
 
     # From a policy that is some good: one that ties all slots keeps the oldest, and any change at all would be better.
     lost = trained(FEATURES, train, noise, exact=False, begin=to_vector(content))

@@ -14,7 +14,7 @@ from evomem.errors import ConfigError, EvaluationError, EvomemError, TaskError, 
 from evomem.evaluation import compare as module
 from evomem.evaluation.compare import NamedManager, Place, compare, evaluate, field_of
 from evomem.evaluation.evaluator import Evaluator
-from evomem.evaluation.measurement import Evaluation, EvaluationProtocol
+from evomem.evaluation.measurement import EXACT, Evaluation, EvaluationProtocol
 from evomem.evaluation.rows import Measured, Row, rows_of
 from evomem.managers import build, names
 from evomem.models import LoadedModel
@@ -73,9 +73,11 @@ def test_degenerate_cases_are_said_plainly():
 
 
 def measured(manager, role, budget, logliks, size=1000.0, exact=None):
+    def scored(i):
+        return {} if exact is None or exact[i] is None else {"exact": exact[i]}
+
     found = [
-        Evaluation(str(i), value, None if exact is None else exact[i], 9.0, size, size, 1, 0.1)
-        for i, value in enumerate(logliks)
+        Evaluation(str(i), {"loglik": value} | scored(i), 9.0, size, size, 1, 0.1) for i, value in enumerate(logliks)
     ]
     return Measured("m", "t", manager, budget, "compress_once/query_agnostic", "sealed", role, found)
 
@@ -222,7 +224,7 @@ def test_rows_equal_the_plain_way_one_manager_at_a_time(loaded, task, protocol):
     drawn = task.samples("sealed", 3, 0)
     for row in found.rows:
         manager = build(row.manager) if row.budget is None else build(row.manager, budget=row.budget)
-        plain = [here.evaluator.evaluate_plainly(manager, sample, task, exact=True) for sample in drawn]
+        plain = [here.evaluator.evaluate_plainly(manager, sample, task, EXACT) for sample in drawn]
         assert row.loglik == pytest.approx(np.mean([e.loglik for e in plain]), abs=1e-4)
         assert row.score == pytest.approx(np.mean([e.exact for e in plain]))
         assert row.slots == pytest.approx(np.mean([e.slots for e in plain]))
@@ -244,7 +246,9 @@ def test_a_number_that_is_none_is_an_error_that_names_manager_and_sample(loaded,
     def spoiled(entrants, place, sample, exact):
         found = real(entrants, place, sample, exact)
         if sample.id == task.samples("sealed", 2, 0)[1].id:
-            found[1] = replace(found[1], **{field: math.nan if field != "loglik" else -math.inf})
+            bad = math.nan if field != "loglik" else -math.inf
+            fields = {field: bad} if field == "bytes_mean" else {"values": {**found[1].values, field: bad}}
+            found[1] = replace(found[1], **fields)
         return found
 
     monkeypatch.setattr(module, "_on_sample", spoiled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 
 from evomem.errors import TaskError
 from evomem.evaluation import EvaluationProtocol, Evaluator, PopulationPolicy
+from evomem.evaluation.measurement import EXACT, LOGLIK
+from evomem.evaluation.objectives import Attention
 from evomem.managers import MemoryManager, build, managers
 from evomem.models import LoadedModel
 from evomem.tasks.base import Sample
@@ -185,10 +187,10 @@ def test_every_registered_kind_is_here():
 def test_fast_equals_plain_for_every_kind_in_one_population(request, family, name):
     loaded, protocol = request.getfixturevalue(family), PROTOCOLS[name]
     evaluator, sample, crowd = Evaluator(loaded, protocol), make_sample(), population()
-    found = evaluator.evaluate(crowd, sample, TASK, exact=True)
+    found = evaluator.evaluate(crowd, sample, TASK, EXACT)
     assert len(found) == len(crowd)
     for manager, fast in zip(crowd, found, strict=True):
-        plain = evaluator.evaluate_plainly(manager, sample, TASK, exact=True)
+        plain = evaluator.evaluate_plainly(manager, sample, TASK, EXACT)
         try:
             equal(fast, plain)
         except AssertionError as error:
@@ -201,25 +203,23 @@ def test_fast_equals_plain_for_every_kind_in_one_population(request, family, nam
 @pytest.mark.parametrize("protocol", [PROTOCOLS["once"], PROTOCOLS["streaming"]], ids=["once", "streaming"])
 def test_alone_in_chunks_or_together_again_and_permuted(llama, protocol):
     crowd, sample, evaluator = population()[4::2], make_sample(1), Evaluator(llama, protocol)
-    together = evaluator.evaluate(crowd, sample, TASK, exact=True)
-    assert same(evaluator.evaluate(crowd, sample, TASK, exact=True)[1:], together[1:])
-    fresh = Evaluator(llama, protocol).evaluate(crowd, sample, TASK, exact=True)
+    together = evaluator.evaluate(crowd, sample, TASK, EXACT)
+    assert same(evaluator.evaluate(crowd, sample, TASK, EXACT)[1:], together[1:])
+    fresh = Evaluator(llama, protocol).evaluate(crowd, sample, TASK, EXACT)
     assert same(fresh, together)
     for size in (1, 5):
-        chunks = [
-            evaluator.evaluate(crowd[at : at + size], sample, TASK, exact=True) for at in range(0, len(crowd), size)
-        ]
+        chunks = [evaluator.evaluate(crowd[at : at + size], sample, TASK, EXACT) for at in range(0, len(crowd), size)]
         for one, other in zip(together, (e for chunk in chunks for e in chunk), strict=True):
             assert one.loglik == pytest.approx(other.loglik, abs=1e-6 * max(1, abs(one.loglik)))
             assert (one.exact, one.slots, one.bytes_peak) == (other.exact, other.slots, other.bytes_peak)
-    backwards = evaluator.evaluate(crowd[::-1], sample, TASK, exact=True)[::-1]
+    backwards = evaluator.evaluate(crowd[::-1], sample, TASK, EXACT)[::-1]
     for one, other in zip(together, backwards, strict=True):
         equal(one, other)
 
 
 def test_without_exact_nothing_is_generated_and_the_rest_is_the_same(llama):
     evaluator, sample, crowd = Evaluator(llama), make_sample(), [made("keydiff"), made("full")]
-    with_text, without = (evaluator.evaluate(crowd, sample, TASK, exact=exact) for exact in (True, False))
+    with_text, without = (evaluator.evaluate(crowd, sample, TASK, wanted) for wanted in (EXACT, LOGLIK))
     for one, other in zip(with_text, without, strict=True):
         assert other.exact is None
         assert one.exact is not None
@@ -228,9 +228,9 @@ def test_without_exact_nothing_is_generated_and_the_rest_is_the_same(llama):
     class Likelihood(Digest):
         has_exact = False
 
-    assert evaluator.evaluate(crowd, sample, Likelihood(), exact=True)[0].exact is None
+    assert evaluator.evaluate(crowd, sample, Likelihood(), EXACT)[0].exact is None
     assert evaluator.evaluate([], sample, TASK) == []
-    assert evaluator.evaluate([], sample, TASK, attention=True) == []
+    assert evaluator.evaluate([], sample, TASK, Attention.measurement) == []
 
 
 @pytest.mark.parametrize("every", [None, 17])
@@ -295,11 +295,11 @@ def test_greedy_text_ends_at_an_end_token_row_by_row(llama):
             texts.append(output)
             return 0.0
 
-    evaluator.evaluate(crowd, sample, Keeping(), exact=True)
+    evaluator.evaluate(crowd, sample, Keeping(), EXACT)
     whole, texts = texts, []
     word = whole[1].split()[3]
     evaluator._ends = {llama.tokenizer.encode(word, add_special_tokens=False)[0]}
-    evaluator.evaluate(crowd, sample, Keeping(), exact=True)
+    evaluator.evaluate(crowd, sample, Keeping(), EXACT)
     ends = [t.split().index(word) if word in t.split() else len(t.split()) for t in whole]
     assert len(set(ends)) > 1
     assert [t.split() for t in texts] == [t.split()[:end] for t, end in zip(whole, ends, strict=True)]
@@ -319,13 +319,13 @@ def test_tokens_are_what_the_model_read(llama, protocol, exact):
         evaluator, crowd = Evaluator(llama, protocol), [made("knorm"), made("h2o"), made("feature_scorer")]
         for _ in range(2):  # the second time the context need not be read again
             read.clear()
-            found = evaluator.evaluate(crowd, make_sample(), TASK, exact=exact)
+            found = evaluator.evaluate(crowd, make_sample(), TASK, EXACT if exact else LOGLIK)
             assert sum(e.tokens for e in found) == sum(read)
         read.clear()
-        assert evaluator.evaluate_plainly(crowd[0], make_sample(), TASK, exact=exact).tokens == sum(read)
+        assert evaluator.evaluate_plainly(crowd[0], make_sample(), TASK, EXACT if exact else LOGLIK).tokens == sum(read)
         if protocol.kind == "compress_once":
             read.clear()
-            found = Evaluator(llama, protocol).evaluate(crowd, make_sample(), TASK, attention=True)
+            found = Evaluator(llama, protocol).evaluate(crowd, make_sample(), TASK, Attention.measurement)
             assert sum(e.tokens for e in found) == sum(read)
     finally:
         hook.remove()
@@ -334,10 +334,10 @@ def test_tokens_are_what_the_model_read(llama, protocol, exact):
 def test_extra_observations_let_calls_share_a_reading(llama):
     evaluator, sample = Evaluator(llama), make_sample()
     names = frozenset({"attention_sum", "window_attention:8"})
-    evaluator.evaluate([made("h2o")], sample, TASK, observes=names)
+    evaluator.evaluate([made("h2o")], sample, TASK, LOGLIK.observing(names))
     for spec in ("snapkv(window=8)", "knorm"):
-        evaluator.evaluate([made(spec)], sample, TASK, observes=names)
-        evaluator.evaluate([made(spec)], sample, TASK, observes=names, attention=True)
+        evaluator.evaluate([made(spec)], sample, TASK, LOGLIK.observing(names))
+        evaluator.evaluate([made(spec)], sample, TASK, Attention.measurement.observing(names))
     assert evaluator.store.misses == 1
     evaluator.evaluate([made("knorm")], sample, TASK)
     assert evaluator.store.misses == 2
@@ -356,9 +356,9 @@ def test_query_aware_reads_all_but_the_last_token_of_the_question(llama):
 def test_without_a_question_the_last_token_of_the_context_asks(llama, protocol):
     sample, evaluator = replace(make_sample(), question=""), Evaluator(llama, protocol)
     crowd = [made("keydiff"), made("full")]
-    found = evaluator.evaluate(crowd, sample, TASK, exact=True)
+    found = evaluator.evaluate(crowd, sample, TASK, EXACT)
     for manager, fast in zip(crowd, found, strict=True):
-        equal(fast, evaluator.evaluate_plainly(manager, sample, TASK, exact=True))
+        equal(fast, evaluator.evaluate_plainly(manager, sample, TASK, EXACT))
     tokens = evaluator.tokens(sample)
     assert (tokens.read.shape[1], tokens.prompt.shape[1]) == (READ - 1, 1)
     fed = torch.cat((tokens.read, tokens.prompt, tokens.answer), 1)
@@ -391,9 +391,7 @@ def test_loglik_without_context(request, family):
 
 
 def test_evaluations_are_plain_numbers(llama):
-    for attention in (False, True):
-        found = Evaluator(llama).evaluate([made("knorm")], make_sample(), TASK, attention=attention)[0]
-        only_some = ("steps", "oracle")  # have them: what others lack is left out
-        assert found.to_json() == {k: v for k, v in asdict(found).items() if k not in only_some}
-        kinds = {type(v) for k, v in found.to_json().items() if k not in ("sample", "exact", "heads")}
-        assert kinds == {float, int}
+    for measurement in (LOGLIK, EXACT, Attention.measurement):
+        found = Evaluator(llama).evaluate([made("knorm")], make_sample(), TASK, measurement)[0].to_json()
+        assert {type(v) for k, v in found.items() if k not in ("sample", "head_attention")} == {float, int}
+        assert ("loglik" in found, "exact" in found) == (measurement in (LOGLIK, EXACT), measurement == EXACT)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from evomem.errors import EvomemError
 from evomem.evaluation import Evaluator, PrefillStore, Reading, store
+from evomem.evaluation.measurement import EXACT
 from evomem.memory import LayerView
 from evomem.models import LoadedModel
 from evomem.testing.models import tiny, tiny_tokenizer
@@ -77,7 +78,7 @@ def test_memory_is_bounded_and_what_leaves_it_comes_back_bit_equal(loaded):
     assert tight.store.hits == len(alive) - len(samples)
     assert 4 <= tight.store.spills <= len(samples)  # each of them once
     for sample in samples:
-        found = [e.evaluate(crowd, sample, TASK, exact=True) for e in (plenty, tight)]
+        found = [e.evaluate(crowd, sample, TASK, EXACT) for e in (plenty, tight)]
         plain, spilled = ([replace(e, seconds=0, tokens=0) for e in evaluations] for evaluations in found)
         assert plain == spilled
     assert tight.store.held <= tight.store.limit + one * 2

@@ -13,7 +13,9 @@ from scipy.stats import spearmanr
 
 from evomem.errors import ConfigError
 from evomem.evaluation import Evaluator
-from evomem.evaluation.attention import sample_key
+from evomem.evaluation.future import sample_key
+from evomem.evaluation.measurement import EXACT
+from evomem.evaluation.objectives import Attention
 from evomem.evaluation.oracle import (
     FutureOracle,
     evaluate_oracle,
@@ -26,6 +28,12 @@ from evomem.testing.models import tiny, tiny_tokenizer
 from tests.evaluation.test_evaluation import BUDGET, PROTOCOLS, READ, TASK, made, make_sample
 
 SHAPE = (2, 3, 17)
+
+ATTENTION = Attention.measurement
+
+
+def heads_of(evaluation):
+    return evaluation.values["head_attention"]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -99,7 +107,7 @@ def test_belady_itself_is_perfect_and_its_opposite_is_not():
 def test_the_oracle_keeps_the_most_attended_and_is_evaluated_like_any_manager(loaded):
     evaluator, sample = Evaluator(loaded), make_sample()
     tokens = evaluator.tokens(sample)
-    found = evaluate_oracle(evaluator, sample, TASK, BUDGET, exact=True)
+    found = evaluate_oracle(evaluator, sample, TASK, BUDGET, EXACT)
     future = evaluator.future.of(evaluator, tokens, sample_key(tokens), frozenset())
     asked = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
     oracle = FutureOracle(oracle_scores(future), budget=BUDGET)
@@ -107,7 +115,7 @@ def test_the_oracle_keeps_the_most_attended_and_is_evaluated_like_any_manager(lo
         keep = oracle.decide(view).keep[0].numpy()
         for head, peak in zip(keep, future.peak[view.layer][0].numpy(), strict=True):
             assert set(np.flatnonzero(head)) == set(np.argsort(-peak, kind="stable")[:BUDGET])
-    plain = Evaluator(loaded).evaluate_plainly(oracle, sample, TASK, exact=True)
+    plain = Evaluator(loaded).evaluate_plainly(oracle, sample, TASK, EXACT)
     assert found.loglik == pytest.approx(plain.loglik, abs=1e-5)
     assert (found.exact, found.slots, found.bytes_peak) == (plain.exact, plain.slots, plain.bytes_peak)
     # Read once, asked once to know the future, and once more after the decision.
@@ -134,10 +142,10 @@ def test_no_manager_retains_more_than_the_oracle():
     tokens = evaluator.tokens(sample)
     scores = oracle_scores(evaluator.future.of(evaluator, tokens, sample_key(tokens), frozenset()))
     field = [made(spec).with_options(budget=BUDGET) for spec in ("keydiff", "tova", "h2o", "random", "streaming_llm")]
-    best, *others = evaluator.evaluate([FutureOracle(scores, budget=BUDGET), *field], sample, TASK, attention=True)
+    best, *others = evaluator.evaluate([FutureOracle(scores, budget=BUDGET), *field], sample, TASK, ATTENTION)
     for other in others:
-        assert np.all(np.array(best.heads) >= np.array(other.heads) - 1e-5)
-        assert np.mean(best.heads) > np.mean(other.heads) + 0.01
+        assert np.all(np.array(heads_of(best)) >= np.array(heads_of(other)) - 1e-5)
+        assert np.mean(heads_of(best)) > np.mean(heads_of(other)) + 0.01
 
 
 def test_what_the_oracle_does_not_know_is_refused(loaded):

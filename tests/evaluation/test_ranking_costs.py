@@ -12,7 +12,8 @@ from scipy import stats
 
 from evomem.errors import ConfigError
 from evomem.evaluation import EvaluationProtocol, Evaluator
-from evomem.evaluation.attention import sample_key
+from evomem.evaluation.costs import ORACLE, ranking_costs
+from evomem.evaluation.future import sample_key
 from evomem.evaluation.measurement import Step
 from evomem.evaluation.rollouts import DrawnRows, sample_number
 from evomem.evaluation.traces.store import Traces
@@ -46,7 +47,7 @@ def context(evaluator, manager, sample=SAMPLE):
 
 
 def table(evaluation):
-    return -np.array(evaluation.heads)
+    return np.array(evaluation.values["head_cost"])
 
 
 def slow_scores(manager, view, h):
@@ -64,7 +65,7 @@ def test_costs_are_sums_over_places(evaluator, kind, ends):
     """``sorted`` by sorting and adding up, ``expected`` by the probability of every pair; in Python numbers."""
     manager = policy(1, kind=kind, **ends)
     views, futures = context(evaluator, manager)
-    found = {how: table(evaluator.costs([manager], SAMPLE, how)[0]) for how in ("sorted", "expected")}
+    found = {how: table(ranking_costs(evaluator, [manager], SAMPLE, how)[0]) for how in ("sorted", "expected")}
     for view, future in zip(views, futures, strict=True):
         for h in range(view.slots.shape[1]):
             f, s = future[0, h].double().tolist(), slow_scores(manager, view, h)
@@ -86,8 +87,10 @@ def test_costs_are_sums_over_places(evaluator, kind, ends):
 @pytest.mark.parametrize("ends", ENDS)
 def test_expected_cost_is_the_mean_of_drawn_costs(evaluator, ends):
     manager, count = policy(2, **ends), 2000
-    expected = table(evaluator.costs([manager], SHORT, "expected")[0])
-    drawn = np.array([table(e) for e in evaluator.costs([manager] * count, SHORT, "drawn", seeds=range(count))])
+    expected = table(ranking_costs(evaluator, [manager], SHORT, "expected")[0])
+    drawn = np.array(
+        [table(e) for e in ranking_costs(evaluator, [manager] * count, SHORT, "drawn", seeds=range(count))]
+    )
     error = drawn.std(0) / math.sqrt(count)
     assert np.all(np.abs(drawn.mean(0) - expected) < 4 * error + 2e-5)
     assert np.all(error > 0)
@@ -97,7 +100,7 @@ def test_the_exact_gradient_is_the_slope_of_the_expected_cost(evaluator):
     """In every parameter, hidden units too; by central differences."""
     for kind, options in (("kv_policy", {"hidden": 2, "sinks": 1}), ("feature_scorer", {"allocation": 2})):
         manager = policy(3, kind=kind, **options)
-        (found,) = evaluator.costs([manager], SAMPLE, "expected", gradient=True)
+        (found,) = ranking_costs(evaluator, [manager], SAMPLE, "expected", gradient=True)
         (step,) = found.steps
         gradient, vector = Step.numbers(step.gradient), to_vector(manager)
         assert step.ascent
@@ -107,7 +110,7 @@ def test_the_exact_gradient_is_the_slope_of_the_expected_cost(evaluator):
             along, ends = rng.normal(size=len(vector)), []
             for move in (0.05, -0.05):
                 load_vector(manager, vector + move * along)
-                ends.append(-float(table(evaluator.costs([manager], SAMPLE, "expected")[0]).mean()))
+                ends.append(-float(table(ranking_costs(evaluator, [manager], SAMPLE, "expected")[0]).mean()))
             assert gradient @ along == pytest.approx((ends[0] - ends[1]) / 0.1, rel=0.03, abs=1e-3)
         load_vector(manager, vector)
 
@@ -130,7 +133,7 @@ def estimates(evaluator, manager, sample, count, size=8):
         for weights, total in ((baselined.reshape(count, -1), with_baseline), (rewards, without)):
             gradient, _ = rows.gradient(manager, weights / heads)
             total += gradient.view(groups, size, -1).mean(1)
-    (exact,) = evaluator.costs([manager], sample, "expected", gradient=True)
+    (exact,) = ranking_costs(evaluator, [manager], sample, "expected", gradient=True)
     return with_baseline.double(), without.double(), torch.from_numpy(Step.numbers(exact.steps[0].gradient))
 
 
@@ -149,7 +152,7 @@ def test_sampled_gradients_reach_the_closed_form_with_half_the_variance(evaluato
 def test_a_call_is_a_group_with_its_own_baseline(evaluator, ends):
     """The steps of eight rankings: advantages by loops, gradients of the likelihood by autograd, one at a time."""
     manager, seeds = policy(4, hidden=2, **ends), [11, 12, 13, 14, 15, 16, 17, 18]
-    found = evaluator.costs([manager] * 8, SAMPLE, "drawn", seeds=seeds, gradient=True)
+    found = ranking_costs(evaluator, [manager] * 8, SAMPLE, "drawn", seeds=seeds, gradient=True)
     views, _ = context(evaluator, manager)
     whole = manager.with_options(budget=None).requires_grad_(True)
     parameters, heads = list(whole.parameters()), sum(view.slots.shape[1] for view in views)
@@ -182,46 +185,47 @@ def test_costs_on_traces_are_those_on_readings(tmp_path):
     for sample in Words().samples("train", 2, 0):
         for how in ("expected", "sorted"):
             options = {"gradient": how == "expected", "oracle": True}
-            (one,), (other,) = (e.costs([manager], sample, how, **options) for e in (read, known))
+            (one,), (other,) = (ranking_costs(e, [manager], sample, how, **options) for e in (read, known))
             # Sorted, two slots whose scores are all but the same may change places.
             assert table(other) == pytest.approx(table(one), rel=2e-3 if how == "expected" else 2e-2)
             assert other.tokens == 0
             assert other.slots == one.slots == 8
-            assert other.oracle.keys() == one.oracle.keys() == {"rank_correlation", "good_decisions", "sorted_cost"}
-            for name, value in one.oracle.items():
-                assert other.oracle[name] == pytest.approx(value, abs=0.02)
-        exact, same = (Step.numbers(e.costs([manager], sample, "expected", gradient=True)[0].steps[0].gradient)
+            assert other.values.keys() == one.values.keys() == {"head_cost", *ORACLE}
+            for name in ORACLE:
+                value = one.values[name]
+                assert other.values[name] == pytest.approx(value, abs=0.02)
+        exact, same = (Step.numbers(ranking_costs(e, [manager], sample, "expected", gradient=True)[0].steps[0].gradient)
                        for e in (read, known))  # fmt: skip
         assert np.linalg.norm(exact - same) < 0.01 * np.linalg.norm(exact)
     fresh = replace(SAMPLE, context=SAMPLE.context + " the cat")
-    assert known.costs([manager], fresh, "expected")[0].tokens > 0  # not recorded: read
+    assert ranking_costs(known, [manager], fresh, "expected")[0].tokens > 0  # not recorded: read
 
 
 def test_oracle_numbers_are_what_they_say(evaluator):
     manager = policy(6)
-    (found,) = evaluator.costs([manager], SAMPLE, "expected", oracle=True)
+    (found,) = ranking_costs(evaluator, [manager], SAMPLE, "expected", oracle=True)
     views, futures = context(evaluator, manager)
     found_by_scipy = [
         stats.spearmanr(manager.score(view)[0, h].numpy(), future[0, h].numpy()).statistic
         for view, future in zip(views, futures, strict=True)
         for h in range(view.slots.shape[1])
     ]
-    assert found.oracle["rank_correlation"] == pytest.approx(np.mean(found_by_scipy), abs=1e-4)
-    sorted_cost = table(evaluator.costs([manager], SAMPLE, "sorted")[0]).mean()
-    assert found.oracle["sorted_cost"] == pytest.approx(sorted_cost, abs=1e-4)
-    assert 0 <= found.oracle["good_decisions"] <= 1
+    assert found.values["rank_correlation"] == pytest.approx(np.mean(found_by_scipy), abs=1e-4)
+    sorted_cost = table(ranking_costs(evaluator, [manager], SAMPLE, "sorted")[0]).mean()
+    assert found.values["sorted_cost"] == pytest.approx(sorted_cost, abs=1e-4)
+    assert 0 <= found.values["good_decisions"] <= 1
     best = build("kv_policy", features=["age"], budget=8)
-    assert evaluator.costs([best], SAMPLE, "expected")[0].oracle is None
+    assert ranking_costs(evaluator, [best], SAMPLE, "expected")[0].values.keys() == {"head_cost"}
 
 
 def test_what_has_no_cost_is_refused(evaluator):
     streaming = Evaluator(evaluator.loaded, EvaluationProtocol(kind="streaming", every=16))
     with pytest.raises(ConfigError, match="compress_once"):
-        streaming.costs([policy()], SAMPLE, "expected")
+        ranking_costs(streaming, [policy()], SAMPLE, "expected")
     with pytest.raises(ConfigError, match="stochastic"):
-        evaluator.costs([build("knorm", budget=8)] * 2, SAMPLE, "drawn", seeds=[1, 2])
+        ranking_costs(evaluator, [build("knorm", budget=8)] * 2, SAMPLE, "drawn", seeds=[1, 2])
     with pytest.raises(ConfigError, match="stochastic"):
-        evaluator.costs([policy()] * 2, SAMPLE, "drawn", seeds=[1])
+        ranking_costs(evaluator, [policy()] * 2, SAMPLE, "drawn", seeds=[1])
     with pytest.raises(ConfigError, match="evict"):
-        evaluator.costs([policy(actions=["store"])] * 2, SAMPLE, "drawn", seeds=[1, 2])
-    assert evaluator.costs([], SAMPLE, "expected") == []
+        ranking_costs(evaluator, [policy(actions=["store"])] * 2, SAMPLE, "drawn", seeds=[1, 2])
+    assert ranking_costs(evaluator, [], SAMPLE, "expected") == []

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from evomem.evaluation import Evaluator
-from evomem.evaluation.measurement import Step
-from evomem.evaluation.rollouts import CLIP, RolloutPolicy, sample_number
+from evomem.evaluation.measurement import EXACT, Measurement, Quantity, Step
+from evomem.evaluation.rollouts import CLIP, RolloutPolicy, rollouts, sample_number
 from evomem.managers import MemoryManager, build
 from evomem.managers.stochastic import Noise
 from evomem.memory import Decision, LayerView
@@ -20,6 +20,7 @@ from evomem.testing.models import tiny, tiny_tokenizer
 from tests.evaluation.test_evaluation import FEATURES, PROTOCOLS, READ, TASK, make_sample, randomised
 
 SEEDS = [5, 6, 7]
+LISTENING = Measurement.of("loglik", Quantity.of("rollout", listens=True))
 ONCE, STREAMING = PROTOCOLS["once"], PROTOCOLS["streaming"]
 ACTIONS = [("evict",), ("evict", "store", "forget"), ("store", "forget")]
 every_protocol = pytest.mark.parametrize("protocol", [ONCE, STREAMING], ids=["once", "streaming"])
@@ -120,7 +121,7 @@ def replay(rows, every):
 @every_subset
 def test_a_rollout_is_what_its_decisions_replayed_plainly_are(llama, protocol, actions, monkeypatch):
     spy, evaluator, sample = Spy(monkeypatch), Evaluator(llama, protocol), make_sample()
-    found = evaluator.rollouts(policy(1, actions), sample, TASK, SEEDS)
+    found = rollouts(evaluator, policy(1, actions), sample, TASK, SEEDS)
     every = None if protocol is ONCE else protocol.every
     assert len(spy.seen) == 2 * (1 if protocol is ONCE else 3)  # at 17, 34, and 51 while it answers
     for place, one in enumerate(found):
@@ -141,7 +142,7 @@ def test_a_rollout_is_what_its_decisions_replayed_plainly_are(llama, protocol, a
 def test_gradients_are_autograds_one_layer_and_row_at_a_time(llama, protocol, actions, monkeypatch):
     spy, evaluator, sample = Spy(monkeypatch), Evaluator(llama, protocol), make_sample()
     manager, reference = policy(2, actions), policy(3, actions)
-    found = evaluator.rollouts(manager, sample, TASK, SEEDS, reference=reference)
+    found = rollouts(evaluator, manager, sample, TASK, SEEDS, reference=reference)
     manager.requires_grad_(True)
     for place, seed in enumerate(SEEDS):
         steps = found[place].steps
@@ -172,11 +173,11 @@ def plain(evaluations):
 @every_protocol
 def test_a_seed_is_a_rollout_to_the_bit_whoever_else_is_there(llama, protocol, monkeypatch):
     manager, sample, spy = policy(4), make_sample(2), Spy(monkeypatch)
-    one, again = (Evaluator(llama, protocol).rollouts(manager, sample, TASK, SEEDS, exact=True) for _ in range(2))
+    one, again = (rollouts(Evaluator(llama, protocol), manager, sample, TASK, SEEDS, EXACT) for _ in range(2))
     assert plain(one) == plain(again)
     together = spy.kept(1)[: len(spy.seen) // 2]
     spy.seen.clear()
-    (alone,) = Evaluator(llama, protocol).rollouts(manager, sample, TASK, SEEDS[1:2], exact=True)
+    (alone,) = rollouts(Evaluator(llama, protocol), manager, sample, TASK, SEEDS[1:2], EXACT)
     mine = [(n, layer, tokens) for n, layer, tokens, _ in spy.kept(0)]
     assert mine == [(n, layer, tokens) for n, layer, tokens, _ in together]
     assert alone.loglik == pytest.approx(one[1].loglik, abs=1e-5)
@@ -184,15 +185,15 @@ def test_a_seed_is_a_rollout_to_the_bit_whoever_else_is_there(llama, protocol, m
     assert alone.bytes_mean == pytest.approx(one[1].bytes_mean, rel=1e-9)
     assert [s.log_prob for s in alone.steps] == pytest.approx([s.log_prob for s in one[1].steps], rel=1e-5)
     spy.seen.clear()
-    Evaluator(llama, protocol).rollouts(manager, replace(sample, id="words/else"), TASK, SEEDS[1:2])
+    rollouts(Evaluator(llama, protocol), manager, replace(sample, id="words/else"), TASK, SEEDS[1:2])
     assert mine != [(n, layer, tokens) for n, layer, tokens, _ in spy.kept(0)]  # other draws on other samples
 
 
 @every_protocol
 def test_ratios_of_a_policy_to_itself_are_one(llama, protocol):
     manager, sample = policy(5), make_sample()
-    free = Evaluator(llama, protocol).rollouts(manager, sample, TASK, SEEDS)
-    clipped = Evaluator(llama, protocol).rollouts(manager, sample, TASK, SEEDS, behaviour=policy(5))
+    free = rollouts(Evaluator(llama, protocol), manager, sample, TASK, SEEDS)
+    clipped = rollouts(Evaluator(llama, protocol), manager, sample, TASK, SEEDS, behaviour=policy(5))
     for one, other in zip(free, clipped, strict=True):
         assert one.loglik == other.loglik
         for mine, theirs in zip(one.steps, other.steps, strict=True):
@@ -210,7 +211,7 @@ def test_moved_policies_follow_the_clipped_surrogate(llama, protocol, monkeypatc
         for parameter in manager.parameters():
             parameter.add_(0.04 * torch.randn(parameter.shape, generator=g))
     spy = Spy(monkeypatch)
-    found = Evaluator(llama, protocol).rollouts(manager, sample, TASK, SEEDS, behaviour=behaviour)
+    found = rollouts(Evaluator(llama, protocol), manager, sample, TASK, SEEDS, behaviour=behaviour)
     manager.requires_grad_(True)
     sides = set()
     for place, seed in enumerate(SEEDS):
@@ -241,19 +242,26 @@ def test_moved_policies_follow_the_clipped_surrogate(llama, protocol, monkeypatc
 def test_further_passes_read_and_answer_nothing_and_see_the_same(llama):
     behaviour, newer, sample = policy(7), policy(8), make_sample()
     evaluator = Evaluator(llama)
-    first = evaluator.rollouts(behaviour, sample, TASK, SEEDS, exact=True)
-    again = evaluator.rollouts(newer, sample, TASK, SEEDS, behaviour=behaviour, exact=True)
-    fresh = Evaluator(llama).rollouts(newer, sample, TASK, SEEDS, behaviour=behaviour, exact=True)
+    first = rollouts(evaluator, behaviour, sample, TASK, SEEDS, EXACT)
+    again = rollouts(evaluator, newer, sample, TASK, SEEDS, EXACT, behaviour=behaviour)
+    fresh = rollouts(Evaluator(llama), newer, sample, TASK, SEEDS, EXACT, behaviour=behaviour)
     assert sum(one.tokens for one in again) == 0 < sum(one.tokens for one in fresh)
     assert plain(again) == plain(fresh)
     assert [one.loglik for one in again] == [one.loglik for one in first]
     assert [one.exact for one in again] == [one.exact for one in first]
-    assert sum(one.tokens for one in evaluator.rollouts(newer, sample, TASK, SEEDS, exact=True)) > 0
+    assert sum(one.tokens for one in rollouts(evaluator, newer, sample, TASK, SEEDS, EXACT)) > 0
 
 
 def test_steps_are_kept_to_the_bit(llama):
-    found = Evaluator(llama, STREAMING).rollouts(
-        policy(9), make_sample(), TASK, SEEDS, behaviour=policy(10), reference=policy(11), listens=True
+    found = rollouts(
+        Evaluator(llama, STREAMING),
+        policy(9),
+        make_sample(),
+        TASK,
+        SEEDS,
+        LISTENING,
+        behaviour=policy(10),
+        reference=policy(11),
     )
     steps = [step for one in found for step in one.steps]
     assert all(step.lower and step.reward and step.reference for step in steps[:2])
@@ -266,9 +274,9 @@ def test_steps_are_kept_to_the_bit(llama):
 def test_what_is_read_after_a_decision_is_its_reward(llama, monkeypatch):
     """All logits of one plain pass with the decisions replayed; tokens whose logits come from before do not count."""
     spy, evaluator, sample = Spy(monkeypatch), Evaluator(llama, STREAMING), make_sample()
-    found = evaluator.rollouts(policy(12), sample, TASK, SEEDS, listens=True)
+    found = rollouts(evaluator, policy(12), sample, TASK, SEEDS, LISTENING)
     read, every = evaluator.tokens(sample).read, STREAMING.every
-    silent = evaluator.rollouts(policy(12), sample, TASK, SEEDS)
+    silent = rollouts(evaluator, policy(12), sample, TASK, SEEDS)
     for place, one in enumerate(found):
         assert one.loglik == pytest.approx(silent[place].loglik, abs=1e-6)
         manager = replay(spy.row(place)[:6], every)
@@ -294,7 +302,7 @@ def test_later_tokens_never_change_a_decision_drawn_or_deployed(llama, monkeypat
     later = replace(one, context=" ".join(words[:36] + others[36:]), question=other.question, answer=other.answer)
     asked = replace(one, question=other.question, answer=other.answer)
     for kind, run in (
-        (RolloutPolicy, lambda e, s: e.rollouts(policy(13), s, TASK, SEEDS)),
+        (RolloutPolicy, lambda e, s: rollouts(e, policy(13), s, TASK, SEEDS)),
         (PopulationPolicy, lambda e, s: e.evaluate([policy(seed) for seed in SEEDS], s, TASK)),
     ):
         spy = Spy(monkeypatch, kind)

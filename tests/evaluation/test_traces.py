@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from evomem.errors import ConfigError, RunError, TaskError
 from evomem.evaluation import EvaluationProtocol, Evaluator, PopulationPolicy, Reading
-from evomem.evaluation.attention import Future, sample_key
+from evomem.evaluation.future import Future, sample_key
 from evomem.evaluation.traces import recording
 from evomem.evaluation.traces.recording import parse_bytes, record
 from evomem.evaluation.traces.store import DEFAULT_FEATURES, FROM_SLOTS, MANIFEST, Traces, decode, encode, stored

@@ -14,6 +14,7 @@ from evomem.devices import CPU, free_bytes, memory_that_ended
 from evomem.errors import OutOfMemoryError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.measurement import LOGLIK
 from evomem.evaluation.store import PrefillStore, room_for_readings
 from evomem.runs import Bench, open_run, search
 from evomem.runs.chunks import Chunk, Chunks, chunks_of
@@ -55,15 +56,15 @@ class Shaped(ToyEvaluator):
         super().__init__()
         self.limits, self.error, self.stop = limits, error, stop
 
-    def evaluate(self, candidates, sample, task, *, exact=False):
+    def evaluate(self, candidates, sample, task, measurement=LOGLIK):
         fits = min((most for after, most in self.limits if len(self.calls) >= after), default=99)
         if self.stop is not None and len(self.calls) >= self.stop:
             raise KeyboardInterrupt
         if len(candidates) > fits:
-            self.calls.append((sample.id, len(candidates), exact))
+            self.calls.append((sample.id, len(candidates), "exact" in measurement))
             raise self.error
-        found = super().evaluate(candidates, sample, task, exact=exact)
-        return [replace(one, loglik=one.loglik + 1e-3 * len(candidates)) for one in found]
+        found = super().evaluate(candidates, sample, task, measurement)
+        return [replace(one, values={"loglik": one.loglik + 1e-3 * len(candidates)}) for one in found]
 
 
 def outcome(folder):

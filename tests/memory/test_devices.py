@@ -14,6 +14,10 @@ from torch import nn
 from evomem.errors import ConfigError, ModelError, UnsupportedModelError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.costs import ranking_costs
+from evomem.evaluation.measurement import EXACT, LOGLIK, Measurement, Quantity
+from evomem.evaluation.measures import Draws
+from evomem.evaluation.objectives import Attention, TraceCost
 from evomem.evaluation.oracle import evaluate_oracle
 from evomem.evaluation.store import PrefillStore
 from evomem.evaluation.traces.recording import record
@@ -167,8 +171,8 @@ def test_a_population_is_evaluated_as_on_the_processor(place, protocol, devices)
     found = []
     for one in (loaded(), loaded(place)):
         evaluator = Evaluator(one, PROTOCOLS[protocol])
-        found.append(plain(evaluator.evaluate(crowd, sample, TASK, exact=True)))
-        found.append(plain([evaluator.evaluate_plainly(m, sample, TASK, exact=True) for m in crowd[::5]]))
+        found.append(plain(evaluator.evaluate(crowd, sample, TASK, EXACT)))
+        found.append(plain([evaluator.evaluate_plainly(m, sample, TASK, EXACT) for m in crowd[::5]]))
     assert found[0] == found[2]
     assert found[1] == found[3]
 
@@ -181,11 +185,11 @@ def test_other_measures_are_what_they_are_on_the_processor(place, devices):
         evaluator, sample = Evaluator(one), make_sample()
         found.append(
             [
-                plain(evaluator.evaluate(crowd, sample, TASK, attention=True)),
-                plain(evaluator.evaluate(crowd, sample, TASK, costs="sorted", oracle=True)),
-                plain([evaluate_oracle(evaluator, sample, TASK, 9, exact=True)]),
-                plain(evaluator.costs(crowd, sample, "expected", gradient=True)),
-                plain(evaluator.costs(crowd[:1] * 3, sample, "drawn", seeds=[1, 2, 3], gradient=True)),
+                plain(evaluator.evaluate(crowd, sample, TASK, Attention.measurement)),
+                plain(evaluator.evaluate(crowd, sample, TASK, TraceCost.measurement.also(Measurement.of("oracle")))),
+                plain([evaluate_oracle(evaluator, sample, TASK, 9, EXACT)]),
+                plain(ranking_costs(evaluator, crowd, sample, "expected", gradient=True)),
+                plain(ranking_costs(evaluator, crowd[:1] * 3, sample, "drawn", seeds=[1, 2, 3], gradient=True)),
                 evaluator.loglik_without_context(sample),
             ]
         )
@@ -200,9 +204,8 @@ def test_rollouts_and_their_gradients_are_what_they_are_on_the_processor(place, 
     for one in (loaded(), loaded(place)):
         evaluator = Evaluator(one, PROTOCOLS[protocol])
         for behaviour in (None, old):
-            drawn = evaluator.rollouts(
-                new, make_sample(), TASK, [3, 4], behaviour=behaviour, reference=reference, exact=True, listens=True
-            )
+            wanted = EXACT.also(Measurement.of(Quantity.of("rollout", listens=True)))
+            drawn = evaluator.evaluate([new, new], make_sample(), TASK, wanted, Draws([3, 4], behaviour, reference))
             found.append(plain(drawn))
     assert found[:2] == found[2:]
 
@@ -243,10 +246,10 @@ def test_traces_are_those_of_the_processor(place, devices, tmp_path):
     for name in names:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
     evaluator = Evaluator(loaded(place))
-    plainly = evaluator.costs([policy()], Described().samples("train", 1, 0)[0], "expected", gradient=True)
+    plainly = ranking_costs(evaluator, [policy()], Described().samples("train", 1, 0)[0], "expected", gradient=True)
     evaluator.traces = Traces.open(tmp_path / "there")
-    traced = evaluator.costs([policy()], Described().samples("train", 1, 0)[0], "expected", gradient=True)
-    assert np.allclose(traced[0].heads, plainly[0].heads, atol=1e-2)
+    traced = ranking_costs(evaluator, [policy()], Described().samples("train", 1, 0)[0], "expected", gradient=True)
+    assert np.allclose(traced[0].values["head_cost"], plainly[0].values["head_cost"], atol=1e-2)
 
 
 def policy():
@@ -399,10 +402,10 @@ def test_generating_text_does_not_hold_what_candidates_kept_twice(devices):
     sample = make_sample(context=600, question=2, answer=2)
     crowd = [made("keydiff").with_options(budget=500)] * 8
     for exact in (False, True):
-        evaluator.evaluate(crowd[:1], sample, TASK, exact=exact)
+        evaluator.evaluate(crowd[:1], sample, TASK, EXACT if exact else LOGLIK)
         devices.reset_peak()
         before = devices.held()
-        evaluator.evaluate(crowd, sample, TASK, exact=exact)
+        evaluator.evaluate(crowd, sample, TASK, EXACT if exact else LOGLIK)
         peaks[exact] = devices.peak() - before
     assert peaks[True] < 1.3 * peaks[False]
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from evomem.evaluation import Evaluator
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.costs import ranking_costs
+from evomem.evaluation.measurement import EXACT, Evaluation, Measurement
+from evomem.evaluation.objectives import Attention, ExpectedCost
+from evomem.evaluation.rollouts import rollouts
 from evomem.managers import build
 from evomem.testing.comparing import greedy, random_rows
 from evomem.testing.models import tiny
@@ -90,18 +93,19 @@ def test_gradients_flow_where_nothing_is_evicted() -> None:
 def _calls(evaluator: Evaluator) -> dict[str, Callable[[], list[Evaluation]]]:
     one, task = policy(1), Words()
     several = [policy(seed) for seed in range(3)]
+    costs = ExpectedCost.measurement.also(Measurement.of("oracle"))
     return {
-        "likelihood": lambda: evaluator.evaluate(several, SAMPLE, task, exact=True),
-        "attention": lambda: evaluator.evaluate(several, SAMPLE, task, attention=True),
-        "costs": lambda: evaluator.evaluate(several, SAMPLE, task, costs="expected", oracle=True),
-        "gradients": lambda: evaluator.costs(several, SAMPLE, "expected", gradient=True),
-        "draws": lambda: evaluator.costs([one] * 3, SAMPLE, "drawn", seeds=[1, 2, 3], gradient=True),
-        "rollouts": lambda: evaluator.rollouts(one, SAMPLE, task, [1, 2]),
+        "likelihood": lambda: evaluator.evaluate(several, SAMPLE, task, EXACT),
+        "attention": lambda: evaluator.evaluate(several, SAMPLE, task, Attention.measurement),
+        "costs": lambda: evaluator.evaluate(several, SAMPLE, task, costs),
+        "gradients": lambda: ranking_costs(evaluator, several, SAMPLE, "expected", gradient=True),
+        "draws": lambda: ranking_costs(evaluator, [one] * 3, SAMPLE, "drawn", seeds=[1, 2, 3], gradient=True),
+        "rollouts": lambda: rollouts(evaluator, one, SAMPLE, task, [1, 2]),
     }
 
 
 def _numbers(found: list[Evaluation]) -> str:
-    return repr([(e.loglik, e.exact, e.heads, e.oracle, e.steps) for e in found])
+    return repr([(e.values, e.steps) for e in found])
 
 
 def test_evaluations_in_inference_mode_are_those_outside_and_leave_what_gradients_need() -> None:

@@ -14,6 +14,7 @@ from evomem.cli.app import app
 from evomem.errors import ModelError, TaskError
 from evomem.evaluation import EvaluationProtocol, Evaluator
 from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.measurement import EXACT
 from evomem.evaluation.traces.recording import record
 from evomem.managers import build as manager_of
 from evomem.memory.kv.positions import PositionLimit, position_limit
@@ -119,12 +120,12 @@ def test_what_is_generated_counts(gpt2: LoadedModel, tmp_path) -> None:
         assert evaluator.evaluate([manager], sample, task)[0].exact is None  # nothing is generated
         if fine:
             assert evaluator.check_positions([sample], exact=True).longest == LIMIT
-            evaluator.evaluate([manager], sample, task, exact=True)
+            evaluator.evaluate([manager], sample, task, EXACT)
             continue
         with pytest.raises(TaskError, match="smaller max_new_tokens"):
             evaluator.check_positions([sample], exact=True)
         with pytest.raises(TaskError, match="max_new_tokens"):
-            evaluator.evaluate([manager], sample, task, exact=True)
+            evaluator.evaluate([manager], sample, task, EXACT)
 
 
 def test_a_search_says_so_before_it_measures(gpt2: LoadedModel, tmp_path) -> None:

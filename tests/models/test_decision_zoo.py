@@ -18,6 +18,7 @@ import torch
 from evomem.errors import ConfigError
 from evomem.evaluation import EvaluationProtocol, Evaluator
 from evomem.evaluation.episode_return import rollout
+from evomem.evaluation.measurement import EXACT
 from evomem.managers import build as manager_of
 from evomem.models import LoadedModel, load
 from evomem.models.sharing import dismantle
@@ -57,9 +58,7 @@ def scores(loaded: LoadedModel, spec: str, managers: list[str], count: int) -> l
     """Exact scores of managers on sealed samples."""
     task, evaluator = build(spec, loaded.tokenizer), Evaluator(loaded)
     chosen = [manager_of(manager) for manager in managers]
-    found = [
-        evaluator.evaluate(chosen, sample, task, exact=True) for sample in task.samples(Split.SEALED, count, seed=0)
-    ]
+    found = [evaluator.evaluate(chosen, sample, task, EXACT) for sample in task.samples(Split.SEALED, count, seed=0)]
     return [[row[place].exact for row in found] for place in range(len(managers))]
 
 
@@ -88,8 +87,8 @@ def test_batches_of_candidates_are_what_one_candidate_is_alone(maze, kind):
     for manager in managers:
         for parameter in manager.parameters():
             parameter.data.normal_()
-    for manager, fast in zip(managers, evaluator.evaluate(managers, sample, task, exact=True), strict=True):
-        plain = evaluator.evaluate_plainly(manager, sample, task, exact=True)
+    for manager, fast in zip(managers, evaluator.evaluate(managers, sample, task, EXACT), strict=True):
+        plain = evaluator.evaluate_plainly(manager, sample, task, EXACT)
         assert fast.loglik == pytest.approx(plain.loglik, abs=1e-4)
         assert fast.exact == plain.exact
         assert fast.slots == plain.slots

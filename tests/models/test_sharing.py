@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from evomem.errors import ModelError
 from evomem.evaluation import Evaluator
+from evomem.evaluation.measurement import EXACT
+from evomem.evaluation.objectives import Attention
 from evomem.evaluation.store import PrefillStore
 from evomem.managers import build
 from evomem.models import LoadedModel, load
@@ -127,9 +129,9 @@ def test_evaluations_on_memory_that_cannot_be_written_to(dtype):
     for spec in KINDS:
         kinds = [build(spec, budget=budget) for budget in (8, 12)]
         own = Evaluator(model, store=PrefillStore())
-        expected = own.evaluate(kinds, sample, TASK, exact=True)
+        expected = own.evaluate(kinds, sample, TASK, EXACT)
         reader = SharedReadings(given_away.__getitem__)
-        assert numbers(Evaluator(assemble(parts, "cpu"), store=reader).evaluate(kinds, sample, TASK, exact=True)) == (
+        assert numbers(Evaluator(assemble(parts, "cpu"), store=reader).evaluate(kinds, sample, TASK, EXACT)) == (
             numbers(expected)
         )
         fresh = reader.give()
@@ -139,7 +141,7 @@ def test_evaluations_on_memory_that_cannot_be_written_to(dtype):
         given_away.update(contexts)
         other = SharedReadings(given_away.__getitem__)
         other.offer({key: key for key in contexts})
-        found = Evaluator(assemble(parts, "cpu"), store=other).evaluate(kinds, sample, TASK, exact=True)
+        found = Evaluator(assemble(parts, "cpu"), store=other).evaluate(kinds, sample, TASK, EXACT)
         assert numbers(found) == numbers(expected)
         assert other.misses == other.lost == 0
         assert all(np.array_equal(*pair) for pair in zip(memories, stored, strict=True))
@@ -148,14 +150,16 @@ def test_evaluations_on_memory_that_cannot_be_written_to(dtype):
 
 def numbers(evaluations):
     """Everything but the effort."""
-    return [(e.loglik, e.exact, e.slots, e.bytes_peak, e.bytes_mean, e.heads) for e in evaluations]
+    return [(e.loglik, e.exact, e.slots, e.bytes_peak, e.bytes_mean, e.values) for e in evaluations]
 
 
 @TYPES
 def test_a_reading_comes_out_as_it_went_in(dtype):
     evaluator, sample = Evaluator(loaded(dtype=dtype)), make_sample(5)
     tokens = evaluator.tokens(sample)
-    evaluator.evaluate([build("keydiff", budget=8)], sample, TASK, attention=True, observes=OBSERVES)  # leaves a memo
+    evaluator.evaluate(
+        [build("keydiff", budget=8)], sample, TASK, Attention.measurement.observing(OBSERVES)
+    )  # leaves a memo
     reading = evaluator.reading(tokens.read, OBSERVES | build("keydiff", budget=8).observes)
     arrays, memories = elsewhere(to_arrays(reading))
     again = to_reading(arrays)

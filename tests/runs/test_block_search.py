@@ -14,6 +14,7 @@ import torch
 from evomem.drivers import Stage, build
 from evomem.errors import ConfigError
 from evomem.evaluation import Evaluator
+from evomem.evaluation.objectives import Attention
 from evomem.models import LoadedModel
 from evomem.runs import Bench, open_run, search
 from evomem.search_space.space import SearchSpace
@@ -51,6 +52,11 @@ class Words:
 
     def score(self, sample, output):
         return TASK.score(sample, output)
+
+
+def mean_share(evaluator, manager, sample):
+    (found,) = evaluator.evaluate([manager], sample, TASK, Attention.measurement)
+    return np.mean(found.values["head_attention"])
 
 
 def configured(*settings):
@@ -135,10 +141,7 @@ def check(folder):
     evaluator = bench()(config).evaluator
     for vector, fitness in zip(driver.ask().vectors, generations[0].fitness, strict=True):
         manager = whole.decode(vector).with_options(budget=8)
-        shares = [
-            np.mean(evaluator.evaluate([manager], make_sample(int(name.split("/")[1])), TASK, attention=True)[0].heads)
-            for name in samples
-        ]
+        shares = [mean_share(evaluator, manager, make_sample(int(name.split("/")[1]))) for name in samples]
         assert np.mean(shares) == pytest.approx(fitness, abs=2e-5)
 
 

@@ -20,6 +20,7 @@ from evomem.cli.app import app
 from evomem.cli.commands.front import compared_budgets, front_notes, front_table
 from evomem.drivers.base import Population
 from evomem.errors import ConfigError, RunError
+from evomem.evaluation.measurement import LOGLIK
 from evomem.managers.vector import to_vector
 from evomem.report.plots import front_plot
 from evomem.runs import open_run, search
@@ -44,12 +45,13 @@ class Curve(ToyEvaluator):
         super().__init__()
         self.stop_after, self.fails = stop_after, fails
 
-    def evaluate(self, candidates, sample, task, *, exact=False):
+    def evaluate(self, candidates, sample, task, measurement=LOGLIK):
         if self.stop_after is not None and len(self.calls) >= self.stop_after:
             os.kill(os.getpid(), signal.SIGKILL)
-        found = [replace(e, loglik=e.loglik - 20 / e.slots) for e in super().evaluate(candidates, sample, task)]
+        found = super().evaluate(candidates, sample, task)
+        found = [replace(e, values={"loglik": e.loglik - 20 / e.slots}) for e in found]
         return [
-            replace(e, loglik=self.fails, exact=None) if self.fails is not None and (m.options.budget or 0) > 64 else e
+            replace(e, values={"loglik": self.fails}) if self.fails is not None and (m.options.budget or 0) > 64 else e
             for e, m in zip(found, candidates, strict=True)
         ]
 

@@ -13,6 +13,7 @@ import pytest
 
 from evomem.errors import ConfigError
 from evomem.evaluation import Evaluator
+from evomem.evaluation.costs import ranking_costs
 from evomem.evaluation.measurement import Step
 from evomem.models import load
 from evomem.runs import model_bench, open_run, search
@@ -58,7 +59,7 @@ def test_stages_measure_what_they_say_and_the_journal_has_the_diagnostics(whole)
     samples = Samples(config, model_bench(config))
     manager = space.decode(np.load(folder / "start" / "vector.npy"))
     costs = [
-        np.mean(evaluator.costs([manager], sample, "expected")[0].heads)
+        -np.mean(ranking_costs(evaluator, [manager], sample, "expected")[0].values["head_cost"])
         for sample in samples.minibatch(stage, stage.tasks[0], 0)
     ]
     assert generations[0].fitness == pytest.approx([np.mean(costs)], abs=1e-5)
@@ -157,7 +158,7 @@ def test_several_models_share_one_policy(tmp_path):
     for task in stage.tasks:
         evaluator = Evaluator(load(task.model))
         for sample in samples.minibatch(stage, task, 0):
-            costs.append(np.mean(evaluator.costs([manager], sample, "expected")[0].heads))
+            costs.append(-np.mean(ranking_costs(evaluator, [manager], sample, "expected")[0].values["head_cost"]))
     assert first.fitness == pytest.approx([np.mean(costs)], abs=1e-4)
 
 

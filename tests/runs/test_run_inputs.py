@@ -200,7 +200,7 @@ def test_a_finished_run_notices_when_it_is_used_again(tmp_path, questions, capsy
 
 
 def evaluation(name):
-    return Evaluation(name, -0.125, None, 4.0, 8.0, 8.0, 10, 0.5)
+    return Evaluation(name, {"loglik": -0.125}, 4.0, 8.0, 8.0, 10, 0.5)
 
 
 def test_a_comparison_of_samples_with_odd_ids_goes_on(tmp_path):

@@ -14,6 +14,7 @@ import yaml
 
 from evomem.drivers import Fitness, build
 from evomem.errors import ConfigError, FitnessError, RunError, TaskError, UnknownNameError
+from evomem.evaluation.measurement import LOGLIK
 from evomem.managers.vector import to_vector
 from evomem.plugins import load as load_plugin
 from evomem.runs import load_experiment, open_run, search
@@ -450,11 +451,11 @@ class Flaky(ToyEvaluator):
         super().__init__()
         self.failures = failures
 
-    def evaluate(self, candidates, sample, task, *, exact=False):
+    def evaluate(self, candidates, sample, task, measurement=LOGLIK):
         if self.failures.get(sample.id, 0) > 0:
             self.failures[sample.id] -= 1
             raise OSError("a cable was loose")
-        return super().evaluate(candidates, sample, task, exact=exact)
+        return super().evaluate(candidates, sample, task, measurement)
 
 
 def test_failing_evaluations_are_tried_again_and_counted(tmp_path, undisturbed):

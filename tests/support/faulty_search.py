@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from evomem.errors import ModelError
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import LOGLIK, Evaluation
 from evomem.evaluation.store import Reading
 from evomem.memory import LayerView
 from evomem.runs.journal import read_journal
@@ -32,12 +32,12 @@ class Logged(ToyEvaluator):
         super().__init__(sleep, broken)
         self.log, self.fault = Path(log), fault
 
-    def evaluate(self, candidates, sample, task, *, exact=False):
+    def evaluate(self, candidates, sample, task, measurement=LOGLIK):
         name = identity(candidates, sample)
         note(self.log, name)
         if self.fault is not None:
             self.fault(name, candidates)
-        return super().evaluate(candidates, sample, task, exact=exact)
+        return super().evaluate(candidates, sample, task, measurement)
 
 
 def note(log, what) -> None:
@@ -247,7 +247,7 @@ def weighing(parts, readings):
         assert (view.keys == float(unit.sample.id[1:])).all()
         time.sleep(0.02)
         assert "transformers.modeling_utils" not in sys.modules  # would take a worker seconds, and it needs no model
-        facts = float(array[:10].sum()), None, float(array.flags.writeable), float(os.getpid()), 0.0
+        facts = {"loglik": float(array[:10].sum())}, float(array.flags.writeable), float(os.getpid()), 0.0
         return [Evaluation(unit.sample.id, *facts, 0, 0.0) for _ in unit.seeds]
 
     return evaluate

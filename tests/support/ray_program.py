@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from evomem.errors import EvomemError
+from evomem.evaluation.measurement import LOGLIK
 from evomem.evaluation.store import Reading
 from evomem.memory import LayerView
 from evomem.runs import Bench, search
@@ -40,11 +41,11 @@ class Reads(Logged):
         super().__init__(log, 0.03)
         self.readings = readings
 
-    def evaluate(self, candidates, sample, task, *, exact=False):
+    def evaluate(self, candidates, sample, task, measurement=LOGLIK):
         number = float(len(sample.id))
         view = self.readings.get(sample.id, lambda: self.read(sample, number)).views[0]
         assert (view.keys == number).all()
-        return super().evaluate(candidates, sample, task, exact=exact)
+        return super().evaluate(candidates, sample, task, measurement)
 
     def read(self, sample, number):
         note(self.log.with_suffix(".reads"), sample.id)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import LOGLIK, Evaluation
 from evomem.managers.base import ManagerOptions, managers, register
 from evomem.managers.base import MemoryManager as Base
 from evomem.runs import Bench, parse_experiment, search
@@ -83,8 +83,9 @@ class ToyEvaluator:
         self.sleep, self.broken = sleep, broken
         self.calls = []
 
-    def evaluate(self, candidates, sample, task, *, exact=False):
+    def evaluate(self, candidates, sample, task, measurement=LOGLIK):
         time.sleep(self.sleep)
+        exact = "exact" in measurement
         self.calls.append((sample.id, len(candidates), exact))
         found = []
         for place, manager in enumerate(candidates):
@@ -97,8 +98,8 @@ class ToyEvaluator:
             loglik = -float(((weights - target) ** 2).sum()) - 3 * number(sample.id) - 1 / budget
             if self.broken is not None:
                 loglik = self.broken(loglik, sample, place)
-            score = float(np.exp(loglik)) if exact else None
-            found.append(Evaluation(sample.id, loglik, score, budget, 1e6 * budget, 1e6 * budget, 10, 0.01))
+            values = {"loglik": loglik} | ({"exact": float(np.exp(loglik))} if exact else {})
+            found.append(Evaluation(sample.id, values, budget, 1e6 * budget, 1e6 * budget, 10, 0.01))
         return found
 
 

@@ -26,14 +26,14 @@ def configured(*settings):
 class Logged(Evaluator):
     log, company = None, 1
 
-    def evaluate(self, managers, sample, task, **options):
+    def evaluate(self, managers, sample, task, *options):
         """Evaluate, once as many processes as ``company`` have something to do: a fast one would leave others none."""
         note(self.log, f"evaluate/{sample.id}")
         patience = time.monotonic() + 60
         while len({pid for _, pid, _ in entries(self.log)}) < self.company and time.monotonic() < patience:
             time.sleep(0.05)
         self.company = 1
-        return super().evaluate(managers, sample, task, **options)
+        return super().evaluate(managers, sample, task, *options)
 
     def _read(self, tokens, observes):
         note(self.log, f"read/{token_key(tokens)}")

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from evomem.errors import ConfigError, RunError, TaskError
 from evomem.evaluation import EvaluationProtocol, Evaluator
 from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.measurement import EXACT
 from evomem.evaluation.reference import mean_loglik
 from evomem.evaluation.store import PrefillStore
 from evomem.evaluation.traces.recording import record
@@ -109,10 +110,10 @@ def test_text_that_goes_on_has_no_blank_of_its_own() -> None:
 def test_what_is_measured_is_what_attach_and_generate_do(loaded: LoadedModel, spec: str, mode: str) -> None:
     model, tokenizer, manager = loaded.model, loaded.tokenizer, manager_of(spec)
     evaluator = Evaluator(loaded, EvaluationProtocol(mode=mode))
-    fast = evaluator.evaluate([manager], SAMPLE, Toy(), exact=True)[0]
+    fast = evaluator.evaluate([manager], SAMPLE, Toy(), EXACT)[0]
     texts: list[str] = []
     task = SimpleNamespace(has_exact=True, score=lambda sample, output: texts.append(output) or 0.0)
-    plain = evaluator.evaluate_plainly(manager, SAMPLE, task, exact=True)
+    plain = evaluator.evaluate_plainly(manager, SAMPLE, task, EXACT)
     # What a user writes; the suffix is what he must leave off to go on with the text.
     whole = tokenizer(SAMPLE.context + SAMPLE.question, return_tensors="pt").input_ids[:, :-1]
     length = len(tokenizer(SAMPLE.context).input_ids) - 1 if mode == "query_agnostic" else whole.shape[1] - 1
@@ -221,7 +222,7 @@ def test_a_chat_is_read_as_it_is_deployed(mode: str) -> None:
     sample = chat.dress(SAMPLE, BEGUN)
     texts: list[str] = []
     task = SimpleNamespace(has_exact=True, score=lambda sample, output: texts.append(output) or 0.0)
-    evaluator.evaluate_plainly(manager, sample, task, exact=True)
+    evaluator.evaluate_plainly(manager, sample, task, EXACT)
     turns = [{"role": "user", "content": SAMPLE.context + SAMPLE.question.removesuffix(BEGUN)}]
     turns.append({"role": "assistant", "content": BEGUN.strip()})
     ids = tokenizer.apply_chat_template(turns, continue_final_message=True, return_tensors="pt")["input_ids"]
@@ -305,7 +306,7 @@ def test_rows_of_likelihood_only_among_others(loaded: LoadedModel) -> None:
 
     evaluator, sample = Evaluator(loaded), replace(SAMPLE, max_new_tokens=0)
     manager = manager_of("full")
-    assert evaluator.evaluate([manager], sample, Mixed(), exact=True)[0].exact is None
-    assert evaluator.evaluate_plainly(manager, sample, Mixed(), exact=True).exact is None
+    assert evaluator.evaluate([manager], sample, Mixed(), EXACT)[0].exact is None
+    assert evaluator.evaluate_plainly(manager, sample, Mixed(), EXACT).exact is None
     with pytest.raises(TaskError, match="no token"):
         mean_loglik(torch.zeros(1, 0, 128), torch.zeros(1, 0, dtype=torch.int64))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import evomem.models
 from evomem.errors import ModelError, TaskError
 from evomem.evaluation import Evaluator
+from evomem.evaluation.measurement import EXACT
 from evomem.managers import build as build_manager
 from evomem.models.aliases import Shipped, aliases
 from evomem.models.pretrained.files import sha256
@@ -152,7 +153,7 @@ def test_a_shipped_model_is_what_its_recipe_says_and_solves_its_tasks(name):
             full, few = zip(
                 *(
                     evaluator.evaluate(
-                        [build_manager("full"), build_manager("streaming_llm", budget=32)], sample, built, exact=True
+                        [build_manager("full"), build_manager("streaming_llm", budget=32)], sample, built, EXACT
                     )
                     for sample in samples
                 ),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -30,7 +28,7 @@ def unit(number, names):
 def evaluate(unit):
     company = float(np.sum(unit.vectors))
     return [
-        Evaluation(unit.sample.id, 10 * value + 1e-3 * company, None, 1.0, 1.0, 1.0, 5, 0.0)
+        Evaluation(unit.sample.id, {"loglik": 10 * value + 1e-3 * company}, 1.0, 1.0, 1.0, 5, 0.0)
         for value in unit.vectors[:, 0].tolist()
     ]
 
@@ -40,7 +38,7 @@ def expected(unit, killers):
     names = unit.vectors[:, 0].tolist()
     if not set(names) & killers:
         return [one.loglik for one in evaluate(unit)]
-    return [math.nan if name in killers else evaluate(alone(unit, p))[p].loglik for p, name in enumerate(names)]
+    return [None if name in killers else evaluate(alone(unit, p))[p].loglik for p, name in enumerate(names)]
 
 
 def carry_out(units, killers, chance, quarantined=()):
@@ -98,7 +96,7 @@ def test_outcomes_depend_on_the_candidates_only(crowds, killers, deaths):
         value
         for one in units
         for value, evaluation in zip(one.vectors[:, 0].tolist(), outcomes[one.key].evaluations, strict=True)
-        if math.isnan(evaluation.loglik)
+        if evaluation.loglik is None
     }
     assert killers & {float(name) for names in crowds for name in names} <= suspected
     if not any(deaths):
@@ -107,7 +105,7 @@ def test_outcomes_depend_on_the_candidates_only(crowds, killers, deaths):
         outcome = outcomes[one.key]
         assert outcome.error is None
         found = [evaluation.loglik for evaluation in outcome.evaluations]
-        guilty = {n for n, value in zip(one.vectors[:, 0].tolist(), found, strict=True) if math.isnan(value)}
+        guilty = {n for n, value in zip(one.vectors[:, 0].tolist(), found, strict=True) if value is None}
         if guilty or not set(one.vectors[:, 0].tolist()) & suspected:
             assert repr(found) == repr(expected(one, guilty))
         assert len(outcome.quarantined) == len(outcome.digests) == len(guilty)

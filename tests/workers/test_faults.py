@@ -18,7 +18,7 @@ import pytest
 
 from evomem.drivers import build
 from evomem.errors import ModelError, RunError, WorkerError
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import LOGLIK, Evaluation
 from evomem.runs import open_run, search
 from evomem.search_space.space import SearchSpace
 from evomem.workers import WorkerOptions
@@ -220,7 +220,7 @@ def test_a_candidate_that_kills_its_worker_is_quarantined(tmp_path, pools, undis
     for key, record in alone.items():
         for place, evaluation in enumerate(record["evaluations"]):
             if key.endswith("/0") and place == 2:
-                assert math.isnan(float(evaluation["loglik"]))
+                assert "loglik" not in evaluation
             else:
                 assert {**evaluation, "seconds": 0} == known[key][place]
 
@@ -233,10 +233,9 @@ def without(candidate, log):
     """Return the factory of a bench that says nothing of one candidate."""
 
     class Without(Logged):
-        def evaluate(self, candidates, sample, task, *, exact=False):
-            found = super().evaluate(candidates, sample, task, exact=exact)
-            nan = float("nan")
-            lost = Evaluation(sample.id, nan, None, nan, nan, nan, 0, 0.0)
+        def evaluate(self, candidates, sample, task, measurement=LOGLIK):
+            found = super().evaluate(candidates, sample, task, measurement)
+            lost = Evaluation(sample.id)
             bad = [weights(one) == weights(candidate) for one in candidates]
             return [lost if is_bad else one for one, is_bad in zip(found, bad, strict=True)]
 

@@ -54,6 +54,13 @@ def drivers() -> Entries:
     return _registered(registry)
 
 
+def objectives() -> Entries:
+    """Objectives by name."""
+    from evomem.evaluation.objectives import objectives as registry
+
+    return _registered(registry)
+
+
 def observations() -> Entries:
     """What a cache records, and the features of slots that `feature_scorer` makes of it."""
     from evomem.managers.features import OBSERVATIONS as features
@@ -80,6 +87,7 @@ _SECTIONS: dict[str, Callable[[], Entries]] = {
     "allocations": allocations,
     "tasks": tasks,
     "drivers": drivers,
+    "objectives": objectives,
     "spaces": spaces,
     "experiments": experiments,
     "observations": observations,

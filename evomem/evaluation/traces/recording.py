@@ -18,8 +18,8 @@ import filelock
 import torch
 
 from evomem.errors import ConfigError, RunError, TaskError
-from evomem.evaluation.attention import sample_key
 from evomem.evaluation.evaluator import Evaluator
+from evomem.evaluation.future import sample_key
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.store import PrefillStore
 from evomem.evaluation.traces.store import (

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from evomem.bounds import BYTES, SEED, TOKENS
 from evomem.errors import ConfigError, EvaluationError, RunError
-from evomem.evaluation.attention import Future
+from evomem.evaluation.future import Future
 from evomem.evaluation.store import Reading
 from evomem.files.reading import user_path
 from evomem.managers.features import base_columns, column
@@ -84,7 +84,7 @@ class TraceFile(_Strict):
     Attributes
     ----------
     file : its name in the folder.
-    sample, key : the sample's id, and its content (`evomem.evaluation.attention.sample_key`).
+    sample, key : the sample's id, and its content (`evomem.evaluation.future.sample_key`).
     bytes, sha256 : of the file.
     slots : tokens of the context.
     kv_bytes : what the model's keys and values of the context took in memory.

@@ -1,34 +1,24 @@
-"""Evaluation: how much of the attention that question and answer will pay falls on what a manager kept.
+"""Evaluation: what question and answer do with every slot of a context, with the whole context in memory.
 
-With the whole context in memory, the frozen model attends to some of its slots while it reads the question and the
-(given) answer. A decision that keeps those slots loses little. The share that is kept, per layer and KV head, needs no
-model call per candidate, and a head's share depends on the decision about that head only, so a search can improve all
-heads side by side. It stands in for the likelihood; winners are still chosen and reported by the likelihood.
+It is computed once a sample and kept; no candidate changes it. Objectives, the oracle and traces set decisions against
+it.
 
-Source of the quantity: KVP (arXiv 2602.10238) and ForesightKV (arXiv 2602.03203) use the attention of later tokens as
+Source of the quantities: KVP (arXiv 2602.10238) and ForesightKV (arXiv 2602.03203) use the attention of later tokens as
 the target of a policy.
 """
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from evomem.devices import stacked
-from evomem.errors import ConfigError
-from evomem.evaluation.measurement import Evaluation
-from evomem.evaluation.population import PopulationPolicy
 from evomem.evaluation.store import Reading, token_key
-from evomem.managers.base import MemoryManager
 from evomem.memory import LayerView, SlotCache, attached
 from evomem.modes import outside_inference_mode
-from evomem.tasks.base import Sample
 
 if TYPE_CHECKING:
     from evomem.evaluation.evaluator import Evaluator, Tokens
@@ -53,6 +43,28 @@ class Future(NamedTuple):
     paid: tuple[Tensor, ...]
     peak: tuple[Tensor, ...]
     next_use: tuple[Tensor, ...]
+
+
+class Known(Protocol):
+    """A context that was read before, and what its question and answer did with it."""
+
+    @property
+    def views(self) -> tuple[LayerView, ...]:
+        """One view a layer, nothing evicted."""
+        ...
+
+    @property
+    def future(self) -> Future:
+        """The future attention."""
+        ...
+
+
+class KnownSamples(Protocol):
+    """Where contexts that were read before are found (`evomem.evaluation.traces.store.Traces`)."""
+
+    def get(self, key: str) -> Known | None:
+        """Return the sample called ``key`` (`sample_key`), or None."""
+        ...
 
 
 @dataclass
@@ -106,57 +118,3 @@ def slot_bytes(view: LayerView, fades: Tensor) -> Tensor:
     """
     size = (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size() + view.slots.element_size()
     return view.keys.shape[1] * (size + fades.float() * torch.float32.itemsize)
-
-
-@outside_inference_mode()
-@torch.no_grad()
-def retained_attention(
-    evaluator: Evaluator, managers: Sequence[MemoryManager], sample: Sample, observes: frozenset[str] = frozenset()
-) -> list[Evaluation]:
-    """Return evaluations with `Evaluation.heads`; the protected ends' attention counts like any other.
-
-    Raises `ConfigError` under the streaming protocol, where what is read depends on earlier decisions.
-    """
-    if evaluator.protocol.kind != "compress_once":
-        raise ConfigError("objective 'attention' needs the protocol compress_once: one decision about a whole context")
-    if not managers:
-        return []
-    begin = time.perf_counter()
-    tokens = evaluator.tokens(sample)
-    policy = PopulationPolicy([evaluator.scheduled(manager) for manager in managers])
-    misses = evaluator.store.misses
-    observes = policy.observes | observes
-    reading = evaluator.reading(tokens.read, observes)
-    read = reading.tokens if evaluator.store.misses > misses else 0
-    asked = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
-    key = sample_key(tokens)
-    first = key not in evaluator.future.known
-    future = evaluator.future.of(evaluator, tokens, key, observes)
-    shares, kept, held = [], [], torch.zeros(len(managers), dtype=torch.float32)
-    for view, paid in zip(reading.views, future.paid, strict=True):
-        keep = policy.decide(view).keep
-        total = paid.sum(-1)
-        # A head that looks at nothing of the context (a window that ends after it) loses nothing by any decision.
-        share = torch.where(total > 0, (paid * keep).sum(-1) / total.clamp(min=1e-9), 1.0)
-        shares.append(share)
-        counts = keep.sum(-1)
-        kept.append(counts.float().mean(-1))
-        held = held + counts.amax(-1).float().cpu() * slot_bytes(view, policy.fades(view.layer))
-    table = stacked(shares, 1).double().cpu()
-    slots = stacked(kept, 1).mean(1).tolist()
-    seconds = (time.perf_counter() - begin) / len(managers)
-    return [
-        Evaluation(
-            sample=sample.id,
-            loglik=float("nan"),
-            exact=None,
-            slots=slots[i],
-            bytes_peak=float(held[i]),
-            bytes_mean=float(held[i]),
-            tokens=(read + (asked if first else 0)) if i == 0 else 0,
-            seconds=seconds,
-            # Rounded, because the journal keeps one number a head and candidate.
-            heads=tuple(tuple(round(value, 5) for value in row) for row in table[i].tolist()),
-        )
-        for i in range(len(managers))
-    ]

@@ -1,0 +1,92 @@
+"""Evaluation: objective ``loglik``, the answer's log-likelihood, and the measure that lets the model answer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from evomem.errors import ConfigError
+from evomem.evaluation.measurement import Evaluation, Measurement
+from evomem.evaluation.measures import Draws, Measure, register_measure
+from evomem.evaluation.objectives.base import ROLLOUT, Objective, register_objective
+from evomem.evaluation.population import PopulationPolicy
+from evomem.evaluation.rollouts import rollouts
+from evomem.managers.base import MemoryManager
+from evomem.managers.stochastic import StochasticManager
+from evomem.memory import attached
+from evomem.tasks.base import Sample, Task
+
+if TYPE_CHECKING:
+    from evomem.evaluation.evaluator import Evaluator
+
+
+@register_objective("loglik")
+class Loglik(Objective):
+    """Mean log-likelihood of the answer's tokens, in nats."""
+
+    measurement = Measurement.of("loglik")
+    drawn = Measurement.of("loglik", ROLLOUT)
+    unit = "nats per answer token"
+
+    def value(self, evaluation: Evaluation) -> float:
+        """Return the log-likelihood."""
+        return math.nan if evaluation.loglik is None else evaluation.loglik
+
+
+@register_measure("loglik")
+@register_measure("exact")
+@register_measure("rollout")
+class Answers(Measure):
+    """Lets the model answer: ``loglik``, ``exact``; of drawn decisions, with their gradients, if ``rollout`` is asked.
+
+    ``loglik`` is given whichever of them is asked for. The option ``listens`` of ``rollout`` also notes how likely what
+    is read between decisions is (`Step.reward`).
+    """
+
+    option_types: ClassVar = {"rollout": {"listens": bool}}
+
+    def evaluations(
+        self,
+        evaluator: Evaluator,
+        managers: Sequence[MemoryManager],
+        sample: Sample,
+        task: Task,
+        measurement: Measurement,
+        draws: Draws,
+    ) -> list[Evaluation]:
+        """Return the evaluations; see `Measure.evaluations`."""
+        if "rollout" in measurement:
+            policy = managers[0]
+            if not isinstance(policy, StochasticManager) or len(draws.seeds) != len(managers):
+                raise ConfigError(
+                    f"manager {policy.name!r} draws no decisions: rollouts need a stochastic one, and a seed each"
+                )
+            others = {"behaviour": draws.behaviour, "reference": draws.reference}
+            return rollouts(evaluator, policy, sample, task, list(draws.seeds), measurement, **others)
+        tokens = evaluator.tokens(sample)
+        ready = [evaluator.scheduled(manager) for manager in managers]
+        found: dict[int, Evaluation] = {}
+        for members in _batches(evaluator, ready):
+            begin = time.perf_counter()
+            with attached(evaluator.loaded.model):
+                policies = PopulationPolicy([ready[i] for i in members])
+                batch = evaluator.answered(policies, tokens, sample, task, measurement)
+            seconds = (time.perf_counter() - begin) / len(members)
+            found.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
+        return [found[i] for i in range(len(managers))]
+
+
+def _batches(evaluator: Evaluator, managers: Sequence[MemoryManager]) -> list[list[int]]:
+    """Numbers of the managers that are rows of one batch: all; in ``streaming`` those that observe the same.
+
+    There the cache goes on recording, and a row must neither pay for nor be delayed by what only others look at.
+    """
+    if evaluator.protocol.kind == "compress_once":
+        return [list(range(len(managers)))] if managers else []
+    alike: dict[frozenset[str], list[int]] = {}
+    for number, manager in enumerate(managers):
+        alike.setdefault(manager.observes, []).append(number)
+    return list(alike.values())
