@@ -201,7 +201,7 @@ def test_exact_gradients_then_evolution(tmp_path, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as broken:
-        broken.setattr(Evaluator, "evaluate", stop)  # the exact phase asks for costs only
+        broken.setattr(Evaluator, "answered", stop)  # the exact phase lets nothing be answered
         with pytest.raises(Stop):
             search(config, tmp_path / "run", model_bench)
     assert len(open_run(tmp_path / "run").generations()) == 3
