@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evomem.evaluation import EvaluationProtocol, Evaluator
+from evomem.evaluation.measurement import EXACT
 from evomem.managers import build
 from evomem.memory.kv.versions import passed
 from evomem.models import LoadedModel
@@ -71,7 +72,7 @@ def test_the_text_is_what_generate_writes(family, spec, protocol):
         ids = own_ids(evaluator, manager, drawn)
         assert len(ids) == (LIMIT if where is None else 1 + free.index(free[where]))
         text = TOKENIZER.decode(ids if where is None else ids[:-1], skip_special_tokens=True)
-        evaluator.evaluate([manager, manager], drawn, task, exact=True)
-        evaluator.evaluate_plainly(manager, drawn, task, exact=True)
+        evaluator.evaluate([manager, manager], drawn, task, EXACT)
+        evaluator.evaluate_plainly(manager, drawn, task, EXACT)
         assert task.seen == [text] * 3
         assert bool(text) is (where is None or len(ids) > 1)

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from evomem.errors import CacheError
 from evomem.evaluation import EvaluationProtocol, Evaluator
+from evomem.evaluation.measurement import EXACT
 from evomem.managers import build
 from evomem.memory import attached
 from evomem.memory.kv import versions
@@ -93,8 +94,8 @@ def test_no_version_warns_of_what_evomem_calls(family, said):
     for protocol in (EvaluationProtocol(), EvaluationProtocol(kind="streaming", every=8)):
         evaluator = Evaluator(LoadedModel(family, model, tokenizer, family), protocol)
         manager = build("keydiff(budget=8)")
-        evaluator.evaluate([manager], sample, Nothing(), exact=True)
-        evaluator.evaluate_plainly(manager, sample, Nothing(), exact=True)
+        evaluator.evaluate([manager], sample, Nothing(), EXACT)
+        evaluator.evaluate_plainly(manager, sample, Nothing(), EXACT)
         evaluator.loglik_without_context(sample)
     assert not [line for line in said if "deprecated" in line]
 
