@@ -208,7 +208,7 @@ def snippet(folder: Path) -> str:
     from evomem.memory.kv.versions import argument  # needs transformers: not for every command
 
     return (
-        f'from evomem.plugins import load; manager = load("{folder}")\n'
+        f'import evomem; manager = evomem.load("{folder}")\n'
         f"          with manager.attach(model) as cache: model.generate(**inputs, {argument()})"
     )
 

@@ -57,7 +57,7 @@ def import_namm(
     plugins.save(manager, out, provenance)
     console = wide_console()
     console.print(Text(f"{out}: {', '.join(plugins.FILES)}"))
-    console.print(Text(f'  python: from evomem.plugins import load; manager = load("{out}")'))
+    console.print(Text(f'  python: import evomem; manager = evomem.load("{out}")'))
 
 
 def read_namm(

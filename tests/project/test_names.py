@@ -1,0 +1,45 @@
+"""The names of `evomem` itself: cheap to import, each its package's own, known to type checkers, hiding nothing."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import evomem
+
+HEAVY = ("torch", "transformers", "numpy", "pydantic", "ray", "rich", "scipy")
+
+
+def typed_names():
+    """Return {name: (package, name there)} as a type checker reads them."""
+    tree = ast.parse(Path(evomem.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    return {alias.asname or alias.name: (node.module, alias.name) for node in block.body for alias in node.names}
+
+
+def test_every_name_is_the_one_that_type_checkers_see():
+    names = typed_names()
+    assert sorted([*names, "__version__"]) == sorted(evomem.__all__)
+    for name, (package, there) in names.items():
+        assert getattr(evomem, name) is getattr(import_module(package), there)
+
+
+def test_no_name_hides_a_module_and_all_are_listed():
+    modules = {module.name for module in pkgutil.iter_modules(evomem.__path__)}
+    assert not modules & set(evomem.__all__)
+    assert set(evomem.__all__) <= set(dir(evomem))
+    with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
+        _ = evomem.nonesuch
+    with pytest.raises(ImportError, match="nonesuch"):
+        from evomem import nonesuch  # noqa: F401
+
+
+def test_importing_evomem_imports_nothing_heavy():
+    code = f"import sys, evomem; dir(evomem); print(*[name for name in {HEAVY} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
