@@ -1,4 +1,4 @@
-"""The one way in which managers, tasks and drivers get a name: a decorator, listed by ``evomem list``."""
+"""The one way in which managers, tasks, drivers, objectives and others get a name: a decorator."""
 
 from __future__ import annotations
 

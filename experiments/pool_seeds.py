@@ -69,7 +69,7 @@ class Samples:
     def values(self, key: str, name: str, budget: float | None) -> np.ndarray:
         """Return a number of an arm at a budget: (samples, seeds); NaN where it was not measured."""
         places = [n for n, (own, _, at) in enumerate(self.subjects) if own == name and at in (budget, None)]
-        found = [[np.nan if one[key] is None else one[key] for one in self._columns[place]] for place in places]
+        found = [[np.nan if one.get(key) is None else one[key] for one in self._columns[place]] for place in places]
         return np.array(found, dtype=np.float64).T
 
 

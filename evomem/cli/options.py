@@ -40,6 +40,7 @@ class Listing(StrEnum):
     drivers = "drivers"
     spaces = "spaces"
     experiments = "experiments"
+    objectives = "objectives"
     observations = "observations"
     allocations = "allocations"
 

@@ -89,7 +89,7 @@ def list_(
     what: Annotated[Listing | None, typer.Argument(help="\\[default: everything]", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON: names and what they are.")] = False,
 ) -> None:
-    """List managers, allocations, tasks, drivers, search spaces, experiments and observations.
+    """List managers, allocations, tasks, drivers, objectives, search spaces, experiments and observations.
 
     [bold]Examples[/bold]
 

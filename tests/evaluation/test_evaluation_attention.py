@@ -41,9 +41,8 @@ class Parity(MemoryManager):
     name = "parity"
 
     def __init__(self, odd):
-        super().__init__()
+        super().__init__(budget=READ // 2)
         self.odd = odd
-        self.select = lambda: self
 
     def with_options(self, **changes):
         return self
@@ -51,11 +50,8 @@ class Parity(MemoryManager):
     def describe(self):
         return {"name": self.name, "options": {"odd": self.odd}}
 
-    def keep(self, scores, view):
-        return view.position % 2 == self.odd
-
     def score(self, view):
-        return torch.zeros(view.slots.shape)
+        return (view.position % 2 == self.odd).float()
 
 
 def future(family, tokens):

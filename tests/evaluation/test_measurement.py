@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from evomem.cli.app import app
 from evomem.errors import ConfigError, UnknownNameError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.costs import ORACLE
@@ -195,6 +197,12 @@ def test_a_new_objective_is_one_class(tmp_path):
         assert abs(found[0].select.loglik + 1.0) <= abs(found[1].select.loglik + 1.0) + 1e-6
     finally:
         objectives._classes.pop("toy_middle")
+
+
+def test_objectives_are_listed():
+    found = CliRunner().invoke(app, ["list", "objectives", "--json"])
+    assert set(json.loads(found.stdout)) == set(objectives)
+    assert all(json.loads(found.stdout).values())
 
 
 def test_an_objective_without_a_measurement_is_refused():
