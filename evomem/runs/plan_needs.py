@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evomem.evaluation.needs import RECORD, Needs, Work, length_of, needs_of
 from evomem.managers import names
 from evomem.runs.bench import Bench
 from evomem.runs.config import ExperimentConfig, Stage
-from evomem.runs.needs import RECORD, Needs, Work, length_of, needs_of
 from evomem.runs.samples import Samples
 from evomem.tasks.base import Split, at_hand
 

@@ -18,6 +18,7 @@ from evomem.drivers.base import Array, Driver, Population
 from evomem.errors import ConfigError, EvomemError, FitnessError, RunError
 from evomem.evaluation.costs import ORACLE
 from evomem.evaluation.measurement import Measurement, Quantity
+from evomem.evaluation.needs import require
 from evomem.files.atomic import write_atomically, write_vector
 from evomem.files.strict_json import as_float
 from evomem.runs import checkpoint as checkpoints
@@ -37,7 +38,6 @@ from evomem.runs.front import FrontArchive, check_bytes_may_vary, preflight_byte
 from evomem.runs.identity import check_identity, identity_of
 from evomem.runs.inputs import check_unchanged, pinned
 from evomem.runs.journal import Record, measured, read_journal
-from evomem.runs.needs import require
 from evomem.runs.paths import base_of, resolve_paths
 from evomem.runs.plan_needs import search_needs, vectors_needs
 from evomem.runs.pools import limited_threads, make_pool
@@ -73,7 +73,7 @@ def search(
     resume : go on with what the folder holds (with nothing there, begin; a finished run gives its result again).
     tracker : who is told.
     workers : where evaluations happen; this process if None. The result is the same to the bit.
-    plan_check : refuse a plan that needs more memory, disk or time than there is (`evomem.runs.needs`).
+    plan_check : refuse a plan that needs more memory, disk or time than there is (`evomem.evaluation.needs`).
 
     Raises
     ------

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from evomem.errors import RunError
-
-if TYPE_CHECKING:  # runs know trackers; this is the one way back
-    from evomem.runs.run import Run
-    from evomem.tracking.base import Tracker
+from evomem.tracking.base import GenerationRecord, Tracker
 
 
-def replay(run: Run, tracker: Tracker) -> Mapping[str, Any]:
+class RecordedRun(Protocol):
+    """What is told of a run; `evomem.runs.open_run` returns one."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+
+    @property
+    def config(self) -> Any:
+        """The resolved experiment, with ``resolved()`` and ``plan()``."""
+
+    @property
+    def result(self) -> Any:
+        """What came out, with ``to_json()`` and ``lines()``; None until the run is finished."""
+
+    def generations(self) -> Sequence[GenerationRecord]:
+        """Return the finished generations in order."""
+
+
+def replay(run: RecordedRun, tracker: Tracker) -> Mapping[str, Any]:
     """Tell a tracker what it would have heard while the run went on; return the summary that it was given.
 
     The run is only read and its lock is not taken: it may be running, finished or interrupted. Without a result the

@@ -125,8 +125,8 @@ def compare(
 
 
 def require_room(wishes: Wishes, places: Sequence[Place], count: int, managers: int, budgets: Sequence[Budget]) -> None:
-    """Raise `PlanError` if a comparison needs more memory, disk or time than there is (`evomem.runs.needs`)."""
-    from evomem.runs.needs import Work, needs_of, require
+    """Raise `PlanError` if a comparison needs more memory, disk or time than there is (`evomem.evaluation.needs`)."""
+    from evomem.evaluation.needs import Work, needs_of, require
 
     each, works = managers * max(1, len(budgets)) * (1 + wishes.exact), []
     for place in places:

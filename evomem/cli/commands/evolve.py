@@ -53,7 +53,7 @@ def evolve(
     again : the command that goes on with this run, for messages.
     track : names of the trackers (`evomem.tracking.build_trackers`).
     device : where the models run, in place of what the experiment says.
-    plan_check : see `evomem.runs.needs`.
+    plan_check : see `evomem.evaluation.needs`.
     """
     config = load_experiment(experiment, settings, device=device)
     folder = out if out is not None else Path("runs") / config.name

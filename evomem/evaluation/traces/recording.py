@@ -21,6 +21,7 @@ from evomem.errors import ConfigError, RunError, TaskError
 from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.future import sample_key
 from evomem.evaluation.measurement import EvaluationProtocol
+from evomem.evaluation.needs import Work, length_of, needs_of, require
 from evomem.evaluation.store import PrefillStore
 from evomem.evaluation.traces.store import (
     DEFAULT_FEATURES,
@@ -38,7 +39,6 @@ from evomem.files.atomic import disk_errors, is_temporary, sweep, write_atomical
 from evomem.files.strict_json import shown
 from evomem.managers.features import base_columns, required
 from evomem.memory.observations import USED
-from evomem.runs.needs import Work, length_of, needs_of, require
 from evomem.tasks.base import Sample, Split, Task, at_hand
 from evomem.tasks.encoding import TextEncoder
 
@@ -96,7 +96,7 @@ def record(
     limit : bytes of the folder at most; the recording ends before the sample that would exceed it.
     say : is told the estimate beforehand, and what is recorded again because it is damaged.
     progress : is called with samples done and samples in all.
-    plan_check : refuse what needs more memory, disk or time than there is (`evomem.runs.needs`).
+    plan_check : refuse what needs more memory, disk or time than there is (`evomem.evaluation.needs`).
 
     Raises
     ------

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from evomem.errors import PlanError
-from evomem.runs import needs, search
-from evomem.runs.needs import Needs, Work, bytes_per_token, free_disk, free_memory, length_of, needs_of, require
+from evomem.evaluation import needs
+from evomem.evaluation.needs import Needs, Work, bytes_per_token, free_disk, free_memory, length_of, needs_of, require
+from evomem.runs import search
 from evomem.runs.plan_needs import vectors_needs
 from evomem.tasks import build
 from evomem.testing.models import tiny, tiny_tokenizer

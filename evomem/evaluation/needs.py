@@ -1,4 +1,4 @@
-"""Run: what a plan will take of memory, disk and time, said before it begins.
+"""Evaluation: what a plan will take of memory, disk and time, said before it begins.
 
 The rule: a plan that needs more memory or disk than is free, or more than `DAYS` days, is refused; one that needs more
 than a day is begun with a warning. The figures are estimates: bytes follow from the model's configuration and the
