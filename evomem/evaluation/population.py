@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call, vmap
 from evomem.managers.base import MemoryManager, Schedule
 from evomem.memory import Decision, LayerView
 from evomem.memory.kv.attention import full_precision
+from evomem.memory.view import TensorName
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def _decide(group: _Group, view: LayerView, shared: bool) -> tuple[Tensor, Tenso
 
     fades = []
 
-    def one(parameters: dict[str, Tensor], tensors: dict[str, Tensor] | None) -> tuple[Tensor, ...]:
-        seen = view if tensors is None else _with(view, {k: t[None] for k, t in tensors.items()})
+    def one(parameters: dict[str, Tensor], tensors: dict[TensorName, Tensor] | None) -> tuple[Tensor, ...]:
+        seen = view if tensors is None else view.with_tensors({name: part[None] for name, part in tensors.items()})
         decision: Decision = functional_call(group.template, parameters, (seen,))
         fades.append(decision.decay is not None)
         return (decision.keep[0],) if decision.decay is None else (decision.keep[0], decision.decay[0])
@@ -173,25 +174,10 @@ def _decide(group: _Group, view: LayerView, shared: bool) -> tuple[Tensor, Tenso
     if shared:
         out = vmap(one, in_dims=(0, None), randomness="error")(group.parameters, None)
     else:
-        out = vmap(one, in_dims=(0, 0), randomness="error")(group.parameters, _tensors(view))
+        out = vmap(one, in_dims=(0, 0), randomness="error")(group.parameters, view.tensors())
     return out[0], out[1] if len(out) > 1 else None
-
-
-def _tensors(view: LayerView) -> dict[str, Tensor]:
-    """The view's tensors by name; recorded ones as ``recorded.NAME``."""
-    own = {"keys": view.keys, "values": view.values, "slots": view.slots, "start": view.start}
-    return own | {f"recorded.{name}": tensor for name, tensor in view.recorded.items()}
-
-
-def _with(view: LayerView, tensors: dict[str, Tensor]) -> LayerView:
-    """The view with other tensors and nothing remembered."""
-    recorded = {name: tensors[f"recorded.{name}"] for name in view.recorded}
-    return replace(
-        view, keys=tensors["keys"], values=tensors["values"], slots=tensors["slots"], start=tensors["start"],
-        recorded=recorded, memo={},
-    )  # fmt: skip
 
 
 def _rows(view: LayerView, places: Tensor) -> LayerView:
     index = places.to(view.slots.device)
-    return _with(view, {name: tensor.index_select(0, index) for name, tensor in _tensors(view).items()})
+    return view.map(lambda tensor: tensor.index_select(0, index))

@@ -23,6 +23,7 @@ from evomem.managers.base import Schedule
 from evomem.managers.stochastic import Action, Noise, StochasticManager
 from evomem.managers.vector import to_vector
 from evomem.memory import Decision, LayerView, attached
+from evomem.memory.view import TensorName
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample, Task
 
@@ -256,9 +257,7 @@ class DrawnRows:
         self.shared = view.slots.shape[0] == 1
         self.actions = {n: part.expand(rows, *part.shape[1:]) for n, part in action.tensors().items()}
         # What policies computed of the view while they drew is by row too, and need not be computed again.
-        own = {"keys": view.keys, "values": view.values, "slots": view.slots, "start": view.start}
-        own |= {f"recorded.{name}": part for name, part in view.recorded.items()}
-        self.tensors = own | {f"memo.{name}": part for name, part in view.memo.items()}
+        self.tensors = view.tensors(memo=True)
 
     def log_probs(self, manager: StochasticManager) -> Tensor:
         """Return log π of every choice (rollouts, kv_heads, choices)."""
@@ -275,7 +274,10 @@ class DrawnRows:
         parameters = {name: value.detach() for name, value in module.named_parameters()}
 
         def weighted(
-            parameters: dict[str, Tensor], tensors: dict[str, Tensor] | None, action: dict[str, Tensor], weight: Tensor
+            parameters: dict[str, Tensor],
+            tensors: dict[TensorName, Tensor] | None,
+            action: dict[str, Tensor],
+            weight: Tensor,
         ) -> tuple[Tensor, Tensor]:
             seen = self.view if tensors is None else self._row(tensors)
             drawn = Action(**{name: part[None] for name, part in action.items()})
@@ -288,10 +290,5 @@ class DrawnRows:
         )
         return torch.cat([gradients[name].reshape(self.rows, -1) for name in parameters], 1), log_prob
 
-    def _row(self, tensors: dict[str, Tensor]) -> LayerView:
-        part = {name: tensor[None] for name, tensor in tensors.items()}
-        return replace(
-            self.view, keys=part["keys"], values=part["values"], slots=part["slots"], start=part["start"],
-            recorded={name: part[f"recorded.{name}"] for name in self.view.recorded},
-            memo={name: part[f"memo.{name}"] for name in self.view.memo},
-        )  # fmt: skip
+    def _row(self, tensors: dict[TensorName, Tensor]) -> LayerView:
+        return self.view.with_tensors({name: tensor[None] for name, tensor in tensors.items()})

@@ -21,10 +21,9 @@ from evomem.errors import EvomemError
 from evomem.files.atomic import replacing
 from evomem.files.scratch import Scratch, sweep
 from evomem.memory import LayerView
+from evomem.memory.view import TensorName
 
 logger = logging.getLogger("evomem")
-
-_TENSORS = ("keys", "values", "slots", "start")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Reading:
 
     def nbytes(self) -> int:
         """Bytes of all tensors, of those included that managers computed from the views and left there."""
-        held = [t for view in self.views for t in (*_named(view).values(), *view.memo.values())]
+        held = [tensor for view in self.views for tensor in view.tensors(memo=True).values()]
         return sum(t.numel() * t.element_size() for t in held)
 
 
@@ -155,9 +154,9 @@ class PrefillStore:
         path = self._path(key)
         if path is None or path.exists():
             return
-        named = {f"{i}.{n}": t for i, v in enumerate(reading.views) for n, t in _named(v).items()}
+        named = {".".join((str(v.layer), *map(str, n))): t for v in reading.views for n, t in v.tensors().items()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
-        facts = {"seen": str(reading.views[0].seen), "tokens": str(reading.tokens), "layers": str(len(reading.views))}
+        facts = {"tokens": str(reading.tokens), "views": json.dumps([view.facts() for view in reading.views])}
         facts["devices"] = json.dumps([str(view.keys.device) for view in reading.views])  # where they go back to
         try:
             with replacing(path, durable=False) as temporary:  # it lasts no longer than its process
@@ -191,26 +190,20 @@ def room_for_readings(places: Iterable[torch.device]) -> int:
     return min(64 << 30, max(2 << 30, (free.get(CPU) or 0) // 4))
 
 
-def _named(view: LayerView) -> dict[str, Tensor]:
-    own = {name: getattr(view, name) for name in _TENSORS}
-    return own | {f"recorded.{name}": tensor for name, tensor in view.recorded.items()}
-
-
 def _load(path: Path) -> Reading:
     views = []
     with safe_open(path, framework="pt") as file:
         facts = file.metadata()
-        layers, devices = int(facts["layers"]), json.loads(facts["devices"])
+        every, devices = json.loads(facts["views"]), json.loads(facts["devices"])
         names: dict[int, list[str]] = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             names.setdefault(int(name.split(".", 1)[0]), []).append(name)
-        for layer in range(layers):
-            place = torch.device(devices[layer])
-            found: dict[str, Tensor] = {n.split(".", 1)[1]: file.get_tensor(n).to(place) for n in names[layer]}
-            keys, values, slots, start = (found.pop(name) for name in _TENSORS)
-            recorded = {name.removeprefix("recorded."): tensor for name, tensor in found.items()}
-            seen = int(facts["seen"])
-            views.append(LayerView(keys, values, slots, start, seen, seen, layer, layers, recorded))
+        for own, device in zip(every, devices, strict=True):
+            tensors: dict[TensorName, Tensor] = {
+                tuple(name.split(".", 2)[1:]): file.get_tensor(name).to(device)  # type: ignore[misc]
+                for name in names[own["layer"]]
+            }
+            views.append(LayerView.of(own, tensors))
     return Reading(tuple(views), int(facts["tokens"]))
 
 

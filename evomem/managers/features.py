@@ -30,7 +30,8 @@ No feature depends on head size, head count, depth or vocabulary, so a scorer ov
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from dataclasses import dataclass
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ from torch import Tensor
 from evomem.errors import ConfigError
 from evomem.managers.base import NEIGHBOURS, ManagerOptions
 from evomem.memory import LayerView, masked_mean
+from evomem.memory.observations.spectrum import BINS
 
 TINY = 1e-6
 """Added before a logarithm of attention: less than the attention of one query to one of a million keys."""
@@ -79,30 +81,63 @@ def _per_query(view: LayerView, argument: str) -> Tensor:
     return torch.log(view.recorded["attention_sum"] / (view.age + 1).float() + TINY)
 
 
-OBSERVATIONS: dict[str, tuple[Callable[[LayerView, str], Tensor], str]] = {
-    "keydiff": (lambda view, _: _away_from_mean(view.keys, view.valid), ""),
-    "valuediff": (lambda view, _: _away_from_mean(view.values, view.valid), ""),
-    "key_norm": (lambda view, _: torch.log(view.keys.float().norm(dim=-1) + TINY), ""),
-    "value_norm": (lambda view, _: torch.log(view.values.float().norm(dim=-1) + TINY), ""),
-    "key_step": (lambda view, _: _step(view.keys, view.valid), ""),
-    "value_step": (lambda view, _: _step(view.values, view.valid), ""),
-    "age": (lambda view, _: torch.log1p(view.age.float()), ""),
-    "position": (lambda view, _: torch.log1p(view.position.clamp(min=0).float()), ""),
-    "sink": (lambda view, _: (view.position < 4).float(), ""),
-    "attention": (lambda view, _: torch.log(view.recorded["attention_sum"] + TINY), "attention_sum"),
-    "attention_per_query": (_per_query, "attention_sum"),
-    "window": (_window, "window_attention:{}"),
-    "last": (_last, "window_attention:{}"),
-    "block_max": (_block(0), "window_statistics:{}"),
-    "block_min": (_block(1), "window_statistics:{}"),
-    "block_sum": (_block(2), "window_statistics:{}"),
-    "block_decayed": (_block(3), "window_statistics:{}"),
-    "spectrum": (
+@dataclass(frozen=True)
+class Feature:
+    """An observation with a transformation: one number a slot.
+
+    Attributes
+    ----------
+    of : function of (view, argument) that returns (batch, kv_heads, slots) fp32.
+    needs : what the cache must record for it, ``{}`` standing for the argument; empty: nothing.
+    takes : its argument, the text behind the colon: none, a number of ``queries``, or a ``bin`` of the spectrum.
+    from_slots : it follows from the slots' indices alone, so that traces need not hold it.
+    """
+
+    of: Callable[[LayerView, str], Tensor]
+    needs: str = ""
+    takes: Literal["", "queries", "bin"] = ""
+    from_slots: bool = False
+
+    def check(self, name: str, label: str, argument: str) -> None:
+        """Raise `ConfigError` about the feature ``label`` unless the argument is what ``name`` takes."""
+        if self.takes == "queries" and not _number(argument):
+            raise ConfigError(
+                f"feature {label!r}: {name} wants a number of queries, at most {NEIGHBOURS}, as in {name}:32"
+            )
+        if self.takes == "bin" and argument not in {str(number) for number in range(BINS)}:
+            raise ConfigError(f"feature {label!r}: {name} wants a bin from 0 to {BINS - 1}, as in {name}:4")
+        if argument and not self.takes:
+            raise ConfigError(f"feature {label!r}: {name} takes no argument")
+
+
+FEATURES: dict[str, Feature] = {
+    "keydiff": Feature(lambda view, _: _away_from_mean(view.keys, view.valid)),
+    "valuediff": Feature(lambda view, _: _away_from_mean(view.values, view.valid)),
+    "key_norm": Feature(lambda view, _: torch.log(view.keys.float().norm(dim=-1) + TINY)),
+    "value_norm": Feature(lambda view, _: torch.log(view.values.float().norm(dim=-1) + TINY)),
+    "key_step": Feature(lambda view, _: _step(view.keys, view.valid)),
+    "value_step": Feature(lambda view, _: _step(view.values, view.valid)),
+    "age": Feature(lambda view, _: torch.log1p(view.age.float()), from_slots=True),
+    "position": Feature(lambda view, _: torch.log1p(view.position.clamp(min=0).float()), from_slots=True),
+    "sink": Feature(lambda view, _: (view.position < 4).float(), from_slots=True),
+    "attention": Feature(lambda view, _: torch.log(view.recorded["attention_sum"] + TINY), "attention_sum"),
+    "attention_per_query": Feature(_per_query, "attention_sum"),
+    "window": Feature(_window, "window_attention:{}", "queries"),
+    "last": Feature(_last, "window_attention:{}", "queries"),
+    "block_max": Feature(_block(0), "window_statistics:{}", "queries"),
+    "block_min": Feature(_block(1), "window_statistics:{}", "queries"),
+    "block_sum": Feature(_block(2), "window_statistics:{}", "queries"),
+    "block_decayed": Feature(_block(3), "window_statistics:{}", "queries"),
+    "spectrum": Feature(
         lambda view, argument: torch.log(view.recorded["attention_spectrum"][..., int(argument)] + TINY),
         "attention_spectrum",
+        "bin",
     ),
 }
-"""Observation name -> (function of (view, argument), what the cache must record for it)."""
+"""Features without a neighbourhood, by name."""
+
+FROM_SLOTS = frozenset(name for name, feature in FEATURES.items() if feature.from_slots)
+"""Features that follow from the slots' indices alone."""
 
 LINEAR_20 = (
     "keydiff", "key_norm", "value_norm", "attention", "attention_per_query", "window:32", "age",
@@ -111,9 +146,6 @@ LINEAR_20 = (
     "mean:7:window:32", "mean:7:age",
 )  # fmt: skip
 """The twenty features of the first trial."""
-
-_WINDOWS = frozenset({"window", "last", "block_max", "block_min", "block_sum", "block_decayed"})
-"""Observations that take a number of queries."""
 
 
 def parse(name: str) -> tuple[str, int, str, str]:
@@ -129,16 +161,9 @@ def parse(name: str) -> tuple[str, int, str, str]:
         width = int(parts.pop(0))
     observation = parts.pop(0) if parts else ""
     argument = parts.pop(0) if parts else ""
-    if observation not in OBSERVATIONS or parts:
-        raise ConfigError(f"feature {name!r}: unknown observation {observation!r}; known: {', '.join(OBSERVATIONS)}")
-    if observation in _WINDOWS and not _number(argument):
-        raise ConfigError(
-            f"feature {name!r}: {observation} wants a number of queries, at most {NEIGHBOURS}, as in {observation}:32"
-        )
-    if observation == "spectrum" and argument not in {str(number) for number in range(17)}:
-        raise ConfigError(f"feature {name!r}: spectrum wants a bin from 0 to 16, as in spectrum:4")
-    if argument and observation not in _WINDOWS | {"spectrum"}:
-        raise ConfigError(f"feature {name!r}: {observation} takes no argument")
+    if observation not in FEATURES or parts:
+        raise ConfigError(f"feature {name!r}: unknown observation {observation!r}; known: {', '.join(FEATURES)}")
+    FEATURES[observation].check(observation, name, argument)
     return how, width, observation, argument
 
 
@@ -153,7 +178,7 @@ def required(names: tuple[str, ...]) -> frozenset[str]:
     needs = set()
     for name in names:
         _, _, observation, argument = parse(name)
-        needs.add(OBSERVATIONS[observation][1].format(argument))
+        needs.add(FEATURES[observation].needs.format(argument))
     return frozenset(needs - {""})
 
 
@@ -181,14 +206,23 @@ def standardise(x: Tensor, valid: Tensor) -> Tensor:
 def column(view: LayerView, name: str) -> Tensor:
     """Return an observation (batch, kv_heads, slots) fp32 as it is measured, neither pooled nor standardised.
 
-    A view that is made from a trace (`evomem.evaluation.traces.store`) has no keys and values, but these columns, in
-    its memo under ``column NAME``.
+    A view that is made from a trace has no keys and values, but these columns (`LayerView.columns`).
+
+    Raises
+    ------
+    ConfigError : the view is a trace's, which does not hold this one.
     """
-    known: Tensor | None = view.memo.get(f"column {name}")
+    known = view.columns.get(name)
     if known is not None:
         return known
+    if view.source and name not in FROM_SLOTS:
+        have = ", ".join(sorted(view.columns.keys() | FROM_SLOTS))
+        raise ConfigError(
+            f"feature {name!r} is not in the traces {view.source}; they have {have}. Record traces with --features, or "
+            "leave the feature out"
+        )
     _, _, observation, argument = parse(name)
-    return OBSERVATIONS[observation][0](view, argument)
+    return FEATURES[observation].of(view, argument)
 
 
 def columns(view: LayerView, names: tuple[str, ...]) -> list[Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
+
+TensorName = tuple[str] | tuple[str, Hashable]
+"""Of a view's tensor: the field, and in a mapping the key."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class LayerView:
     layer, layers : which layer this is, of how many.
     recorded : observations that the cache recorded because the manager asked for them, by name (see
         `evomem.memory.observations`); slot-aligned ones have the slots on axis 2.
+    columns : features of the slots that were worked out before, by name: (batch, kv_heads, slots) fp32. A trace has
+        them in place of keys and values.
+    source : the folder that ``columns`` come from, for messages; empty for a model's own view.
     """
 
     keys: Tensor
@@ -38,8 +44,10 @@ class LayerView:
     layer: int
     layers: int
     recorded: Mapping[str, Tensor] = field(default_factory=dict)
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """Values computed from this view once and shared by all candidates that look at it."""
+    memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Values computed from this view once and shared by all candidates that look at it; see `once`."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def valid(self) -> Tensor:
@@ -61,12 +69,59 @@ class LayerView:
         """Relative depth of the layer in [-1/2, 1/2]; 0 for a model of one layer."""
         return self.layer / (self.layers - 1) - 0.5 if self.layers > 1 else 0.0
 
-    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Return ``compute()``, computed at the first call for ``name`` on this view and remembered."""
-        if name not in self.memo:
-            self.memo[name] = compute()
-        value: Tensor = self.memo[name]
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """Return ``compute()``, computed at the first call for ``key`` on this view and remembered.
+
+        Keys begin with who computes: ``("features", *names)``.
+        """
+        if key not in self.memo:
+            self.memo[key] = compute()
+        value: Tensor = self.memo[key]
         return value
+
+    # ---- its tensors, which nobody else lists: a new field is followed everywhere ---------------------------------
+
+    def tensors(self, *, memo: bool = False) -> dict[TensorName, Tensor]:
+        """Return every tensor: of a field by ``(field,)``, of a mapping by ``(field, key)``.
+
+        memo : also what was computed from the view; without, only what it was made of.
+        """
+        named: dict[TensorName, Tensor] = {}
+        for name in self._fields():
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                named[(name,)] = value
+            elif isinstance(value, Mapping) and (memo or name != "memo"):
+                named |= {(name, key): part for key, part in value.items() if isinstance(part, Tensor)}
+        return named
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is no tensor: indices, counts and names."""
+        values = {name: getattr(self, name) for name in self._fields()}
+        return {name: value for name, value in values.items() if not isinstance(value, Tensor | Mapping)}
+
+    @classmethod
+    def _fields(cls) -> tuple[str, ...]:
+        return tuple(one.name for one in fields(cls))
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], tensors: Mapping[TensorName, Tensor]) -> Self:
+        """Return the view of which `facts` and `tensors` are."""
+        parts: dict[str, Any] = dict(facts)
+        for name, tensor in tensors.items():
+            if len(name) == 1:
+                parts[name[0]] = tensor
+            else:
+                parts.setdefault(name[0], {})[name[1]] = tensor
+        return cls(**parts)
+
+    def with_tensors(self, tensors: Mapping[TensorName, Tensor]) -> Self:
+        """Return a view of the same layer with these tensors in place of its own; what is not named is left out."""
+        return type(self).of(self.facts(), tensors)
+
+    def map(self, change: Callable[[Tensor], Tensor], *, memo: bool = False) -> Self:
+        """Return a view with every tensor changed; the batch is axis 0 of each."""
+        return self.with_tensors({name: change(tensor) for name, tensor in self.tensors(memo=memo).items()})
 
 
 @dataclass(frozen=True)
@@ -165,14 +220,15 @@ def _expanded(positions: Tensor | None, keys: Tensor) -> Tensor:
 
 
 def _check_recorded(recorded: Mapping[str, Tensor], observes: Iterable[str], shape: torch.Size) -> None:
+    from evomem.memory.observations import axes_of, parse_observation  # which needs transformers' caches' attention
+
     for name in sorted(observes):
-        parts = ("query_mean", "query_covariance", "future_rotation") if name == "query_statistics" else (name,)
-        for part in parts:
+        for part in parse_observation(name).axes():
             if part not in recorded:
                 raise CacheError(
                     f"recorded has no {part!r}, which the manager observes (see evomem.memory.observations)"
                 )
     for name, tensor in recorded.items():
-        slotwise = name.startswith(("attention_", "window_"))
+        slotwise = (axes_of(name) or ())[:3] == ("batch", "kv_heads", "slots")
         if slotwise and tensor.shape[:3] != shape:
             raise CacheError(f"recorded {name!r} has shape {tuple(tensor.shape)}; its first axes are {tuple(shape)}")

@@ -30,7 +30,7 @@ from evomem.errors import EvomemError
 from evomem.managers.learned.namm import FEATURES, NAMM, OBSERVATION
 from evomem.managers.vector import vector_size
 from evomem.memory import LayerView
-from evomem.memory.spectrum import BINS, HOP, advance
+from evomem.memory.observations.spectrum import BINS, HOP, advance
 
 PER_UPDATE = ("attention", "positions", "features", "scores", "kept_dense")
 

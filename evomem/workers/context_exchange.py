@@ -6,8 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from evomem.evaluation.store import Reading
 from evomem.memory import LayerView
 from evomem.models.sharing import to_array, to_tensor
@@ -81,27 +79,17 @@ def to_reading(arrays: Mapping[str, Any]) -> Reading:
 
 def nbytes(arrays: Mapping[str, Any]) -> int:
     """Bytes of all arrays of a reading."""
-    groups = (parts[name] for parts in arrays["views"] for name in ("own", "recorded", "memo"))
-    return sum(array.nbytes for group in groups for array, _ in group.values())
+    return sum(array.nbytes for parts in arrays["views"] for array, _ in parts["tensors"].values())
 
 
 def _view_arrays(view: LayerView) -> dict[str, Any]:
-    own = {name: to_array(getattr(view, name)) for name in ("keys", "values", "slots", "start")}
-    recorded = {name: to_array(tensor) for name, tensor in view.recorded.items()}
-    memo = {name: to_array(value) for name, value in view.memo.items() if isinstance(value, Tensor)}
-    facts = {"seen": view.seen, "fresh": view.fresh, "layer": view.layer, "layers": view.layers}
-    return {"own": own, "recorded": recorded, "memo": memo, "facts": facts, "device": str(view.keys.device)}
+    arrays = {name: to_array(tensor) for name, tensor in view.tensors(memo=True).items()}
+    return {"tensors": arrays, "facts": view.facts(), "device": str(view.keys.device)}
 
 
 def _view(parts: Mapping[str, Any]) -> LayerView:
-    def tensors(group: str) -> dict[str, Tensor]:
-        found = {name: to_tensor(array, dtype) for name, (array, dtype) in parts[group].items()}
-        if parts["device"] != "cpu":
-            found = {name: tensor.to(parts["device"]) for name, tensor in found.items()}
-        return found
-
-    facts: dict[str, Any] = {**tensors("own"), **parts["facts"]}
-    return LayerView(**facts, recorded=tensors("recorded"), memo=tensors("memo"))
+    tensors = {name: to_tensor(array, dtype).to(parts["device"]) for name, (array, dtype) in parts["tensors"].items()}
+    return LayerView.of(parts["facts"], tensors)
 
 
 class Directory:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evomem.errors import ConfigError
 from evomem.managers import FeatureScorer
-from evomem.managers.features import OBSERVATIONS, features, parse, required
+from evomem.managers.features import FEATURES, features, parse, required
 from tests.managers.test_heuristics import DIM, HEADS, START, alone, make_view
 
 PLAIN = (
@@ -130,7 +130,7 @@ def test_features_equal_plain_loops(seed):
 
 
 def test_every_observation_is_tested():
-    assert {parse(name)[2] for name in ALL} == set(OBSERVATIONS)
+    assert {parse(name)[2] for name in ALL} == set(FEATURES)
 
 
 def test_features_are_standardised():
@@ -170,7 +170,7 @@ def test_first_token_has_no_step_even_after_padding():
     """Whatever lies in the empty slot before it."""
     view = spoiled(view_of(3))
     for name in ("key_step", "value_step"):
-        steps, _ = OBSERVATIONS[name]
+        steps = FEATURES[name].of
         raw = steps(view, "")
         for b in range(len(START)):
             for h in range(HEADS):
@@ -208,7 +208,7 @@ def test_wrong_features_are_named(name, message):
 @given(
     how=st.sampled_from(["", "mean:", "max:"]),
     width=st.integers(0, 30).map(lambda n: 2 * n + 1),
-    observation=st.sampled_from(sorted(OBSERVATIONS)),
+    observation=st.sampled_from(sorted(FEATURES)),
     argument=st.integers(1, 16),
 )
 def test_names_round_trip(how, width, observation, argument):
@@ -216,5 +216,5 @@ def test_names_round_trip(how, width, observation, argument):
     name = f"{how}{f'{width}:' if how else ''}{observation}{f':{argument}' if with_argument else ''}"
     expected = (how.rstrip(":"), width if how else 0, observation, str(argument) if with_argument else "")
     assert parse(name) == expected
-    needs = OBSERVATIONS[observation][1].format(argument)
+    needs = FEATURES[observation].needs.format(argument)
     assert required((name,)) == ({needs} if needs else set())

@@ -28,7 +28,7 @@ from evomem.managers.learned.namm import FEATURES, NAMM, SpectrumStatistics, col
 from evomem.managers.selection import Ends
 from evomem.managers.vector import load_vector, to_vector, unflatten, vector_size
 from evomem.memory import LayerView
-from evomem.memory.spectrum import BINS
+from evomem.memory.observations.spectrum import BINS
 from evomem.testing.namm import RecordingError, main, read, replay
 
 REFERENCE = Path(__file__).parents[1] / "data" / "namm_bam_update.npz"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomem.errors import CacheError
-from evomem.memory.spectrum import BINS, HOP, advance
+from evomem.memory.observations.spectrum import BINS, HOP, advance
 
 
 def by_definition(state: Tensor, tail: Tensor, attention: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from evomem.errors import ConfigError
 from evomem.files.reading import is_file, user_path
 from evomem.managers import NAMM
 from evomem.managers.vector import vector_size
-from evomem.memory.spectrum import BINS
+from evomem.memory.observations.spectrum import BINS
 from evomem.terminal import wide_console
 from evomem.testing.namm import DAMAGE, PER_UPDATE
 

@@ -63,12 +63,15 @@ def objectives() -> Entries:
 
 def observations() -> Entries:
     """What a cache records, and the features of slots that `feature_scorer` makes of it."""
-    from evomem.managers.features import OBSERVATIONS as features
-    from evomem.memory.observations import OBSERVATIONS as recorded
+    from evomem.managers.features import FEATURES as features
+    from evomem.memory.observations import known_specs
+    from evomem.memory.observations import observations as registry
 
-    found = dict.fromkeys(recorded, "recorded by the cache")
-    for name, (_, needs) in features.items():
-        found[name] = "feature of a slot" + (f", from {needs.format('W')}" if needs else "")
+    summaries = _registered(registry)
+    found = {spec: f"recorded by the cache: {summaries[spec.partition(':')[0]]}" for spec in known_specs()}
+    for name, feature in features.items():
+        needs = feature.needs.format("W")
+        found[name] = "feature of a slot" + (f", from {needs}" if needs else "")
     return found
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +38,7 @@ from evomem.errors import ConfigError, EvaluationError, RunError
 from evomem.evaluation.future import Future
 from evomem.evaluation.store import Reading
 from evomem.files.reading import user_path
-from evomem.managers.features import base_columns, column
+from evomem.managers.features import FROM_SLOTS, base_columns, column
 from evomem.memory import LayerView
 from evomem.validation import faults
 
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-FROM_SLOTS = frozenset({"age", "position", "sink"})
-"""Features that are functions of a slot's place; they are computed and not stored."""
 DEFAULT_FEATURES = (
     "key_norm", "value_norm", "keydiff", "valuediff", "key_step", "value_step", "age", "position", "sink", "attention",
     "attention_per_query", "last:8", "last:16", "last:32", "block_max:64", "block_min:64", "block_sum:64",
@@ -171,31 +169,6 @@ class Trace:
     key: str
     views: tuple[LayerView, ...]
     future: Future
-
-
-class Columns(dict[str, Any]):
-    """A view's memo that knows which features were recorded, and says so when another one is asked for."""
-
-    def __init__(self, columns: Mapping[str, Tensor], folder: Path) -> None:
-        super().__init__({f"column {name}": tensor for name, tensor in columns.items()})
-        self._folder = folder
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return what is remembered, as a dictionary does; raise `ConfigError` for a feature that is not there."""
-        kind, _, name = key.partition(" ")
-        if key not in self and kind == "column" and name not in FROM_SLOTS:
-            have = sorted({known.partition(" ")[2] for known in self if known.startswith("column ")} | FROM_SLOTS)
-            raise ConfigError(_missing(name, self._folder, have))
-        return super().get(key, default)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _columns_again, (dict(self), self._folder)
-
-
-def _columns_again(content: dict[str, Any], folder: Path) -> Columns:
-    memo = Columns({}, folder)
-    memo.update(content)
-    return memo
 
 
 def _missing(name: str, folder: Path, have: Sequence[str]) -> str:
@@ -373,7 +346,9 @@ def decode(path: Path, features: Sequence[str]) -> Trace:
             heads = columns.shape[2]
             empty = torch.zeros(1, heads, seen, 0)
             slots, start = torch.arange(seen).expand(1, heads, seen), torch.zeros(1, dtype=torch.int64)
-            memo = Columns(dict(zip(names, columns, strict=True)), path.parent)
-            views.append(LayerView(empty, empty, slots, start, seen, seen, layer, layers, {}, memo))
+            own = dict(zip(names, columns, strict=True))
+            views.append(
+                LayerView(empty, empty, slots, start, seen, seen, layer, layers, columns=own, source=str(path.parent))
+            )
     future = Future(**{part: tuple(found) for part, found in parts.items()})
     return Trace(str(facts["sample"]), str(facts["key"]), tuple(views), future)

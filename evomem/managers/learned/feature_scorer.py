@@ -92,7 +92,7 @@ class FeatureScorer(MemoryManager):
     def score(self, view: LayerView) -> Tensor:
         """Return (batch, kv_heads, slots) fp32 scores."""
         names = self.options.features
-        x = view.once("features " + " ".join(names), lambda: features(view, names))
+        x = view.once(("features", *names), lambda: features(view, names))
         place = view.depth + 0.5 if view.layers > 1 else 0.0
         weights = interpolate(self.weights.float(), place)[None]
         if self.options.layers:

@@ -198,7 +198,7 @@ class KVPolicy(StochasticManager):
     def outputs(self, view: LayerView) -> dict[str, Tensor]:
         """Return o_a (batch, kv_heads, slots) fp32 by action."""
         o = self.options
-        raw = view.once("policy " + o.scale + " ".join(o.features), lambda: self._columns(view))
+        raw = view.once(("policy", o.scale, *o.features), lambda: self._columns(view))
         z = raw if o.scale == "head" else (raw - self.feature_mean.float()) / self.feature_deviation.float()
         z = z.clamp(-LARGEST, LARGEST)
         place = view.depth + 0.5 if view.layers > 1 else 0.0

@@ -24,7 +24,7 @@ from evomem.managers.learned.bam import BAMScorer, LinearScorer, MLPScorer
 from evomem.managers.selection import Ends
 from evomem.managers.vector import load_vector, to_vector
 from evomem.memory import LayerView
-from evomem.memory.spectrum import BINS
+from evomem.memory.observations.spectrum import BINS
 from evomem.modes import outside_inference_mode
 
 OBSERVATION = "attention_spectrum"
@@ -58,9 +58,9 @@ class NAMM(MemoryManager):
     """Neural attention memory model: one small network, shared by all layers and heads, scores every slot.
 
     A slot is described by 25 numbers: ``[sin(a f_k), cos(a f_k)]`` of its age a in tokens, with
-    ``f_k = 50000 ** (-k / 4)``, k = 0..3; then its attention spectrogram (`evomem.memory.spectrum`), standardised by
-    ``(x - mean) / max(sqrt(var), 1e-7)`` with the buffers ``spectrum_mean`` and ``spectrum_var`` (17 each), which are
-    measured with the full cache before a search (`SpectrumStatistics`) and saved with the parameters.
+    ``f_k = 50000 ** (-k / 4)``, k = 0..3; then its attention spectrogram (`evomem.memory.observations.spectrum`),
+    standardised by ``(x - mean) / max(sqrt(var), 1e-7)`` with the buffers ``spectrum_mean`` and ``spectrum_var`` (17
+    each), which are measured with the full cache before a search (`SpectrumStatistics`) and saved with the parameters.
 
     All parameters zero, the initial value, give every slot the score 0: everything is kept.
 
@@ -116,7 +116,7 @@ class NAMM(MemoryManager):
 
     def features(self, view: LayerView) -> Tensor:
         """Return what the scorer sees: (batch, kv_heads, slots, 25) fp32, the age first, finite at empty slots."""
-        raw = view.once("namm_features", lambda: raw_features(view))
+        raw = view.once(("namm features",), lambda: raw_features(view))
         # Of the age's numbers nothing is taken off, and they are divided by one: in place of taking both apart.
         mean = F.pad(self.spectrum_mean.float(), (2 * AGE_FREQUENCIES, 0))
         deviation = F.pad(self.spectrum_var.float().sqrt().clamp(min=1e-7), (2 * AGE_FREQUENCIES, 0), value=1.0)

@@ -273,7 +273,7 @@ class SlotCache(Cache):
         """
         cache = cls(len(views), policy, model=model)
         cache.decides_after_forward = False
-        if cache.wanted.every_query or cache.wanted.query_statistics:
+        if cache.wanted.every_query or cache.wanted.needs_past:
             raise CacheError("a cache made from views cannot go on recording observations")
         for layer, view in zip(cache.layers, views, strict=True):
             layer.restore(view, rows)

@@ -25,7 +25,7 @@ from evomem.memory.kv.attention import (
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.masks import Visibility, hides, slot_mask
 from evomem.memory.observations import Recorder
-from evomem.memory.spectrum import HOP
+from evomem.memory.observations.spectrum import HOP
 from evomem.memory.view import Decision, LayerView
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from evomem.errors import UnsupportedModelError
-from evomem.memory.observations import Wanted
-from evomem.memory.spectrum import BINS
+from evomem.memory.observations import Wanted, axes_of
 from evomem.memory.view import Decision, LayerView
 
 if TYPE_CHECKING:
@@ -96,19 +95,10 @@ def _random_view(observes: frozenset[str], heads: int, slots: int, size: int) ->
     def numbers(*shape: int) -> Tensor:
         return torch.randn(1, heads, *shape, generator=generator)
 
-    wanted = Wanted.parse(observes)
-    recorded: dict[str, Tensor] = {
-        "attention_sum": numbers(slots).abs(),
-        "attention_spectrum": numbers(slots, BINS).abs(),
-    }
-    kinds = {"window_attention": (), "window_statistics": (4,), "window_peak": (), "window_next_use": ()}
-    for kind, shape in kinds.items():
-        recorded |= {f"{kind}:{width}": numbers(slots, *shape).abs() for width in wanted.widths}
-    recorded = {name: tensor for name, tensor in recorded.items() if name in observes}
-    if wanted.query_statistics:
-        half = numbers(size, size) / size**0.5
-        recorded |= {"query_mean": numbers(size), "query_covariance": half @ half.mT}
-        recorded["future_rotation"] = torch.eye(size)[None]
+    sizes = {"batch": 1, "kv_heads": heads, "query_heads": heads, "slots": slots, "head_dim": size}
+    recorded: dict[str, Tensor] = {}
+    for observation in Wanted.parse(observes).observations:
+        recorded |= observation.example(sizes, generator)
     index = torch.arange(slots).expand(1, heads, slots)
     start = torch.zeros(1, dtype=torch.int64)
     return LayerView(numbers(slots, size), numbers(slots, size), index, start, slots, slots, 0, 1, recorded)
@@ -116,6 +106,10 @@ def _random_view(observes: frozenset[str], heads: int, slots: int, size: int) ->
 
 def _of_heads(view: LayerView, heads: slice) -> LayerView:
     """Return the view of some of the heads, as the process sees them that has these."""
-    recorded = {name: t if name == "future_rotation" else t[:, heads] for name, t in view.recorded.items()}
+    by_head = (("kv_heads",), ("query_heads",))
+    recorded = {
+        name: tensor[:, heads] if (axes := axes_of(name)) is None or axes[1:2] in by_head else tensor
+        for name, tensor in view.recorded.items()
+    }
     parts = {name: getattr(view, name)[:, heads] for name in ("keys", "values", "slots")}
     return replace(view, **parts, recorded=recorded, memo={})

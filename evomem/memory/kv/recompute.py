@@ -9,7 +9,7 @@ from evomem.memory.kv.attention import attention_probabilities
 from evomem.memory.kv.masks import slot_mask
 from evomem.memory.kv.rotary import Rotary
 from evomem.memory.observations import Recorder, Wanted
-from evomem.memory.spectrum import HOP
+from evomem.memory.observations.spectrum import HOP
 
 BLOCK_ELEMENTS = 1 << 22
 """Upper bound on the elements of one block of attention probabilities (16 MiB in fp32)."""

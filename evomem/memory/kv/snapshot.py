@@ -17,8 +17,8 @@ from torch import Tensor
 from evomem.errors import CacheError
 from evomem.memory.kv.cache import SlotCache
 from evomem.memory.kv.layer import SlotLayer
-from evomem.memory.observations import Recorder, Wanted
-from evomem.memory.spectrum import BINS, HOP
+from evomem.memory.observations import Recorder, Sizes, Wanted
+from evomem.memory.observations.base import State
 
 COUNTS = ("seen", "decided", "bytes_peak", "_read")
 FLAGS = ("dense", "aligned")
@@ -224,15 +224,15 @@ def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, T
 def _recorded_shapes(
     index: int, wanted: Wanted, tensors: Mapping[str, Tensor], batch: int, heads: int, held: int, size: int, seen: int,
     starts: list[int],
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:  # fmt: skip
+) -> dict[str, State]:  # fmt: skip
     """Return shapes and types of what a recorder holds after ``seen`` tokens."""
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if wanted.attention_sum:
-        found["slotwise.attention_sum"] = (batch, heads, held), torch.float32
-    if wanted.attention_spectrum:
-        waiting = max(max(seen - start, 0) % HOP for start in starts)
-        found["slotwise.attention_spectrum"] = (batch, heads, held, BINS), torch.float32
-        found["slotwise.columns"] = (batch, heads, held, HOP + waiting), torch.float32
+    found: dict[str, State] = {}
+    sizes = Sizes(batch, heads, held, size, seen, tuple(starts))
+    for observation in wanted.observations:
+        try:
+            found |= observation.state(tensors, sizes)
+        except CacheError as error:
+            raise CacheError(f"{index}.{error}") from None
     queries = tensors.get("rowwise.queries")
     if wanted.queries and queries is not None:
         _require(queries.dim() == 4 and queries.is_floating_point(), f"{index}.rowwise.queries", "are no queries")
@@ -250,14 +250,6 @@ def _recorded_shapes(
             found["rowwise.visible"] = shape, visible.dtype
     elif wanted.queries:
         found["rowwise.queries"] = (), torch.float32  # missing, which is said
-    total = tensors.get("rowwise.query_sum")
-    if wanted.query_statistics:
-        query_heads = total.shape[1] if total is not None and total.dim() == 3 else 0
-        fits = query_heads > 0 and query_heads % heads == 0
-        _require(fits, f"{index}.rowwise.query_sum", "is missing, or no sum of queries")
-        found["rowwise.query_sum"] = (batch, query_heads, size), torch.float32
-        found["rowwise.query_square"] = (batch, query_heads, size, size), torch.float32
-        found["rowwise.read"] = found["rowwise.newest"] = (batch,), torch.int64
     return found
 
 

@@ -1,0 +1,61 @@
+"""Memory: the observations that a layer records for its manager, in step with its slots: one class, one name each.
+
+========================  ==================================================================================
+name                      what ``LayerView.recorded`` holds
+========================  ==================================================================================
+``attention_sum``         (batch, kv_heads, slots): attention paid to the slot by all queries so far
+``attention_spectrum``    (batch, kv_heads, slots, 17): moving average of the attention's spectrogram (NAMM)
+``window_attention:W``    (batch, kv_heads, slots): mean attention of the row's last W queries, over the slots held
+                          now (fewer queries while fewer were read)
+``window_statistics:W``   (batch, kv_heads, slots, 4): of the same attention the maximum, the minimum, the sum, and the
+                          sum in which the n-th query from the end (n = 0 is the last) counts 0.9^n
+``window_peak:W``         (batch, kv_heads, slots): the same queries, but of each the *largest* attention that a query
+                          head of the group pays, summed over the queries (KVP, arXiv 2602.10238)
+``window_next_use:W``     (batch, kv_heads, slots) fp32: which of the same queries (0 is the first) is the
+                          first in which a query head of the group pays the slot at least `USED`; W if none does
+``query_statistics``      ``query_mean`` (batch, query_heads, head_dim), ``query_covariance`` (…, head_dim, head_dim) of
+                          the queries before rotation, without a row's first 4; ``future_rotation`` (batch, head_dim,
+                          head_dim), the mean rotation of the next 512 positions
+========================  ==================================================================================
+
+To add one, copy `evomem.memory.observations.attention_sum` and import it here.
+"""
+
+from evomem.memory.observations import attention_spectrum, attention_sum, query_statistics, windows
+from evomem.memory.observations.base import (
+    Moment,
+    Observation,
+    Sizes,
+    Wanted,
+    Window,
+    axes_of,
+    known_specs,
+    observations,
+    parse_observation,
+    register_observation,
+)
+from evomem.memory.observations.query_statistics import FUTURE, SINKS
+from evomem.memory.observations.recorder import Recorder
+from evomem.memory.observations.windows import FADING, USED
+
+__all__ = [
+    "FADING",
+    "FUTURE",
+    "SINKS",
+    "USED",
+    "Moment",
+    "Observation",
+    "Recorder",
+    "Sizes",
+    "Wanted",
+    "Window",
+    "attention_spectrum",
+    "attention_sum",
+    "axes_of",
+    "known_specs",
+    "observations",
+    "parse_observation",
+    "query_statistics",
+    "register_observation",
+    "windows",
+]

@@ -1,0 +1,137 @@
+"""Memory: the state of one layer's observations, kept in step with its slots and rows.
+
+Attention is post-softmax, fp32, and, where nothing else is said, a mean over the query heads of the KV head's group. It
+is computed in blocks of queries; a (heads, tokens, tokens) tensor never exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from evomem.memory.kv.attention import attention_probabilities
+from evomem.memory.kv.masks import Visibility, causal_rows, joined_rows, slot_mask
+from evomem.memory.kv.rotary import Rotary
+from evomem.memory.observations.base import Moment, Wanted, Window
+
+
+@dataclass
+class Recorder:
+    """The recorded state of one layer. Slot-aligned tensors have the slots on axis 2.
+
+    ``slotwise`` and ``rowwise`` tensors have the batch on axis 0 and follow the cache's row operations;
+    ``slotwise`` tensors also follow its compaction. ``window`` is the sliding window of the last causal mask.
+    """
+
+    wanted: Wanted
+    slotwise: dict[str, Tensor] = field(default_factory=dict)
+    rowwise: dict[str, Tensor] = field(default_factory=dict)
+    window: int | None = None
+    begin: int = 0
+    """Tokens that had been read when recording began."""
+
+    def append(self, batch: int, kv_heads: int, count: int, like: Tensor) -> None:
+        """Make room for ``count`` new slots: nobody has looked at them yet."""
+        for one in self.wanted.observations:
+            one.append(self, (batch, kv_heads, count), like)
+
+    def extend(self, name: str, new: Tensor) -> None:
+        """Put the state of new slots, on axis 2, after that of the slots held."""
+        old = self.slotwise.get(name)
+        self.slotwise[name] = new if old is None else torch.cat((old, new), dim=2)
+
+    def attended(self, attention: Tensor, first: int, starts: tuple[int, ...]) -> None:
+        """Learn from the attention of a block of queries.
+
+        attention : (batch, kv_heads, queries, slots held so far), zero for padded queries.
+        first : token index of the block's first query. starts : first real token of every row.
+        """
+        for one in self.wanted.observations:
+            if one.every_query:
+                one.attended(self, attention, first, starts)
+
+    def looked(self, visibility: Visibility, first: int, queries: int, batch: int) -> None:
+        """Learn what ``queries`` new queries, from token ``first`` on, may look at; called before `queried`.
+
+        Rows of masks are kept for the newest queries from the first explicit mask on.
+        """
+        width, explicit, old = self.wanted.queries, visibility.explicit, self.rowwise.get("visible")
+        window, self.window = self.window, visibility.window if explicit is None else self.window
+        if not width or (old is None and explicit is None):
+            return
+        device = old.device if explicit is None and old is not None else cast(Tensor, explicit).device
+        if old is None:
+            held = self.rowwise["queries"].shape[2] if "queries" in self.rowwise else 0
+            old = causal_rows(first - held, held, window, device).expand(batch, -1, -1, -1)
+        new = causal_rows(first, queries, visibility.window, device) if explicit is None else explicit
+        self.rowwise["visible"] = joined_rows(old, new.expand(batch, -1, -1, -1))[:, :, -width:].clone()
+
+    def queried(
+        self, query: Tensor, positions: Tensor | None, real: Tensor | None, rotary: Rotary | None,
+        start: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Learn from the queries themselves.
+
+        query : (batch, query_heads, queries, head_dim). positions : (batch, queries) as rotated.
+        real : (batch, queries) bool, None when nothing is padded.
+        start : (batch,) first real token of every row; wanted where recording began after the first token.
+        """
+        width = self.wanted.queries
+        if width:
+            old = self.rowwise.get("queries")
+            joined = query if old is None else torch.cat((old, query), dim=2)
+            self.rowwise["queries"] = joined[:, :, -width:].clone() if joined.shape[2] > width else joined
+        for one in self.wanted.observations:
+            one.queried(self, query, positions, real, rotary, start)
+
+    def recorded(
+        self, keys: Tensor, slots: Tensor, start: Tensor, seen: int, *,
+        scale: float, decays: Tensor | None, window: int | None, softcap: float | None, rotary: Rotary | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Return everything wanted, as in ``LayerView.recorded``; arguments as in `Moment`."""
+        moment = Moment(keys, slots, start, seen, scale, decays, window, softcap, rotary)
+        newest = lru_cache(maxsize=1)(lambda width: self._window(width, moment))
+        found: dict[str, Tensor] = {}
+        # Those of one width side by side, so that one window is computed, and held, at a time.
+        for one in sorted(self.wanted.observations, key=lambda one: one.newest_queries):
+            found.update(one.recorded(self, moment, newest))
+        return found
+
+    def _window(self, width: int, moment: Moment) -> Window:
+        """Return the attention of each row's last queries over the slots held now."""
+        query = self.rowwise["queries"][:, :, -width:]
+        indices = torch.arange(moment.seen - query.shape[2], moment.seen, device=query.device)
+        real = indices >= moment.start[:, None]
+        visible = self.rowwise.get("visible")
+        visible = None if visible is None else visible[:, :, -query.shape[2] :]
+        mask = slot_mask(moment.slots, indices, decays=moment.decays, window=moment.window, explicit=visible)
+        return Window(attention_probabilities(query, moment.keys, moment.scale, mask, moment.softcap), real, width)
+
+    def gather(self, index: Tensor) -> None:
+        """Follow a compaction: index (batch, kv_heads, kept) into the slots."""
+        for name, state in self.slotwise.items():
+            wide = index.view(*index.shape, *([1] * (state.dim() - 3)))
+            self.slotwise[name] = state.gather(2, wide.expand(*index.shape, *state.shape[3:]))
+
+    def rows(self, index: Tensor) -> None:
+        """Follow a selection, repetition or reordering of the rows."""
+        for states in (self.slotwise, self.rowwise):
+            for name, state in states.items():
+                states[name] = state.index_select(0, index.to(state.device))
+
+    def stop(self) -> None:
+        """Record nothing more, and let go of everything recorded."""
+        self.wanted, self.slotwise, self.rowwise = Wanted(), {}, {}
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for counting bytes."""
+        return [*self.slotwise.values(), *self.rowwise.values()]
+
+
+def writable(state: Tensor) -> Tensor:
+    """Return ``state``, copied if it was made in inference mode and that has ended: then it cannot be written to."""
+    return state.clone() if state.is_inference() and not torch.is_inference_mode_enabled() else state
