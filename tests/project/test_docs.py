@@ -1,11 +1,14 @@
 """The snippets of docs/plugins.md and of README's "Use a manager" run as they stand, top to bottom, in one namespace.
 
+And every file and name of ours that a page names exists.
+
 Not real are: the language model (a tiny one of the same family answers to the real one's name), the hub (the server of
 `tests.hub_server`), and the run that is loaded from (a plug-in is put where a run leaves it).
 """
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 import shutil
@@ -120,3 +123,54 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+"""Pages about the code as it is: not CHANGELOG.md and docs/results/, which say what was."""
+
+OURS = ("evomem", "tests", "docs", "experiments", "benchmarks", "search_spaces")
+
+
+def files_named(text):
+    """Return the paths of ours and the Python files that a text names."""
+    written = re.findall(r"(?<![\w./:-])[\w.-]+(?:/[\w.*-]*)+|(?<![\w./-])\w+\.py\b", text)
+    return {name.rstrip(".") for name in written if name.split("/")[0] in OURS or name.rstrip(".").endswith(".py")}
+
+
+def missing(name):
+    """Return whether a file is neither there nor, where the page leaves the package's folder out, in the package."""
+    if "*" in name:
+        return not any(ROOT.glob(name))
+    if "/" not in name:
+        return not any(path for folder in OURS for path in (ROOT / folder).rglob(name))
+    return not ((ROOT / name).exists() or (ROOT / "evomem" / name).exists())
+
+
+def unknown(name):
+    """Return whether a dotted name is neither a module nor something that a module has."""
+    path = ROOT.joinpath(*name.split("."))
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return False
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_and_names_on_a_page_exist(page):
+    text = page.read_text(encoding="utf-8")
+    assert not sorted(filter(missing, files_named(text)))
+    assert not sorted(filter(unknown, set(re.findall(r"(?<![\w./])evomem(?:\.[A-Za-z_]\w*)+", text)) - {"evomem.py"}))
+
+
+def test_files_and_names_that_do_not_exist_are_found():
+    gone = ["evomem/cache/view.py", "ray_cluster.py", "tests/test_readers.py", "docs/no.md", "kv/masks.py"]
+    there = ["evomem/memory/view.py", "memory/kv/masks.py", "conftest.py", "tests/*/test_docs.py", "docs/", "README.md"]
+    assert set(filter(missing, files_named(", ".join(f"`{name}`" for name in gone + there)))) == set(gone)
+    assert set(filter(missing, files_named(f"It was in {gone[0]}."))) == {gone[0]}
+    assert unknown("evomem.cache")
+    assert unknown("evomem.managers.no_such_name")
+    assert not unknown("evomem.managers.register")
+    assert not unknown("evomem.plugins.kvpress")
