@@ -4,7 +4,7 @@ How suspicious, and the limits: `evomem.plugins.untrusted`.
 
 ::
 
-    config.json        schema_version, manager kind, options with all defaults, observations, schedule, budget
+    config.json        schema_version, manager kind, options with defaults, allocation, observations, schedule, budget
     model.safetensors  the manager's tensors, buffers included, and nothing else
     provenance.json    where it comes from: model and its hash, search space, driver, seed, what was spent, scores
     README.md          the model card
@@ -32,7 +32,7 @@ from evomem.modes import outside_inference_mode
 from evomem.plugins.card import render_card
 from evomem.plugins.hub import download
 from evomem.plugins.replacing import current, located, strangers, write_folder
-from evomem.plugins.schema import describe_manager, parse_config
+from evomem.plugins.schema import IMPLIED, describe_manager, parse_config
 from evomem.plugins.tensors import check_tensors, set_tensors, to_bytes
 from evomem.plugins.untrusted import (
     CARD,
@@ -225,10 +225,9 @@ def _expected(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors that the configuration asks for, without memory behind them, having checked it all."""
     with torch.device("meta"):
         manager = _build(path, config)
-    # Three fields repeat what the options say, for readers that have no evomem; they must not contradict it.
     found = describe_manager(manager)
-    for field in ("budget", "schedule", "observes"):
-        if config[field] != found[field]:
+    for field in IMPLIED:
+        if field in config and config[field] != found[field]:
             raise PluginError(
                 f"{path}: {field}: {shown(config[field])} contradicts the options, which give {shown(found[field])}"
             )

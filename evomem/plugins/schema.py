@@ -5,6 +5,7 @@
 | ``schema_version`` | the version that the file is written in; `SCHEMA_VERSION` when evomem writes it |
 | ``manager`` | registry name of the manager's kind |
 | ``options`` | all its options, defaults included |
+| ``allocation`` | how layers and heads share the budget: name and options; from version 2 on |
 | ``observes``, ``schedule``, ``budget`` | what follows from the options, for others; checked when loaded |
 """
 
@@ -18,9 +19,16 @@ from evomem.errors import PluginError
 from evomem.files.strict_json import shown
 from evomem.managers import MemoryManager
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""What `save` writes; every version up to this one is read."""
 _NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}", re.ASCII)
-_FIELDS = ("schema_version", "manager", "options", "observes", "schedule", "budget")
+_FIELDS = {
+    1: ("schema_version", "manager", "options", "observes", "schedule", "budget"),
+    2: ("schema_version", "manager", "options", "allocation", "observes", "schedule", "budget"),
+}
+"""By version."""
+IMPLIED = ("allocation", "budget", "schedule", "observes")
+"""Fields that repeat what the options say, for readers that have no evomem; they must not contradict it."""
 
 
 def describe_manager(manager: MemoryManager) -> dict[str, Any]:
@@ -30,6 +38,7 @@ def describe_manager(manager: MemoryManager) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "manager": described["name"],
         "options": described["options"],
+        "allocation": manager.allocation.describe(),
         "observes": sorted(manager.observes),
         "schedule": {"every": manager.schedule.every},
         "budget": manager.options.budget,
@@ -41,17 +50,18 @@ def parse_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if "schema_version" not in config:
         raise PluginError(f"{path}: schema_version: is missing; this is not the configuration of a plug-in")
     version = config["schema_version"]
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if not isinstance(version, int) or isinstance(version, bool) or version not in _FIELDS:
         raise PluginError(
-            f"{path}: schema_version: {shown(version)} is unknown; this evomem reads version {SCHEMA_VERSION}. "
+            f"{path}: schema_version: {shown(version)} is unknown; this evomem reads versions 1 to {SCHEMA_VERSION}. "
             "Update evomem, or save the plug-in again"
         )
-    for name in _FIELDS:
+    known = _FIELDS[version]
+    for name in known:
         if name not in config:
             raise PluginError(f"{path}: {name}: is missing")
     for name in config:
-        if name not in _FIELDS:
-            raise PluginError(f"{path}: {shown(name)}: is an unknown field; known are {', '.join(_FIELDS)}")
+        if name not in known:
+            raise PluginError(f"{path}: {shown(name)}: is an unknown field; known are {', '.join(known)}")
     for name, kind in (("manager", str), ("options", dict), ("observes", list), ("schedule", dict)):
         if not isinstance(config[name], kind):
             raise PluginError(f"{path}: {name}: {shown(config[name])} is not a {kind.__name__}")

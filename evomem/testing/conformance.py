@@ -26,7 +26,7 @@ that tie).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -312,10 +312,7 @@ def check_ties(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = No
     with attached(model):
         read(model, _cache(model, Looking(manager)), batch)
     for view in views:
-        low = LayerView(
-            view.keys.bfloat16(), view.values.bfloat16(), view.slots, view.start, view.seen, view.fresh, view.layer,
-            view.layers, view.recorded,
-        )  # fmt: skip
+        low = replace(view, keys=view.keys.bfloat16(), values=view.values.bfloat16(), memo={})
         if (dtype := manager.score(low).dtype) != torch.float32:
             raise ConformanceError(f"scores of a bf16 cache are {dtype}, not fp32: most of them would tie by rounding")
         device = view.slots.device

@@ -7,10 +7,12 @@ instead: decisions about the very same numbers, and the logits that follow from 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from evomem.memory import CachePolicy, Decision, LayerView
+from evomem.memory.observations import axes_of
 from evomem.testing.comparing import ConformanceError, same_tensors
 from evomem.testing.reference import Event, Tracing
 
@@ -41,14 +43,14 @@ def _row_of(view: LayerView, row: int) -> tuple[LayerView, int]:
     slots = view.slots[one]
     empty = int((slots < 0).all(1).sum())
     recorded = {
-        name: part[one, :, empty:] if name.startswith(("attention_", "window_")) else part[one]
+        name: part[one, :, empty:] if (axes_of(name) or ())[2:3] == ("slots",) else part[one]
         for name, part in view.recorded.items()
     }
     seen = view.seen - int(start)
     slots = torch.where(slots >= 0, slots - start, -1)[..., empty:]
-    alone = LayerView(
-        view.keys[one, :, empty:], view.values[one, :, empty:], slots, torch.zeros_like(view.start[one]),
-        seen, min(view.fresh, seen), view.layer, view.layers, recorded,
+    alone = replace(
+        view, keys=view.keys[one, :, empty:], values=view.values[one, :, empty:], slots=slots,
+        start=torch.zeros_like(view.start[one]), seen=seen, fresh=min(view.fresh, seen), recorded=recorded, memo={},
     )  # fmt: skip
     return alone, empty
 

@@ -111,7 +111,7 @@ def poison(value):
 
 
 DAMAGE = {
-    "config.json: schema_version: 2 is unknown": lambda f: edit(f / "config.json", schema_version=2),
+    "config.json: schema_version: 3 is unknown": lambda f: edit(f / "config.json", schema_version=3),
     "config.json: schema_version: is missing": lambda f: edit(f / "config.json", schema_version=...),
     "config.json: options: is missing": lambda f: edit(f / "config.json", options=...),
     "config.json: extra: is an unknown field": lambda f: edit(f / "config.json", extra=1),
@@ -520,3 +520,19 @@ def test_views_of_another_engine_are_checked(tmp_path):
     }.items():
         with pytest.raises(CacheError, match=message):
             layer_view(keys, values, **options)
+
+
+def test_new_plug_ins_are_of_schema_2_and_say_how_their_budget_is_shared(tmp_path):
+    plugins.save(build("adakv(pyramidkv(beta=5))", budget=7), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["schema_version"] == 2
+    assert (config["allocation"]["name"], config["allocation"]["options"]["layers"]["name"]) == (
+        "across_heads",
+        "pyramid",
+    )
+    assert plugins.load(tmp_path / "a").describe() == build("adakv(pyramidkv(beta=5))", budget=7).describe()
+    for changes in ({"allocation": {"name": "uniform", "options": {}}}, {"schema_version": 1}, {"allocation": ...}):
+        plugins.save(build("adakv(pyramidkv(beta=5))", budget=7), tmp_path / "b")
+        edit(tmp_path / "b" / "config.json", **changes)
+        with pytest.raises(PluginError, match=r"config\.json: .?allocation"):
+            plugins.load(tmp_path / "b")

@@ -140,9 +140,9 @@ CONFIGS = {
     "infinite in disguise": lambda whole: whole.replace(b'"hidden": 3', b'"hidden": 1e999'),
     "a number of 5,000 digits": lambda whole: whole.replace(b'"hidden": 3', b'"hidden": ' + b"9" * 5000),
     "a number beyond int64": lambda whole: whole.replace(b'"hidden": 3', b'"hidden": %d' % 2**63),
-    "the future": lambda whole: whole.replace(b'"schema_version": 1', b'"schema_version": 2'),
-    "the far future": lambda whole: whole.replace(b'"schema_version": 1', b'"schema_version": {"v": 1}'),
-    "truth for a version": lambda whole: whole.replace(b'"schema_version": 1', b'"schema_version": true'),
+    "the future": lambda whole: whole.replace(b'"schema_version": 2', b'"schema_version": 3'),
+    "the far future": lambda whole: whole.replace(b'"schema_version": 2', b'"schema_version": {"v": 1}'),
+    "truth for a version": lambda whole: whole.replace(b'"schema_version": 2', b'"schema_version": true'),
     "empty": lambda whole: b"",
     "a module": lambda whole: whole.replace(b'"manager": "feature_scorer"', b'"manager": "os:system"'),
     "a path": lambda whole: whole.replace(b'"manager": "feature_scorer"', b'"manager": "../../feature_scorer"'),
@@ -400,7 +400,7 @@ plain = st.recursive(
 
 @settings(max_examples=150)
 @given(
-    field=st.sampled_from(["schema_version", "manager", "options", "observes", "schedule", "budget"]),
+    field=st.sampled_from(["schema_version", "manager", "options", "allocation", "observes", "schedule", "budget"]),
     value=plain,
     option=st.sampled_from(
         [None, "features", "knots", "hidden", "allocation", "layers", "heads", "sinks", "budget", "every"]

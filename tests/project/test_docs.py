@@ -72,7 +72,7 @@ def run(code):
 def test_the_page_about_plug_ins(world, capsys):
     names = run(blocks(PLUGINS.read_text(), "python"))
     printed = capsys.readouterr().out
-    assert "schema_version: 2 is unknown; this evomem reads version 1." in printed
+    assert "schema_version: 3 is unknown; this evomem reads versions 1 to 2." in printed
     assert names["small"].options.budget == 32
     assert names["tokens"].shape[1] > names["inputs"].input_ids.shape[1]
     assert names["manager"].options.budget == 64
