@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from evomem.models import LoadedModel
     from evomem.models import load as load_model
     from evomem.plugins import load, load_cache, save, save_cache
+    from evomem.report.evolving import evolve
     from evomem.runs import Run, load_experiment, open_run
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "attached",
     "build",
+    "evolve",
     "layer_view",
     "load",
     "load_cache",
@@ -51,6 +53,7 @@ _HOMES = {
     "evomem.memory": ("Decision", "LayerView", "SlotCache", "attached", "layer_view"),
     "evomem.models": ("LoadedModel", "load_model"),
     "evomem.plugins": ("load", "load_cache", "save", "save_cache"),
+    "evomem.report.evolving": ("evolve",),
     "evomem.runs": ("Run", "load_experiment", "open_run"),
 }
 """The package that each name comes from; the same names are above for type checkers."""

@@ -30,6 +30,24 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     write_atomically(path, rows_json(rows).encode())
 
 
+def samples_file(path: Path) -> Path:
+    """Return the file of a comparison's samples, beside its rows."""
+    return path.with_name(f"{path.stem}.samples.jsonl")
+
+
+def partial_file(output: str | None) -> Path | None:
+    """Return the file in which finished samples wait for the rest."""
+    return None if output is None or output == "-" else Path(f"{output}.partial.jsonl")
+
+
+def keep_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows, and give the finished samples their final name: ``rows.json`` and ``rows.samples.jsonl``."""
+    write_rows(path, rows)
+    partial = partial_file(str(path))
+    if partial is not None and partial.exists():
+        partial.replace(samples_file(path))
+
+
 def rows_json(rows: Sequence[Row]) -> str:
     """Return rows as a JSON list, one row a line."""
     lines = ",\n".join(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) for row in rows)

@@ -10,6 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import evomem
 from evomem.cli.app import app
 from evomem.errors import ConfigError, EvomemError
 from evomem.evaluation.measurement import EvaluationProtocol
@@ -112,6 +113,24 @@ def test_a_search_leaves_everything_in_its_folder(world):
     assert "winner's fitness: train" in said
     assert f"evomem export {folder}" in said
     assert "evomem compare" in said
+
+
+def test_python_leaves_the_same_folder_as_the_command(world, tmp_path):
+    evomem.evolve(world / "small.yaml", out=tmp_path / "run", seed=3)
+    there, here = world / "run", tmp_path / "run"
+    files = [{p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in (there, here)]
+    assert files[0] == files[1]
+    known, mine = (json.loads((f / "winner/plugin/provenance.json").read_text()) for f in (there, here))
+    timed = ("seconds", "total_seconds")
+
+    def untimed(value):
+        if isinstance(value, dict):
+            return {k: untimed(v) for k, v in value.items() if not any(word in k for word in timed)}
+        return [untimed(one) for one in value] if isinstance(value, list) else value
+
+    assert untimed(known) == untimed(mine)
+    for name in ("winner/vector.npy", "winner/plugin/model.safetensors", "winner/plugin/config.json", "config.yaml"):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
 
 
 def test_a_finished_run_is_shown_again_and_another_one_refused(world):

@@ -15,6 +15,7 @@ from evomem.errors import ConfigError, TaskError
 from evomem.evaluation import Evaluator
 from evomem.managers import build
 from evomem.models import load
+from evomem.report import evolving
 from evomem.report.tables import read_rows
 from evomem.report.transfer import TransferRow, cells, summary, transfer_markdown
 from evomem.statistics import paired_bootstrap
@@ -127,7 +128,7 @@ def test_statistics_are_collected_anew_on_each_model(travellers, folders):  # no
     for family in ("llama", "gpt_neox"):
         loaded = load(str(folders / family))
         tasks = [command.TaskConfig(spec=f"file:{folders / 'questions.jsonl'}")]
-        place = words.places_of(loaded, tasks, command.EvaluationProtocol())[0]
+        place = evolving.places_of(loaded, tasks, command.EvaluationProtocol())[0]
         made.append(command._recalibrated(bam, place))
         assert command._recalibrated(plugins.load(travellers[0]), place) is None
     assert not torch.equal(made[0].spectrum_mean, made[1].spectrum_mean)

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from evomem import plugins
 from evomem.cli.app import app
-from evomem.cli.commands.front import compared_budgets, front_notes, front_table
+from evomem.cli.commands.front import front_notes, front_table
 from evomem.drivers.base import Population
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.measurement import LOGLIK
 from evomem.managers.vector import to_vector
+from evomem.report.evolving import compared_budgets
 from evomem.report.plots import front_plot
 from evomem.runs import open_run, search
 from evomem.runs.front import MEMBERS, FrontArchive, front_of, member_of, plugin_folder, read_front, well_spread

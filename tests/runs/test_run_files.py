@@ -431,16 +431,15 @@ THREADS = """
 import sys, torch
 from pathlib import Path
 from types import SimpleNamespace
-from evomem.cli.commands import evolve
-from evomem.workers import WorkerOptions
+from evomem.report import evolving
 def compare(*_):
     torch.manual_seed(0)
     print(torch.get_num_threads(), (torch.randn(300, 3001) @ torch.randn(3001, 300)).sum().item().hex())
     raise SystemExit
-evolve.search = lambda *_, **__: SimpleNamespace(lines=list)
-evolve.open_run = evolve.read_front = lambda folder: []
-evolve._comparison = compare
-evolve.evolve("demo", [], Path(sys.argv[1]), resume=False, workers=WorkerOptions(), again="")
+evolving.search = lambda *_, **__: SimpleNamespace(lines=list)
+evolving.open_run = evolving.read_front = lambda folder: []
+evolving._comparison = compare
+evolving.evolve("demo", out=Path(sys.argv[1]))
 """
 
 

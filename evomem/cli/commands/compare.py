@@ -20,14 +20,13 @@ from evomem.errors import ConfigError, RunError
 from evomem.evaluation.compare import ROWS, NamedManager, Place, field_of
 from evomem.evaluation.compare import compare as compare_managers
 from evomem.evaluation.compare import evaluate as evaluate_manager
-from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.rows import Budget, Row
-from evomem.evaluation.store import PrefillStore
 from evomem.files.reading import is_folder, user_path, whole_number
-from evomem.managers import build, names
+from evomem.managers import build
 from evomem.managers.base import MemoryManager, check_budget
-from evomem.report.tables import notes, rows_json, sentences, tables, write_rows
+from evomem.report.evolving import places_of, run_label
+from evomem.report.tables import keep_rows, notes, partial_file, rows_json, samples_file, sentences, tables
 from evomem.runs import open_run
 from evomem.runs.config import TaskConfig
 from evomem.runs.inputs import changed_tasks, task_inputs
@@ -266,11 +265,6 @@ def own_tasks(subjects: Sequence[Subject]) -> tuple[TaskConfig, ...]:
     return ()
 
 
-def run_label(name: str) -> str:
-    """Return the name of a run's winner in tables; no manager of the field has it."""
-    return f"{name} (winner)" if name in names() else name
-
-
 def _of_plugin(source: str, folder: str | Path) -> Subject:
     from evomem import plugins
 
@@ -388,33 +382,12 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     return models.load(name, dtype=dtype, device=device)
 
 
-def places_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: EvaluationProtocol) -> list[Place]:
-    """Return a place per task that is for the model; contexts are read once per sample and not kept."""
-    from evomem import tasks as registry
-
-    evaluator = Evaluator(loaded, protocol, store=PrefillStore())
-    return [
-        Place(loaded.name, t.title, evaluator, registry.build(t.spec, loaded.tokenizer, t.length, **t.options))
-        for t in tasks
-        if t.model in (None, loaded.name)
-    ]
-
-
 # ---- what comes out ------------------------------------------------------------------------------------------------
 
 
 def claim_rows(output: str | None) -> str | None:
     """Return where rows are written, see `claim`; their samples lie beside them."""
-    return claim("--json", output, lambda path: [_samples_file(path)])
-
-
-def _samples_file(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.samples.jsonl")
-
-
-def partial_file(output: str | None) -> Path | None:
-    """Return the file in which finished samples wait for the rest."""
-    return None if output is None or output == "-" else Path(f"{output}.partial.jsonl")
+    return claim("--json", output, lambda path: [samples_file(path)])
 
 
 def deliver(rows: Sequence[Row], output: str | None) -> None:
@@ -426,14 +399,6 @@ def deliver(rows: Sequence[Row], output: str | None) -> None:
     if output is not None:
         keep_rows(rows, Path(output))
     show(rows, wide_console())
-
-
-def keep_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write rows, and give the finished samples their final name: ``rows.json`` and ``rows.samples.jsonl``."""
-    write_rows(path, rows)
-    partial = partial_file(str(path))
-    if partial is not None and partial.exists():
-        partial.replace(_samples_file(path))
 
 
 def show(rows: Sequence[Row], console: Console) -> None:

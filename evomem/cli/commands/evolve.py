@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from evomem import plugins
-from evomem.cli.commands.compare import keep_rows, partial_file, places_of, run_label, show
-from evomem.cli.commands.front import compared_budgets, draw_front, front_notes, front_table, member_plugin
+from evomem.cli.commands.compare import show
+from evomem.cli.commands.front import front_notes, front_table, member_plugin
 from evomem.cli.commands.overwriting import check_free
 from evomem.cli.commands.packages import require_for
 from evomem.cli.commands.progress import ProgressBar
 from evomem.errors import ConfigError, EvomemError, RunError
-from evomem.evaluation.compare import NamedManager, compare
-from evomem.evaluation.rows import Budget, Row
-from evomem.files.atomic import write_atomically
 from evomem.files.reading import is_there, user_path, whole_number
-from evomem.report.diagnostics import diagnostics_plot
-from evomem.report.plots import fitness_plot, memory_plot
-from evomem.report.tables import markdown, read_rows, sentences
-from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
-from evomem.runs.bench import load_model
+from evomem.report import evolving
+from evomem.report.tables import read_rows
+from evomem.runs import Run, RunResult, load_experiment, open_run
 from evomem.runs.front import Member, read_front
-from evomem.runs.inputs import changed_tasks, require_inputs
-from evomem.runs.pools import limited_threads
-from evomem.tasks.base import Split
+from evomem.runs.inputs import changed_tasks
 from evomem.terminal import wide_console
 from evomem.tracking import build_trackers
 from evomem.workers import WorkerOptions
@@ -71,30 +64,36 @@ def evolve(
     trackers = build_trackers(track, folder)
     console = wide_console()
     finished = (folder / "result.json").exists()
-    held: dict[str, Bench] = {}
+    bar = ProgressBar("comparing")
 
-    def bench(config: ExperimentConfig) -> Bench:
-        held["bench"] = model_bench(config)
-        return held["bench"]
+    def searched(run: Run, result: RunResult) -> None:
+        if finished:
+            console.print(Text(f"{folder}: this run is finished", style="bold"))
+            for line in result.lines():
+                console.print(Text(line))
+        front = read_front(folder)
+        if front:
+            console.print(front_table(front))
+            for note in front_notes(front):
+                console.print(Text(note, style="dim"))
+        if not (folder / "comparison.json").exists():
+            line = f"comparing with the field on {config.sealed.contexts} sealed samples a task"
+            wide_console(stderr=True).print(Text(line))
+            stack.enter_context(bar)
 
-    result = search(config, folder, bench, resume=resume, tracker=trackers, workers=workers, plan_check=plan_check)
-    if finished:
-        console.print(Text(f"{folder}: this run is finished", style="bold"))
-        for line in result.lines():
-            console.print(Text(line))
-    run = open_run(folder)
-    front = read_front(folder)
-    if front:
-        console.print(front_table(front))
-        for note in front_notes(front):
-            console.print(Text(note, style="dim"))
-    with limited_threads(config.threads):  # like the search, so that no digit depends on the machine
-        rows = _comparison(run, held.get("bench"), front)
-    _write_report(run, result, rows)
-    if front:
-        draw_front(run, front, rows)
-    show(rows, console)
-    _print_end(run, console, front)
+    with ExitStack() as stack:
+        run = evolving.evolve(
+            config,
+            out=folder,
+            resume=resume,
+            workers=workers,
+            trackers=trackers,
+            plan_check=plan_check,
+            searched=searched,
+            progress=bar.report,
+        )
+    show(read_rows(folder / "comparison.json"), console)
+    _print_end(run, console, read_front(folder))
 
 
 def count_of(workers: str, address: str | None) -> int | None:
@@ -110,71 +109,6 @@ def count_of(workers: str, address: str | None) -> int | None:
     if count is None:
         raise ConfigError(f"--workers {workers}: give a whole number, 0 for this process, or auto for all cores")
     return count
-
-
-def _comparison(run: Run, bench: Bench | None, front: Sequence[Member]) -> list[Row]:
-    """Return the winner's comparison with the field on the sealed split; from the folder if it is there."""
-    path = run.folder / "comparison.json"
-    if path.exists():
-        return read_rows(path)
-    require_inputs(run)
-    config, stage = run.config, run.config.plan()[-1]
-    # Reports are in full precision, if the search was told another type; but a front was measured in its search's own
-    # type, in which the bytes are others, and the field stands beside it. The checkpoint's type is the full one there.
-    places = []
-    for model in config.all_models:
-        own = bool(front) or model.dtype in (None, "auto") or model.quantization is not None
-        dtype = model.dtype if own else "float32"
-        loaded = None
-        if bench is not None:
-            evaluator: Any = bench.benches.get(model.name, bench).evaluator
-            evaluator.store.close()
-            loaded = evaluator.loaded if model.dtype == dtype else None
-        places += places_of(loaded or load_model(model, dtype), stage.tasks, config.protocol)
-    require_inputs(run)  # again: the files have been read since
-    budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
-    wide_console(stderr=True).print(Text(f"comparing with the field on {config.sealed.contexts} sealed samples a task"))
-    with ProgressBar("comparing") as bar:
-        comparison = compare(
-            # At the front's smaller sizes the winner's scorer stands beside their own members.
-            [NamedManager(f"{config.name} (winner)" if front else run_label(config.name), run.winner)],
-            places,
-            samples=config.sealed.contexts,
-            budgets=budgets,
-            against=config.against or None,
-            split=Split.SEALED,
-            exact=config.sealed.exact,
-            keep=partial_file(str(path)),
-            progress=bar.report,
-        )
-    keep_rows(comparison.rows, path)
-    return comparison.rows
-
-
-def _write_report(run: Run, result: RunResult, rows: Sequence[Row]) -> None:
-    """Write the table, the pictures, and the plug-in with its card; files that are there already are made again."""
-    name = run.config.name
-    write_atomically(run.folder / "comparison.md", markdown(rows, name).encode())
-    fitness_plot(run.folder / "plots" / "fitness.png", run.generations(), result, f"{name}: fitness")
-    pictures = {"fitness.png": run.folder / "plots" / "fitness.png"}
-    drawn = run.folder / "plots" / "diagnostics.png"
-    if diagnostics_plot(drawn, run.generations(), f"{name}: diagnostics"):
-        pictures[drawn.name] = drawn
-    places = list(dict.fromkeys((row.model, row.task) for row in rows))
-    for number, (model, task) in enumerate(places):
-        here = [row for row in rows if (row.model, row.task) == (model, task)]
-        title = f"{task} on {model}, {here[0].samples} {here[0].split} samples"
-        file = "memory.png" if len(places) == 1 else f"memory-{number + 1}.png"
-        memory_plot(run.folder / "plots" / file, here, title)
-        pictures[file.replace("memory", "comparison")] = run.folder / "plots" / file
-    if plugins.is_plugin(run.plugin):
-        known = dict(plugins.read(run.plugin).provenance)
-    else:
-        raise RunError(f"{run.plugin}: the winner's plug-in is missing; delete result.json and resume the run")
-    told = {**known, "comparison": [row.to_json() for row in rows], "sentences": sentences(rows)}
-    if told != known:
-        shown = {name: path.read_bytes() for name, path in list(pictures.items())[: plugins.PICTURE_COUNT]}
-        plugins.save(run.winner, run.plugin, told, pictures=shown)
 
 
 def _print_end(run: Run, console: Console, front: Sequence[Member]) -> None:

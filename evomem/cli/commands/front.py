@@ -9,14 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from evomem.errors import ConfigError
-from evomem.evaluation.rows import Budget, Row
-from evomem.report.plots import front_plot
 from evomem.report.tables import budget_text
 from evomem.runs import Run
 from evomem.runs.front import Member, member_of, plugin_folder
-
-_COMPARED = 3
-"""Sizes of the front at which the field is measured."""
 
 
 def front_table(members: Sequence[Member]) -> Table:
@@ -59,21 +54,6 @@ def front_notes(members: Sequence[Member]) -> list[str]:
             f"on sealed, {beaten} of {len(members)} score no better than a smaller member: selection is noisy."
         )
     return found
-
-
-def compared_budgets(members: Sequence[Member]) -> list[Budget]:
-    """Return a few of the members' budgets, the smallest and the winner's among them; none if they have no own."""
-    budgets = list(dict.fromkeys(member.budget for member in members if member.budget is not None))
-    count = min(_COMPARED, len(budgets))
-    places = [round(step * (len(budgets) - 1) / max(count - 1, 1)) for step in range(count)]
-    return [budgets[place] for place in places] if count > 1 else list(budgets)
-
-
-def draw_front(run: Run, members: Sequence[Member], rows: Sequence[Row]) -> None:
-    """Write ``plots/front.png``; the field is beside it where there is one task."""
-    one = len({(row.model, row.task) for row in rows}) == 1
-    title = f"{run.config.name}: front on {members[0].sealed.contexts} sealed contexts"
-    front_plot(run.folder / "plots" / "front.png", members, rows if one else [], title)
 
 
 def member_plugin(run: Run, place: int | None, size: float | None) -> Path:

@@ -18,8 +18,6 @@ from evomem.cli.commands.compare import (
     own_tasks,
     parse_budgets,
     parse_protocol,
-    partial_file,
-    places_of,
     require_room,
     resolve_all,
     split_specs,
@@ -36,7 +34,8 @@ from evomem.files.atomic import write_atomically
 from evomem.files.reading import is_folder, user_path
 from evomem.managers import build
 from evomem.managers.base import MemoryManager
-from evomem.report.tables import rows_json, write_rows
+from evomem.report.evolving import places_of
+from evomem.report.tables import partial_file, rows_json, write_rows
 from evomem.report.transfer import (
     Cell,
     TransferRow,
