@@ -24,6 +24,7 @@ from evomem.files.strict_json import shown
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
 from evomem.memory.kv.cache import CachePolicy
+from evomem.memory.kv.due import decisions, turns
 from evomem.memory.kv.parallel import degree
 from evomem.memory.kv.positions import beyond, position_limit
 from evomem.memory.kv.versions import passed
@@ -270,8 +271,8 @@ class Evaluator:
         misses = self.store.misses
         reading = self.reading(tokens.read, policy.observes | observes)
         cache = SlotCache.from_views(reading.views, Recording(), rows=policy.size, model=self.loaded.model)
-        for layer, view in zip(cache.layers, reading.views, strict=True):
-            layer.apply(policy.decide(view))
+        for layer, decision in zip(cache.layers, decisions(policy, reading.views), strict=True):
+            layer.apply(decision)
         return cache, reading.tokens if self.store.misses > misses else 0, 0
 
     def _stream(self, policy: Deciding, tokens: Tokens, meter: Meter) -> tuple[SlotCache, int, int]:
@@ -297,10 +298,9 @@ class Evaluator:
         The model is called once a piece between decisions, because bytes are at their peak just before one. With
         ``listens`` the policy hears how likely what it reads is, which takes the logits of all tokens of a piece.
         """
-        every, begin, length = policy.schedule.every, cache.get_seq_length(), fed.shape[1]
-        cuts = [] if every is None else list(range(every - begin % every, length, every))
+        begin, length = cache.get_seq_length(), fed.shape[1]
         logits, at = [], 0
-        for end in [*cuts, length]:
+        for end, due in turns(begin, length, (0,), policy.schedule.every):
             wanted = max(0, end - max(at, length - keep))
             before = meter.held(cache) if begin + at else torch.zeros(1, dtype=torch.float64)
             hears = listens and begin + at > 0 and end - at > 1
@@ -310,12 +310,36 @@ class Evaluator:
                 policy.heard(scores[:, :-1], fed[:, at + 1 : end].expand(scores.shape[0], -1))
             if wanted:
                 logits.append(scores[:, -wanted:])
-            if every is not None and (begin + end) % every == 0:
+            if any(due):
                 self._decide(cache, policy)
             at = end
         return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
 
+    def in_turns(self, tokens: Tensor, cache: SlotCache, keep: int) -> Tensor:
+        """As `forward`; in one pass a piece between decisions, where the cache makes them at the end of a pass only.
+
+        So a manager that decides about all layers at once decides when the protocol says, like all others.
+        """
+        every, begin, length = cache.policy.schedule.every, cache.get_seq_length(), tokens.shape[1]
+        logits, at = [], 0
+        for end, _ in turns(begin, length, (0,), every if cache.whole_model else None):
+            wanted = max(0, end - max(at, length - keep))
+            scores = self.forward(tokens[:, at:end], cache, max(wanted, 1))
+            if wanted:
+                logits.append(scores)
+            at = end
+        return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
+
     def _decide(self, cache: SlotCache, policy: Deciding) -> None:
+        if policy.whole_model:
+            views = [layer.view() for layer in cache.layers]
+            made = policy.decide_all(views)
+            del views
+            for layer, decision in zip(cache.layers, made, strict=True):
+                if layer.slots.shape[0] < policy.size:
+                    layer.expand(policy.size)
+                layer.apply(decision)
+            return
         for layer in cache.layers:
             view = layer.view()
             if layer.slots.shape[0] < policy.size:
@@ -334,7 +358,7 @@ class Evaluator:
             )
         cache.policy = policy  # decides while it answers
         rows = cache.layers[0].slots.shape[0]
-        following = self.forward(tokens.prompt.expand(rows, -1), cache, 1)[:, -1].argmax(-1)
+        following = self.in_turns(tokens.prompt.expand(rows, -1), cache, 1)[:, -1].argmax(-1)
         fed = tokens.prompt.shape[1]
         done = torch.zeros(rows, dtype=torch.bool, device=following.device)
         written: list[list[int]] = [[] for _ in range(rows)]

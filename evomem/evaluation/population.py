@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from evomem.managers.base import MemoryManager, Schedule
 from evomem.memory import Decision, LayerView
 from evomem.memory.kv.attention import full_precision
+from evomem.memory.kv.due import decide_all
 from evomem.memory.view import TensorName
 
 
@@ -51,8 +52,17 @@ class Deciding(Protocol):
         """Whether `heard` wants to be told what is read between decisions."""
         ...
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether a candidate decides about all layers at once, so that `decide_all` must be asked."""
+        ...
+
     def decide(self, view: LayerView) -> Decision:
         """Return the decisions of all candidates, from a view of one shared row or of a row each."""
+        ...
+
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        """Return the decisions of all candidates about all layers, the first first."""
         ...
 
     def fades(self, layer: int) -> Tensor:
@@ -82,6 +92,10 @@ class _Group:
         return _Group(self.template.on(device), parameters, self.places.to(device))
 
 
+_Part = tuple[Tensor, Tensor | None]
+"""What a group decides about a layer: masks and log-decays (members, kv_heads, slots)."""
+
+
 class PopulationPolicy:
     """A population as one cache policy: row c of the cache is decided by manager c.
 
@@ -102,6 +116,7 @@ class PopulationPolicy:
             raise ValueError("a population decides on one schedule")
         self.schedule: Schedule = schedules.pop()
         self.groups = list(_grouped(managers))
+        self.whole_model = any(manager.whole_model for manager in managers)
         self._fades: dict[int, Tensor] = {}
         self._placed: dict[torch.device, list[_Group]] = {}
 
@@ -124,21 +139,44 @@ class PopulationPolicy:
 
     @torch.no_grad()
     def decide(self, view: LayerView) -> Decision:
-        """Return the decisions of all managers: masks (managers, kv_heads, slots)."""
-        shared = view.keys.shape[0] == 1
+        """Return the decisions of all managers about a layer: masks (managers, kv_heads, slots).
+
+        Raises
+        ------
+        ConfigError : a manager needs the views of all layers (`whole_model`).
+        """
+        return self._decided([view], False)[0]
+
+    @torch.no_grad()
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        """Return the decisions of all managers about all layers; those that decide layer by layer are mixed in."""
+        return self._decided(views, True)
+
+    def _decided(self, views: Sequence[LayerView], all_layers: bool) -> list[Decision]:
+        parts: list[list[_Part]] = [[] for _ in views]
+        for number, group in enumerate(self.groups):
+            with full_precision(views[0].keys):
+                if all_layers and group.template.whole_model:
+                    found = _decide(self._groups_on(views[0].slots.device)[number], views, whole=True)
+                else:
+                    placed = [self._groups_on(view.slots.device)[number] for view in views]
+                    found = [_decide(own, [view], whole=False)[0] for own, view in zip(placed, views, strict=True)]
+            for layer, part in zip(parts, found, strict=True):
+                layer.append(part)
+        return [self._merged(view, layer) for view, layer in zip(views, parts, strict=True)]
+
+    def _merged(self, view: LayerView, parts: Sequence[_Part]) -> Decision:
+        """Return one layer's decisions, those of every group at its members' places."""
         shape = (self.size, *view.slots.shape[1:])
         keep = torch.zeros(shape, dtype=torch.bool, device=view.slots.device)
         decay: Tensor | None = None
-        for number, group in enumerate(self._groups_on(view.slots.device)):
-            own = view if shared else _rows(view, group.places)
-            with full_precision(view.keys):
-                kept, faded = _decide(group, own, shared)
-            keep[group.places] = kept
+        for group, (kept, faded) in zip(self.groups, parts, strict=True):
+            places = group.places.to(keep.device)
+            keep[places] = kept.to(keep.device)
             if faded is not None:
                 decay = torch.zeros(shape, device=keep.device, dtype=torch.float32) if decay is None else decay
-                decay[group.places] = faded
-                places = self.groups[number].places
-                self._fades[view.layer] = self.fades(view.layer).index_fill(0, places, True)
+                decay[places] = faded.to(keep.device)
+                self._fades[view.layer] = self.fades(view.layer).index_fill(0, group.places, True)
         return Decision(keep, decay)
 
 
@@ -156,26 +194,57 @@ def _grouped(managers: Sequence[MemoryManager]) -> list[_Group]:
     return groups
 
 
-def _decide(group: _Group, view: LayerView, shared: bool) -> tuple[Tensor, Tensor | None]:
-    count = len(group.places)
+class _WholeModel(nn.Module):
+    """A manager's decisions about all layers as a module's ``forward``, which is what ``functional_call`` calls."""
+
+    def __init__(self, manager: MemoryManager) -> None:
+        super().__init__()
+        self.manager = manager
+
+    def forward(self, views: Sequence[LayerView]) -> list[Decision]:
+        return decide_all(self.manager, views)
+
+
+def _decide(group: _Group, views: Sequence[LayerView], *, whole: bool) -> list[_Part]:
+    """Return a group's decisions about one layer, or about all layers for managers that need all."""
+    count, shared = len(group.places), views[0].keys.shape[0] == 1
+    views = views if shared else [_rows(view, group.places) for view in views]
     if not group.parameters or (count == 1 and shared):
-        decision = group.template.decide(view)
-        keep, decay = decision.keep, decision.decay
-        return keep.expand(count, *keep.shape[1:]), None if decay is None else decay.expand(count, *decay.shape[1:])
+        made = decide_all(group.template, views) if whole else [group.template.decide(views[0])]
+        return [
+            (_repeated(one.keep, count), None if one.decay is None else _repeated(one.decay, count)) for one in made
+        ]
 
-    fades = []
+    fades: list[bool] = []
 
-    def one(parameters: dict[str, Tensor], tensors: dict[TensorName, Tensor] | None) -> tuple[Tensor, ...]:
-        seen = view if tensors is None else view.with_tensors({name: part[None] for name, part in tensors.items()})
-        decision: Decision = functional_call(group.template, parameters, (seen,))
-        fades.append(decision.decay is not None)
-        return (decision.keep[0],) if decision.decay is None else (decision.keep[0], decision.decay[0])
+    def one(parameters: dict[str, Tensor], tensors: list[dict[TensorName, Tensor]] | None) -> tuple[Tensor, ...]:
+        seen = views
+        if tensors is not None:
+            seen = [view.with_tensors(_as_rows(own)) for view, own in zip(views, tensors, strict=True)]
+        made: list[Decision]
+        if whole:
+            named = {f"manager.{name}": value for name, value in parameters.items()}
+            made = functional_call(_WholeModel(group.template), named, (seen,))
+        else:
+            made = [functional_call(group.template, parameters, (seen[0],))]
+        fades[:] = [decision.decay is not None for decision in made]
+        decays = [decision.decay[0] for decision in made if decision.decay is not None]
+        return (*(decision.keep[0] for decision in made), *decays)
 
     if shared:
         out = vmap(one, in_dims=(0, None), randomness="error")(group.parameters, None)
     else:
-        out = vmap(one, in_dims=(0, 0), randomness="error")(group.parameters, view.tensors())
-    return out[0], out[1] if len(out) > 1 else None
+        out = vmap(one, in_dims=(0, 0), randomness="error")(group.parameters, [view.tensors() for view in views])
+    decays = iter(out[len(views) :])
+    return [(kept, next(decays) if faded else None) for kept, faded in zip(out, fades, strict=False)]
+
+
+def _repeated(mask: Tensor, count: int) -> Tensor:
+    return mask.expand(count, *mask.shape[1:])
+
+
+def _as_rows(tensors: dict[TensorName, Tensor]) -> dict[TensorName, Tensor]:
+    return {name: tensor[None] for name, tensor in tensors.items()}
 
 
 def _rows(view: LayerView, places: Tensor) -> LayerView:

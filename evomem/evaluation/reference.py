@@ -40,13 +40,13 @@ def evaluate_plainly(
     generated = 0
     with manager.attach(evaluator.loaded.model) as cache:
         with cache.reading():
-            evaluator.forward(tokens.read, cache, 1)
+            evaluator.in_turns(tokens.read, cache, 1)
         held = cache.nbytes() - recorded_bytes(cache)
         slots = float(stacked([s.float().mean() for s in cache.slots_held()]).mean())
         if exact and task.has_exact and sample.max_new_tokens:
             texts, generated = evaluator.generate(cache.clone(), manager, tokens, sample.max_new_tokens)
         asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
-        loglik = mean_loglik(evaluator.forward(asked, cache, tokens.answer.shape[1]), tokens.answer)[0]
+        loglik = mean_loglik(evaluator.in_turns(asked, cache, tokens.answer.shape[1]), tokens.answer)[0]
     after = cache.nbytes() - recorded_bytes(cache)
     return Evaluation(
         sample=sample.id,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,7 @@ class RolloutPolicy:
     behaviour: StochasticManager | None = None
     reference: StochasticManager | None = None
     listens: bool = False
+    whole_model: ClassVar[bool] = False
     turns: list[_Turn] = field(default_factory=list)
     _decided: dict[int, int] = field(default_factory=dict)
     _fades: set[int] = field(default_factory=set)
@@ -169,6 +170,10 @@ class RolloutPolicy:
             self._fades.add(view.layer)
         shape = (self.size, *view.slots.shape[1:])
         return Decision(decision.keep.expand(shape), decision.decay)
+
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        """Return the decisions of all rollouts about all layers: one after the other, as every layer is drawn for."""
+        return [self.decide(view) for view in views]
 
     def aside(self) -> RolloutPolicy:
         """Return a copy that draws the same from here on."""

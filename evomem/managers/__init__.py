@@ -26,6 +26,7 @@ from evomem.managers.heuristics.tova import TOVA
 from evomem.managers.learned.feature_scorer import FeatureScorer
 from evomem.managers.learned.kv_policy import KVPolicy
 from evomem.managers.learned.namm import NAMM
+from evomem.managers.per_head_shares import PerHeadShares
 from evomem.managers.stochastic import StochasticManager
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "MemoryManager",
     "ModelAllocation",
     "ObservedAttention",
+    "PerHeadShares",
     "PyramidKV",
     "Random",
     "Schedule",

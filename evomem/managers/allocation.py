@@ -65,7 +65,7 @@ class Allocation(nn.Module, ABC):
             raise ConfigError(f"allocation {getattr(self, 'name', type(self).__name__)!r}: {lines}") from None
 
     def shares(self) -> Tensor | None:
-        """Return the parameters that the allocation learns: (1, points of depth) fp32; None: it learns nothing."""
+        """Return parameters that a manager may draw or hand over, (1, points of depth) fp32; None: there are none."""
         return None
 
     def take_shares(self) -> nn.Parameter | None:
@@ -438,12 +438,26 @@ def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, read: Ten
     """
     least, most = mean.clamp(max=floor), torch.maximum(mean, read)
     bound = ((own < least) | (own > most)).any(0)
-    low, high = (one.double().expand(own.shape[1:]) for one in (least, most))
-    w = weights.clamp(min=1e-200)
-    ends = torch.zeros_like(low)[None], torch.full_like(low, 1e300)[None]
-    kinks = torch.cat([low / w, high / w, *ends])
+    return torch.where(bound, clamped_shares(weights, least, most, mean * own.shape[0]), own)
+
+
+def clamped_shares(weights: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Tensor:
+    """Return whole numbers that add up to a total: clamp(λ w, least, most) with the λ that makes the sum right.
+
+    Parameters
+    ----------
+    weights : (parts, batch or 1, 1, 1) float64 >= 0.
+    least, most : ([parts,] batch, 1, 1) int64, whose sums over the parts are at most and at least the total.
+    total : (batch, 1, 1) int64.
+
+    Returns
+    -------
+    (parts, batch, 1, 1) int64.
+    """
+    low, high, w = least.double(), most.double(), weights.clamp(min=1e-200)
+    target = (total + torch.zeros_like(weights[0])).double()
+    kinks = torch.cat([low / w, high / w, torch.zeros_like(target)[None], torch.full_like(target, 1e300)[None]])
     sums = torch.minimum(torch.maximum(kinks[:, None] * w, low), high).sum(1)
-    target = (mean * own.shape[0]).double()
     below = torch.where(sums <= target, kinks, 0.0).amax(0)
     above = torch.where(sums >= target, kinks, 1e300).amin(0)
     small, large = (torch.minimum(torch.maximum(end * w, low), high) for end in (below, above))
@@ -452,8 +466,7 @@ def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, read: Ten
     # In units of 2^-20 slots everything is exact, and a sum of parts that are within the bounds rounds within them.
     units = torch.round((small + share * (large - small)) * 2**20).long().cumsum(0)
     rounded = (units + 2**19) >> 20
-    filled = torch.diff(rounded, dim=0, prepend=torch.zeros_like(rounded[:1]))
-    return torch.where(bound, filled, own)
+    return torch.diff(rounded, dim=0, prepend=torch.zeros_like(rounded[:1]))
 
 
 # ---- over heads -----------------------------------------------------------------------------------------------------

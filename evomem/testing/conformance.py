@@ -37,6 +37,7 @@ from evomem.managers.base import MemoryManager
 from evomem.managers.decision import Judgement
 from evomem.memory import CachePolicy, Decision, LayerView, SlotCache, attached
 from evomem.memory.kv.cache import SchedulePolicy
+from evomem.memory.kv.due import needs_all_layers
 from evomem.memory.kv.versions import passed
 from evomem.testing.comparing import (
     ConformanceError,
@@ -123,7 +124,9 @@ def check_evicted_is_hidden(manager: CachePolicy, model: PreTrainedModel, tokeni
     with attached(model):
         got = read(model, _cache(model, tracing), batch, [length, 8, 1, 1, 1, 1])
     layers = int(text_config(model).num_hidden_layers)
-    biases = explicit_biases(tracing.events, batch, layers, kv_heads(model), manager.schedule.every)
+    biases = explicit_biases(
+        tracing.events, batch, layers, kv_heads(model), manager.schedule.every, waits=needs_all_layers(manager)
+    )
     same_logits("evicted against hidden", got, explicit_logits(model, batch, biases), batch.real)
 
 
@@ -151,16 +154,24 @@ def check_row_alone(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any
 def check_chunks(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = None) -> None:
     """4. A context read in pieces leaves the memory that it leaves when read at once.
 
-    A manager that decides once reads the pieces inside ``cache.reading()``.
+    A manager that decides once reads the pieces inside ``cache.reading()``. Where a decision waits for the end of the
+    pass in which it falls due (a manager that needs all layers, with ``every``), passes that end there are cut further.
     """
-    length = context_length(manager)
-    batch = Batch.of(random_rows(model, [length + 2, length - 4], 4, tokenizer))
+    length, every = context_length(manager), manager.schedule.every
+    waits = every is not None and needs_all_layers(manager)
+    shorter = length + 2 - every if waits and every is not None else length - 4
+    batch = Batch.of(random_rows(model, [length + 2, max(shorter, 1)], 4, tokenizer))
+    passes = [length]
+    cuts = [[length // 3, length - length // 3], [13] * (length // 13) + [length % 13 or 1]]
+    if waits and every is not None:
+        passes = [every] * (length // every) + [length % every] * bool(length % every)
+        cuts = [[part for one in passes for part in (one // 2, one - one // 2) if part]]
     exact = is_exact(model.dtype)
     with attached(model):
         tracing = Tracing(manager)
         whole = _cache(model, manager if exact else tracing)
-        wanted = read(model, whole, batch, [length, 1, 1])
-        for pieces in ([length // 3, length - length // 3], [13] * (length // 13) + [length % 13 or 1]):
+        wanted = read(model, whole, batch, [*passes, 1, 1])
+        for pieces in cuts:
             if sum(pieces) != length:
                 pieces[-1] += length - sum(pieces)
             replaying = Replaying(manager, tracing.events)

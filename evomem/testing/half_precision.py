@@ -6,12 +6,13 @@ instead: decisions about the very same numbers, and the logits that follow from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from evomem.memory import CachePolicy, Decision, LayerView
+from evomem.memory.kv.due import decide_all, needs_all_layers
 from evomem.memory.observations import axes_of
 from evomem.testing.comparing import ConformanceError, same_tensors
 from evomem.testing.reference import Event, Tracing
@@ -32,9 +33,25 @@ class RowByRow(Tracing):
             if own <= 0 or (every is not None and own % every):
                 continue
             alone, empty = _row_of(view, row)
-            mine, theirs = decision.keep[row : row + 1, :, empty:], self.policy.decide(alone).keep
-            same_tensors(f"row {row} in a batch against alone, layer {view.layer}: kept", mine, theirs & alone.valid)
+            _same_row(row, empty, decision, alone, self.policy.decide(alone))
         return decision
+
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        """Decide about the batch and about its rows, all layers at once."""
+        decisions = super().decide_all(views)
+        for row in range(len(views[0].start)):
+            if views[0].seen <= int(views[0].start[row]):
+                continue
+            parts = [_row_of(view, row) for view in views]
+            wanted = decide_all(self.policy, [alone for alone, _ in parts])
+            for decision, (alone, empty), theirs in zip(decisions, parts, wanted, strict=True):
+                _same_row(row, empty, decision, alone, theirs)
+        return decisions
+
+
+def _same_row(row: int, empty: int, decision: Decision, alone: LayerView, theirs: Decision) -> None:
+    mine = decision.keep[row : row + 1, :, empty:]
+    same_tensors(f"row {row} in a batch against alone, layer {alone.layer}: kept", mine, theirs.keep & alone.valid)
 
 
 def _row_of(view: LayerView, row: int) -> tuple[LayerView, int]:
@@ -64,13 +81,25 @@ class Replaying:
         self.made: dict[int, int] = {}
         self.kept = self.agreed = 0
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether the policy decides about all layers at once."""
+        return needs_all_layers(self.policy)
+
     def decide(self, view: LayerView) -> Decision:
         """Return the decision that was made at this place; the slots must be those that it was made about."""
+        return self._replayed(view, self.policy.decide(view))
+
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        """As `decide`, about all layers."""
+        return [self._replayed(view, own) for view, own in zip(views, decide_all(self.policy, views), strict=True)]
+
+    def _replayed(self, view: LayerView, own: Decision) -> Decision:
         number = self.made.get(view.layer, 0)
         self.made[view.layer] = number + 1
         event = self.events[view.layer][number]
         same_tensors(f"slots of layer {view.layer} at decision {number}", view.slots, event.slots)
-        mine, theirs = self.policy.decide(view).keep & view.valid, event.keep & view.valid
+        mine, theirs = own.keep & view.valid, event.keep & view.valid
         self.kept, self.agreed = self.kept + int(theirs.sum()), self.agreed + int((mine & theirs).sum())
         return Decision(event.keep, event.decay)
 

@@ -8,7 +8,7 @@ applied by a plain softmax.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from evomem.memory import CachePolicy, Decision, LayerView
 from evomem.memory.kv.cache import SchedulePolicy
+from evomem.memory.kv.due import decide_all, needs_all_layers
 
 REFERENCE = "evomem_reference"
 """Name under which the explicit attention is registered with transformers while a reference runs."""
@@ -63,9 +64,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Event:
-    """One decision about one layer: ``seen`` tokens had been read, ``slots`` were held."""
+    """One decision about a layer: ``seen`` tokens had been read, ``fresh`` since the last one, ``slots`` were held."""
 
     seen: int
+    fresh: int
     slots: Tensor
     keep: Tensor
     decay: Tensor | None
@@ -93,11 +95,24 @@ class Tracing:
         """Schedule of the policy."""
         return self.policy.schedule
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether the policy decides about all layers at once."""
+        return needs_all_layers(self.policy)
+
     def decide(self, view: LayerView) -> Decision:
         """Let the policy decide, and remember what it said."""
-        decision = self.policy.decide(view)
+        return self._noted(view, self.policy.decide(view))
+
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        """Let the policy decide about all layers, and remember what it said."""
+        return [
+            self._noted(view, decision) for view, decision in zip(views, decide_all(self.policy, views), strict=True)
+        ]
+
+    def _noted(self, view: LayerView, decision: Decision) -> Decision:
         decay = None if decision.decay is None else decision.decay.float().cpu().clone()
-        event = Event(view.seen, view.slots.cpu().clone(), decision.keep.cpu().clone(), decay)
+        event = Event(view.seen, view.fresh, view.slots.cpu().clone(), decision.keep.cpu().clone(), decay)
         self.events.setdefault(view.layer, []).append(event)
         if self.spoil:
             gone = ~decision.keep[..., None]
@@ -107,21 +122,32 @@ class Tracing:
 
 
 def explicit_biases(
-    events: dict[int, list[Event]], batch: Batch, layers: int, kv_heads: int, every: int | None
+    events: dict[int, list[Event]],
+    batch: Batch,
+    layers: int,
+    kv_heads: int,
+    every: int | None,
+    *,
+    waits: bool = False,
 ) -> list[Tensor]:
     """Return per layer the additive mask (batch, kv_heads, tokens, tokens) that hides what the decisions evicted.
 
     Query i does not see key j when a decision taken after fewer than i + 1 tokens evicted j. A decision counts for a
-    row when it is the row's turn: every ``every`` of its own tokens, or once for all. The model's own mask is left out.
+    row when it is the row's turn: every ``every`` of its own tokens, or once for all. Where a decision ``waits`` for
+    the end of a pass, it counts for the rows that had a turn since the last one. The model's own mask is left out.
     """
     rows, length = batch.ids.shape
     base = torch.zeros(rows, 1, length, length)
     biases = []
     for layer in range(layers):
         bias = base.repeat(1, kv_heads, 1, 1)
+        last, passed = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
         for event in events.get(layer, []):
-            own = event.seen - batch.start
+            own = (event.seen - batch.start).clamp(min=0)
             turn = torch.ones(rows, dtype=torch.bool) if every is None else (own > 0) & (own % every == 0)
+            if waits and every is not None:
+                turn = (own // every > passed) & (event.seen - last == event.fresh)
+                last, passed = torch.where(turn, event.seen, last), torch.where(turn, own // every, passed)
             for row in turn.nonzero().flatten().tolist():
                 for head in range(kv_heads):
                     _apply(bias[row, head], event, row, head)

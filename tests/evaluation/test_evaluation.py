@@ -46,6 +46,8 @@ SPECS = (
     "kv_policy",
     "kv_policy(actions=[store, evict, forget], hidden=3, scale=model)",
     "kv_policy(actions=[store, forget])",
+    "keydiff(allocation=per_head_shares(layers=2, heads=2))",
+    "snapkv(window=6, allocation=per_head_shares(points=2, heads=2))",
 )
 
 

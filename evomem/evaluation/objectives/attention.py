@@ -22,6 +22,7 @@ from evomem.evaluation.measures import Draws, Measure, register_measure
 from evomem.evaluation.objectives.base import PerHeadMean, register_objective
 from evomem.evaluation.population import PopulationPolicy
 from evomem.managers.base import MemoryManager
+from evomem.memory.kv.due import decisions
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample, Task
 
@@ -81,8 +82,8 @@ def retained_attention(
     first = key not in evaluator.future.known
     future = evaluator.future.of(evaluator, tokens, key, observes)
     shares, kept, held = [], [], torch.zeros(len(managers), dtype=torch.float32)
-    for view, paid in zip(reading.views, future.paid, strict=True):
-        keep = policy.decide(view).keep
+    for view, paid, decision in zip(reading.views, future.paid, decisions(policy, reading.views), strict=True):
+        keep = decision.keep
         total = paid.sum(-1)
         # A head that looks at nothing of the context (a window that ends after it) loses nothing by any decision.
         share = torch.where(total > 0, (paid * keep).sum(-1) / total.clamp(min=1e-9), 1.0)

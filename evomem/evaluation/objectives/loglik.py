@@ -82,11 +82,12 @@ class Answers(Measure):
 def _batches(evaluator: Evaluator, managers: Sequence[MemoryManager]) -> list[list[int]]:
     """Numbers of the managers that are rows of one batch: all; in ``streaming`` those that observe the same.
 
-    There the cache goes on recording, and a row must neither pay for nor be delayed by what only others look at.
+    There the cache goes on recording, and a row must neither pay for nor be delayed by what only others look at. Nor do
+    managers that decide layer by layer wait for the end of a pass because others do.
     """
     if evaluator.protocol.kind == "compress_once":
         return [list(range(len(managers)))] if managers else []
-    alike: dict[frozenset[str], list[int]] = {}
+    alike: dict[tuple[frozenset[str], bool], list[int]] = {}
     for number, manager in enumerate(managers):
-        alike.setdefault(manager.observes, []).append(number)
+        alike.setdefault((manager.observes, manager.whole_model), []).append(number)
     return list(alike.values())

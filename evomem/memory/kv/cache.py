@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
@@ -13,8 +14,9 @@ from transformers.cache_utils import Cache
 
 from evomem.devices import stacked
 from evomem.errors import CacheError, UnsupportedModelError
-from evomem.memory.kv.attention import IMPLEMENTATION
+from evomem.memory.kv.attention import IMPLEMENTATION, full_precision
 from evomem.memory.kv.callers import Generating, generating
+from evomem.memory.kv.due import decide_all, fell_due, needs_all_layers
 from evomem.memory.kv.layer import SlotLayer
 from evomem.memory.kv.positions import beyond, position_limit
 from evomem.memory.kv.rotary import Rotary, find_rotaries
@@ -44,11 +46,24 @@ class CachePolicy(Protocol):
 
     @property
     def schedule(self) -> SchedulePolicy:
-        """When to call `decide`."""
+        """When to ask for a decision."""
         ...
 
     def decide(self, view: LayerView) -> Decision:
-        """Decide about one layer."""
+        """Decide about one layer, as soon as it has read."""
+        ...
+
+
+class ModelPolicy(CachePolicy, Protocol):
+    """What the cache needs of a manager that decides about all layers at once, when all have read."""
+
+    @property
+    def whole_model(self) -> bool:
+        """True: `decide_all` is asked; where it is False or missing, `decide` is."""
+        ...
+
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        """Decide about all layers, the first first; nothing has left any of them since the last decision."""
         ...
 
 
@@ -63,6 +78,11 @@ class SlotCache(Cache):
 
     On a cache that was read inside ``reading()`` only such blocks end with a decision, and what is read outside of them
     (a question, say) is kept whole, too. Passes that verify an assistant's guesses are no readings.
+
+    A manager that decides layer by layer is asked as soon as a layer has read; with ``schedule.every``, in the middle
+    of a long input. One that needs all layers (``whole_model``) is asked when the last layer has read: at the end of
+    the forward pass in which a decision fell due, until when everything is held. A row whose turn it was in that pass
+    is decided about then; the others keep everything.
 
     Attributes
     ----------
@@ -91,6 +111,7 @@ class SlotCache(Cache):
         self.decides_after_forward = True
         self.decides_now = False  # the forward pass that runs ends with the manager's decision
         self.undecided = False  # the first chunks of a prompt were read, and no decision about them was made yet
+        self.owing = False  # a decision about all layers fell due, and was not made yet
         self.awaiting: int | None = None  # layer whose new keys no attention has read yet
         self._model = None if model is None else ref(model)
         self._limit = None if model is None else position_limit(model)
@@ -136,8 +157,21 @@ class SlotCache(Cache):
             self._limit = None
             warnings.warn(f"evomem: {beyond(model, limit)}", stacklevel=2)
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether the manager decides about all layers at once."""
+        return needs_all_layers(self.policy)
+
     def require_whole(self) -> None:
-        """Raise `CacheError` when an error or interruption cut a forward pass short, so that layers disagree."""
+        """Raise `CacheError` when an error or interruption cut a forward pass short, so that layers disagree.
+
+        Or when a decision about all layers was due, and making it failed.
+        """
+        if self.owing:
+            raise CacheError(
+                "the decision that was due at the end of the last forward pass was not made, because of an error; make "
+                "it with cache.decide(), or reset() the cache and read the context again"
+            )
         if len({layer.seen for layer in self.layers}) > 1:
             raise CacheError(
                 "a forward pass over this cache was cut short, so some layers read tokens that others did not; "
@@ -212,9 +246,54 @@ class SlotCache(Cache):
             self.decide()
 
     def decide(self) -> None:
-        """Let the manager decide about every layer now."""
-        for layer in self.layers:
-            layer.decide()
+        """Let the manager decide about every layer now.
+
+        Raises
+        ------
+        CacheError : nothing was read; or the manager decides about all layers at once, and not all have read the same.
+        """
+        if not self.whole_model:
+            for layer in self.layers:
+                layer.decide()
+            return
+        self.owing = False
+        self.require_whole()
+        self._decide_all([True] * len(self.layers[0].starts))
+
+    def end_pass(self, tokens: int) -> None:
+        """Make the decision about all layers that fell due in the forward pass of ``tokens`` tokens that ends here."""
+        if len({layer.seen for layer in self.layers}) > 1:
+            raise CacheError(
+                "a forward pass ran its last layer and not all the others, so the manager, which decides about all "
+                "layers at once, cannot; reset() the cache, and read with the whole model"
+            )
+        every, starts = self.policy.schedule.every, self.layers[0].starts
+        begin = self.get_seq_length() - tokens
+        due = [self.decides_now] * len(starts) if every is None else fell_due(begin, tokens, starts, every)
+        if any(due):
+            self._decide_all(due)
+            if every is None:
+                for layer in self.layers:
+                    layer.recorder.stop()  # until the next reading
+
+    def _decide_all(self, due: list[bool]) -> None:
+        """Let the manager decide about all layers at once, for the rows that are due.
+
+        Rows whose last turns were at different times look back to different tokens: they are asked about apart.
+        """
+        self.owing = True
+        views = [layer.view() for layer in self.layers]
+        since = self.layers[0].since_turn()
+        groups = sorted({count for count, turn in zip(since, due, strict=True) if turn})
+        found = []
+        with full_precision(views[0].keys):
+            for fresh in groups:
+                found.append(decide_all(self.policy, [replace(view, fresh=fresh, memo={}) for view in views]))
+        del views  # so that a layer's old slots go as soon as its new ones are there
+        rows = [[turn and count == fresh for count, turn in zip(since, due, strict=True)] for fresh in groups]
+        for index, layer in enumerate(self.layers):
+            layer.apply_turns([one[index] for one in found], rows)
+        self.owing = False
 
     def keep(self, masks: list[Tensor]) -> None:
         """Evict by one mask a layer (batch, kv_heads, slots)."""
@@ -231,7 +310,7 @@ class SlotCache(Cache):
             layer.reset()
         self._sums = {}
         self.bytes_peak = 0
-        self.awaiting = None
+        self.awaiting, self.owing = None, False
         self.decides_after_forward, self.decides_now, self.undecided = True, False, False
 
     # ---- measurements ---------------------------------------------------------------------------------------------
@@ -306,6 +385,7 @@ class SlotCache(Cache):
         other = SlotCache(self.depth, self.policy, rotaries=self.rotaries)
         other._model, other.bytes_peak, other._limit = self._model, self.bytes_peak, self._limit
         other.decides_after_forward, other.undecided = self.decides_after_forward, self.undecided
+        other.owing = self.owing
         for mine, copy in zip(self.layers, other.layers, strict=True):
             state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder")}
             vars(copy).update(state)

@@ -1,16 +1,29 @@
-"""Cache: where in a run of new tokens which rows have their turn to decide."""
+"""Cache: when a decision is due, and whether it is about one layer or about all.
+
+Both the cache and the evaluator ask here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evomem.errors import CacheError
+from evomem.memory.view import Decision, LayerView
+
+if TYPE_CHECKING:
+    from evomem.memory.kv.cache import CachePolicy
 
 
-def turns(begin: int, count: int, starts: Sequence[int], every: int) -> Iterator[tuple[int, list[bool]]]:
+def turns(begin: int, count: int, starts: Sequence[int], every: int | None) -> Iterator[tuple[int, list[bool]]]:
     """Cut ``count`` new tokens, the first of index ``begin``, wherever a row has read another ``every`` of its own.
 
     ``starts`` are the indices of the rows' first real tokens. Yields (tokens up to the cut, which rows decide there);
-    what follows the last decision comes with no row.
+    what follows the last decision comes with no row. Without ``every`` nothing is cut and nobody decides.
     """
+    if every is None:
+        yield count, [False] * len(starts)
+        return
     firsts = {(start - begin) % every or every for start in starts}
     cuts = {cut for first in firsts for cut in range(first, count + 1, every)} | {count}
     for cut in sorted(cuts):
@@ -18,3 +31,32 @@ def turns(begin: int, count: int, starts: Sequence[int], every: int) -> Iterator
         rows = [own > 0 and own % every == 0 for own in read]
         if any(rows) or cut == count:
             yield cut, rows
+
+
+def fell_due(begin: int, count: int, starts: Sequence[int], every: int) -> list[bool]:
+    """Return which rows have their turn anywhere in ``count`` new tokens, for a decision that waits for their end."""
+    return [any(rows) for rows in zip(*(rows for _, rows in turns(begin, count, starts, every)), strict=True)]
+
+
+def needs_all_layers(policy: object) -> bool:
+    """Whether a policy decides about all layers at once (``whole_model``)."""
+    return bool(getattr(policy, "whole_model", False))
+
+
+def decisions(policy: CachePolicy, views: Sequence[LayerView]) -> Iterable[Decision]:
+    """Return the decisions about all layers: one after the other as they are asked for, or all at once."""
+    return decide_all(policy, views) if needs_all_layers(policy) else map(policy.decide, views)
+
+
+def decide_all(policy: Any, views: Sequence[LayerView]) -> list[Decision]:
+    """Return what a policy that needs all layers decides.
+
+    Raises
+    ------
+    CacheError : it returned another number of decisions than there are layers.
+    """
+    found = list(policy.decide_all(views))
+    if len(found) != len(views):
+        name = getattr(policy, "name", type(policy).__name__)
+        raise CacheError(f"manager {name!r}: decide_all returned {len(found)} decisions about {len(views)} layers")
+    return found

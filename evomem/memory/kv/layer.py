@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +86,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.decays: Tensor | None = None
         self.start: Tensor = None  # type: ignore[assignment]
         self.starts: tuple[int, ...] = ()
+        self.turned: Tensor | None = None  # tokens read at every row's last decision, where rows had different turns
         self.seen = 0
         self.ahead = 0  # tokens stored after the one that was read last, while a long input is cut
         self.decided = 0  # tokens that had been read at the last decision about all rows
@@ -154,6 +155,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.decays is not None:
             self.decays = self.decays.index_select(0, index)
         self.starts = tuple(self.start.tolist())
+        if self.turned is not None:
+            self.turned = self.turned.index_select(0, index)
         self.recorder.rows(index)
 
     def crop(self, max_length: int) -> None:
@@ -176,6 +179,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         else:
             self.keep(self.slots < length)
         self.seen, self.decided = length, min(self.decided, length)
+        if self.turned is not None:
+            self.turned = self.turned.clamp(max=length)
         if not length:
             self.recorder = Recorder(self.cache.wanted)
 
@@ -204,7 +209,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _fresh(self) -> int:
         """Tokens since the last decision; a row's own turn was at most ``every`` ago, whatever other rows did."""
         every, since = self.cache.policy.schedule.every, self.seen - self.decided
+        if self.cache.whole_model:  # decides when a pass ends, which may be later than a row's turn
+            return max(self.since_turn())
         return since if every is None else min(every, since)
+
+    def since_turn(self) -> list[int]:
+        """Tokens since every row's last decision, for a manager that decides about all layers at once."""
+        if self.turned is None:
+            return [self.seen - self.decided] * len(self.starts)
+        return (self.seen - self.turned).tolist()
 
     def restore(self, view: LayerView, rows: int) -> None:
         """Start from a view of one row, repeated ``rows`` times without copying."""
@@ -224,6 +237,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             t.expand(rows, *t.shape[1:]) for t in (self.keys, self.values, self.slots, self.start)
         )
         self.starts = self.starts * rows
+        self.turned = None if self.turned is None else self.turned.expand(rows)
 
     def observe_again(self) -> None:
         """Record from now on; nobody has looked at the slots held yet."""
@@ -252,7 +266,28 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.decays = decay.float() if rows is None else torch.where(rows[:, None, None], decay.float(), old)
         self.keep(keep)
         if rows is None:
-            self.decided = self.seen
+            self.decided, self.turned = self.seen, None
+
+    def apply_turns(self, decisions: Sequence[Decision], turns: Sequence[Sequence[bool]]) -> None:
+        """Carry out decisions about different rows of the slots held now: decision i is about rows ``turns[i]``."""
+        if len(decisions) == 1 and all(turns[0]):
+            self.apply(decisions[0])
+            return
+        held, device = self.slots >= 0, self.slots.device
+        turned = self.turned if self.turned is not None else torch.full_like(self.start, self.decided)
+        rows = [torch.tensor(turn, device=device) for turn in turns]
+        keep, decays = held, [one.decay for one in decisions]
+        decay = None if all(one is None for one in decays) else self.decays
+        if decay is None and any(one is not None for one in decays):
+            decay = torch.zeros(held.shape, device=device, dtype=torch.float32)
+        for decision, turn in zip(decisions, rows, strict=True):
+            keep = torch.where(turn[:, None, None], decision.keep, keep)
+            turned = torch.where(turn, self.seen, turned)
+            if decay is not None and decision.decay is not None:
+                decay = torch.where(turn[:, None, None], decision.decay.float(), decay)
+        self.apply(Decision(keep, decay))
+        if not bool(torch.stack(rows).any(0).all()):
+            self.turned = turned
 
     def keep(self, mask: Tensor) -> None:
         """Evict, physically, every slot where ``mask`` (batch, kv_heads, slots) is False."""
@@ -292,10 +327,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         query : (batch, query_heads, tokens, head_dim).
 
-        A long input is cut where decisions are due. A layer's output for a token depends on earlier tokens only, so
-        cutting inside the layer is the same as feeding the model one piece after the other. Where a mask lets tokens
-        look ahead (those of one image see each other), what they look at is stored with them; decisions do not see it
-        before it is read.
+        A long input is cut where decisions about the layer are due. A layer's output for a token depends on earlier
+        tokens only, so cutting inside the layer is the same as feeding the model one piece after the other. Where a
+        mask lets tokens look ahead (those of one image see each other), what they look at is stored with them;
+        decisions do not see it before it is read.
         """
         if self.pending is None:
             raise CacheError("attention without new keys: update() must come first")
@@ -339,6 +374,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 if self.cache.policy.schedule.every is None:
                     self.recorder.stop()  # until the next reading
             at = end
+        if self.cache.whole_model and self.index == self.cache.depth - 1:
+            self.cache.end_pass(count)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _require_hidden(self, visibility: Visibility, begin: int) -> None:
@@ -369,7 +406,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.starts = tuple(self.start.tolist())
 
     def _pieces(self, begin: int, count: int) -> Iterator[tuple[int, Tensor | None]]:
-        """Cut ``count`` new tokens at decisions: (end of the piece, rows that decide there or None)."""
+        """Cut ``count`` new tokens at decisions about this layer: (end of the piece, rows that decide there)."""
+        if self.cache.whole_model:  # decides when all layers have read
+            yield count, None
+            return
         every, rows = self.cache.policy.schedule.every, len(self.starts)
         cuts = [(count, [self.cache.decides_now] * rows)] if every is None else turns(begin, count, self.starts, every)
         for cut, turn in cuts:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evomem.errors import UnsupportedModelError
+from evomem.memory.kv.due import needs_all_layers
 from evomem.memory.observations import Wanted, axes_of
 from evomem.memory.view import Decision, LayerView
 
@@ -60,7 +61,7 @@ def check_parallel(model: PreTrainedModel, policy: CachePolicy, layers: int) -> 
 @torch.no_grad()
 def _by_head(policy: CachePolicy, heads: int, parts: int, size: int, layers: int) -> bool:
     """Whether decisions about some of the heads are those that are made about all of them at once."""
-    if heads % parts:
+    if heads % parts or needs_all_layers(policy):  # heads of all layers share one budget
         return False
     budget = getattr(getattr(policy, "options", None), "budget", None)
     slots = min(_SLOTS, 2 * budget) if isinstance(budget, int) else 64

@@ -24,7 +24,7 @@ COUNTS = ("seen", "decided", "bytes_peak", "_read")
 FLAGS = ("dense", "aligned")
 NUMBERS = ("scale", "_byte_tokens")
 MAYBE = ("softcap", "window")
-TENSORS = ("keys", "values", "slots", "start", "decays")
+TENSORS = ("keys", "values", "slots", "start", "decays", "turned")
 """Attributes of a `SlotLayer` that are its state: whole numbers, truths, numbers, numbers or none, tensors.
 
 ``starts`` follows from ``start``, ``is_initialized`` from ``seen``; ``pending`` and ``ahead`` exist within a pass only.
@@ -203,15 +203,20 @@ def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, T
         "slots": ((batch, heads, held), torch.int64),
         "start": ((batch,), torch.int64),
         "decays": ((batch, heads, held), torch.float32),
+        "turned": ((batch,), torch.int64),
     }
     _check_shape(f"{index}.slots", slots, *shapes["slots"])
     _check_shape(f"{index}.start", start, *shapes["start"])
     _require(bool(((start >= 0) & (start <= seen)).all()), f"{index}.start", "is outside of what was read")
+    turned = tensors.get("turned")
+    if turned is not None:
+        _check_shape(f"{index}.turned", turned, *shapes["turned"])
+        _require(bool(((turned >= 0) & (turned <= seen)).all()), f"{index}.turned", "is outside of what was read")
     shapes |= _recorded_shapes(index, wanted, tensors, batch, heads, held, size, seen, _since(start, facts))
     for name, tensor in tensors.items():
         _require(name in shapes, f"{index}.{name}", "is nothing that this manager's cache holds")
         _check_shape(f"{index}.{name}", tensor, *shapes[name])
-    for name in shapes.keys() - tensors.keys() - {"decays"}:
+    for name in shapes.keys() - tensors.keys() - {"decays", "turned"}:
         raise CacheError(f"{index}.{name}: is missing")
     rising = (slots[..., 1:] > slots[..., :-1]) | (slots[..., :-1] == -1)
     within = bool(((slots >= -1) & (slots < seen)).all()) and bool(rising.all())

@@ -1,0 +1,95 @@
+"""Manager: an allocation over the heads of all layers at once, by one learned share a head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from evomem.bounds import UNITS
+from evomem.managers.allocation import (
+    AllocationOptions,
+    ModelAllocation,
+    clamped_shares,
+    interpolated,
+    register_allocation,
+)
+from evomem.managers.selection import Ends
+from evomem.memory.view import LayerView
+
+
+class PerHeadSharesOptions(AllocationOptions):
+    """Options of `PerHeadShares`."""
+
+    heads: int = Field(ge=1, le=UNITS, description="KV heads that have log-shares of their own")
+    layers: int | None = Field(default=None, ge=1, le=UNITS, description="one log-share a layer and head")
+    points: int | None = Field(
+        default=None, ge=1, le=UNITS, description="one log-share a head at so many points of depth, linear in between"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.layers is None) == (self.points is None):
+            raise ValueError("give either layers (a number for every layer) or points (of depth)")
+        return self
+
+
+@register_allocation("per_head_shares")
+class PerHeadShares(ModelAllocation):
+    """Gives head h of layer l a share proportional to exp(θ[l, h]) of what all heads of all layers have together.
+
+    Every head first gets what the protected ends need and one slot more (at most the mean); the rest is shared out by
+    the softmax of θ over all layers and heads. A head gets at most what it holds, and what it cannot use goes to the
+    others by their shares. The sum is layers x heads x mean in every row.
+
+    θ is one learned number a layer and head (``layers=``), or a function of depth and head with few numbers
+    (``points=``). On a model with another number of layers either is interpolated linearly in depth; where the number
+    of KV heads is another, every head gets the heads' mean. At first all numbers are 0: equal shares.
+    """
+
+    Options = PerHeadSharesOptions
+    options: PerHeadSharesOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        knots = self.options.layers or self.options.points or 1
+        self.log_shares = nn.Parameter(torch.zeros(knots, self.options.heads, dtype=torch.float32))
+
+    def limits(
+        self,
+        views: Sequence[LayerView],
+        means: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        ends: Ends,
+        shares: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return the slots of every head, as a list of (batch, kv_heads, 1) int64, each on its view's device."""
+        device = views[0].slots.device
+        counts = [view.slots.shape[1] for view in views]
+        weights = torch.softmax(self._logs(counts, device).double(), 0)[:, None, None, None]
+        mean = means[0].to(device)
+        # Slots that a head may keep, as parts of one row: (heads of all layers, batch, 1, 1).
+        usable = torch.cat([(s != -torch.inf).sum(-1).to(device) for s in scores], 1).transpose(0, 1)[..., None, None]
+        heads = sum(counts)
+        enough = usable.sum(0) >= mean * heads  # else every head keeps all that it holds
+        floor = mean.clamp(max=ends.floor).expand(usable.shape)
+        least = torch.where(enough, floor, usable)
+        most = torch.where(enough, torch.maximum(usable, floor), usable + mean * heads)
+        rest = clamped_shares(weights, torch.zeros_like(least), most - least, mean * heads - least.sum(0))
+        parts = torch.split((rest + least)[..., 0].transpose(0, 1), counts, 1)
+        return [part.to(view.slots.device) for part, view in zip(parts, views, strict=True)]
+
+    def _logs(self, counts: Sequence[int], device: torch.device) -> Tensor:
+        """Return θ for a model whose layers have so many heads: (heads of all layers,), layer by layer."""
+        knots = torch.nan_to_num(self.log_shares.float().to(device))
+        logs = knots if knots.shape[0] == len(counts) else interpolated(knots, len(counts))
+        own = self.options.heads
+        return torch.cat(
+            [
+                row if heads == own else row.mean(0, keepdim=True).expand(heads)
+                for row, heads in zip(logs, counts, strict=True)
+            ]
+        )
