@@ -1,4 +1,4 @@
-"""Run: how large the numbers of configurations may be: far beyond what anybody uses, far below what has no end.
+"""Base: how large the numbers of configurations may be: far beyond what anybody uses, far below what has no end.
 
 Every field of every configuration has two bounds (`tests/test_bounds.py` walks them all). What fits within them and is
 still too much for a machine, `evomem.evaluation.needs` says before it begins.

@@ -1,4 +1,4 @@
-"""Model: the devices that tensors lie on: which there are, how much memory they have, and what happens when it ends."""
+"""Base: the devices that tensors lie on: which there are, how much memory they have, and what happens when it ends."""
 
 from __future__ import annotations
 

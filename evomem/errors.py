@@ -1,4 +1,4 @@
-"""Errors that are meant for users: what was wrong, where, and what to do."""
+"""Base: errors that are meant for users: what was wrong, where, and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Around the nouns: what evomem is called where packages are installed, and which packages an undertaking needs."""
+"""Base: what evomem is called where packages are installed, and which packages an undertaking needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache: torch's modes, which a caller may be in and which must not stick to what is kept."""
+"""Base: torch's modes, which a caller may be in and which must not stick to what is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Around the nouns: text in which no character does more than be seen, whoever wrote it."""
+"""Base: text in which no character does more than be seen, whoever wrote it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way in which managers, tasks, drivers, objectives and others get a name: a decorator."""
+"""Base: the one way in which managers, tasks, drivers, objectives and others get a name: a decorator."""
 
 from __future__ import annotations
 

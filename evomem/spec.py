@@ -1,4 +1,4 @@
-"""One line that names a thing with its options: ``snapkv(window=64)``, ``passkey:length=1000``.
+"""Base: one line that names a thing with its options: ``snapkv(window=64)``, ``passkey:length=1000``.
 
 Managers, allocations and tasks are written in this language, on the command line, in YAML and in programs:
 

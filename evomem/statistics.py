@@ -1,4 +1,4 @@
-"""How sure a mean or a paired difference is, and who wins."""
+"""Base: how sure a mean or a paired difference is, and who wins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Around the nouns: consoles on which no character of a file by somebody else does more than be seen."""
+"""Base: consoles on which no character of a file by somebody else does more than be seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: how YAML becomes a validated configuration, with errors that name file, field, value and what was meant."""
+"""Base: how YAML becomes a validated configuration, with errors that name file, field, value and what was meant."""
 
 from __future__ import annotations
 

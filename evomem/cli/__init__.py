@@ -1,1 +1,1 @@
-"""Around the nouns: the command line ``evomem``."""
+"""CLI: ``evomem`` in a terminal."""

@@ -1,4 +1,4 @@
-"""Run: the command line. Only the commands' shape is here and in ``cli_*``, so that ``--help`` is there at once."""
+"""CLI: only the commands' shape is here and in the files beside it, so that ``--help`` is there at once."""
 
 from __future__ import annotations
 

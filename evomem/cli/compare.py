@@ -1,4 +1,4 @@
-"""Run: the command line's words for measuring managers: ``compare``, ``transfer``, ``evaluate``."""
+"""CLI: the words for measuring managers: ``compare``, ``transfer``, ``evaluate``."""
 
 from __future__ import annotations
 

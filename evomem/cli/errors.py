@@ -1,4 +1,4 @@
-"""Run: how a command ends that fails, is interrupted, or is told to end."""
+"""CLI: how a command ends that fails, is interrupted, or is told to end."""
 
 from __future__ import annotations
 

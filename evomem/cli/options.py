@@ -1,4 +1,4 @@
-"""Run: the options that commands share, and the words that they take."""
+"""CLI: the options that commands share, and the words that they take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: the command line's words for what is there: ``track``, ``export``, ``import-namm``, ``list``, ``models``."""
+"""CLI: the words for what is there: ``track``, ``export``, ``import-namm``, ``list``, ``models``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: the command line's words for finding managers: ``evolve``, ``train``, ``trace``."""
+"""CLI: the words for finding managers: ``evolve``, ``train``, ``trace``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Around the nouns: files of users and strangers, read with a bound and strictly; files that survive a kill."""
+"""Files: those of users and strangers, read with a bound and strictly; files that survive a kill."""

@@ -1,4 +1,4 @@
-"""Run: files that survive a kill: whole or not there, never half."""
+"""Files: written so that they survive a kill: whole or not there, never half."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: files of users and strangers, read with a bound: a regular file, so many bytes, and a plain error.
+"""Files: those of users and strangers, read with a bound: a regular file, so many bytes, and a plain error.
 
 `/dev/zero` has no end, a pipe waits for somebody who writes, and a folder is no file. Each is an error here, at once.
 """

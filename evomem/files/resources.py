@@ -1,4 +1,4 @@
-"""Run: the YAML files and model folders that come with evomem, found in a checkout and in an installed wheel."""
+"""Files: the YAML files and model folders that come with evomem, found in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 

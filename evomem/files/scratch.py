@@ -1,4 +1,4 @@
-"""Temporary folders that do not outlive their process: if it is killed, the next process of evomem removes them.
+"""Files: temporary folders that do not outlive their process: if it is killed, the next process of evomem removes them.
 
 Whoever makes a folder holds a lock in it, which the system lets go when the process ends, however it ends. A folder
 whose lock is free belongs to nobody any more. Processes do not look at each other's numbers, so this also holds between

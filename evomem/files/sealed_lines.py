@@ -1,4 +1,4 @@
-"""Run: JSON lines that say themselves whether they are as they were written: a number and a checksum each.
+"""Files: JSON lines that say themselves whether they are as they were written: a number and a checksum each.
 
 A sealed line is a JSON object whose last two fields are ``line``, its number in the file counted from 1, and ``check``,
 the BLAKE2b hash (8 bytes) of all that stands before it. A changed digit is seen by the checksum; a line that is gone,

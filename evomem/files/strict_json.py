@@ -1,4 +1,4 @@
-"""Run: numbers as one line of strict JSON, and back; and strict JSON that somebody else wrote."""
+"""Files: numbers as one line of strict JSON, and back; and strict JSON that somebody else wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: YAML that a person writes, read strictly: plain values, no key twice, and bounds on all that can grow.
+"""Files: YAML that a person writes, read strictly: plain values, no key twice, and bounds on all that can grow.
 
 A few hundred bytes of YAML may stand for gigabytes: an alias repeats what it names, and aliases may name aliases. What
 a text stands for is counted before anything is made of it. Dates, sets and binaries, which have no place in a

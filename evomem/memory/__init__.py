@@ -1,4 +1,4 @@
-"""Cache: a frozen model's KV memory as slots; each slot remembers which token it holds."""
+"""Memory: a frozen model's KV memory as slots; each slot remembers which token it holds."""
 
 from __future__ import annotations
 

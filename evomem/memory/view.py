@@ -1,4 +1,4 @@
-"""Cache: what a manager sees of one layer's slots, and what it may answer."""
+"""Memory: what a manager sees of one layer's slots, and what it may answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: what a search says of its own steps, as a picture: gradient, distance from the warm start, the oracle."""
+"""Report: what a search says of its own steps, as a picture: gradient, distance from the warm start, the oracle."""
 
 from __future__ import annotations
 

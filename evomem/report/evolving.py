@@ -1,4 +1,4 @@
-"""Run: a search as a whole, as `evomem.evolve`: search, compare the winner with the field, report."""
+"""Report: a search as a whole, as `evomem.evolve`: search, compare the winner with the field, report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: pictures of a search and of a comparison, as PNG files."""
+"""Report: pictures of a search and of a comparison, as PNG files."""
 
 from __future__ import annotations
 

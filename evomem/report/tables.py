@@ -1,4 +1,4 @@
-"""Run: what a comparison says, as tables for a terminal, as Markdown, and as one sentence per budget."""
+"""Report: what a comparison says, as tables for a terminal, as Markdown, and as one sentence per budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: how managers do on models that they were not found on: rows, cells of a matrix, tables, a picture."""
+"""Report: how managers do on models that they were not found on: rows, cells of a matrix, tables, a picture."""
 
 from __future__ import annotations
 

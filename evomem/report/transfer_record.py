@@ -1,4 +1,4 @@
-"""Run: what a measurement on other models leaves in a plug-in: rows of its provenance, its card, and a picture."""
+"""Report: what a measurement on other models leaves in a plug-in: rows of its provenance, its card, and a picture."""
 
 from __future__ import annotations
 

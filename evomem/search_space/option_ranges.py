@@ -1,4 +1,4 @@
-"""Manager: how one of its options varies in a search; real coordinates for every value, and back.
+"""Search space: how one of its options varies in a search; real coordinates for every value, and back.
 
 **Every real number decodes.** A bounded option goes through ``(1 - cos(pi u)) / 2`` with ``u = scale * x``: smooth
 everywhere, periodic, reaching both ends (at whole u), one-to-one on [0, 1], and nowhere steeper than pi/2, so that a

@@ -1,4 +1,4 @@
-"""Manager: what of a manager may vary in a search; a vector of real numbers for every variant, and back.
+"""Search space: what of a manager may vary in a search; a vector of real numbers for every variant, and back.
 
 A search space is a YAML file of `search_spaces/`::
 

@@ -1,4 +1,4 @@
-"""What tests need: tiny random models of every family, the cache's conformance kit, and reference replays."""
+"""Testing: what tests need: tiny random models of every family, the cache's conformance kit, and reference replays."""
 
 from evomem.testing.comparing import ConformanceError
 from evomem.testing.conformance import CHECKS, CheckResult, check_manager, run_check

@@ -1,4 +1,4 @@
-"""Cache: ways to run a model over a cache, and comparisons of what comes out, for the conformance kit and for tests."""
+"""Testing: ways to run a model over a cache, and comparisons of what comes out, for kit and tests."""
 
 from __future__ import annotations
 

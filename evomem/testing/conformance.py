@@ -1,4 +1,4 @@
-"""Cache: the conformance kit, by which any manager on any model is held to the slot cache's contract.
+"""Testing: the conformance kit, by which any manager on any model is held to the slot cache's contract.
 
 Every check runs the manager and an independent slow path, and raises `ConformanceError` with what differs. For your own
 manager, in pytest:

@@ -1,4 +1,4 @@
-"""Cache: which decoders of the installed transformers conform, tried one by one on tiny random models.
+"""Testing: which decoders of the installed transformers conform, tried one by one on tiny random models.
 
 ``python -m evomem.testing.families`` tries every model type that transformers has a causal language model for: a
 narrow copy of the default configuration (`evomem.memory.kv.narrow`) with random weights and windows of 6 tokens reads

@@ -1,4 +1,4 @@
-"""Cache: how the conformance kit compares decisions of fp16 and bf16 models, in which a rounding may tip a slot.
+"""Testing: how the conformance kit compares decisions of fp16 and bf16 models, in which a rounding may tip a slot.
 
 Two ways to read the same context round differently there, so that near-equal scores may change places. What is compared
 instead: decisions about the very same numbers, and the logits that follow from the very same decisions.

@@ -1,4 +1,4 @@
-"""Model: tiny random models of every managed family, for tests that need the real code and no download."""
+"""Testing: tiny random models of every managed family, for tests that need the real code and no download."""
 
 from __future__ import annotations
 

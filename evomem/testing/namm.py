@@ -1,4 +1,4 @@
-"""Manager: replay recorded updates of a NAMM through this package's own code and report the differences.
+"""Testing: replay recorded updates of a NAMM through this package's own code and report the differences.
 
 ``python -m evomem.testing.namm FILE…`` prints one JSON object a file:
 ``{"file": …, "features": max abs difference, "scores": max abs difference, "kept_mismatches": count}``.

@@ -1,4 +1,4 @@
-"""Model: pretend accelerators, so that code which would fail on a GPU fails on a machine without one.
+"""Testing: pretend accelerators, so that code which would fail on a GPU fails on a machine without one.
 
 >>> with PretendDevices(2) as devices:                                             # doctest: +SKIP
 ...     model.to("pretend:0")

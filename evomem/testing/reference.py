@@ -1,4 +1,4 @@
-"""Cache: the slow attention that the slot cache is held against: nothing evicted, one explicit mask per layer and head.
+"""Testing: slow attention that the slot cache is held against: nothing evicted, an explicit mask per layer and head.
 
 Nothing here uses the slot cache's own mask, compaction or schedule: who may look at whom is what the model's own mask
 says, written out by transformers, less what the manager's decisions evicted, worked out over the whole sequence and

@@ -1,4 +1,4 @@
-"""Run: who is told how a search goes."""
+"""Tracking: who is told how a search goes."""
 
 from evomem.tracking.base import GenerationRecord, Tracker, Trackers
 from evomem.tracking.build import build_tracker, build_trackers

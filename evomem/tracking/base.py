@@ -1,4 +1,4 @@
-"""Run: the tracker protocol, four methods fed from the journal; a tracker that fails never stops a run."""
+"""Tracking: the tracker protocol, four methods fed from the journal; a tracker that fails never stops a run."""
 
 from __future__ import annotations
 

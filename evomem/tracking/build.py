@@ -1,4 +1,4 @@
-"""Run: trackers by name, as ``evomem evolve --track`` gives them."""
+"""Tracking: trackers by name, as ``evomem evolve --track`` gives them."""
 
 from __future__ import annotations
 

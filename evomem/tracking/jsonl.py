@@ -1,4 +1,4 @@
-"""Run: a tracker that writes one JSON line per call to a file, for programs that follow a run."""
+"""Tracking: a tracker that writes one JSON line per call to a file, for programs that follow a run."""
 
 from __future__ import annotations
 

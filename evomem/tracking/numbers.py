@@ -1,4 +1,4 @@
-"""Run: the numbers of a generation by the names under which TensorBoard and W&B show them."""
+"""Tracking: the numbers of a generation by the names under which TensorBoard and W&B show them."""
 
 from __future__ import annotations
 

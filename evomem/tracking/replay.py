@@ -1,4 +1,4 @@
-"""Run: tell a tracker about a run after the fact, from its journal."""
+"""Tracking: tell a tracker about a run after the fact, from its journal."""
 
 from __future__ import annotations
 

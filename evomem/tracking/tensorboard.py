@@ -1,4 +1,4 @@
-"""Run: a tracker that writes TensorBoard event files."""
+"""Tracking: a tracker that writes TensorBoard event files."""
 
 from __future__ import annotations
 

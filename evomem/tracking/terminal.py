@@ -1,4 +1,4 @@
-"""Run: a tracker for the terminal: generation, best, mean, spread, time left."""
+"""Tracking: a tracker for the terminal: generation, best, mean, spread, time left."""
 
 from __future__ import annotations
 

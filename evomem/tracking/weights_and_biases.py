@@ -1,4 +1,4 @@
-"""Run: a tracker for Weights & Biases, made from the journal: offline into a folder, or online as the run goes on."""
+"""Tracking: Weights & Biases, made from the journal: offline into a folder, or online as the run goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: where it happens; in this process, or elsewhere."""
+"""Workers: where evaluation happens, in this process or elsewhere."""
 
 from evomem.workers.local import LocalPool
 from evomem.workers.units import Evaluate, Outcome, Recipe, Unit, WorkerOptions, WorkerPool

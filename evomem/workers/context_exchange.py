@@ -1,4 +1,4 @@
-"""Evaluation: contexts that were read, handed from one worker to another without reading them again."""
+"""Workers: contexts that were read, handed from one worker to another without reading them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: how long pieces of work take, as far as a schedule has seen."""
+"""Workers: how long pieces of work take, as far as a schedule has seen."""
 
 from __future__ import annotations
 

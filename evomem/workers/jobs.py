@@ -1,4 +1,4 @@
-"""Evaluation: from units to a schedule's jobs and from its results to outcomes; who may not be evaluated again.
+"""Workers: from units to a schedule's jobs and from its results to outcomes; who may not be evaluated again.
 
 A unit is evaluated whole. If that kills its workers the schedule tries its candidates one by one, and there are two
 ways out. Either one of them, alone, kills its workers: then it is quarantined, in this unit and in every other one, and

@@ -1,4 +1,4 @@
-"""Evaluation: the pool that evaluates in this process, one unit after the other."""
+"""Workers: the pool that evaluates in this process, one unit after the other."""
 
 from __future__ import annotations
 

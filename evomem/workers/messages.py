@@ -1,4 +1,4 @@
-"""Evaluation: what a schedule is told and says: jobs, leases, results, and the policy that it follows."""
+"""Workers: what a schedule is told and says: jobs, leases, results, and the policy that it follows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: a schedule's own records of work, jobs, leases and workers; they change as things happen."""
+"""Workers: a schedule's own records of work, jobs, leases and workers; they change as things happen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: whether, and when, another worker is started in the place of one that could not start."""
+"""Workers: whether, and when, another worker is started in the place of one that could not start."""
 
 from __future__ import annotations
 

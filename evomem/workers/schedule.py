@@ -1,4 +1,4 @@
-"""Evaluation: who does what next, and what counts; pure: events in, assignments out, the time is an argument.
+"""Workers: who does what next, and what counts; pure: events in, assignments out, the time is an argument.
 
 `Schedule` knows neither Ray nor threads nor clocks nor chance. Whoever holds it tells it what happened (`join`,
 `leave`, `finished`, `failed`), asks it what to do (`assign`, `expired`, `next_check`), and collects `results`.

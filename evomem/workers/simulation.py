@@ -1,4 +1,4 @@
-"""Evaluation: a cluster that is not there: virtual workers and a virtual clock around the real scheduling core.
+"""Workers: a cluster that is not there: virtual workers and a virtual clock around the real scheduling core.
 
 `simulate` drives `Schedule` exactly as a pool does, with a heap of events instead of processes, so that its decisions
 can be judged for more workers than anybody has at hand.

@@ -1,4 +1,4 @@
-"""Evaluation: the unit of work, some candidates on one sample, and the pool that does it."""
+"""Workers: the unit of work, some candidates on one sample, and the pool that does it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: the pieces of work that wait for a worker, found by what has to be read for them."""
+"""Workers: the pieces of work that wait for a worker, found by what has to be read for them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Run: what the commands do; `evomem.cli.app` says how they are called. Imported when a command runs, not before."""
+"""CLI: what the commands do; `evomem.cli.app` says how they are called. Imported when a command runs, not before."""

@@ -1,4 +1,4 @@
-"""Run: the commands ``compare`` and ``evaluate``, and how subjects, models and tasks are named on the command line."""
+"""CLI: the commands ``compare`` and ``evaluate``, and how subjects, models and tasks are named on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: the commands ``evolve`` and ``export``: search, compare the winner with the field, report, hand over."""
+"""CLI: the commands ``evolve`` and ``export``: search, compare the winner with the field, report, hand over."""
 
 from __future__ import annotations
 

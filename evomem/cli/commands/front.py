@@ -1,4 +1,4 @@
-"""Run: a front on the command line: its table, its picture, and what a comparison sets beside it."""
+"""CLI: a front on the command line: its table, its picture, and what a comparison sets beside it."""
 
 from __future__ import annotations
 

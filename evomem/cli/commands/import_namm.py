@@ -1,4 +1,4 @@
-"""Run: the command ``import-namm``: a NAMM that others searched, in the published layout, becomes a plug-in.
+"""CLI: the command ``import-namm``: a NAMM that others searched, in the published layout, becomes a plug-in.
 
 Two layouts are read, from ``.npz``, ``.safetensors`` and ``.pt`` alike:
 

@@ -1,4 +1,4 @@
-"""Run: the commands ``list`` and ``models``."""
+"""CLI: the commands ``list`` and ``models``."""
 
 from __future__ import annotations
 

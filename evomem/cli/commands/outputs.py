@@ -1,4 +1,4 @@
-"""Run: files that a command writes where the user says: what is there is looked at before anything is measured."""
+"""CLI: files that a command writes where the user says: what is there is looked at before anything is measured."""
 
 from __future__ import annotations
 

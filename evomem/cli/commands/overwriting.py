@@ -1,4 +1,4 @@
-"""Run: what a command may write over."""
+"""CLI: what a command may write over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: which packages a command needs that the plain install does not have, so that it asks for all of them first."""
+"""CLI: which packages a command needs that the plain install does not have, so that it asks for all of them first."""
 
 from __future__ import annotations
 

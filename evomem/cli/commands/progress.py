@@ -1,4 +1,4 @@
-"""Run: how far a command is, on standard error."""
+"""CLI: how far a command is, on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: the command ``trace``: record what heads saw and what was attended to afterwards."""
+"""CLI: the command ``trace``: record what heads saw and what was attended to afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: the command ``track``: tell TensorBoard, W&B or a file about a run after the fact."""
+"""CLI: the command ``track``: tell TensorBoard, W&B or a file about a run after the fact."""
 
 from __future__ import annotations
 

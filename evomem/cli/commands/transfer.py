@@ -1,4 +1,4 @@
-"""Run: the command ``transfer``: managers on models that they were not found on."""
+"""CLI: the command ``transfer``: managers on models that they were not found on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: record traces: what each head saw of a task's contexts, and what question and answer then attended to.
+"""Evaluation: record traces: what each head saw of a task's contexts, and what question and answer then attended to.
 
 The format, and how traces are read, is in `evomem.evaluation.traces.store`. A recording may be killed at any moment:
 what is in the manifest is whole, and the same call goes on after it.

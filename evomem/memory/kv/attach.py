@@ -1,4 +1,4 @@
-"""Cache: switch a model to the managed attention, and back, exactly."""
+"""Memory: switch a model to the managed attention, and back, exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache: the attention function that reads from slots and builds its mask from what the slots hold."""
+"""Memory: the attention function that reads from slots and builds its mask from what the slots hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache: all layers' slots, what the model sees as its `past_key_values`."""
+"""Memory: all layers' slots, what the model sees as its `past_key_values`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache: what the calls around an attention say: whether a cache of slots was given, and what `generate` is doing.
+"""Memory: what the calls around an attention say: whether a cache of slots was given, and what `generate` is doing.
 
 transformers hands an attention function nothing but tensors. That a model, `generate` or a wrapper was given a cache
 and exchanged or dropped it on the way (long rope, prefix tuning, gradient checkpointing) is known to the calls that the

@@ -1,4 +1,4 @@
-"""Cache: when a decision is due, and whether it is about one layer or about all.
+"""Memory: when a decision is due, and whether it is about one layer or about all.
 
 Both the cache and the evaluator ask here.
 """

@@ -1,4 +1,4 @@
-"""Cache: the slots of one layer, and attention over them."""
+"""Memory: the slots of one layer, and attention over them."""
 
 from __future__ import annotations
 

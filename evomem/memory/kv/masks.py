@@ -1,4 +1,4 @@
-"""Cache: masks worked out from what the slots hold."""
+"""Memory: masks worked out from what the slots hold."""
 
 from __future__ import annotations
 

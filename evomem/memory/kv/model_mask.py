@@ -1,4 +1,4 @@
-"""Cache: the mask that a model asks transformers for, kept as what it says until somebody needs its numbers.
+"""Memory: the mask that a model asks transformers for, kept as what it says until somebody needs its numbers.
 
 A model describes its mask as a function of token indices: causal, a sliding window, chunks, images whose tokens see
 each other, packed sequences, combined with "and" and "or". Causal masks and windows are worked out from the indices

@@ -1,4 +1,4 @@
-"""Cache: a narrow copy of a model's configuration, in which nothing that decides how attention works is changed.
+"""Memory: a narrow copy of a model's configuration, in which nothing that decides how attention works is changed.
 
 Kept are head size, rotary embedding, activation, norms, softcap, and two layers of each kind. Made small are the number
 of heads (their grouping stays), widths that follow from it, experts, vocabulary, and sliding windows and chunks.

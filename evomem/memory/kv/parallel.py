@@ -1,4 +1,4 @@
-"""Cache: models whose heads are split over processes (tensor parallel), and managers that decide right in each."""
+"""Memory: models whose heads are split over processes (tensor parallel), and managers that decide right in each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache: how many tokens a model has positions for, evicted ones counted, and what happens beyond."""
+"""Memory: how many tokens a model has positions for, evicted ones counted, and what happens beyond."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache: the observations of a context that another engine has read, from its queries and keys."""
+"""Memory: the observations of a context that another engine has read, from its queries and keys."""
 
 from __future__ import annotations
 

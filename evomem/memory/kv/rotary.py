@@ -1,4 +1,4 @@
-"""Cache: what is known of a model's rotary embedding, to take queries out of and into rotated frames."""
+"""Memory: what is known of a model's rotary embedding, to take queries out of and into rotated frames."""
 
 from __future__ import annotations
 

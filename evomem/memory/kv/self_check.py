@@ -1,4 +1,4 @@
-"""Cache: whether a model family computes the same under the managed attention, tried before it is relied on.
+"""Memory: whether a model family computes the same under the managed attention, tried before it is relied on.
 
 A family is accepted by what its classes look like. Whether it really hands its keys, values and masks on as the
 managed attention expects shows only when it runs. So the first `attached` of a model class and configuration runs a

@@ -1,4 +1,4 @@
-"""Cache: everything that a cache holds as plain numbers and tensors, and a cache made of them again, to the bit.
+"""Memory: everything that a cache holds as plain numbers and tensors, and a cache made of them again, to the bit.
 
 A snapshot says nothing about manager and model; who writes it into a file adds both (`evomem.plugins.saved_cache`).
 Numbers and tensors are checked against each other when a cache is made of them: a file may come from anybody.

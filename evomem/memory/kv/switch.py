@@ -1,4 +1,4 @@
-"""Cache: which configurations are switched to the managed attention, what they ran before, and what runs inside."""
+"""Memory: which configurations are switched to the managed attention, what they ran before, and what runs inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache: what differs between versions of transformers: the name of a cache; and the versions that were tested.
+"""Memory: what differs between versions of transformers: the name of a cache; and the versions that were tested.
 
 A cache is called `past_key_values`, and `cache` from version 5.24 on; the older name is gone from `forward` in 5.40,
 and from `generate` in 6. Models of other people may know one or the other, whatever the version.

@@ -1,4 +1,4 @@
-"""Cache: the attention spectrogram of every slot, as a pure streaming function.
+"""Memory: the attention spectrogram of every slot, as a pure streaming function.
 
 Source: "An Evolved Universal Transformer Memory" (arXiv 2410.13166), section 3: the attention that a key receives is
 read as a signal over the queries; its short-time Fourier transform is averaged over time with a decaying weight.

@@ -1,4 +1,4 @@
-"""Evaluation: what answers at the address of a Ray cluster, and whether it lets in everybody.
+"""Workers: what answers at the address of a Ray cluster, and whether it lets in everybody.
 
 Ray's servers speak gRPC, which is HTTP/2 (RFC 9113) with headers as RFC 7541 packs them. One question is asked in bytes
 and without a token, so that the answer does not depend on what this process has. It comes before Ray is asked to

@@ -1,4 +1,4 @@
-"""Evaluation: a connection to Ray, on this machine or to a running cluster, or a clear word on why there is none."""
+"""Workers: a connection to Ray, on this machine or to a running cluster, or a clear word on why there is none."""
 
 from __future__ import annotations
 

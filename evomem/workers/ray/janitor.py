@@ -1,4 +1,4 @@
-"""Evaluation: what ends a Ray of our own whose process was killed: its processes are ended, its folder is removed.
+"""Workers: what ends a Ray of our own whose process was killed: its processes are ended, its folder is removed.
 
 Ray's own servers end with the process that started them, but its agents wait a minute or longer for a server that will
 not come back, and its folder stays. This file is also run as a program, by itself (it imports nothing of evomem):

@@ -1,4 +1,4 @@
-"""Evaluation: a Ray of our own on this machine: nobody else can reach it, and nothing of it stays behind.
+"""Workers: a Ray of our own on this machine: nobody else can reach it, and nothing of it stays behind.
 
 Whoever reaches a Ray can run code as its user. Ours listens on the loopback interface only, asks for a token that
 exists in the environment of its processes and nowhere else, and lies in a folder that only this user can open.

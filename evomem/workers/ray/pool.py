@@ -1,4 +1,4 @@
-"""Evaluation: the pool that evaluates in Ray's worker processes, on this machine or on a cluster.
+"""Workers: the pool that evaluates in Ray's worker processes, on this machine or on a cluster.
 
 `Schedule` decides who does what; this file carries its decisions out and tells it what happened. Ray restarts nothing
 and retries nothing by itself: the ledger is here, so that every unit counts once, whatever dies.

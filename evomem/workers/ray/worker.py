@@ -1,4 +1,4 @@
-"""Evaluation: what runs in a worker process: the model, put together around shared weights, and units evaluated."""
+"""Workers: what runs in a worker process: the model, put together around shared weights, and units evaluated."""
 
 from __future__ import annotations
 
