@@ -18,6 +18,7 @@ from evomem.evaluation.population import PopulationPolicy, Recording
 from evomem.managers import MemoryManager, build
 from evomem.managers.base import Schedule
 from evomem.memory import Decision, LayerView, SlotCache
+from evomem.memory.kv.snapshot import take
 from evomem.models import LoadedModel
 from evomem.plugins import load, load_cache, save, save_cache
 from evomem.search_space.space import SearchSpace, load_space
@@ -176,6 +177,8 @@ def test_a_decision_that_fails_is_not_forgotten(model: Any) -> None:
         assert all((layer.slots >= 0).sum() == 40 for layer in cache.layers)  # no half of a decision
         with pytest.raises(CacheError, match="was not made"):
             model(tokens(1), past_key_values=cache)
+        with pytest.raises(CacheError, match="was not made"):
+            take(cache)
         cache.policy = Unequal()
         cache.decide()
         model(tokens(1), past_key_values=cache)
