@@ -204,12 +204,13 @@ def test_errors_name_what_was_wrong_and_end_with_2(world, tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(world, tmp_path, monkeypatch):
-    from evomem.cli.commands import compare, evolve
+    from evomem.cli.commands import compare
+    from evomem.report import evolving
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evolve, "search", interrupt)
+    monkeypatch.setattr(evolving, "search", interrupt)
     said = run("evolve", world / "small.yaml", "-s", "name=two words", "--out", tmp_path / "r", code=130).stderr
     assert f"resume with: evomem evolve {world}/small.yaml -s 'name=two words' --out {tmp_path}/r --resume" in said
     said = run("train", world / "small.yaml", "--out", tmp_path / "r", code=130).stderr
