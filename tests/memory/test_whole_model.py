@@ -58,6 +58,13 @@ class Unequal:
         return [Decision(view.valid & (view.age < 3 + 2 * view.layer)) for view in views]
 
 
+class Choosy(Unequal):
+    """Stores every other of the tokens that came since the row's last decision, and keeps all older ones."""
+
+    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
+        return [Decision(view.valid & ((view.age >= view.fresh) | (view.age % 2 == 0))) for view in views]
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny("llama")
@@ -127,7 +134,7 @@ def test_rows_decide_by_their_own_clocks(model: Any) -> None:
     real = torch.ones(2, 34, dtype=torch.int64)
     real[1, :5] = 0
     pieces = [12, 6, 1, 1, 10, 4]
-    for made in (manager(f"snapkv(budget=4,every=8,window=2,{ALLOCATION})"), Unequal(8)):
+    for made in (manager(f"snapkv(budget=4,every=8,window=2,{ALLOCATION})"), Unequal(8), Choosy(8)):
         ids = tokens(34, 2)
         with build("full").attach(model) as used:
             together = SlotCache.for_model(model, made)
