@@ -59,10 +59,10 @@ class Unequal:
 
 
 class Choosy(Unequal):
-    """Stores every other of the tokens that came since the row's last decision, and keeps all older ones."""
+    """Stores every fourth of the tokens that came since the row's last decision, and keeps all older ones."""
 
     def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
-        return [Decision(view.valid & ((view.age >= view.fresh) | (view.age % 2 == 0))) for view in views]
+        return [Decision(view.valid & ((view.age >= view.fresh) | (view.age % 4 == 0))) for view in views]
 
 
 @pytest.fixture(scope="module")
