@@ -10,13 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from evomem.bounds import UNITS
-from evomem.managers.allocation import (
-    AllocationOptions,
-    ModelAllocation,
-    clamped_shares,
-    interpolated,
-    register_allocation,
-)
+from evomem.managers.allocation.arithmetic import clamped_shares, interpolated
+from evomem.managers.allocation.base import AllocationOptions, ModelAllocation, register_allocation
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 

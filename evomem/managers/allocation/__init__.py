@@ -1,0 +1,47 @@
+"""Manager: allocations, which say how a budget is shared out over layers and heads; one kind of sharing a file.
+
+An allocation that depends on the input is one more file here: a `LayerAllocation` if it looks at one layer's view, a
+`ModelAllocation` if at all of them.
+"""
+
+from evomem.managers.allocation.arithmetic import clamped_shares, depth_limits, interpolated, pyramid_budget, water_fill
+from evomem.managers.allocation.base import (
+    Allocation,
+    AllocationOptions,
+    EmergentAllocation,
+    LayerAllocation,
+    ModelAllocation,
+    allocations,
+    build_allocation,
+    register_allocation,
+)
+from evomem.managers.allocation.composing import settle
+from evomem.managers.allocation.emergent import Dense, Everything, Threshold
+from evomem.managers.allocation.over_heads import AcrossHeads
+from evomem.managers.allocation.over_layers import DepthShares, Pyramid, Uniform
+from evomem.managers.allocation.per_head_shares import PerHeadShares
+
+__all__ = [
+    "AcrossHeads",
+    "Allocation",
+    "AllocationOptions",
+    "Dense",
+    "DepthShares",
+    "EmergentAllocation",
+    "Everything",
+    "LayerAllocation",
+    "ModelAllocation",
+    "PerHeadShares",
+    "Pyramid",
+    "Threshold",
+    "Uniform",
+    "allocations",
+    "build_allocation",
+    "clamped_shares",
+    "depth_limits",
+    "interpolated",
+    "pyramid_budget",
+    "register_allocation",
+    "settle",
+    "water_fill",
+]

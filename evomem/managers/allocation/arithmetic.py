@@ -1,0 +1,151 @@
+"""Manager: the arithmetic of allocations: whole slots by shares, with floors and ceilings, and an exact total."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from evomem.managers.selection import tokens_read
+from evomem.memory.view import LayerView
+from evomem.modes import outside_inference_mode
+
+
+def pyramid_budget(mean: Tensor, read: Tensor, layer: int, layers: int, beta: float, window: int) -> Tensor:
+    """Slots per head of one layer, falling linearly from the first layer to the last (PyramidKV, arXiv 2406.02069).
+
+    b_l = b_max - l (b_max - b_min) / (N - 1) with b_min = m/beta, b_max = 2m - b_min; where b_max >= L - w,
+    b_max = L - w and b_min = 2m - b_max. Three things that the formula leaves open are settled here:
+
+    * rounding: the first half of the layers is rounded to the nearest (halves up), layer N-1-l gets 2m - b_l and a
+      middle layer m, so the sum over the layers is exactly m N and every b_l is within 1/2 of the formula;
+    * b_min is at least one slot (m < beta would empty the last layer), b_max = 2m - b_min as before;
+    * where the second case would turn the pyramid upside down (m > L - w), all layers get m.
+
+    Parameters
+    ----------
+    mean :
+        (...) int64, m, the mean number of slots per head over the layers.
+    read :
+        (...) int64, L, tokens of the row read so far.
+    layer, layers :
+        l and N.
+    beta :
+        Steepness, >= 1; 1 gives all layers m.
+    window :
+        w.
+
+    Returns
+    -------
+    (...) int64.
+    """
+    m = mean.double()
+    smallest = (m / beta).clamp(min=1.0)
+    largest = 2 * m - smallest
+    most = (read - window).double()
+    largest = torch.where(largest >= most, most, largest)
+    largest = torch.maximum(largest, m)
+    smallest = 2 * m - largest
+    mirrored = min(layer, layers - 1 - layer)
+    upper = torch.floor(largest - mirrored * (largest - smallest) / max(layers - 1, 1) + 0.5).long()
+    if 2 * layer == layers - 1:
+        return mean
+    return upper if 2 * layer < layers - 1 else 2 * mean - upper
+
+
+def depth_limits(log_shares: Tensor, view: LayerView, mean: Tensor, floor: int) -> Tensor:
+    """Return the slots per head of the view's layer, whose share of the budget is exp(g(depth)).
+
+    Shares are rounded by their running sum, so that the layers' slots add up to N times the mean.
+
+    Parameters
+    ----------
+    log_shares : (batch or 1, points of depth).
+    mean : (batch, 1, 1) int64, the mean over the layers.
+    floor : slots that every layer keeps, unless the mean itself is less.
+
+    Returns
+    -------
+    (batch, 1, 1) int64.
+    """
+    layers = view.layers
+    logs = torch.nan_to_num(interpolated(log_shares.transpose(0, 1), layers))
+    weights = torch.softmax(logs.double(), 0)
+    until = (weights.cumsum(0) * layers)[..., None, None]
+    rounded = torch.round(mean * until).long()
+    own = torch.diff(rounded, dim=0, prepend=torch.zeros_like(rounded[:1]))
+    return water_fill(own, weights[..., None, None], mean, floor, tokens_read(view))[view.layer]
+
+
+def interpolated(knots: Tensor, layers: int) -> Tensor:
+    """Return a piecewise linear function, given at equally spaced knots (knots, ...), at every layer: (layers, ...)."""
+    count = knots.shape[0]
+    if count == 1:
+        return knots.expand(layers, *knots.shape[1:])
+    index, share, rest = _between(count, layers, knots.device)
+    shape = (layers, *[1] * (knots.dim() - 1))
+    return knots[index] * rest.reshape(shape) + knots[index + 1] * share.reshape(shape)
+
+
+@cache
+def _between(count: int, layers: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return every layer's knot below, and the weights of the knot above and below: (layers,) each. Made once."""
+    at = [layer / (layers - 1) * (count - 1) if layers > 1 else 0.0 for layer in range(layers)]
+    low = [min(int(place), count - 2) for place in at]
+    share = [place - knot for place, knot in zip(at, low, strict=True)]
+    with outside_inference_mode():
+        weights = torch.tensor([share, [1 - s for s in share]], dtype=torch.float32, device=device)
+        return torch.tensor(low, dtype=torch.int64, device=device), weights[0], weights[1]
+
+
+def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, read: Tensor) -> Tensor:
+    """Return whole slots of every layer that add up to layers x mean and respect a floor and what was read.
+
+    Where no bound binds in a row, that is ``own``. Else layer l gets clamp(λ w_l, floor, read) with the λ that makes
+    the sum right: what a floor takes and a ceiling leaves is shared by the others as before. Found at the kinks of
+    Σ_l clamp(λ w_l, …), which is piecewise linear in λ; rounded by the running sum, in whole numbers.
+
+    Parameters
+    ----------
+    own : (layers, batch or 1, 1, 1) int64 whose sum is layers x mean.
+    weights : the same shape, float64 >= 0.
+    mean : (batch or 1, 1, 1) int64.
+    floor : a floor above the mean counts as the mean.
+    read : (batch or 1, 1, 1) int64; fewer than the mean count as the mean.
+
+    Returns
+    -------
+    (layers, batch, 1, 1) int64.
+    """
+    least, most = mean.clamp(max=floor), torch.maximum(mean, read)
+    bound = ((own < least) | (own > most)).any(0)
+    return torch.where(bound, clamped_shares(weights, least, most, mean * own.shape[0]), own)
+
+
+def clamped_shares(weights: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Tensor:
+    """Return whole numbers that add up to a total: clamp(λ w, least, most) with the λ that makes the sum right.
+
+    Parameters
+    ----------
+    weights : (parts, batch or 1, 1, 1) float64 >= 0.
+    least, most : ([parts,] batch, 1, 1) int64, whose sums over the parts are at most and at least the total.
+    total : (batch, 1, 1) int64.
+
+    Returns
+    -------
+    (parts, batch, 1, 1) int64.
+    """
+    low, high, w = least.double(), most.double(), weights.clamp(min=1e-200)
+    target = (total + torch.zeros_like(weights[0])).double()
+    kinks = torch.cat([low / w, high / w, torch.zeros_like(target)[None], torch.full_like(target, 1e300)[None]])
+    sums = torch.minimum(torch.maximum(kinks[:, None] * w, low), high).sum(1)
+    below = torch.where(sums <= target, kinks, 0.0).amax(0)
+    above = torch.where(sums >= target, kinks, 1e300).amin(0)
+    small, large = (torch.minimum(torch.maximum(end * w, low), high) for end in (below, above))
+    gap = (large - small).sum(0)
+    share = torch.where(gap > 0, (target - small.sum(0)) / gap, 0.0).clamp(0, 1)
+    # In units of 2^-20 slots everything is exact, and a sum of parts that are within the bounds rounds within them.
+    units = torch.round((small + share * (large - small)) * 2**20).long().cumsum(0)
+    rounded = (units + 2**19) >> 20
+    return torch.diff(rounded, dim=0, prepend=torch.zeros_like(rounded[:1]))

@@ -1,0 +1,84 @@
+"""Manager: allocations whose number of slots emerges from the scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from evomem.bounds import TOKENS
+from evomem.managers.allocation.base import AllocationOptions, EmergentAllocation, register_allocation
+from evomem.managers.selection import Ends, best, slots_of_budget, tokens_read
+from evomem.memory.view import LayerView
+
+
+class ThresholdOptions(AllocationOptions):
+    """Options of `Threshold`."""
+
+    cap: Annotated[int, Field(ge=1, le=TOKENS)] | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = (
+        Field(
+            default=None,
+            description="slots per head at most: a number, or a share of the tokens read; none: the manager's budget",
+        )
+    )
+
+    @field_validator("cap", mode="before")
+    @classmethod
+    def _number(cls, cap: Any) -> Any:
+        if isinstance(cap, bool):
+            raise ValueError("give a whole number >= 1, or a share in (0, 1]")
+        return cap
+
+
+@register_allocation("threshold")
+class Threshold(EmergentAllocation):
+    """Keeps where the score is >= 0, and always the newest token (NAMM, arXiv 2410.13166); heads are independent.
+
+    How many slots that are is up to the scores; the cap is all that a budget does.
+    """
+
+    Options = ThresholdOptions
+    options: ThresholdOptions
+
+    def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
+        """Return the keep-mask: scores >= 0, of these the best up to the cap, protected tokens before all."""
+        cap = budget if self.options.cap is None else self.options.cap
+        n = slots_of_budget(cap, view)
+        marked = _newest_marked(scores, view, held, ends, n)
+        kept = marked >= 0
+        return (kept if cap is None else kept & best(marked, n)) & held
+
+
+class Dense(EmergentAllocation):
+    """Every head of the batch keeps as many slots as the greediest: its own K best, K = max over heads of #{s >= 0}.
+
+    What the reference implementation of NAMM does, because its cache is one tensor. For parity only, and not
+    registered. The newest token is kept in any case.
+    """
+
+    name = "dense"
+
+    def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
+        """Return the keep-mask."""
+        marked = _newest_marked(scores, view, held, ends, tokens_read(view))
+        most = (marked >= 0).sum(-1).amax()
+        return best(marked, most) & held
+
+
+class Everything(EmergentAllocation):
+    """Keeps every slot that holds a token, whatever the budget; not registered: it is what ``full`` is."""
+
+    name = "everything"
+
+    def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
+        """Return ``held``."""
+        return held
+
+
+def _newest_marked(scores: Tensor, view: LayerView, held: Tensor, ends: Ends, n: Tensor) -> Tensor:
+    """`Ends.mark`, with the newest token protected in any case."""
+    if not ends.recent:
+        ends = replace(ends, recent=1)
+    return ends.mark(scores, view, held, n)
