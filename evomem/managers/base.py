@@ -67,6 +67,14 @@ class ManagerOptions(BaseModel):
         "whole number n: depth_shares(points=n); none: the manager's own way",
     )
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, budget: Any) -> Any:
+        """Refuse a truth value, which would count as one slot."""
+        if isinstance(budget, bool):
+            raise ValueError("give a whole number of slots, or a share in (0, 1]")
+        return budget
+
     @field_validator("allocation", mode="before")
     @classmethod
     def _allocation(cls, spec: Any) -> Any:
@@ -273,7 +281,9 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         state = self.state_dict()
         with outside_inference_mode():
             other = type(self)(**{**self.options.model_dump(), **changes})
-            if differing := other.state_dict().keys() ^ state.keys():
+            shapes = {name: tensor.shape for name, tensor in state.items()}
+            others = {name: tensor.shape for name, tensor in other.state_dict().items()}
+            if differing := {name for name in shapes | others if shapes.get(name) != others.get(name)}:
                 raise ConfigError(
                     f"manager {self.name!r}: with {', '.join(changes)} changed it has other parameters "
                     f"({', '.join(sorted(differing))}); build another manager and search for its parameters"

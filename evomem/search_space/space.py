@@ -34,7 +34,7 @@ from evomem.errors import ConfigError
 from evomem.files.reading import is_file, read_bytes, user_path
 from evomem.files.strict_json import shown
 from evomem.managers.base import MemoryManager, managers
-from evomem.search_space.option_ranges import Option, Variable
+from evomem.search_space.option_ranges import Categorical, Option, Variable
 from evomem.validation import Settings, merge, read_yaml, validate
 
 Array = NDArray[np.float64]
@@ -275,6 +275,10 @@ class SearchSpace:
         return np.concatenate([np.zeros(0), *weights, *options])
 
     def _encode_option(self, name: str, option: Option, value: Any) -> Array:
+        if isinstance(option, Categorical) and value not in option.choices:
+            # A manager keeps some options in another form than a person writes: an allocation's whole description.
+            options = (getattr(self.template.with_options(**{name: choice}).options, name) for choice in option.choices)
+            value = next((one for one, kept in zip(option.choices, options, strict=True) if kept == value), value)
         try:
             return option.encode(value)
         except ValueError as error:

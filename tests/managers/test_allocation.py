@@ -326,3 +326,24 @@ def test_a_manager_that_says_it_as_before_is_told_how_now():
 def test_across_heads_over_itself_is_exactly_what_adakv_says():
     assert isinstance(build("adakv(keydiff)").allocation, AcrossHeads)
     assert Fraction(1, 5) == Fraction(str(build("adakv(keydiff)").allocation.options.safeguard))
+
+
+def test_what_changes_parameters_shapes_is_refused_and_spaces_choose_among_allocations():
+    for spec, other in (
+        ("keydiff(allocation=8,budget=7)", 4),
+        ("keydiff(allocation=per_head_shares(points=4,heads=2),budget=7)", "per_head_shares(layers=3,heads=2)"),
+    ):
+        with pytest.raises(ConfigError, match="other parameters"):
+            build(spec).with_options(allocation=other)
+    with pytest.raises(ConfigError, match="budget: give a whole number"):
+        build("keydiff", budget=True)
+    with pytest.raises(ConfigError, match="give it to the scorer alone"):
+        build("adakv(keydiff, allocation=per_head_shares(points=2,heads=2))", budget=7)
+    choices = {"kind": "categorical", "choices": ["pyramid", "across_heads"]}
+    config = {
+        "manager": {"name": "snapkv", "options": {"budget": 8, "allocation": "pyramid"}},
+        "options": {"allocation": choices},
+        "weights": [],
+    }
+    space = SearchSpace(SpaceConfig.model_validate(config))
+    assert {space.decode(np.eye(2)[i]).allocation.name for i in range(2)} == {"pyramid", "across_heads"}

@@ -17,6 +17,7 @@ from evomem.evaluation.measurement import EXACT
 from evomem.evaluation.population import PopulationPolicy, Recording
 from evomem.managers import MemoryManager, build
 from evomem.managers.base import Schedule
+from evomem.managers.selection import Ends
 from evomem.memory import Decision, LayerView, SlotCache
 from evomem.memory.kv.snapshot import take
 from evomem.models import LoadedModel
@@ -338,3 +339,20 @@ def test_a_search_space_evolves_it() -> None:
     made = space.decode(np.arange(24) / 10)
     assert made.whole_model
     assert made.allocation.log_shares.flatten().tolist() == pytest.approx([number / 10 for number in range(24)])
+
+
+def test_a_head_that_holds_less_than_its_floor_hands_the_rest_on() -> None:
+    made = build("keydiff(budget=6,allocation=per_head_shares(layers=2,heads=1))")
+    views = [
+        LayerView(
+            torch.randn(1, 1, 24, 4), torch.randn(1, 1, 24, 4),
+            torch.where(torch.arange(24) >= 24 - held, torch.arange(24), -1).expand(1, 1, 24),
+            torch.tensor([0]), 24, 24, layer, 2,
+        )
+        for layer, held in enumerate((1, 13))
+    ]  # fmt: skip
+    rule = made.with_options().rule
+    scores = [torch.where(view.valid, made.score(view), -torch.inf) for view in views]
+    limits = made.allocation.limits(views, [torch.full((1, 1, 1), 6)] * 2, scores, Ends(sinks=2, recent=4), None)
+    assert [int(limit) for limit in limits] == [1, 11]
+    assert [int(decision.keep.sum()) for decision in rule.decide_all([made.judge(v) for v in views], views)] == [1, 11]

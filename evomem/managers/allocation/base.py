@@ -9,7 +9,9 @@ A budget is the *mean* number of slots per KV head. An allocation is an option o
 | `ModelAllocation` | every layer's view, before any slot leaves | the same |
 | `EmergentAllocation` | one layer's view | emerges from the scores; a cap bounds it |
 
-The total is exact also where protected ends, or the number of tokens read, bind: see `water_fill`.
+The total is exact also where protected ends, or the number of tokens read, bind: see `water_fill`. It is a total of
+limits. A layer-wise allocation does not know what other layers hold: where slots left at an earlier decision that a
+later, larger limit would have room for (a share of a growing text, with ends that bound first), fewer are held.
 """
 
 from __future__ import annotations

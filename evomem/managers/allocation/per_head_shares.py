@@ -71,8 +71,8 @@ class PerHeadShares(ModelAllocation):
         heads = sum(counts)
         enough = usable.sum(0) >= mean * heads  # else every head keeps all that it holds
         floor = mean.clamp(max=ends.floor).expand(usable.shape)
-        least = torch.where(enough, floor, usable)
-        most = torch.where(enough, torch.maximum(usable, floor), usable + mean * heads)
+        least = torch.where(enough, torch.minimum(floor, usable), usable)
+        most = torch.where(enough, usable, usable + mean * heads)
         rest = clamped_shares(weights, torch.zeros_like(least), most - least, mean * heads - least.sum(0))
         parts = torch.split((rest + least)[..., 0].transpose(0, 1), counts, 1)
         return [part.to(view.slots.device) for part, view in zip(parts, views, strict=True)]

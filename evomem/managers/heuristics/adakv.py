@@ -46,7 +46,8 @@ class AdaKV(MemoryManager):
     """Shares the layer's slots among its heads by another manager's scores (AdaKV, Feng et al., arXiv 2407.11550).
 
     Another name for ``snapkv(allocation=across_heads)``: ``adakv(snapkv)`` keeps as many slots a layer as ``snapkv``
-    would, and protects the same tokens; a head may get more or fewer of them, but at least ⌊safeguard n⌋. What the
+    would, and protects the same tokens; a head may get more or fewer of them, but at least ⌊safeguard n⌋. What a
+    head cannot hold goes to the layer's other heads. What the
     inner manager gives its layers, a pyramid or learned shares, stays as it is. Raises `ConfigError` for an inner
     manager that does not rank to a budget (``full``, thresholds), or shares it among heads already (``adakv``).
     """
@@ -71,6 +72,11 @@ class AdaKV(MemoryManager):
     def make_allocation(self) -> Allocation:
         """Return one ranking over the heads, of the slots that the inner manager's allocation gives the layer."""
         layers = self.inner.allocation
+        if self.options.allocation and (not isinstance(layers, LayerAllocation) or isinstance(layers, AcrossHeads)):
+            raise ConfigError(
+                f"manager 'adakv': allocation: {layers.name!r} says how many slots a head gets, and so does adakv; "
+                f"give it to the scorer alone, e.g. {self.inner.name}(allocation={layers.name})"
+            )
         if not isinstance(layers, LayerAllocation) or isinstance(layers, AcrossHeads):
             raise ConfigError(
                 f"manager 'adakv': inner: {self.inner.name!r} does not rank its slots to a budget per head, "
