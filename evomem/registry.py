@@ -32,7 +32,13 @@ class Registry(Generic[T]):
             known = self._classes.get(name)
             if known is not None and known is not cls:
                 raise ConfigError(
-                    f"{self.kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}"
+                    f"{self.kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}; "
+                    "choose another name"
+                )
+            if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+                raise ConfigError(
+                    f"{self.kind} {name!r}: {cls.__module__}.{cls.__qualname__} has no {', '.join(missing)}; "
+                    f"every {self.kind} needs {'it' if len(missing) == 1 else 'them'}"
                 )
             self._classes[name] = cls
             return cls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,11 +33,13 @@ class _Library(Driver):
             self._strategy = self._make(package, int(np.random.default_rng([seed, 5]).integers(0, 2**32)))
         self._solutions: list[Any] = []  # what the strategy asked, in its own form
 
+    @abstractmethod
     def _make(self, package: Any, seed: int) -> Any:
-        raise NotImplementedError
+        """Return the library's searcher, begun."""
 
+    @abstractmethod
     def _vector(self, solution: Any) -> Array:
-        raise NotImplementedError
+        """Return the candidate that one of the library's solutions stands for."""
 
     def _ask(self) -> Array:
         with alone():

@@ -6,6 +6,7 @@ the number of actors. The library, which brings Ray with it, is imported when a 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 import numpy as np
@@ -98,8 +99,9 @@ class _EvoTorch(Driver):
     def _library(self) -> Any:
         return library("evomem.drivers.evotorch_steps", self.name)
 
+    @abstractmethod
     def _make(self, start: Array, seed: int) -> Any:
-        raise NotImplementedError
+        """Return the library's searcher, begun."""
 
     def _ask(self) -> Array:
         return np.asarray(self._steps.vectors)

@@ -31,4 +31,5 @@ class RandomSearch(Driver):
 
     @classmethod
     def _current(cls, state: dict[str, Any]) -> dict[str, Any]:
+        """States of versions before 0.2; a new driver has none, and leaves this out."""
         return {**state, "asked": not state["told"]} if "told" in state else state

@@ -15,10 +15,11 @@ from evomem.devices import devices_of, stacked
 from evomem.errors import TaskError, UnsupportedModelError
 from evomem.evaluation.byte_meter import Meter
 from evomem.evaluation.future import FutureAttention, KnownSamples
+from evomem.evaluation.likelihood import mean_loglik
 from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol, Measurement
 from evomem.evaluation.measures import Draws, measured
 from evomem.evaluation.population import Deciding, Recording
-from evomem.evaluation.reference import evaluate_plainly, loglik_without_context, mean_loglik
+from evomem.evaluation.reference import evaluate_plainly, loglik_without_context
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.files.strict_json import shown
 from evomem.managers.base import MemoryManager

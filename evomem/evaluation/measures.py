@@ -5,6 +5,7 @@ The evaluator finds measures here and imports none of them; the module of an obj
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -36,7 +37,7 @@ class Draws:
     reference: StochasticManager | None = None
 
 
-class Measure:
+class Measure(ABC):
     """Measures quantities of managers on one sample; a pure function of what it is given.
 
     Subclasses implement `evaluations` and are registered under the name of every quantity that they measure.
@@ -45,6 +46,7 @@ class Measure:
     option_types: ClassVar[Mapping[str, Mapping[str, type]]] = {}
     """Per quantity that has options, their types by name."""
 
+    @abstractmethod
     def evaluations(
         self,
         evaluator: Evaluator,
@@ -61,7 +63,6 @@ class Measure:
         measurement : the quantities of this measure among those that are asked for, with their options.
         draws : for random decisions.
         """
-        raise NotImplementedError
 
 
 measures: Registry[type[Measure]] = Registry("measure", "evomem.measures")

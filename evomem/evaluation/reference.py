@@ -10,10 +10,9 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from evomem.devices import stacked
-from evomem.errors import TaskError
+from evomem.evaluation.likelihood import mean_loglik
 from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.evaluation.population import Recording
 from evomem.managers.base import MemoryManager
@@ -69,21 +68,6 @@ def loglik_without_context(evaluator: Evaluator, sample: Sample) -> float:
         cache = SlotCache.for_model(evaluator.loaded.model, Recording())
         logits = evaluator.forward(torch.cat((prompt, answer[:, :-1]), 1), cache, answer.shape[1])
     return mean_loglik(logits, answer)[0]
-
-
-def mean_loglik(logits: Tensor, answer: Tensor) -> list[float]:
-    """Mean log-likelihood of the answer's tokens (1, length) per row of logits (rows, length, vocabulary).
-
-    Raises
-    ------
-    TaskError : there is no token; the mean of nothing is no number.
-    """
-    if not answer.shape[1]:
-        raise TaskError("an answer has no token; give every sample an answer")
-    answers = answer.to(logits.device).expand(logits.shape[0], -1)
-    chosen = logits.float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
-    means: list[float] = chosen.double().mean(1).tolist()
-    return means
 
 
 def recorded_bytes(cache: SlotCache) -> int:

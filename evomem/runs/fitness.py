@@ -22,8 +22,8 @@ Array = NDArray[np.float64]
 # A task at which the full cache itself almost always fails would rule a sum of ratios (specification of NAMM, faults).
 _SMALLEST_BASELINE = 0.1
 
-_PLAIN = Objective()
-"""Reckons noise as objectives do that say nothing about it."""
+_PLAIN = make("loglik")
+"""Reckons noise as most objectives do."""
 
 
 def objective_of(config: FitnessConfig) -> Objective:

@@ -211,7 +211,8 @@ def test_an_objective_without_a_measurement_is_refused():
 
         @register_objective("toy_nothing")
         class Nothing(Objective):
-            pass
+            def value(self, evaluation):
+                return 0.0
 
         with pytest.raises(ConfigError, match="has no measurement"):
             make("toy_nothing")

@@ -52,6 +52,10 @@ ANY = {
         lambda layers, safeguard: {"name": "across_heads", "options": {"layers": layers, "safeguard": safeguard}},
         OVER_LAYERS, st.floats(0, 1),
     ),
+    "per_head_shares": st.builds(
+        lambda points, heads: {"name": "per_head_shares", "options": {"points": points, "heads": heads}},
+        st.integers(1, 3), st.integers(1, 3),
+    ),
 }  # fmt: skip
 """Some of every registered allocation that promises a total. A new one is tried as soon as it is written down here."""
 EMERGENT = {"threshold"}
@@ -69,7 +73,8 @@ def full_views(layers: int, read: int, starts: tuple[int, ...], heads: int) -> l
 def test_every_registered_allocation_is_tried():
     kinds = {name: allocations.get(name) for name in allocations.names()}
     assert {n for n, kind in kinds.items() if issubclass(kind, EmergentAllocation)} == EMERGENT
-    assert ANY.keys() >= {n for n, kind in kinds.items() if issubclass(kind, LayerAllocation)}
+    missing = {n for n, kind in kinds.items() if not issubclass(kind, EmergentAllocation)} - ANY.keys()
+    assert not missing, "write into ANY, above, some of each, so that their totals are tested"
 
 
 @pytest.mark.parametrize("name", ANY)
@@ -85,10 +90,13 @@ def test_the_total_is_the_budget_whatever_binds(name, data):
     budget = data.draw(st.none() | st.integers(1, 50) | st.floats(0.02, 1))
     views = full_views(layers, read, (0, data.draw(st.integers(1, 7))), heads)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    for parameter in allocation.parameters():  # what is learned may be anything
+        parameter.data = 3 * torch.randn(parameter.shape, generator=generator)
     scores = [torch.randn(view.slots.shape, generator=generator) * (1 + view.layer) for view in views]
     mean = slots_of_budget(budget, views[0])
     if isinstance(allocation, ModelAllocation):
-        limits = allocation.limits(views, [mean] * layers, scores, ends)
+        may_stay = [torch.where(view.valid, s, -torch.inf) for view, s in zip(views, scores, strict=True)]
+        limits = allocation.limits(views, [mean] * layers, may_stay, ends)
     else:
         limits = [allocation.limits(view, mean, s, ends) for view, s in zip(views, scores, strict=True)]
     wide = torch.stack([limit.expand(2, heads, 1) for limit in limits])

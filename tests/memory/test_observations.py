@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from evomem.errors import CacheError, ConfigError, UnsupportedModelError
 from evomem.managers import Schedule, build
 from evomem.memory import Decision, LayerView, SlotCache, attached
-from evomem.memory.observations import USED
+from evomem.memory.observations import USED, Sizes, observations, parse_observation
 from evomem.testing.comparing import random_rows, read
 from evomem.testing.conformance import check_evicted_is_hidden, check_row_alone
 from evomem.testing.models import FAMILIES, tiny
@@ -29,6 +29,32 @@ ALL = (
     "window_next_use:5",
     "query_statistics",
 )
+
+
+def test_every_observation_is_tried():
+    assert set(observations.names()) <= {spec.partition(":")[0] for spec in ALL}, "write a new observation into ALL"
+
+
+@pytest.mark.parametrize("spec", ALL)
+def test_an_observation_has_the_axes_and_the_state_that_it_says(spec: str) -> None:
+    model = tiny("llama", layers=1)
+    batch, observation = Batch.of(random_rows(model, [40, 31], 4)), parse_observation(spec)
+    dropping = Dropping(every=12)
+    dropping.observes = frozenset({spec})
+    tracing = Tracing(dropping)
+    cache, views = observe(model, tracing, batch, [17, 23])
+    view, layer = views[0], cache.layers[0]
+    rows, heads, slots, size = view.keys.shape
+    sizes = {"batch": rows, "kv_heads": heads, "slots": slots, "head_dim": size}
+    sizes["query_heads"] = model.config.num_attention_heads
+    named = {n: tuple(sizes[a] if isinstance(a, str) else a for a in axes) for n, axes in observation.axes().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in view.recorded.items()} == named
+    assert {n: tuple(t.shape) for n, t in observation.example(sizes, torch.Generator()).items()} == named
+    recorder = layer.recorder
+    tensors = {f"slotwise.{n}": t for n, t in recorder.slotwise.items()}
+    tensors |= {f"rowwise.{n}": t for n, t in recorder.rowwise.items() if n not in ("queries", "visible")}
+    says = observation.state(tensors, Sizes(rows, heads, slots, size, view.seen, layer.starts))
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == says
 
 
 class Dropping:

@@ -43,3 +43,22 @@ def test_no_name_hides_a_module_and_all_are_listed():
 def test_importing_evomem_imports_nothing_heavy():
     code = f"import sys, evomem; dir(evomem); print(*[name for name in {HEAVY} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
+
+
+def test_a_class_that_lacks_a_method_is_refused_where_it_is_registered():
+    from evomem.drivers import Driver, drivers
+    from evomem.errors import ConfigError
+    from evomem.evaluation.objectives import Objective, register_objective
+    from evomem.managers import MemoryManager, register, register_allocation
+    from evomem.managers.allocation import LayerAllocation
+    from evomem.memory.observations import Observation, register_observation
+
+    for base, decorate, lacks in (
+        (MemoryManager, register, "score"),
+        (LayerAllocation, register_allocation, "layer_limit"),
+        (Observation, register_observation, "recorded"),
+        (Driver, drivers.register, "_ask, _tell"),
+        (Objective, register_objective, "value"),
+    ):
+        with pytest.raises(ConfigError, match=f"'lacking': .*Lacking has no {lacks}; every"):
+            decorate("lacking")(type("Lacking", (base,), {"__doc__": "Lacks a method."}))

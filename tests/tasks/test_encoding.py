@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from evomem.errors import ConfigError, RunError, TaskError
 from evomem.evaluation import EvaluationProtocol, Evaluator
 from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.likelihood import mean_loglik
 from evomem.evaluation.measurement import EXACT
-from evomem.evaluation.reference import mean_loglik
 from evomem.evaluation.store import PrefillStore
 from evomem.evaluation.traces.recording import record
 from evomem.managers import build as manager_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ ROLLOUT = Quantity("rollout")
 """Decisions drawn at random, with the gradient of their likelihood."""
 
 
-class Objective:
+class Objective(ABC):
     """What one evaluation is worth, and what has to be measured for it.
 
     A subclass sets `measurement` and implements `value`; the rest is for objectives that can do more.
@@ -46,9 +47,9 @@ class Objective:
     against_full: ClassVar[Literal["subtract", "divide", "nothing"]] = "subtract"
     protocols: ClassVar[frozenset[str]] = frozenset({"compress_once", "streaming"})
 
+    @abstractmethod
     def value(self, evaluation: Evaluation) -> float:
         """Return what an evaluation is worth, larger is better; NaN if it has no result."""
-        raise NotImplementedError
 
     def per_head(self, evaluation: Evaluation) -> Array | None:
         """Return what every head's decision is worth (layers * kv_heads,), larger is better; None without a result."""
