@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,46 +26,14 @@ from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+from evomem.testing.device_rules import ANYWHERE, RESHAPING, WAITING, Operation, aten, check_one_device
+from evomem.testing.pretend_backend import Backend, Hooks
+
 NAME = "pretend"
 """Type of the devices: ``torch.device("pretend:0")``."""
 
-aten: Any = torch.ops.aten
 _aliased: Callable[..., Any] = return_and_correct_aliasing
-_ANYWHERE = {aten.copy_, aten._to_copy, aten.set_, aten.lift_fresh}
-"""Operations whose tensors may lie on different devices."""
-_INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-"""Operations that take indices from the processor."""
-_SCALARS = {aten.masked_fill, aten.masked_fill_, aten.fill_, aten.fill, aten.where, aten.index_put, aten.index_put_}
-"""Operations, besides the pointwise ones, that take a number (a tensor without axes) from the processor."""
-_WAITING = {
-    aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2,
-    aten.unique_dim, aten.unique_consecutive,
-}  # fmt: skip
-"""Operations whose result, or the shape of it, the processor has to wait for."""
-_RESHAPING = {aten.resize_, aten.set_, aten.t_, aten.transpose_, aten.unsqueeze_, aten.squeeze_, aten.as_strided_}
-"""Operations that change a tensor's shape in its place."""
 _MANY = (list, tuple)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What is to be known of an operation: whether it writes to an argument, or returns a view of one."""
-
-    writes: bool
-    views: bool
-    pointwise: bool
-
-    @classmethod
-    @cache
-    def of(cls, func: Any) -> _Kind:
-        returned = [result.alias_info for result in func._schema.returns]
-        return cls(
-            any(
-                argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
-            ),
-            any(alias is not None and not alias.is_write for alias in returned),
-            torch.Tag.pointwise in func.tags,
-        )
 
 
 @dataclass
@@ -92,37 +59,37 @@ class Log:
 
 
 class PretendTensor(Tensor):
-    """A tensor that says that it lies on a pretend device; ``held`` are its numbers."""
+    """A tensor that says that it lies on a pretend device; ``numbers`` are its values, on the processor."""
 
-    held: Tensor
+    numbers: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device) -> PretendTensor:
+    def __new__(cls, numbers: Tensor, device: torch.device) -> PretendTensor:
         """Return the tensor that calls its numbers its own on ``device``."""
         make: Any = Tensor._make_wrapper_subclass
         wrapper: PretendTensor = make(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            cls, numbers.shape, strides=numbers.stride(), storage_offset=numbers.storage_offset(), dtype=numbers.dtype,
             device=device,
         )  # fmt: skip
-        wrapper.held = held
+        wrapper.numbers = numbers
         return wrapper
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return NotImplemented if _others(types) else _run(func, args, dict(kwargs or {}), _active)
+        return NotImplemented if _has_other_tensors(types) else _run(func, args, dict(kwargs or {}), _active)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = _placed(self.held.detach().clone(), self.device, _active).requires_grad_(self.requires_grad)
+        copy = _on_device(self.numbers.detach().clone(), self.device, _active).requires_grad_(self.requires_grad)
         if isinstance(self, torch.nn.Parameter):
             copy = torch.nn.Parameter(copy, self.requires_grad)
         memo[id(self)] = copy
         return copy
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"{self.held!r} on {self.device}"
+        return f"{self.numbers!r} on {self.device}"
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.dim() == 0 else repr(self)
@@ -130,7 +97,7 @@ class PretendTensor(Tensor):
     def tolist(self) -> Any:
         """Return the numbers; the processor waits."""
         _note_sync("tolist")
-        return self.held.tolist()
+        return self.numbers.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Raise `TypeError`: a device's memory is no array."""
@@ -143,11 +110,11 @@ class PretendTensor(Tensor):
 
     def data_ptr(self) -> int:
         """Return where the numbers lie."""
-        return self.held.data_ptr()
+        return self.numbers.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """Return the numbers' storage."""
-        return self.held.untyped_storage()
+        return self.numbers.untyped_storage()
 
 
 class PretendDevices(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -169,7 +136,7 @@ class PretendDevices(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count, self.capacity = count, capacity
         self.log = Log()
         self.storages: dict[int, list[Any]] = {}  # storage -> [device, bytes, tensors that share it]
-        self._held: Counter[int] = Counter()
+        self._allocated: Counter[int] = Counter()
         self._peak: Counter[int] = Counter()
 
     def __enter__(self) -> Self:
@@ -194,13 +161,13 @@ class PretendDevices(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return NotImplemented if _others(types) else _run(func, args, dict(kwargs or {}), self)
+        return NotImplemented if _has_other_tensors(types) else _run(func, args, dict(kwargs or {}), self)
 
     # ---- memory ---------------------------------------------------------------------------------------------------
 
-    def held(self, device: Any = 0) -> int:
+    def allocated(self, device: Any = 0) -> int:
         """Return the bytes of all tensors on a device."""
-        return self._held[_index(device)]
+        return self._allocated[_index(device)]
 
     def peak(self, device: Any = 0) -> int:
         """Return the largest number of bytes that were on a device at once."""
@@ -208,22 +175,22 @@ class PretendDevices(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def reset_peak(self, device: Any = 0) -> None:
         """Measure the peak anew from here."""
-        self._peak[_index(device)] = self._held[_index(device)]
+        self._peak[_index(device)] = self._allocated[_index(device)]
 
     def adopt(self, tensor: PretendTensor) -> None:
         """Count a tensor's memory as long as it lives; raise ``torch.OutOfMemoryError`` if there is not so much."""
-        storage = tensor.held.untyped_storage()
+        storage = tensor.numbers.untyped_storage()
         key, size, index = storage._cdata, storage.nbytes(), tensor.device.index
         entry = self.storages.get(key)
         if entry is None:
-            if self.capacity is not None and self._held[index] + size > self.capacity:
+            if self.capacity is not None and self._allocated[index] + size > self.capacity:
                 raise torch.OutOfMemoryError(
-                    f"{NAME}:{index} out of memory. Tried to allocate {size:,} bytes; {self._held[index]:,} of "
+                    f"{NAME}:{index} out of memory. Tried to allocate {size:,} bytes; {self._allocated[index]:,} of "
                     f"{self.capacity:,} are in use"
                 )
             entry = self.storages[key] = [index, size, 0]
-            self._held[index] += size
-            self._peak[index] = max(self._peak[index], self._held[index])
+            self._allocated[index] += size
+            self._peak[index] = max(self._peak[index], self._allocated[index])
         entry[2] += 1
         weakref.finalize(tensor, self._release, key).atexit = False
 
@@ -231,12 +198,17 @@ class PretendDevices(TorchDispatchMode):  # type: ignore[no-untyped-call]
         entry = self.storages[key]
         entry[2] -= 1
         if not entry[2]:
-            self._held[entry[0]] -= entry[1]
+            self._allocated[entry[0]] -= entry[1]
             del self.storages[key]
 
 
 _active: PretendDevices | None = None
 _library: Any = None
+
+
+def _devices() -> PretendDevices | None:
+    """Return the devices of the open block, or None."""
+    return _active
 
 
 def _note_sync(name: str) -> None:
@@ -249,7 +221,7 @@ def _index(device: Any) -> int:
     return index or 0
 
 
-def _others(types: Iterable[type]) -> bool:
+def _has_other_tensors(types: Iterable[type]) -> bool:
     """Tell whether another kind of tensor takes part, which comes first: it says itself what it consists of."""
     plain = torch._C._disabled_torch_dispatch_impl  # what `torch.nn.Parameter` has
     return any(not issubclass(kind, PretendTensor) and kind.__torch_dispatch__ is not plain for kind in types)  # type: ignore[attr-defined]
@@ -268,9 +240,9 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any], devices: Preten
         target = torch.device(NAME, _index(target))
         if devices is None or target.index >= devices.count:
             raise RuntimeError(f"{target}: there is no such device")
-    packet, kind = func.overloadpacket, _Kind.of(func)
-    if packet not in _ANYWHERE:
-        _check_one_device(func, kind, args, tensors)
+    packet, operation = func.overloadpacket, Operation.of(func)
+    if packet not in ANYWHERE:
+        check_one_device(func, operation, args, tensors)
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != target.type:
         raise RuntimeError(f"Expected a '{target.type}' device type for generator but found '{generator.device.type}'")
@@ -281,23 +253,23 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any], devices: Preten
         _note_copy(devices, packet, args, target)
     out = func(*plain_args, **plain_kwargs)
     if devices is not None:
-        _note(devices, kind, packet, target)
+        _note(devices, operation, packet, target)
     if packet is aten.copy_:
         target = args[0].device
     if target.type != NAME:
-        return _aliased(func, args, kwargs, out) if kind.writes else out
-    if kind.writes and packet not in _RESHAPING and isinstance(out, Tensor) and out is plain_args[0]:
+        return _aliased(func, args, kwargs, out) if operation.writes else out
+    if operation.writes and packet not in RESHAPING and isinstance(out, Tensor) and out is plain_args[0]:
         return args[0]
-    known = {id(value.held): value for value in tensors if isinstance(value, PretendTensor)}
+    known = {id(value.numbers): value for value in tensors if isinstance(value, PretendTensor)}
 
-    def place(value: Any) -> Any:
+    def wrap(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return known[id(value)] if id(value) in known else _placed(value, target, devices)
+        return known[id(value)] if id(value) in known else _on_device(value, target, devices)
 
-    placed = place(out) if isinstance(out, Tensor) else type(out)(map(place, out)) if isinstance(out, _MANY) else out
-    views = kind.views and not torch.is_inference_mode_enabled()  # there, nobody asks whose view a tensor is
-    return _aliased(func, args, kwargs, placed) if kind.writes or views else placed
+    wrapped = wrap(out) if isinstance(out, Tensor) else type(out)(map(wrap, out)) if isinstance(out, _MANY) else out
+    views = operation.views and not torch.is_inference_mode_enabled()  # there, nobody asks whose view a tensor is
+    return _aliased(func, args, kwargs, wrapped) if operation.writes or views else wrapped
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -312,36 +284,18 @@ def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]
 def _bare(value: Any) -> Any:
     if isinstance(value, _MANY):
         return [_bare(part) for part in value]
-    return value.held if isinstance(value, PretendTensor) else value
+    return value.numbers if isinstance(value, PretendTensor) else value
 
 
-def _placed(held: Tensor, device: torch.device, devices: PretendDevices | None) -> PretendTensor:
-    if held.is_inference() == torch.is_inference_mode_enabled():
-        tensor = PretendTensor(held, device)
+def _on_device(numbers: Tensor, device: torch.device, devices: PretendDevices | None) -> PretendTensor:
+    if numbers.is_inference() == torch.is_inference_mode_enabled():
+        tensor = PretendTensor(numbers, device)
     else:  # a view of an ordinary tensor is one too, wherever it is made
-        with torch.inference_mode(held.is_inference()):
-            tensor = PretendTensor(held, device)
+        with torch.inference_mode(numbers.is_inference()):
+            tensor = PretendTensor(numbers, device)
     if devices is not None:
         devices.adopt(tensor)
     return tensor
-
-
-def _check_one_device(func: Any, kind: _Kind, args: Sequence[Any], tensors: list[Tensor]) -> None:
-    """Raise `RuntimeError` where CUDA would: tensors of several devices meet."""
-    packet = func.overloadpacket
-    if packet in _INDEXING:
-        whole = args[0].device
-        indices = [index for index in args[1] if isinstance(index, Tensor)]
-        if any(index.device not in (whole, torch.device("cpu")) for index in indices):
-            raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor ({whole})")
-        tensors = [tensor for tensor in tensors if not any(tensor is index for index in indices)]
-    numbers = kind.pointwise or packet in _SCALARS
-    placed = {t.device for t in tensors if not (numbers and t.device.type == "cpu" and t.dim() == 0)}
-    if len(placed) > 1:
-        names = ", ".join(sorted(map(str, placed)))
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {names}! (in {func})"
-        )
 
 
 def _note_copy(devices: PretendDevices, packet: Any, args: Sequence[Any], target: torch.device) -> None:
@@ -351,77 +305,14 @@ def _note_copy(devices: PretendDevices, packet: Any, args: Sequence[Any], target
         devices.log.copies.append((str(source), str(goal), moved.numel() * moved.element_size()))
 
 
-def _note(devices: PretendDevices, kind: _Kind, packet: Any, target: torch.device) -> None:
-    if packet in _WAITING:
+def _note(devices: PretendDevices, operation: Operation, packet: Any, target: torch.device) -> None:
+    if packet in WAITING:
         devices.log.syncs.append(packet.__name__)
-    if target.type == NAME and not kind.views:
+    if target.type == NAME and not operation.views:
         devices.log.launches[str(target), packet.__name__] += 1
 
 
 # ---- making the devices known to PyTorch, once a process ------------------------------------------------------------
-
-
-class _Backend:
-    """The module ``torch.pretend``: what ``torch.cuda`` is for CUDA."""
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def is_available(self) -> bool:
-        return _active is not None
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def manual_seed_all(self, seed: int) -> None:
-        """Nothing: numbers come from the processor's generator."""
-
-    def current_device(self) -> int:
-        return 0
-
-    def device_count(self) -> int:
-        return 0 if _active is None else _active.count
-
-    def get_device_name(self, device: Any = 0) -> str:
-        return "Pretend"
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    def synchronize(self, device: Any = 0) -> None:
-        _note_sync("synchronize")
-
-    def empty_cache(self) -> None:
-        """Nothing: freed memory is free at once."""
-
-    def mem_get_info(self, device: Any = 0) -> tuple[int, int]:
-        """Return free and whole memory in bytes."""
-        if _active is None or _active.capacity is None:
-            return 1 << 40, 1 << 40
-        return _active.capacity - _active.held(device), _active.capacity
-
-    def memory_allocated(self, device: Any = 0) -> int:
-        return 0 if _active is None else _active.held(device)
-
-    memory_reserved = memory_allocated
-
-    def max_memory_allocated(self, device: Any = 0) -> int:
-        return 0 if _active is None else _active.peak(device)
-
-    def reset_peak_memory_stats(self, device: Any = 0) -> None:
-        if _active is not None:
-            _active.reset_peak(device)
-
-
-class _Hook(torch._C._acc.PrivateUse1Hooks):
-    def is_available(self) -> bool:
-        return _active is not None
-
-    def has_primary_context(self, device: int) -> bool:
-        return True
-
-    def is_built(self) -> bool:
-        return True
 
 
 def _attention(
@@ -446,7 +337,7 @@ def _empty(
     device: Any = None, pin_memory: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Memory on a device, for ``torch.tensor(numbers, device=...)``, which asks no dispatch mode."""
-    return _placed(torch.empty_strided(size, stride, dtype=dtype), torch.device(NAME, _index(device)), _active)
+    return _on_device(torch.empty_strided(size, stride, dtype=dtype), torch.device(NAME, _index(device)), _active)
 
 
 def _copy_from(source: Tensor, goal: Tensor, non_blocking: bool = False) -> Tensor:
@@ -462,7 +353,7 @@ def _register() -> None:
     if _library is not None:
         return
     make: Any = backend_registration._setup_privateuseone_for_python_backend
-    make(NAME, _Backend(), _Hook())
+    make(NAME, Backend(_devices), Hooks(_devices))
     library: Any = torch.library.Library
     _library = library("aten", "IMPL")
     _library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")

@@ -123,12 +123,12 @@ def test_memory_is_counted_and_runs_out():
         a = torch.zeros(100, device="pretend:0")
         b = a[:50]
         del a
-        assert devices.held(0) == 400  # a part keeps the whole
+        assert devices.allocated(0) == 400  # a part keeps the whole
         with pytest.raises(torch.OutOfMemoryError, match="pretend:0"):
             torch.zeros(200, device="pretend:0")
         torch.zeros(200, device="pretend:1")
         del b
-        assert (devices.held(0), devices.peak(0), devices.held(1), devices.peak(1)) == (0, 400, 0, 800)
+        assert (devices.allocated(0), devices.peak(0), devices.allocated(1), devices.peak(1)) == (0, 400, 0, 800)
 
 
 def test_gradients_go_back_to_where_the_parameters_are(devices):
@@ -404,7 +404,7 @@ def test_generating_text_does_not_hold_what_candidates_kept_twice(devices):
     for exact in (False, True):
         evaluator.evaluate(crowd[:1], sample, TASK, EXACT if exact else LOGLIK)
         devices.reset_peak()
-        before = devices.held()
+        before = devices.allocated()
         evaluator.evaluate(crowd, sample, TASK, EXACT if exact else LOGLIK)
         peaks[exact] = devices.peak() - before
     assert peaks[True] < 1.3 * peaks[False]
