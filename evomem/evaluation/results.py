@@ -22,23 +22,24 @@ logger = logging.getLogger("evomem")
 class SampleFile:
     """An append-only JSONL file: a first line that says what is measured, then one line a sample.
 
-    A line holds the number of the place, the sample's id, and one evaluation per manager in the order of the first
-    line. A last line that a kill has torn is cut off. Lines are sealed (`evomem.files.sealed_lines`): one that is not
-    as it was written is left out with a warning, and its sample is measured again.
+    A line holds the number of the scenario (under ``place``), the sample's id, and one evaluation per manager in the
+    order of the first line. A last line that a kill has torn is cut off. Lines are sealed
+    (`evomem.files.sealed_lines`): one that is not as it was written is left out with a warning, and its sample is
+    measured again.
 
     Parameters
     ----------
     path : None keeps nothing.
-    what : what the measurements depend on.
+    fingerprint : what the measurements depend on.
 
     Raises
     ------
     ConfigError : the file holds another comparison.
     """
 
-    def __init__(self, path: Path | None, what: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, fingerprint: Mapping[str, Any]) -> None:
         self.path = path
-        self._what = dict(what)
+        self._fingerprint = dict(fingerprint)
         self._seals = Seals()
         self._known: dict[tuple[int, str], list[Evaluation]] = {}
         self._file: IO[bytes] | None = None
@@ -57,7 +58,7 @@ class SampleFile:
         except OSError as error:
             raise EvomemError(f"{self.path}: cannot be written: {error.strerror}") from None
         if self._seals.number == 0:
-            self._write(self._what)
+            self._write(self._fingerprint)
         return self
 
     def __exit__(
@@ -66,14 +67,14 @@ class SampleFile:
         if self._file is not None:
             self._file.close()
 
-    def get(self, place: int, sample: str) -> list[Evaluation] | None:
+    def get(self, scenario: int, sample: str) -> list[Evaluation] | None:
         """Return the evaluations of a sample that is finished, or None."""
-        return self._known.get((place, sample))
+        return self._known.get((scenario, sample))
 
-    def put(self, place: int, sample: str, evaluations: Sequence[Evaluation]) -> None:
+    def put(self, scenario: int, sample: str, evaluations: Sequence[Evaluation]) -> None:
         """Keep a finished sample."""
         if self._file is not None:
-            self._write({"place": place, "sample": sample, "evaluations": [e.to_json() for e in evaluations]})
+            self._write({"place": scenario, "sample": sample, "evaluations": [e.to_json() for e in evaluations]})
 
     def _write(self, record: dict[str, Any]) -> None:
         file = self._file
@@ -106,12 +107,12 @@ class SampleFile:
         return good
 
     def _check_same(self, record: dict[str, Any] | None, path: Path) -> None:
-        what = json.loads(to_json(self._what))
+        expected = json.loads(to_json(self._fingerprint))
         if record is not None and "samples" not in record:  # a file from before samples had a digest
-            what.pop("samples", None)
-        if record != what:
-            what = what if record is None else [name for name in what if record.get(name) != what[name]]
-            differs = f" (its {', '.join(what)})" if isinstance(what, list) else ""
+            expected.pop("samples", None)
+        if record != expected:
+            names = [] if record is None else [name for name in expected if record.get(name) != expected[name]]
+            differs = "" if record is None else f" (its {', '.join(names)})"
             raise ConfigError(
                 f"{path}: holds samples of another comparison{differs}: other managers, model, task, questions or "
                 "settings; delete it, or choose another file"
@@ -120,11 +121,11 @@ class SampleFile:
     def _keep(self, record: dict[str, Any]) -> bool:
         """Take in a finished sample; return whether the line is one."""
         try:
-            place, sample = int(record["place"]), str(record["sample"])
+            scenario, sample = int(record["place"]), str(record["sample"])
             evaluations = [Evaluation.from_json(data, EXACT) for data in record["evaluations"]]
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             return False
-        if len(evaluations) != len(self._what.get("managers", evaluations)):
+        if len(evaluations) != len(self._fingerprint.get("managers", evaluations)):
             return False
-        self._known[place, sample] = evaluations
+        self._known[scenario, sample] = evaluations
         return True

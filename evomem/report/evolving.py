@@ -10,7 +10,7 @@ import yaml
 
 from evomem import plugins
 from evomem.errors import ConfigError, RunError
-from evomem.evaluation.compare import NamedManager, Place, Progress, compare
+from evomem.evaluation.compare import NamedManager, Progress, Scenario, compare
 from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.rows import Budget, Row
@@ -123,13 +123,13 @@ def run_label(name: str) -> str:
     return f"{name} (winner)" if name in names() else name
 
 
-def places_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: EvaluationProtocol) -> list[Place]:
+def places_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: EvaluationProtocol) -> list[Scenario]:
     """Return a place per task that is for the model; contexts are read once per sample and not kept."""
     from evomem import tasks as registry
 
     evaluator = Evaluator(loaded, protocol, store=PrefillStore())
     return [
-        Place(loaded.name, t.title, evaluator, registry.build(t.spec, loaded.tokenizer, t.length, **t.options))
+        Scenario(loaded.name, t.title, evaluator, registry.build(t.spec, loaded.tokenizer, t.length, **t.options))
         for t in tasks
         if t.model in (None, loaded.name)
     ]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomem.errors import ConfigError, EvaluationError, EvomemError, TaskError, UnknownNameError
-from evomem.evaluation import compare as module
-from evomem.evaluation.compare import NamedManager, Place, compare, evaluate, field_of
+from evomem.evaluation import entrants as module
+from evomem.evaluation.compare import NamedManager, Scenario, compare, evaluate, field_of
 from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.measurement import EXACT, Evaluation, EvaluationProtocol
 from evomem.evaluation.rows import Measured, Row, rows_of
@@ -208,7 +208,7 @@ def task(loaded, tmp_path_factory):
 
 
 def place(loaded, task, **protocol):
-    return Place("tiny", "t", Evaluator(loaded, EvaluationProtocol(**protocol)), task)
+    return Scenario("tiny", "t", Evaluator(loaded, EvaluationProtocol(**protocol)), task)
 
 
 def members(*specs):
@@ -241,7 +241,7 @@ def test_rows_equal_the_plain_way_one_manager_at_a_time(loaded, task, protocol):
 @pytest.mark.parametrize("field", ["loglik", "bytes_mean", "exact"])
 def test_a_number_that_is_none_is_an_error_that_names_manager_and_sample(loaded, task, monkeypatch, tmp_path, field):
     here, file = place(loaded, task), tmp_path / "rows.partial.jsonl"
-    real = module._on_sample
+    real = module.on_sample
 
     def spoiled(entrants, place, sample, exact):
         found = real(entrants, place, sample, exact)
@@ -251,7 +251,7 @@ def test_a_number_that_is_none_is_an_error_that_names_manager_and_sample(loaded,
             found[1] = replace(found[1], **fields)
         return found
 
-    monkeypatch.setattr(module, "_on_sample", spoiled)
+    monkeypatch.setattr(module, "on_sample", spoiled)
     with pytest.raises(EvaluationError, match=f"h2o on tiny, t, sample .+: {field} is") as caught:
         compare(members("keydiff"), [here], samples=2, budgets=[8], against=["h2o"], keep=file)
     assert "float32" in str(caught.value)
@@ -304,8 +304,8 @@ def test_a_killed_comparison_goes_on_and_gives_the_same(loaded, task, tmp_path, 
     with file.open("ab") as stream:
         stream.write(b'{"place":0,"sample":"torn')
     seen = []
-    real = module._on_sample
-    monkeypatch.setattr(module, "_on_sample", lambda *a: seen.append(a[2].id) or real(*a))
+    real = module.on_sample
+    monkeypatch.setattr(module, "on_sample", lambda *a: seen.append(a[2].id) or real(*a))
     resumed = run(file)
     assert len(seen) == 2
     assert [replace(row, seconds=0) for row in resumed.rows] == [replace(row, seconds=0) for row in whole.rows]
@@ -338,13 +338,13 @@ def test_the_field_is_all_heuristics_unless_it_is_named():
 @settings(max_examples=50)
 @given(st.lists(st.one_of(st.none(), st.integers(1, 500), st.floats(0.01, 1.0)), max_size=30))
 def test_batches_hold_every_manager_once_and_rows_of_about_the_same_size(budgets):
-    entrants = [module._Entrant(str(i), "field", budget, build("full")) for i, budget in enumerate(budgets)]
-    chunks = list(module._chunks(entrants))
-    assert sorted(index for chunk in chunks for index in chunk) == list(range(len(budgets)))
-    for chunk in chunks:
-        sizes = [budgets[index] for index in chunk]
-        assert len(chunk) <= module.ROWS
-        assert len(chunk) == 1 or None not in sizes
+    entrants = [module.Entrant(str(i), "field", budget, build("full")) for i, budget in enumerate(budgets)]
+    batches = list(module.batches_of(entrants))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(budgets)))
+    for batch in batches:
+        sizes = [budgets[index] for index in batch]
+        assert len(batch) <= module.ROWS
+        assert len(batch) == 1 or None not in sizes
         if all(isinstance(size, int) for size in sizes):
             assert max(sizes) <= module.SPREAD * min(sizes)
 

@@ -8,7 +8,7 @@ import pytest
 import evomem.models
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation import Evaluator
-from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.compare import NamedManager, Scenario, compare
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.oracle import evaluate_oracle
 from evomem.evaluation.traces.recording import record
@@ -70,7 +70,7 @@ def test_traces_that_do_not_fit_are_refused(traces, tmp_path, changes, message):
 
 def test_the_oracle_is_a_mark_and_no_competitor(loaded):
     task = build_task("zoo_needle", loaded.tokenizer, 128)
-    place = Place("zoo", "needle", Evaluator(loaded), task)
+    place = Scenario("zoo", "needle", Evaluator(loaded), task)
     subject = NamedManager("knorm", build("knorm"))
     found = compare([subject], [place], samples=3, budgets=[8, 16], against=["random"], exact=False, oracle=True)
     rows = {(row.manager, row.budget): row for row in found.rows}
@@ -81,6 +81,6 @@ def test_the_oracle_is_a_mark_and_no_competitor(loaded):
         best = best_heuristic([row for row in found.rows if row.budget == budget])
         assert best is not None
         assert best.manager == "random"
-    streaming = Place("zoo", "needle", Evaluator(loaded, EvaluationProtocol(kind="streaming", every=32)), task)
+    streaming = Scenario("zoo", "needle", Evaluator(loaded, EvaluationProtocol(kind="streaming", every=32)), task)
     with pytest.raises(ConfigError, match="compress_once only"):
         compare([subject], [streaming], samples=2, budgets=[8], against=["random"], exact=False, oracle=True)

@@ -13,7 +13,7 @@ import torch
 from evomem.devices import CPU, free_bytes, memory_that_ended
 from evomem.errors import OutOfMemoryError
 from evomem.evaluation import Evaluator
-from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.compare import NamedManager, Scenario, compare
 from evomem.evaluation.measurement import LOGLIK
 from evomem.evaluation.store import PrefillStore, room_for_readings
 from evomem.runs import Bench, open_run, search
@@ -181,7 +181,7 @@ def test_a_comparison_whose_memory_ends_takes_smaller_batches(caplog):
 
     found = []
     for kind in (Evaluator, Small):
-        places = [Place("llama", "words", kind(loaded()), Described())]
+        places = [Scenario("llama", "words", kind(loaded()), Described())]
         subject = NamedManager("mine", made("keydiff"))
         out = compare([subject], places, samples=1, budgets=(8,), against=["random", "knorm", "tova"])
         found.append({row.manager: row.loglik for row in out.rows})
@@ -189,7 +189,7 @@ def test_a_comparison_whose_memory_ends_takes_smaller_batches(caplog):
     assert "measured as two batches" in caplog.text
     Small.evaluate = lambda *arguments, **options: (_ for _ in ()).throw(FULL)
     with pytest.raises(OutOfMemoryError, match="alone does not fit"):
-        compare([subject], [Place("llama", "words", Small(loaded()), Described())], samples=1, against=[])
+        compare([subject], [Scenario("llama", "words", Small(loaded()), Described())], samples=1, against=[])
 
 
 # ---- how many fit ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import nn
 
 from evomem.errors import ConfigError, ModelError, UnsupportedModelError
 from evomem.evaluation import Evaluator
-from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.compare import NamedManager, Scenario, compare
 from evomem.evaluation.costs import ranking_costs
 from evomem.evaluation.measurement import EXACT, LOGLIK, Measurement, Quantity
 from evomem.evaluation.measures import Draws
@@ -269,7 +269,7 @@ def test_a_comparison_is_that_of_the_processor(place, devices):
     found = []
     for one in (loaded(), loaded(place)):
         subject = NamedManager("mine", made("feature_scorer(knots=3, hidden=4, allocation=2)"))
-        places = [Place("llama", "words", Evaluator(one), Described())]
+        places = [Scenario("llama", "words", Evaluator(one), Described())]
         out = compare([subject], places, samples=1, budgets=(8, 0.5), against=["keydiff", "random"], oracle=True)
         found.append({key: plain(rows) for key, rows in out.evaluations.items()})
     assert found[0] == found[1]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from evomem.cli.app import app
 from evomem.errors import ModelError, TaskError
 from evomem.evaluation import EvaluationProtocol, Evaluator
-from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.compare import NamedManager, Scenario, compare
 from evomem.evaluation.measurement import EXACT
 from evomem.evaluation.traces.recording import record
 from evomem.managers import build as manager_of
@@ -105,7 +105,7 @@ def test_a_sample_that_just_fits_and_one_that_does_not(gpt2: LoadedModel, kind: 
         lambda: evaluator.evaluate([manager], long, task),
         lambda: evaluator.evaluate_plainly(manager, long, task),
         lambda: evaluator.check_positions([fits, long]),
-        lambda: compare([NamedManager("it", manager)], [Place("gpt2", "x", evaluator, task)], samples=1, against=[]),
+        lambda: compare([NamedManager("it", manager)], [Scenario("gpt2", "x", evaluator, task)], samples=1, against=[]),
         lambda: record(gpt2, task, "x", tmp_path / "traces", samples=1, split=Split.SEALED),
     ):
         with pytest.raises(TaskError, match=r"file/sealed/1: 65 tokens .* positions for 64 tokens.*shorter length"):
@@ -142,7 +142,7 @@ def test_a_search_says_so_before_it_measures(gpt2: LoadedModel, tmp_path) -> Non
 def test_rotary_models_go_on_and_say_so(tmp_path) -> None:
     loaded = small("llama")
     task = build(rows(tmp_path / "long.jsonl", LIMIT + 20), loaded.tokenizer)
-    place = Place("llama", "long", Evaluator(loaded), task)
+    place = Scenario("llama", "long", Evaluator(loaded), task)
     subject = [NamedManager("it", manager_of("keydiff(budget=8)"))]
     found = compare(subject, [place], samples=1, against=[], exact=False).rows
     assert (found[0].longest, found[0].positions) == (LIMIT + 22, LIMIT)
@@ -150,7 +150,8 @@ def test_rotary_models_go_on_and_say_so(tmp_path) -> None:
     assert any(said in note for note in notes(found))
     assert said in markdown(found)
     within = compare(
-        subject, [Place("llama", "short", Evaluator(loaded), build(rows(tmp_path / "s.jsonl", 20), loaded.tokenizer))],
+        subject,
+        [Scenario("llama", "short", Evaluator(loaded), build(rows(tmp_path / "s.jsonl", 20), loaded.tokenizer))],
         samples=1, against=[], exact=False,
     ).rows  # fmt: skip
     assert (within[0].longest, within[0].positions) == (None, None)

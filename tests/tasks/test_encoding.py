@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evomem.errors import ConfigError, RunError, TaskError
 from evomem.evaluation import EvaluationProtocol, Evaluator
-from evomem.evaluation.compare import NamedManager, Place, compare
+from evomem.evaluation.compare import NamedManager, Scenario, compare
 from evomem.evaluation.likelihood import mean_loglik
 from evomem.evaluation.measurement import EXACT
 from evomem.evaluation.store import PrefillStore
@@ -171,7 +171,7 @@ def test_the_prefix_is_in_rows_provenance_and_traces(loaded: LoadedModel, tmp_pa
     found = {}
     for name, one in {"with": loaded, "without": replace(loaded, tokenizer=tiny_tokenizer())}.items():
         config = SimpleNamespace(protocol=EvaluationProtocol(), traces=[], plan=lambda: ())
-        place = Place("tiny", "toy", Evaluator(one, store=PrefillStore()), Toy())
+        place = Scenario("tiny", "toy", Evaluator(one, store=PrefillStore()), Toy())
         keep = tmp_path / f"{name}.jsonl"
         rows = compare([NamedManager("full", manager_of("full"))], [place], samples=2, against=[], keep=keep).rows
         record(one, Toy(), "toy", tmp_path / name, samples=1)

@@ -17,7 +17,7 @@ from evomem.cli.commands.outputs import claim
 from evomem.cli.commands.packages import require_for
 from evomem.cli.commands.progress import ProgressBar
 from evomem.errors import ConfigError, RunError
-from evomem.evaluation.compare import ROWS, NamedManager, Place, field_of
+from evomem.evaluation.compare import ROWS, NamedManager, Scenario, field_of
 from evomem.evaluation.compare import compare as compare_managers
 from evomem.evaluation.compare import evaluate as evaluate_manager
 from evomem.evaluation.measurement import EvaluationProtocol
@@ -123,7 +123,9 @@ def compare(
     deliver(comparison.rows, output)
 
 
-def require_room(wishes: Wishes, places: Sequence[Place], count: int, managers: int, budgets: Sequence[Budget]) -> None:
+def require_room(
+    wishes: Wishes, places: Sequence[Scenario], count: int, managers: int, budgets: Sequence[Budget]
+) -> None:
     """Raise `PlanError` if a comparison needs more memory, disk or time than there is (`evomem.evaluation.needs`)."""
     from evomem.evaluation.needs import Work, needs_of, require
 
@@ -136,7 +138,7 @@ def require_room(wishes: Wishes, places: Sequence[Place], count: int, managers: 
     require(needs, check=wishes.plan_check, say=lambda text: console.print(Text(text, style="yellow")))
 
 
-def require_above_chance(place: Place, split: Split, count: int) -> None:
+def require_above_chance(place: Scenario, split: Split, count: int) -> None:
     """Raise `TaskError` where the full cache is no better than no context; one sample says nothing and passes."""
     from evomem.runs.bench import check_chance
 
@@ -353,7 +355,7 @@ def parse_protocol(text: str | None, mode: str | None, default: EvaluationProtoc
     return validate(EvaluationProtocol, {**default.model_dump(), **changes}, "--protocol")
 
 
-def make_places(wishes: Wishes, subjects: Sequence[Subject]) -> list[Place]:
+def make_places(wishes: Wishes, subjects: Sequence[Subject]) -> list[Scenario]:
     """Load the models and build the tasks that are asked for, or else those of the first subject that has any."""
 
     def first(values: Sequence[Any], otherwise: Any) -> Any:

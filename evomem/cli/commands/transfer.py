@@ -26,7 +26,7 @@ from evomem.cli.commands.outputs import claim
 from evomem.cli.commands.packages import require_for
 from evomem.cli.commands.progress import ProgressBar
 from evomem.errors import ConfigError, PluginError, TaskError
-from evomem.evaluation.compare import Comparison, NamedManager, Place, field_of
+from evomem.evaluation.compare import Comparison, NamedManager, Scenario, field_of
 from evomem.evaluation.compare import compare as compare_managers
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.rows import Budget
@@ -134,7 +134,7 @@ def transfer(
         path.unlink(missing_ok=True)
 
 
-def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> list[TransferRow]:
+def _measured(plan: _Plan, place: Scenario, keep: Path | None, *, check: bool) -> list[TransferRow]:
     """Return the rows of all subjects on one place."""
     split, count = Split(plan.wishes.split), plan.wishes.samples or _SAMPLES
     require_room(plan.wishes, [place], count, len(plan.subjects) + len(field_of(plan.field)) + 1, plan.budgets)
@@ -166,7 +166,7 @@ def _measured(plan: _Plan, place: Place, keep: Path | None, *, check: bool) -> l
     return transfer_rows(comparison, trained, _speeds(comparison, managers, place, samples))
 
 
-def _samples(place: Place, split: Split, count: int) -> list[Sample]:
+def _samples(place: Scenario, split: Split, count: int) -> list[Sample]:
     """Return the first samples of a split, or all where there are fewer."""
     return place.subject_task.samples(split, at_hand(place.subject_task, split, count), 0)
 
@@ -176,7 +176,7 @@ def _anew(name: str) -> str:
     return f"{name} (recalibrated)"
 
 
-def _recalibrated(manager: MemoryManager, place: Place) -> MemoryManager | None:
+def _recalibrated(manager: MemoryManager, place: Scenario) -> MemoryManager | None:
     """Return a copy whose statistics were collected on the place's training samples; None if it has none."""
     if not manager.calibrates:
         return None
@@ -187,7 +187,7 @@ def _recalibrated(manager: MemoryManager, place: Place) -> MemoryManager | None:
 
 
 def _speeds(
-    comparison: Comparison, managers: dict[str, MemoryManager], place: Place, samples: Sequence[Sample]
+    comparison: Comparison, managers: dict[str, MemoryManager], place: Scenario, samples: Sequence[Sample]
 ) -> dict[tuple[str, Budget], float]:
     """Tokens per second of subjects and full cache, each sequence by itself; all take turns on every sample."""
     timed: dict[tuple[str, Budget], MemoryManager] = {}
