@@ -27,21 +27,21 @@ class Meter:
         self._total = torch.zeros(policy.size, dtype=torch.float64)
         self._tokens = 0
 
-    def held(self, cache: SlotCache) -> Tensor:
-        """Bytes of every row now: (rows,) float64, or (1,) while one row still stands for all.
+    def bytes_by_row(self, cache: SlotCache) -> Tensor:
+        """Return the bytes of every row now: (rows,) float64, or (1,) while one row still stands for all.
 
         A candidate that lets nothing fade does not pay for the decays that others brought into the batch.
         """
-        held = cache.bytes_by_row().double().cpu()
+        by_row = cache.bytes_by_row().double().cpu()
         for layer in cache.layers:
             if layer.decays is not None:
                 longest = (layer.slots >= 0).sum(-1).amax(-1).cpu()
                 cost = longest * layer.slots.shape[1] * layer.decays.element_size()
-                held = held - torch.where(self._policy.fades(layer.index), 0, cost)
-        return held
+                by_row = by_row - torch.where(self._policy.fades(layer.index), 0, cost)
+        return by_row
 
-    def grew(self, before: Tensor, after: Tensor, tokens: int) -> None:
-        """Note that the rows grew evenly from ``before`` to ``after`` bytes while ``tokens`` arrived."""
+    def add(self, before: Tensor, after: Tensor, tokens: int) -> None:
+        """Add ``tokens`` tokens during which the rows grew evenly from ``before`` to ``after`` bytes."""
         self.peak = torch.maximum(self.peak, after)
         self._total = self._total + (before + after) / 2 * tokens
         self._tokens += tokens

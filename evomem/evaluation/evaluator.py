@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -20,8 +18,8 @@ from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol
 from evomem.evaluation.measures import Draws, measured
 from evomem.evaluation.population import Deciding, Recording
 from evomem.evaluation.reference import evaluate_plainly, loglik_without_context
+from evomem.evaluation.sample_tokens import Reach, SampleEncoder, Tokens, positions_needed
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
-from evomem.files.strict_json import shown
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
 from evomem.memory.kv.cache import CachePolicy
@@ -32,37 +30,10 @@ from evomem.memory.kv.versions import passed
 from evomem.models import LoadedModel
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample, Task
-from evomem.tasks.encoding import TextEncoder
+
+__all__ = ["Evaluator", "Reach", "Tokens"]
 
 AnyManager = TypeVar("AnyManager", bound=MemoryManager)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A sample in tokens, each (1, length) int64: what is read until the last decision, what is asked, the answer."""
-
-    read: Tensor
-    prompt: Tensor
-    answer: Tensor
-
-
-def _needed(tokens: Tokens, following: int) -> int:
-    """Return the positions that it takes to read a sample and ``following`` tokens, the last of which is not fed."""
-    return tokens.read.shape[1] + tokens.prompt.shape[1] + following - 1
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far samples reach.
-
-    Attributes
-    ----------
-    longest : tokens of the longest sample, generated ones included.
-    limit : positions that the model was made for, if that is fewer; else None.
-    """
-
-    longest: int
-    limit: int | None
 
 
 class Evaluator:
@@ -92,11 +63,9 @@ class Evaluator:
         self.store: Readings = store if store is not None else PrefillStore()
         self.future = FutureAttention()
         self.traces: KnownSamples | None = None
-        self.encoder = TextEncoder(loaded.tokenizer)
-        self.drawn: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
-        self._vocabulary: int | None = None
-        with suppress(NotImplementedError):  # a model that reads no texts has no table of words
-            self._vocabulary = getattr(loaded.model.get_input_embeddings(), "num_embeddings", None)
+        self.sample_encoder = SampleEncoder(loaded, query_aware=self.protocol.mode == "query_aware")
+        self.encoder = self.sample_encoder.texts
+        self.known_rollouts: OrderedDict[tuple[object, ...], list[Evaluation]] = OrderedDict()
         self._one_device = len(devices_of(loaded.model)) <= 1
         if degree(loaded.model) > 1:
             raise UnsupportedModelError(
@@ -132,33 +101,33 @@ class Evaluator:
         """
         return measured(self, managers, sample, task, measurement, draws or Draws())
 
-    def answered(
+    def answer(
         self, policy: Deciding, tokens: Tokens, sample: Sample, task: Task, measurement: Measurement
     ) -> list[Evaluation]:
-        """Read, decide and answer, the policy's candidates as rows of one batch.
+        """Return every candidate's evaluation: read, decide and answer, the candidates as rows of one batch.
 
-        The likelihood is always measured, the exact metric if it is asked for. Managers are attached by the caller.
+        The likelihood is always measured, the exact metric if the measurement has it. The caller attaches the model.
         """
         meter = Meter(policy)
         if self.protocol.kind == "compress_once":
-            cache, shared, own = self._compress(policy, tokens, measurement.observes)
+            cache, tokens_shared, tokens_each = self._compress(policy, tokens, measurement.observes)
         else:
-            cache, shared, own = self._stream(policy, tokens, meter)
-        slots = stacked([held.float().mean(-1) for held in cache.slots_held()]).mean(0).tolist()
+            cache, tokens_shared, tokens_each = self._stream(policy, tokens, meter)
+        slots = stacked([counts.float().mean(-1) for counts in cache.slots_held()]).mean(0).tolist()
         texts: list[str] | None = None
         # A row of a file may be of likelihood only.
-        writes = "exact" in measurement and task.has_exact and sample.max_new_tokens > 0
-        once, decided = self.protocol.kind == "compress_once", cache.get_seq_length()
-        if writes and not once:  # decisions while it answers cannot be taken back: on a copy
-            texts, generated = self.generate(cache.clone(), policy.aside(), tokens, sample.max_new_tokens)
-            own += generated
-        asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1).expand(policy.size, -1)
-        loglik = mean_loglik(self._feed(asked, cache, tokens.answer.shape[1], policy, meter), tokens.answer)
-        own += asked.shape[1]
-        if writes and once:  # a copy would hold what every candidate kept a second time
-            cache.crop(decided)
+        generates = "exact" in measurement and task.has_exact and sample.max_new_tokens > 0
+        decides_once, length_decided = self.protocol.kind == "compress_once", cache.get_seq_length()
+        if generates and not decides_once:  # decisions while it answers cannot be taken back: on a copy
+            texts, generated = self.generate(cache.clone(), policy.independent_copy(), tokens, sample.max_new_tokens)
+            tokens_each += generated
+        fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1).expand(policy.size, -1)
+        loglik = mean_loglik(self._feed(fed, cache, tokens.answer.shape[1], policy, meter), tokens.answer)
+        tokens_each += fed.shape[1]
+        if generates and decides_once:  # a copy would hold what every candidate kept a second time
+            cache.crop(length_decided)
             texts, generated = self.generate(cache, policy, tokens, sample.max_new_tokens)
-            own += generated
+            tokens_each += generated
         return [
             Evaluation(
                 sample=sample.id,
@@ -166,80 +135,25 @@ class Evaluator:
                 slots=slots[i],
                 bytes_peak=float(meter.peak[i]),
                 bytes_mean=float(meter.mean[i]),
-                tokens=own + (shared if i == 0 else 0),
+                tokens=tokens_each + (tokens_shared if i == 0 else 0),
             )
             for i in range(policy.size)
         ]
 
     def tokens(self, sample: Sample) -> Tokens:
-        """Encode a sample; context, question and answer are encoded apart, so that no token straddles them.
-
-        Before the context stands, once, what the tokenizer puts before every text (`TextEncoder.prefix`), so that what
-        is measured is what ``tokenizer(text)`` gives in use; in a chat, the template's beginning (`Sample.head`).
-
-        Something must be asked with: the question; in ``query_aware`` mode its last token, because the others are read
-        before the decision; the context's last token if there is no question.
-
-        Raises
-        ------
-        TaskError : nothing is left to read, there is no answer, or the model has no positions for so many tokens.
-        """
-        encoder, head = self.encoder, len(self.encoder.head(sample))
-        context = self._ids(encoder.context(sample))
-        question, answer = (self._ids(encoder.following(text)) for text in (sample.question, sample.answer))
-        if self.protocol.mode == "query_aware" or not question.shape[1]:
-            whole = torch.cat((context, question), 1)
-            read, prompt = whole[:, :-1], whole[:, -1:]
-        else:
-            read, prompt = context, question
-        for name, tokens in (("context", read.shape[1] - head), ("answer", answer.shape[1])):
-            if tokens < 1:
-                raise TaskError(
-                    f"sample {sample.id}: its {name} has no token; give every sample a context and an answer"
-                )
-        found = Tokens(read, prompt, answer)
-        self._require_positions(sample, found, answer.shape[1], "the answer")
-        return found
+        """Return a sample in tokens; see `SampleEncoder.tokens`."""
+        return self.sample_encoder.tokens(sample)
 
     def check_positions(self, samples: Sequence[Sample], *, exact: bool = False) -> Reach:
-        """Compare what samples need with the positions that the model has, before anything is measured.
-
-        Parameters
-        ----------
-        exact : whether text will be generated too, up to `Sample.max_new_tokens`.
-
-        Raises
-        ------
-        TaskError : a sample is longer than a model with a table of positions can read. Rotary models go on, at
-            positions that they were not trained for; the return value tells of it.
-        """
-        longest = 0
-        for sample in samples:
-            tokens = self.tokens(sample)
-            following = tokens.answer.shape[1]
-            if exact and sample.max_new_tokens:
-                following = max(following, sample.max_new_tokens)
-                self._require_positions(sample, tokens, sample.max_new_tokens, "the text that is generated")
-            longest = max(longest, _needed(tokens, following))
-        limit = position_limit(self.loaded.model)
-        return Reach(longest, None if limit is None or longest <= limit.tokens else limit.tokens)
-
-    def _require_positions(self, sample: Sample, tokens: Tokens, following: int, what: str) -> None:
-        limit, needed = position_limit(self.loaded.model), _needed(tokens, following)
-        if limit is None or not limit.learned or needed <= limit.tokens:
-            return
-        raise TaskError(
-            f"sample {shown(sample.id)}: {needed:,} tokens (context and question {_needed(tokens, 1):,}, then {what}), "
-            f"but {beyond(self.loaded.model, limit)}. Ask for a shorter length (the option length of the task), a "
-            "smaller max_new_tokens, or take a model with rotary positions"
-        )
+        """Compare samples with the positions that the model has; see `SampleEncoder.check_positions`."""
+        return self.sample_encoder.check_positions(samples, exact=exact)
 
     def scheduled(self, manager: AnyManager) -> AnyManager:
         """Return the manager on the protocol's schedule."""
         every = None if self.protocol.kind == "compress_once" else self.protocol.every
         return manager if manager.schedule.every == every else manager.with_options(every=every)
 
-    def watching(self, observes: frozenset[str]) -> Recording:
+    def recording_policy(self, observes: frozenset[str]) -> Recording:
         """Return a cache policy that records and never decides."""
         return Recording(observes)
 
@@ -260,15 +174,18 @@ class Evaluator:
     @outside_inference_mode()
     @torch.no_grad()
     def kv_heads(self) -> list[int]:
-        """Return how many KV heads every layer has, as managers see them: read one token, and keep nothing of it."""
+        """Return how many KV heads every layer has, as managers see them; one token is read to find out."""
         with attached(self.loaded.model):
             cache = SlotCache.for_model(self.loaded.model, Recording())
             cache.decides_after_forward = False
-            self.forward(self._ids([0]), cache, 1)
+            self.forward(self.sample_encoder.ids([0]), cache, 1)
         return [int(layer.view().slots.shape[1]) for layer in cache.layers]
 
     def _compress(self, policy: Deciding, tokens: Tokens, observes: frozenset[str]) -> tuple[SlotCache, int, int]:
-        """Read, or take what was read; decide for all. Returns the cache, tokens read for all, tokens read by each."""
+        """Take the context from the store, or read it; decide for all candidates.
+
+        Returns the cache, the tokens that were read for all together, and those that every candidate read by itself.
+        """
         misses = self.store.misses
         reading = self.reading(tokens.read, policy.observes | observes)
         cache = SlotCache.from_views(reading.views, Recording(), rows=policy.size, model=self.loaded.model)
@@ -277,7 +194,10 @@ class Evaluator:
         return cache, reading.tokens if self.store.misses > misses else 0, 0
 
     def _stream(self, policy: Deciding, tokens: Tokens, meter: Meter) -> tuple[SlotCache, int, int]:
-        """Read up to the first decision once, decide for all, then go on with one row a candidate. As `_compress`."""
+        """Read up to the first decision once, decide for all, then read on with one row a candidate.
+
+        Returns as `_compress`.
+        """
         cache = SlotCache.for_model(self.loaded.model, Recording(policy.observes))
         cache.decides_after_forward = False
         length = tokens.read.shape[1]
@@ -288,45 +208,45 @@ class Evaluator:
                 layer.expand(policy.size)
         if shared < length:
             rest = tokens.read[:, shared:].expand(policy.size, -1)
-            self._feed(rest, cache, 1, policy, meter, listens=policy.listens)
+            self._feed(rest, cache, 1, policy, meter, wants_logits=policy.wants_logits)
         return cache, shared, length - shared
 
     def _feed(
-        self, fed: Tensor, cache: SlotCache, keep: int, policy: Deciding, meter: Meter, *, listens: bool = False
+        self, fed: Tensor, cache: SlotCache, keep: int, policy: Deciding, meter: Meter, *, wants_logits: bool = False
     ) -> Tensor:
-        """Logits of the last ``keep`` of the tokens ``fed`` (rows, length); decides where it is due, and measures.
+        """Return the logits of the last ``keep`` of the tokens ``fed`` (rows, length); decide where it is due.
 
         The model is called once a piece between decisions, because bytes are at their peak just before one. With
-        ``listens`` the policy hears how likely what it reads is, which takes the logits of all tokens of a piece.
+        ``wants_logits`` the policy is shown how likely the tokens of every piece after the first decision are.
         """
         begin, length = cache.get_seq_length(), fed.shape[1]
         logits, at = [], 0
         for end, due in turns(begin, length, (0,), policy.schedule.every):
-            wanted = max(0, end - max(at, length - keep))
-            before = meter.held(cache) if begin + at else torch.zeros(1, dtype=torch.float64)
-            hears = listens and begin + at > 0 and end - at > 1
-            scores = self.forward(fed[:, at:end], cache, end - at if hears else max(wanted, 1))
-            meter.grew(before, meter.held(cache), end - at)
-            if hears:
-                policy.heard(scores[:, :-1], fed[:, at + 1 : end].expand(scores.shape[0], -1))
-            if wanted:
-                logits.append(scores[:, -wanted:])
+            logits_kept = max(0, end - max(at, length - keep))
+            before = meter.bytes_by_row(cache) if begin + at else torch.zeros(1, dtype=torch.float64)
+            shows = wants_logits and begin + at > 0 and end - at > 1
+            scores = self.forward(fed[:, at:end], cache, end - at if shows else max(logits_kept, 1))
+            meter.add(before, meter.bytes_by_row(cache), end - at)
+            if shows:
+                policy.observe_logits(scores[:, :-1], fed[:, at + 1 : end].expand(scores.shape[0], -1))
+            if logits_kept:
+                logits.append(scores[:, -logits_kept:])
             if any(due):
                 self._decide(cache, policy)
             at = end
         return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
 
-    def in_turns(self, tokens: Tensor, cache: SlotCache, keep: int) -> Tensor:
-        """As `forward`; in one pass a piece between decisions, where the cache makes them at the end of a pass only.
+    def forward_in_pieces(self, tokens: Tensor, cache: SlotCache, keep: int) -> Tensor:
+        """Return what `forward` does; one pass a piece where the cache decides only at the end of a pass.
 
-        So a manager that decides about all layers at once decides when the protocol says, like all others.
+        So a manager that decides about all layers at once decides when the protocol says, like every other.
         """
         every, begin, length = cache.policy.schedule.every, cache.get_seq_length(), tokens.shape[1]
         logits, at = [], 0
         for end, _ in turns(begin, length, (0,), every if cache.whole_model else None):
-            wanted = max(0, end - max(at, length - keep))
-            scores = self.forward(tokens[:, at:end], cache, max(wanted, 1))
-            if wanted:
+            logits_kept = max(0, end - max(at, length - keep))
+            scores = self.forward(tokens[:, at:end], cache, max(logits_kept, 1))
+            if logits_kept:
                 logits.append(scores)
             at = end
         return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
@@ -350,16 +270,16 @@ class Evaluator:
     # ---- answering ------------------------------------------------------------------------------------------------
 
     def generate(self, cache: SlotCache, policy: CachePolicy, tokens: Tokens, limit: int) -> tuple[list[str], int]:
-        """Greedy continuation of the prompt, per row, and the tokens that a row took; the cache goes on with them."""
-        most = position_limit(self.loaded.model)
-        if most is not None and most.learned and _needed(tokens, limit) > most.tokens:
+        """Return the greedy continuation of the prompt per row, and how many tokens a row was fed."""
+        positions = position_limit(self.loaded.model)
+        if positions is not None and positions.learned and positions_needed(tokens, limit) > positions.tokens:
             raise TaskError(
-                f"max_new_tokens {limit:,} after {_needed(tokens, 1):,} tokens: {beyond(self.loaded.model, most)}; ask "
-                "for fewer"
+                f"max_new_tokens {limit:,} after {positions_needed(tokens, 1):,} tokens: "
+                f"{beyond(self.loaded.model, positions)}; ask for fewer"
             )
         cache.policy = policy  # decides while it answers
         rows = cache.layers[0].slots.shape[0]
-        following = self.in_turns(tokens.prompt.expand(rows, -1), cache, 1)[:, -1].argmax(-1)
+        following = self.forward_in_pieces(tokens.prompt.expand(rows, -1), cache, 1)[:, -1].argmax(-1)
         fed = tokens.prompt.shape[1]
         done = torch.zeros(rows, dtype=torch.bool, device=following.device)
         written: list[list[int]] = [[] for _ in range(rows)]
@@ -375,7 +295,7 @@ class Evaluator:
         return [str(self.loaded.tokenizer.decode(row, skip_special_tokens=True)) for row in written], fed
 
     def forward(self, tokens: Tensor, cache: SlotCache, keep: int) -> Tensor:
-        """Logits of the last ``keep`` tokens: (rows, keep, vocabulary)."""
+        """Return the logits of the last ``keep`` tokens: (rows, keep, vocabulary)."""
         # Indices, not a number: a slice of the hidden states is strided, and the head would run row by row.
         first = tokens.shape[1] - keep
         last: Any = torch.arange(first, tokens.shape[1], device=tokens.device)
@@ -387,19 +307,9 @@ class Evaluator:
         logits: Tensor = output.logits[:, -keep:]
         return logits
 
-    def _ids(self, ids: list[int]) -> Tensor:
-        size = self._vocabulary
-        if size is not None and ids and max(ids) >= size:
-            raise TaskError(
-                f"token {max(ids):,} ({self.loaded.tokenizer.decode([max(ids)])!r}) is beyond the {size:,} that model "
-                f"{self.loaded.name!r} has embeddings of; its tokenizer belongs to another model"
-            )
-        return torch.tensor([ids], dtype=torch.int64, device=self.loaded.model.device)
-
     def without_context(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Tokens of the question by itself, as the beginning of a text, and of the answer: each (1, length) int64."""
-        asked = self._ids(self.encoder.without_context(sample))
-        return asked, self._ids(self.encoder.following(sample.answer))
+        """Return question and answer in tokens, without the context; see `SampleEncoder.without_context`."""
+        return self.sample_encoder.without_context(sample)
 
     # ---- the plain way --------------------------------------------------------------------------------------------
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from evomem.evaluation.sample_tokens import Tokens
 from evomem.evaluation.store import Reading, token_key
 from evomem.memory import LayerView, SlotCache, attached
 from evomem.modes import outside_inference_mode
 
 if TYPE_CHECKING:
-    from evomem.evaluation.evaluator import Evaluator, Tokens
+    from evomem.evaluation.evaluator import Evaluator
 
 LIMIT = 4096
 """Samples whose future attention is remembered (about 0.6 MB each for 500 tokens and 90 heads)."""
@@ -97,8 +98,8 @@ class FutureAttention:
         fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
         watched = {part: f"{kind}:{fed.shape[1]}" for part, kind in _WATCHED.items()}
         with attached(evaluator.loaded.model):
-            watching = evaluator.watching(frozenset(watched.values()))
-            cache = SlotCache.from_views(reading.views, watching, model=evaluator.loaded.model)
+            recording = evaluator.recording_policy(frozenset(watched.values()))
+            cache = SlotCache.from_views(reading.views, recording, model=evaluator.loaded.model)
             evaluator.forward(fed, cache, 1)
         for view, layer in zip(reading.views, cache.layers, strict=True):
             recorded = layer.view().recorded

@@ -48,8 +48,8 @@ class Deciding(Protocol):
         ...
 
     @property
-    def listens(self) -> bool:
-        """Whether `heard` wants to be told what is read between decisions."""
+    def wants_logits(self) -> bool:
+        """Whether `observe_logits` is to be called with what is read between decisions."""
         ...
 
     @property
@@ -62,34 +62,41 @@ class Deciding(Protocol):
         ...
 
     def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
-        """Return the decisions of all candidates about all layers, the first first."""
+        """Return the decisions of all candidates about all layers, in the order of the layers."""
         ...
 
     def fades(self, layer: int) -> Tensor:
-        """Which candidates let slots of a layer fade, as far as they have decided: (candidates,) bool."""
+        """Return which candidates have let slots of a layer fade so far: (candidates,) bool."""
         ...
 
-    def heard(self, logits: Tensor, following: Tensor) -> None:
+    def observe_logits(self, logits: Tensor, following: Tensor) -> None:
         """Take in logits (candidates, tokens, vocabulary) and the tokens that came (candidates, tokens)."""
         ...
 
-    def aside(self) -> Deciding:
-        """Return a policy that decides the same from here on, and whose decisions this one does not take in."""
+    def independent_copy(self) -> Deciding:
+        """Return an independent copy: it decides the same from here on."""
         ...
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Managers of one kind with equal options: one template, stacked parameters, and their places in the population."""
+    """Managers of one kind with equal options.
+
+    Attributes
+    ----------
+    template : one of them.
+    parameters : of all, stacked: (members, ...).
+    members : (members,) int64, their indices in the population.
+    """
 
     template: MemoryManager
     parameters: dict[str, Tensor]
-    places: Tensor
+    members: Tensor
 
     def on(self, device: torch.device) -> _Group:
         """Return the group with all its tensors on a device."""
         parameters = {name: stacked.to(device) for name, stacked in self.parameters.items()}
-        return _Group(self.template.on(device), parameters, self.places.to(device))
+        return _Group(self.template.on(device), parameters, self.members.to(device))
 
 
 _Part = tuple[Tensor, Tensor | None]
@@ -106,7 +113,7 @@ class PopulationPolicy:
     own candidate, whoever else is in the population.
     """
 
-    listens = False
+    wants_logits = False
 
     def __init__(self, managers: Sequence[MemoryManager]) -> None:
         self.size = len(managers)
@@ -127,14 +134,14 @@ class PopulationPolicy:
         return self._placed[device]
 
     def fades(self, layer: int) -> Tensor:
-        """Which managers let slots of a layer fade, as far as they have decided: (managers,) bool."""
+        """Return which managers have let slots of a layer fade so far: (managers,) bool."""
         return self._fades.get(layer, torch.zeros(self.size, dtype=torch.bool))
 
-    def heard(self, logits: Tensor, following: Tensor) -> None:
-        """Nothing: deterministic managers do not learn from what is read."""
+    def observe_logits(self, logits: Tensor, following: Tensor) -> None:
+        """Do nothing: deterministic managers do not learn from what is read."""
 
-    def aside(self) -> PopulationPolicy:
-        """Return itself: nothing is taken in."""
+    def independent_copy(self) -> PopulationPolicy:
+        """Return itself: it has no state that a decision depends on."""
         return self
 
     @torch.no_grad()
@@ -166,28 +173,28 @@ class PopulationPolicy:
         return [self._merged(view, layer) for view, layer in zip(views, parts, strict=True)]
 
     def _merged(self, view: LayerView, parts: Sequence[_Part]) -> Decision:
-        """Return one layer's decisions, those of every group at its members' places."""
+        """Return one layer's decisions, those of every group in the rows of its members."""
         shape = (self.size, *view.slots.shape[1:])
         keep = torch.zeros(shape, dtype=torch.bool, device=view.slots.device)
         decay: Tensor | None = None
         for group, (kept, faded) in zip(self.groups, parts, strict=True):
-            places = group.places.to(keep.device)
-            keep[places] = kept.to(keep.device)
+            members = group.members.to(keep.device)
+            keep[members] = kept.to(keep.device)
             if faded is not None:
                 decay = torch.zeros(shape, device=keep.device, dtype=torch.float32) if decay is None else decay
-                decay[places] = faded.to(keep.device)
-                self._fades[view.layer] = self.fades(view.layer).index_fill(0, group.places, True)
+                decay[members] = faded.to(keep.device)
+                self._fades[view.layer] = self.fades(view.layer).index_fill(0, group.members, True)
         return Decision(keep, decay)
 
 
 def _grouped(managers: Sequence[MemoryManager]) -> list[_Group]:
-    places: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for index, manager in enumerate(managers):
         shapes = {name: (tuple(p.shape), p.dtype) for name, p in manager.named_parameters()}
         buffers = {name: (b.dtype, hash(tuple(b.flatten().tolist()))) for name, b in manager.named_buffers()}
-        places.setdefault(repr((manager.describe(), shapes, buffers)), []).append(index)
+        alike.setdefault(repr((manager.describe(), shapes, buffers)), []).append(index)
     groups = []
-    for members in places.values():
+    for members in alike.values():
         rows = [dict(managers[i].named_parameters()) for i in members]
         stacked = {name: torch.stack([row[name].detach().to(rows[0][name].device) for row in rows]) for name in rows[0]}
         groups.append(_Group(managers[members[0]], stacked, torch.tensor(members)))
@@ -207,8 +214,8 @@ class _WholeModel(nn.Module):
 
 def _decide(group: _Group, views: Sequence[LayerView], *, whole: bool) -> list[_Part]:
     """Return a group's decisions about one layer, or about all layers for managers that need all."""
-    count, shared = len(group.places), views[0].keys.shape[0] == 1
-    views = views if shared else [_rows(view, group.places) for view in views]
+    count, shared = len(group.members), views[0].keys.shape[0] == 1
+    views = views if shared else [_rows(view, group.members) for view in views]
     if not group.parameters or (count == 1 and shared):
         made = decide_all(group.template, views) if whole else [group.template.decide(views[0])]
         return [
@@ -247,6 +254,7 @@ def _as_rows(tensors: dict[TensorName, Tensor]) -> dict[TensorName, Tensor]:
     return {name: tensor[None] for name, tensor in tensors.items()}
 
 
-def _rows(view: LayerView, places: Tensor) -> LayerView:
-    index = places.to(view.slots.device)
+def _rows(view: LayerView, members: Tensor) -> LayerView:
+    """Return the view of some rows."""
+    index = members.to(view.slots.device)
     return view.map(lambda tensor: tensor.index_select(0, index))

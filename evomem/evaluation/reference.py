@@ -39,21 +39,21 @@ def evaluate_plainly(
     generated = 0
     with manager.attach(evaluator.loaded.model) as cache:
         with cache.reading():
-            evaluator.in_turns(tokens.read, cache, 1)
-        held = cache.nbytes() - recorded_bytes(cache)
+            evaluator.forward_in_pieces(tokens.read, cache, 1)
+        before = cache.nbytes() - recorded_bytes(cache)
         slots = float(stacked([s.float().mean() for s in cache.slots_held()]).mean())
         if exact and task.has_exact and sample.max_new_tokens:
             texts, generated = evaluator.generate(cache.clone(), manager, tokens, sample.max_new_tokens)
-        asked = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
-        loglik = mean_loglik(evaluator.in_turns(asked, cache, tokens.answer.shape[1]), tokens.answer)[0]
+        fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
+        loglik = mean_loglik(evaluator.forward_in_pieces(fed, cache, tokens.answer.shape[1]), tokens.answer)[0]
     after = cache.nbytes() - recorded_bytes(cache)
     return Evaluation(
         sample=sample.id,
         values={"loglik": loglik} | ({} if texts is None else {"exact": task.score(sample, texts[0])}),
         slots=slots,
-        bytes_peak=float(cache.bytes_peak if streaming else max(held, after)),
-        bytes_mean=float(cache.bytes_mean if streaming else (held + after) / 2),
-        tokens=tokens.read.shape[1] + generated + asked.shape[1],
+        bytes_peak=float(cache.bytes_peak if streaming else max(before, after)),
+        bytes_mean=float(cache.bytes_mean if streaming else (before + after) / 2),
+        tokens=tokens.read.shape[1] + generated + fed.shape[1],
         seconds=time.perf_counter() - begin,
     )
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 CLIP = 0.2
 """How far a choice's probability may move from the policy that drew before PPO lets go of it."""
 
-_DRAWN = 512
+_REMEMBERED = 512
 """Sets of rollouts whose rewards an evaluator remembers, for further passes over them."""
 
 
@@ -63,12 +63,12 @@ def rollouts(
     """
     tokens, observes = evaluator.tokens(sample), measurement.observes
     older, other = (None if one is None else evaluator.scheduled(one) for one in (behaviour, reference))
-    listens = bool(measurement.options("rollout").get("listens", False))
+    wants_logits = bool(measurement.options("rollout").get("listens", False))
     begin = time.perf_counter()
     number = sample_number(sample.id)
-    policy = RolloutPolicy(evaluator.scheduled(manager), list(seeds), number, older, other, listens)
+    policy = RolloutPolicy(evaluator.scheduled(manager), list(seeds), number, older, other, wants_logits)
     drawing = older if older is not None else manager
-    drawn = (
+    key = (
         task.name,
         sample.id,
         sample_key(tokens),
@@ -77,16 +77,16 @@ def rollouts(
         to_vector(drawing).tobytes(),
         "exact" in measurement,
     )
-    batch = evaluator.drawn.get(drawn) if evaluator.protocol.kind == "compress_once" else None
+    batch = evaluator.known_rollouts.get(key) if evaluator.protocol.kind == "compress_once" else None
     if batch is not None:  # the same rollouts, seen by a newer policy: only how likely they are has changed
         for view in evaluator.reading(tokens.read, policy.observes | observes).views:
             policy.decide(view)
     else:
         with attached(evaluator.loaded.model):
-            batch = evaluator.answered(policy, tokens, sample, task, measurement)
-        evaluator.drawn[drawn] = [replace(one, tokens=0) for one in batch]
-        while len(evaluator.drawn) > _DRAWN:
-            evaluator.drawn.popitem(last=False)
+            batch = evaluator.answer(policy, tokens, sample, task, measurement)
+        evaluator.known_rollouts[key] = [replace(one, tokens=0) for one in batch]
+        while len(evaluator.known_rollouts) > _REMEMBERED:
+            evaluator.known_rollouts.popitem(last=False)
     seconds = (time.perf_counter() - begin) / len(batch)
     return [replace(one, seconds=seconds, steps=policy.steps(place)) for place, one in enumerate(batch)]
 
@@ -97,8 +97,8 @@ def sample_number(identity: str) -> int:
 
 
 @dataclass
-class _Turn:
-    """What the layers' decisions at one time add up to; axis 0 is the rollouts."""
+class _DecisionTotals:
+    """Sums over the layers of what one decision of every rollout gave; axis 0 is the rollouts."""
 
     gradient: Tensor
     lower: Tensor
@@ -122,7 +122,7 @@ class RolloutPolicy:
     sample : `sample_number` of what is read.
     behaviour : the policy that draws, if another one than ``manager``; then ratios are clipped.
     reference : the policy that `Step.reference` is by.
-    listens : note the likelihood of what is read between the decisions.
+    wants_logits : note the likelihood of what is read between the decisions.
     """
 
     manager: StochasticManager
@@ -130,9 +130,9 @@ class RolloutPolicy:
     sample: int
     behaviour: StochasticManager | None = None
     reference: StochasticManager | None = None
-    listens: bool = False
+    wants_logits: bool = False
     whole_model: ClassVar[bool] = False
-    turns: list[_Turn] = field(default_factory=list)
+    decisions: list[_DecisionTotals] = field(default_factory=list)
     _decided: dict[int, int] = field(default_factory=dict)
     _fades: set[int] = field(default_factory=set)
 
@@ -153,7 +153,7 @@ class RolloutPolicy:
         return self.manager.schedule
 
     def fades(self, layer: int) -> Tensor:
-        """Which rollouts let slots of a layer fade, as far as they have decided: (rollouts,) bool."""
+        """Return which rollouts have let slots of a layer fade so far: (rollouts,) bool."""
         return torch.full((self.size,), layer in self._fades)
 
     @torch.no_grad()
@@ -175,38 +175,41 @@ class RolloutPolicy:
         """Return the decisions of all rollouts about all layers: one after the other, as every layer is drawn for."""
         return [self.decide(view) for view in views]
 
-    def aside(self) -> RolloutPolicy:
-        """Return a copy that draws the same from here on."""
+    def independent_copy(self) -> RolloutPolicy:
+        """Return an independent copy: it draws the same from here on."""
         return replace(
-            self, turns=[replace(turn) for turn in self.turns], _decided=dict(self._decided), _fades=set(self._fades)
+            self,
+            decisions=[replace(totals) for totals in self.decisions],
+            _decided=dict(self._decided),
+            _fades=set(self._fades),
         )
 
-    def heard(self, logits: Tensor, following: Tensor) -> None:
+    def observe_logits(self, logits: Tensor, following: Tensor) -> None:
         """Take in the logits (rollouts, tokens, vocabulary) of what was read since the last decision.
 
         following : (rollouts, tokens) int64, the tokens that came. Before the first decision nothing is counted.
         """
-        if self.listens and self.turns:
+        if self.wants_logits and self.decisions:
             chosen = logits.gather(-1, following[..., None])[..., 0].float() - torch.logsumexp(logits.float(), -1)
-            self.turns[-1].rewards = self.turns[-1].rewards + torch.stack(
+            self.decisions[-1].rewards = self.decisions[-1].rewards + torch.stack(
                 (chosen.double().sum(1).cpu(), torch.full((self.size,), float(following.shape[1]), dtype=torch.float64))
             )
 
     def steps(self, rollout: int) -> tuple[Step, ...]:
         """Return the decisions of one rollout."""
         found = []
-        for turn in self.turns:
-            total, count = turn.rewards[:, rollout].tolist()
+        for totals in self.decisions:
+            total, count = totals.rewards[:, rollout].tolist()
             own = self.behaviour is None
             found.append(
                 Step(
-                    gradient=Step.pack(turn.gradient[rollout].numpy()),
-                    lower=b"" if own else Step.pack(turn.lower[rollout].numpy()),
+                    gradient=Step.pack(totals.gradient[rollout].numpy()),
+                    lower=b"" if own else Step.pack(totals.lower[rollout].numpy()),
                     reward=total / count if count else 0.0,
-                    log_prob=float(turn.log_prob[rollout]),
-                    reference=float(turn.reference[rollout]),
-                    choices=int(turn.choices[rollout]),
-                    clipped=min(1.0, float(turn.clipped[rollout]) / max(1, int(turn.choices[rollout]))),
+                    log_prob=float(totals.log_prob[rollout]),
+                    reference=float(totals.reference[rollout]),
+                    choices=int(totals.choices[rollout]),
+                    clipped=min(1.0, float(totals.clipped[rollout]) / max(1, int(totals.choices[rollout]))),
                 )
             )
         return tuple(found)
@@ -229,18 +232,20 @@ class RolloutPolicy:
         if self.reference is not None:
             reference = rows.log_probs(self.reference).sum((1, 2))
         choices = self.manager.choices(view, action).expand(self.size, -1).sum(1)
-        if number == len(self.turns):
+        if number == len(self.decisions):
             size = gradient.shape[1]
             nothing = torch.zeros(self.size, dtype=torch.float64)
             empty = torch.zeros(self.size, size, dtype=torch.float64)
-            self.turns.append(_Turn(empty, empty, nothing, nothing, nothing, nothing, torch.stack((nothing, nothing))))
-        turn = self.turns[number]
-        turn.gradient = turn.gradient + gradient.double().cpu()
-        turn.lower = turn.lower + lower.double().cpu()
-        turn.log_prob = turn.log_prob + log_prob.sum(1).double().cpu()
-        turn.reference = turn.reference + reference.double().cpu()
-        turn.choices = turn.choices + choices.double().cpu()
-        turn.clipped = turn.clipped + clipped.double().cpu()
+            self.decisions.append(
+                _DecisionTotals(empty, empty, nothing, nothing, nothing, nothing, torch.stack((nothing, nothing)))
+            )
+        totals = self.decisions[number]
+        totals.gradient = totals.gradient + gradient.double().cpu()
+        totals.lower = totals.lower + lower.double().cpu()
+        totals.log_prob = totals.log_prob + log_prob.sum(1).double().cpu()
+        totals.reference = totals.reference + reference.double().cpu()
+        totals.choices = totals.choices + choices.double().cpu()
+        totals.clipped = totals.clipped + clipped.double().cpu()
 
 
 class _LogProbs(nn.Module):

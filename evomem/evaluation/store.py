@@ -114,14 +114,14 @@ class PrefillStore:
                 "used in turn, each goes to disk and back. Give store_bytes more, or take shorter contexts",
                 f"{reading.tokens:,}", f"{self._sizes[key]:,}", f"{self.limit:,}",
             )  # fmt: skip
-        while self.held > self.limit and len(self._memory) > 1:
+        while self.bytes_in_memory > self.limit and len(self._memory) > 1:
             oldest, leaving = self._memory.popitem(last=False)
             del self._sizes[oldest]
             self._spill(oldest, leaving)
         return reading
 
     @property
-    def held(self) -> int:
+    def bytes_in_memory(self) -> int:
         """Bytes of memory in use by readings."""
         return sum(self._sizes.values())
 
@@ -177,14 +177,14 @@ class PrefillStore:
             self._temporary = self._folder = None
 
 
-def room_for_readings(places: Iterable[torch.device]) -> int:
+def room_for_readings(devices: Iterable[torch.device]) -> int:
     """Return how many bytes of readings to keep in the memory of some devices: a quarter of what is free there.
 
     The rest is for the candidates' caches, which are what a search is about. On the processor it is at least 2 GiB and
     at most 64 GiB.
     """
-    free = {place: free_bytes(place) for place in places}
-    accelerators = [room for place, room in free.items() if place.type != "cpu" and room is not None]
+    free = {device: free_bytes(device) for device in devices}
+    accelerators = [room for device, room in free.items() if device.type != "cpu" and room is not None]
     if accelerators:
         return max(256 << 20, sum(accelerators) // 4)
     return min(64 << 30, max(2 << 30, (free.get(CPU) or 0) // 4))

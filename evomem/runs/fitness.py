@@ -43,9 +43,10 @@ def measurement_of(config: FitnessConfig, *, drawn: bool = False) -> Measurement
     objective = objective_of(config)
     if not drawn:
         return objective.measurement
-    if objective.drawn is None:
+    if objective.rollout_measurement is None:
         raise ConfigError(f"fitness.objective {config.objective!r} has no rollouts to learn from; it is for evolution")
-    return objective.drawn.with_options("rollout", listens=True) if config.reading else objective.drawn
+    rollouts = objective.rollout_measurement
+    return rollouts.with_options("rollout", listens=True) if config.reading else rollouts
 
 
 @dataclass(frozen=True)

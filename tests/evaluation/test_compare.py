@@ -235,7 +235,7 @@ def test_rows_equal_the_plain_way_one_manager_at_a_time(loaded, task, protocol):
     assert ("knorm", "subject") in roles
     assert {row.samples for row in found.rows} == {3}
     assert all((row.interval is None) == (row.manager == "keydiff") for row in found.rows)
-    assert here.evaluator.store.held == 0
+    assert here.evaluator.store.bytes_in_memory == 0
 
 
 @pytest.mark.parametrize("field", ["loglik", "bytes_mean", "exact"])

@@ -73,7 +73,7 @@ def test_memory_is_bounded_and_what_leaves_it_comes_back_bit_equal(loaded):
         del reading, mine, other
         gc.collect()
         held = sum({id(found): size(found) for found in (reference() for reference in alive) if found}.values())
-        assert held == tight.store.held <= tight.store.limit + newest
+        assert held == tight.store.bytes_in_memory <= tight.store.limit + newest
     assert tight.store.misses == len(samples)
     assert tight.store.hits == len(alive) - len(samples)
     assert 4 <= tight.store.spills <= len(samples)  # each of them once
@@ -81,16 +81,16 @@ def test_memory_is_bounded_and_what_leaves_it_comes_back_bit_equal(loaded):
         found = [e.evaluate(crowd, sample, TASK, EXACT) for e in (plenty, tight)]
         plain, spilled = ([replace(e, seconds=0, tokens=0) for e in evaluations] for evaluations in found)
         assert plain == spilled
-    assert tight.store.held <= tight.store.limit + one * 2
+    assert tight.store.bytes_in_memory <= tight.store.limit + one * 2
 
 
 def test_what_managers_compute_counts_at_the_next_look(loaded):
     evaluator, sample = Evaluator(loaded), make_sample()
     evaluator.evaluate([made("feature_scorer")], sample, TASK)
     observes = made("feature_scorer").observes
-    before = evaluator.store.held
+    before = evaluator.store.bytes_in_memory
     reading = evaluator.reading(evaluator.tokens(sample).read, observes)
-    assert reading.nbytes() == size(reading) == evaluator.store.held > before
+    assert reading.nbytes() == size(reading) == evaluator.store.bytes_in_memory > before
 
 
 def test_the_newest_stays_even_if_it_is_too_large(loaded):
@@ -142,7 +142,7 @@ def test_temporary_folder_is_removed_and_a_given_one_stays(loaded, tmp_path, mon
         assert len(list((tmp_path / "tmp").glob("evomem-prefill-*/*.safetensors"))) == 2
         if end == "close":
             evaluator.store.close()
-            assert evaluator.store.held == 0
+            assert evaluator.store.bytes_in_memory == 0
             evaluator.reading(evaluator.tokens(make_sample()).read, frozenset())  # goes on with nothing
             assert evaluator.store.misses == 4
         del evaluator

@@ -26,8 +26,8 @@ class Objective(ABC):
     Attributes
     ----------
     measurement : what the evaluator measures.
-    drawn : what it measures where a policy gradient asks for rollouts; None: the objective is for evolution only.
-    exact_gradient : ``drawn`` gives the gradient itself, so that nothing need be drawn.
+    rollout_measurement : what the evaluator measures for a policy gradient; None: the objective is for evolution only.
+    exact_gradient : ``rollout_measurement`` gives the gradient itself, so that nothing need be drawn.
     compares_draws : the rollouts on a sample are compared where they are drawn, and must be one unit of work.
     per_head_value : the name of the value that every KV head has of its own; None: there is none.
     per_head_sign : 1 if more of it is better, -1 if less is.
@@ -38,7 +38,7 @@ class Objective(ABC):
     """
 
     measurement: ClassVar[Measurement]
-    drawn: ClassVar[Measurement | None] = None
+    rollout_measurement: ClassVar[Measurement | None] = None
     exact_gradient: ClassVar[bool] = False
     compares_draws: ClassVar[bool] = False
     per_head_value: ClassVar[str | None] = None
@@ -82,8 +82,8 @@ class Objective(ABC):
     @property
     def feeds(self) -> frozenset[str]:
         """What of a `evomem.drivers.base.Fitness` there is besides the values: the measured costs always."""
-        more = {"per_head": self.headwise, "rollouts": self.drawn is not None}
-        return frozenset({"costs", *(name for name, there in more.items() if there)})
+        parts = {"per_head": self.headwise, "rollouts": self.rollout_measurement is not None}
+        return frozenset({"costs", *(name for name, available in parts.items() if available)})
 
 
 class PerHeadMean(Objective):

@@ -13,7 +13,7 @@ class Exact(Objective):
     """The task's exact metric of the greedily generated answer, in [0, 1]."""
 
     measurement = EXACT
-    drawn = EXACT.also(Measurement.of(ROLLOUT))
+    rollout_measurement = EXACT.also(Measurement.of(ROLLOUT))
     unit = "share of answers that are right"
     against_full = "divide"
 

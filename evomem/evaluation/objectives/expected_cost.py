@@ -11,7 +11,7 @@ class ExpectedCost(PerHeadMean):
     """Minus what rankings drawn by the manager's scores cost on average against the attention to come."""
 
     measurement = Measurement.of(Quantity.of("ranking_cost", how="expected"))
-    drawn = Measurement.of(Quantity.of("ranking_cost", how="expected", gradient=True))
+    rollout_measurement = Measurement.of(Quantity.of("ranking_cost", how="expected", gradient=True))
     exact_gradient = True
     per_head_value = "head_cost"
     per_head_sign = -1

@@ -28,7 +28,7 @@ class Loglik(Objective):
     """Mean log-likelihood of the answer's tokens, in nats."""
 
     measurement = Measurement.of("loglik")
-    drawn = Measurement.of("loglik", ROLLOUT)
+    rollout_measurement = Measurement.of("loglik", ROLLOUT)
     unit = "nats per answer token"
 
     def value(self, evaluation: Evaluation) -> float:
@@ -73,7 +73,7 @@ class Answers(Measure):
             begin = time.perf_counter()
             with attached(evaluator.loaded.model):
                 policies = PopulationPolicy([ready[i] for i in members])
-                batch = evaluator.answered(policies, tokens, sample, task, measurement)
+                batch = evaluator.answer(policies, tokens, sample, task, measurement)
             seconds = (time.perf_counter() - begin) / len(members)
             found.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
         return [found[i] for i in range(len(managers))]

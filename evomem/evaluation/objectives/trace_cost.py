@@ -11,7 +11,7 @@ class TraceCost(PerHeadMean):
     """Minus what the ranking in the order of the manager's scores costs against the attention to come."""
 
     measurement = Measurement.of(Quantity.of("ranking_cost", how="sorted"))
-    drawn = Measurement.of(Quantity.of("ranking_cost", how="drawn", gradient=True))
+    rollout_measurement = Measurement.of(Quantity.of("ranking_cost", how="drawn", gradient=True))
     compares_draws = True
     per_head_value = "head_cost"
     per_head_sign = -1
