@@ -95,18 +95,18 @@ def ranking_costs(
         tables, steps = [table for table, _ in pairs], [step for _, step in pairs]
     seconds = (time.perf_counter() - begin) / len(managers)
     found = []
-    for place, manager in enumerate(managers):
-        slots, held = _sizes(manager, context)
+    for number, manager in enumerate(managers):
+        slots, size = _sizes(manager, context)
         found.append(
             Evaluation(
                 sample=sample.id,
-                values=_values(tables[place], _oracle(manager, context) if oracle else {}),
+                values=_values(tables[number], _oracle(manager, context) if oracle else {}),
                 slots=slots,
-                bytes_peak=held,
-                bytes_mean=held,
-                tokens=context.tokens if place == 0 else 0,
+                bytes_peak=size,
+                bytes_mean=size,
+                tokens=context.tokens if number == 0 else 0,
                 seconds=seconds,
-                steps=(steps[place],) if gradient else None,
+                steps=(steps[number],) if gradient else None,
             )
         )
     return found
@@ -164,8 +164,8 @@ def _context(evaluator: Evaluator, sample: Sample, observes: frozenset[str]) -> 
     misses = evaluator.store.misses
     reading = evaluator.reading(tokens.read, observes)
     read = reading.tokens if evaluator.store.misses > misses else 0
-    asked = 0 if key in evaluator.future.known else tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
-    return _Context(reading.views, evaluator.future.of(evaluator, tokens, key, observes), read + asked)
+    answering = 0 if key in evaluator.future.known else tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
+    return _Context(reading.views, evaluator.future.of(evaluator, tokens, key, observes), read + answering)
 
 
 class _Score(nn.Module):
@@ -191,8 +191,8 @@ def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bo
     for view, future in zip(context.views, context.future.peak, strict=True):
         device = view.slots.device
         with torch.set_grad_enabled(gradient):
-            here = {name: value.to(device) for name, value in parameters.items()}
-            scores = functional_call(_Score(manager.on(device)), here, (view,))
+            on_layer = {name: value.to(device) for name, value in parameters.items()}
+            scores = functional_call(_Score(manager.on(device)), on_layer, (view,))
             if how == "sorted":
                 order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
                 cost = plackett_luce.trace_cost(future, order)
@@ -201,7 +201,9 @@ def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bo
             gain = -cost.sum() / heads
         if gradient:  # layer by layer: the graph of all pairs of slots is large
             parts = torch.autograd.grad(gain, list(parameters.values()), allow_unused=True)
-            total = [whole if part is None else whole + part.double() for whole, part in zip(total, parts, strict=True)]
+            total = [
+                summed if part is None else summed + part.double() for summed, part in zip(total, parts, strict=True)
+            ]
         rows.append(cost[0].detach().double().cpu())
     flat = torch.cat([part.reshape(-1) for part in total]) if total else torch.zeros(0, dtype=torch.float64)
     return torch.stack(rows), Step(Step.pack(flat.cpu().numpy()) if gradient else b"", ascent=True)
@@ -240,9 +242,9 @@ def _protected_first(manager: MemoryManager, view: LayerView, ranking: Tensor, n
 
     So the mean of what such a ranking costs is what `_Score` makes of the same manager.
     """
-    places = torch.arange(0, -ranking.shape[-1], -1, device=ranking.device, dtype=noise.dtype)
+    descending = torch.arange(0, -ranking.shape[-1], -1, device=ranking.device, dtype=noise.dtype)
     keys = torch.zeros(ranking.shape, dtype=noise.dtype, device=ranking.device)
-    keys = keys.scatter(-1, ranking, places.expand(ranking.shape))
+    keys = keys.scatter(-1, ranking, descending.expand(ranking.shape))
     keys = torch.where(_protected(manager, view), _FIRST + noise, keys)
     return torch.argsort(keys, dim=-1, descending=True, stable=True)
 
@@ -252,9 +254,9 @@ def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
 
     Of a policy, those that it protects without a budget: its rankings are drawn without one (`_drawn`).
     """
-    here = manager.on(view.slots.device)
-    rule = replace(here.rule, budget=None) if isinstance(here, StochasticManager) else here.rule
-    return rule.protected(view, here.shares())
+    manager = manager.on(view.slots.device)
+    rule = replace(manager.rule, budget=None) if isinstance(manager, StochasticManager) else manager.rule
+    return rule.protected(view, manager.shares())
 
 
 def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float | None]:
@@ -262,24 +264,24 @@ def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float | No
 
     From a trace, which has no keys, the bytes are not known: None.
     """
-    counts, held = [], 0.0
+    counts, size = [], 0.0
     known = all(view.keys.shape[-1] for view in context.views)
     for view, decision in zip(context.views, manager.decide_all(context.views), strict=True):
         kept = decision.keep.sum(-1).float()
         counts.append(kept.mean())
-        held += float(kept.amax()) * float(slot_bytes(view, torch.tensor(decision.decay is not None)))
-    return float(stacked(counts).mean()), held if known else None
+        size += float(kept.amax()) * float(slot_bytes(view, torch.tensor(decision.decay is not None)))
+    return float(stacked(counts).mean()), size if known else None
 
 
 def _oracle(manager: MemoryManager, context: _Context) -> Mapping[str, float]:
     found: dict[str, list[Tensor]] = {name: [] for name in ORACLE}
     module = _Score(manager)
     decisions = manager.decide_all(context.views)
-    for place, view in enumerate(context.views):
-        scores, future = module(view), context.future.peak[place]
+    for layer, view in enumerate(context.views):
+        scores, future = module(view), context.future.peak[layer]
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-        keep = decisions[place].keep
+        keep = decisions[layer].keep
         found["rank_correlation"].append(against.rank_correlation(scores, future, view.valid))
-        found["good_decisions"].append(against.good_decision_ratio(keep, context.future.next_use[place], view.valid))
+        found["good_decisions"].append(against.good_decision_ratio(keep, context.future.next_use[layer], view.valid))
         found["sorted_cost"].append(plackett_luce.trace_cost(future, order))
     return {name: float(torch.cat([part.flatten().cpu() for part in parts]).nanmean()) for name, parts in found.items()}

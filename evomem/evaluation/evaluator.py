@@ -15,7 +15,7 @@ from evomem.evaluation.byte_meter import Meter
 from evomem.evaluation.future import FutureAttention, KnownSamples
 from evomem.evaluation.likelihood import mean_loglik
 from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol, Measurement
-from evomem.evaluation.measures import Draws, measured
+from evomem.evaluation.measures import Draws, run_measures
 from evomem.evaluation.population import Deciding, Recording
 from evomem.evaluation.reference import evaluate_plainly, loglik_without_context
 from evomem.evaluation.sample_tokens import Reach, SampleEncoder, Tokens, positions_needed
@@ -99,7 +99,7 @@ class Evaluator:
         -------
         One `Evaluation` a manager, in order.
         """
-        return measured(self, managers, sample, task, measurement, draws or Draws())
+        return run_measures(self, managers, sample, task, measurement, draws or Draws())
 
     def answer(
         self, policy: Deciding, tokens: Tokens, sample: Sample, task: Task, measurement: Measurement

@@ -71,7 +71,7 @@ measures: Registry[type[Measure]] = Registry("measure", "evomem.measures")
 register_measure = measures.register
 
 
-def measured(
+def run_measures(
     evaluator: Evaluator,
     managers: Sequence[MemoryManager],
     sample: Sample,
@@ -89,22 +89,22 @@ def measured(
     ConfigError : nothing is asked for, a quantity has not these options, or two measures give the same value.
     UnknownNameError : a quantity is not registered.
     """
-    asked: dict[type[Measure], Measurement] = {}
+    by_measure: dict[type[Measure], Measurement] = {}
     for quantity in measurement.quantities:
-        kind = measures.get(quantity.name)
-        _check_options(kind, quantity.name, dict(quantity.options))
-        mine = asked.get(kind, Measurement(observes=measurement.observes))
-        asked[kind] = mine.also(Measurement((quantity,)))
-    if not asked:
+        measure = measures.get(quantity.name)
+        _check_options(measure, quantity.name, dict(quantity.options))
+        part = by_measure.get(measure, Measurement(observes=measurement.observes))
+        by_measure[measure] = part.also(Measurement((quantity,)))
+    if not by_measure:
         raise ConfigError("measurement: names no quantity; there is nothing to measure")
     parts = [
-        kind().evaluations(evaluator, managers, sample, task, mine, draws) for kind, mine in asked.items()
+        measure().evaluations(evaluator, managers, sample, task, part, draws) for measure, part in by_measure.items()
     ]  # fmt: skip
     return parts[0] if len(parts) == 1 else [_joined(of_one) for of_one in zip(*parts, strict=True)]
 
 
-def _check_options(kind: type[Measure], name: str, options: Mapping[str, object]) -> None:
-    known = kind.option_types.get(name, {})
+def _check_options(measure: type[Measure], name: str, options: Mapping[str, object]) -> None:
+    known = measure.option_types.get(name, {})
     for option, value in options.items():
         if option not in known:
             raise ConfigError(

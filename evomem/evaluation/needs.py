@@ -87,7 +87,7 @@ def needs_of(works: Iterable[Work], *, store: int, spill: Path, workers: int = 1
     ----------
     store : bytes of memory for contexts that were read; what is more goes to the folder ``spill``.
     """
-    found, kept, peak, here = Needs(), 0.0, 0.0, False
+    needs, kept, peak, on_processor = Needs(), 0.0, 0.0, False
     costs = list[tuple[Any, float]]()
     for work in works:
         tokens = length_of(work.task)
@@ -95,15 +95,15 @@ def needs_of(works: Iterable[Work], *, store: int, spill: Path, workers: int = 1
         kept += work.contexts * reading if work.keeps else 0.0
         if getattr(getattr(work.model, "device", None), "type", "cpu") == "cpu":  # an accelerator's is measured
             peak = max(peak, reading * (3 + work.rows * work.share))
-            here = True
-        found.memory += work.contexts * tokens * PER_SAMPLE
-        found.evaluations += work.evaluations
+            on_processor = True
+        needs.memory += work.contexts * tokens * PER_SAMPLE
+        needs.evaluations += work.evaluations
         costs.append((work.model, work.contexts * tokens + work.evaluations * PER_EVALUATION))
-    found.memory += peak + (min(kept, store) if here else 0.0)
+    needs.memory += peak + (min(kept, store) if on_processor else 0.0)
     if kept > store:
-        found.write(spill, kept - store)
-    found.seconds = sum(_seconds(model, tokens) for model, tokens in costs) / max(workers, 1)
-    return found
+        needs.write(spill, kept - store)
+    needs.seconds = sum(_seconds(model, tokens) for model, tokens in costs) / max(workers, 1)
+    return needs
 
 
 def length_of(task: Task) -> int:

@@ -1,4 +1,4 @@
-"""Evaluation: how good a ranking or a decision is about a future that is known; no model call, pure tensor arithmetic.
+"""Evaluation: how good a ranking or a decision is when the future is known; pure tensor arithmetic, no model call.
 
 All functions take what `evomem.evaluation.future.Future` holds of a layer, or a trace of it. `FutureOracle` decides
 by it and is evaluated as any other manager is: what a policy that knew the future would reach.
@@ -46,32 +46,32 @@ def rank_correlation(scores: Tensor, future: Tensor, valid: Tensor) -> Tensor:
 
 
 def _centred_ranks(values: Tensor, valid: Tensor) -> Tensor:
-    """Average ranks among the valid slots less their mean, fp64; 0 at the others."""
+    """Return average ranks among the valid slots less their mean, fp64; 0 at empty slots."""
     ordered, order = torch.sort(values, dim=-1)
     step = torch.ones_like(order)
     step[..., 0] = 0
     step[..., 1:] = (ordered[..., 1:] != ordered[..., :-1]).long()
     # Whole numbers in the values' order: infinite scores stay apart from empty slots, which come after all.
-    place = torch.zeros_like(order).scatter(-1, order, step.cumsum(-1))
-    place = torch.where(valid, place, values.shape[-1]).contiguous()
-    among = torch.sort(place, dim=-1).values
-    below, upto = (torch.searchsorted(among, place, right=right) for right in (False, True))
+    rank = torch.zeros_like(order).scatter(-1, order, step.cumsum(-1))
+    rank = torch.where(valid, rank, values.shape[-1]).contiguous()
+    ordered_ranks = torch.sort(rank, dim=-1).values
+    below, upto = (torch.searchsorted(ordered_ranks, rank, right=right) for right in (False, True))
     ranks = torch.where(valid, (below + upto + 1).double() / 2, 0.0)
     count = valid.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(valid, ranks - ranks.sum(-1, keepdim=True) / count, 0.0)
 
 
 def good_decision_ratio(keep: Tensor, next_use: Tensor, valid: Tensor) -> Tensor:
-    """Return the share of evictions that Belady's rule allows: of slots that are not needed before its boundary.
+    """Return the share of evictions that Belady's rule allows.
 
     With as many slots as ``keep`` has, Belady keeps those that are used soonest. The boundary is the soonest next use
-    among what it evicts; an eviction is good if the slot is not used before that. A slot that is never used again (its
-    next use is the number of future tokens) is always a good one to evict.
+    among the slots it evicts; an eviction is good if the slot is not used before that. It is always good to evict a
+    slot that is never used again (its next use is the number of future tokens).
 
     Parameters
     ----------
     keep, valid : (batch, kv_heads, slots) bool, what is kept of the slots that hold a token.
-    next_use : (batch, kv_heads, slots), the place of the first future token that uses the slot.
+    next_use : (batch, kv_heads, slots), the index of the first future token that uses the slot.
 
     Returns
     -------
@@ -166,5 +166,5 @@ def evaluate_oracle(
     extra = tokens.read.shape[1] if evaluator.store.misses > misses else 0
     extra += 0 if known else tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
     manager = FutureOracle(scores, budget=budget, sinks=sinks)
-    (found,) = evaluator.evaluate([manager], sample, task, measurement)
-    return replace(found, tokens=found.tokens + extra)
+    (evaluation,) = evaluator.evaluate([manager], sample, task, measurement)
+    return replace(evaluation, tokens=evaluation.tokens + extra)

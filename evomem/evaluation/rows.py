@@ -41,7 +41,7 @@ class Row:
     seconds : wall time per sample.
     prefix : what the tokenizer puts before every context, as it spells it; "": nothing.
     chat_template : hash of the chat template that the samples are asked in; "": plain text.
-    remark : what else a reader must know of the place's samples: how few there are, how a small file was divided.
+    remark : what else a reader must know of the samples: how few there are, how a small file was divided.
     longest, positions : tokens of the longest sample, and the fewer positions that a rotary model was made for; both
         None where it was made for all of them.
     dtype, device : type of the model's weights, and where they lay (`evomem.devices.named`); None if that is not known.
@@ -104,9 +104,9 @@ def budget_size(budget: Budget) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one manager was measured to do at one budget in one place: what a row is made of.
+    """What one manager was measured to do at one budget in one scenario (model and task): what a row is made of.
 
-    ``evaluations`` are in the order of the samples, which is the same for all managers of a place; the last
+    ``evaluations`` are in the order of the samples, which is the same for all managers of a scenario; the last
     fields are the `Row`'s.
     """
 
@@ -128,12 +128,12 @@ class Measured:
 
 
 def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
-    """Return the rows of one place (model and task): by budget, the best first, the full cache last.
+    """Return the rows of one scenario (model and task): by budget, the best first, the full cache last.
 
     A row is set against the subject at the same budget; a subject that takes no budget, against all of them; a row
     without a budget (the full cache), against the subject's largest.
     """
-    found = {(one.manager, one.budget): one.evaluations for one in measured}
+    evaluations = {(one.manager, one.budget): one.evaluations for one in measured}
     budgets = [one.budget for one in measured if one.manager == subject]
     rows = []
     for one in measured:
@@ -141,9 +141,11 @@ def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
             raise EvomemError(
                 f"{one.manager} on {one.task}, {one.model}: no sample was measured; there is no row of it"
             )
-        own = one.budget if one.budget in budgets else _nearest(one.budget, budgets)
-        control = found.get(("random", one.budget))
-        rows.append(_row(one, subject, found[subject, own], control, found.get(("full", None))))
+        reference_budget = one.budget if one.budget in budgets else _nearest(one.budget, budgets)
+        control = evaluations.get(("random", one.budget))
+        rows.append(
+            _row(one, subject, evaluations[subject, reference_budget], control, evaluations.get(("full", None)))
+        )
     return sorted(
         rows, key=lambda row: (budget_size(row.budget), -row.loglik if math.isfinite(row.loglik) else math.inf)
     )
@@ -165,13 +167,13 @@ def _row(
     control: Sequence[Evaluation] | None,
     full: Sequence[Evaluation] | None,
 ) -> Row:
-    mine = one.evaluations
-    loglik, bytes_mean = _mean_loglik(mine), _mean([as_float(e.bytes_mean) for e in mine])
-    scores = [e.exact for e in mine if e.exact is not None]
+    evaluations = one.evaluations
+    loglik, bytes_mean = _mean_loglik(evaluations), _mean([as_float(e.bytes_mean) for e in evaluations])
+    scores = [e.exact for e in evaluations if e.exact is not None]
     difference = difference_score = None
     if one.manager != subject:
-        difference = paired_bootstrap(_logliks(reference), _logliks(mine))
-        pairs = [(a.exact, b.exact) for a, b in zip(reference, mine, strict=True)]
+        difference = paired_bootstrap(_logliks(reference), _logliks(evaluations))
+        pairs = [(a.exact, b.exact) for a, b in zip(reference, evaluations, strict=True)]
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
         if both:
             difference_score = paired_bootstrap([a for a, _ in both], [b for _, b in both])
@@ -186,18 +188,18 @@ def _row(
         protocol=one.protocol,
         split=one.split,
         role=one.role,
-        samples=len(mine),
+        samples=len(evaluations),
         score=_mean(scores) if scores else None,
         loglik=loglik,
-        bytes_peak=_mean([as_float(e.bytes_peak) for e in mine]),
+        bytes_peak=_mean([as_float(e.bytes_peak) for e in evaluations]),
         bytes_mean=bytes_mean,
-        slots=_mean([as_float(e.slots) for e in mine]),
-        seconds=_mean([e.seconds for e in mine]),
+        slots=_mean([as_float(e.slots) for e in evaluations]),
+        seconds=_mean([e.seconds for e in evaluations]),
         interval=difference.bounds() if difference else None,
         difference=difference.mean if difference else None,
         interval_score=difference_score.bounds() if difference_score else None,
         difference_score=difference_score.mean if difference_score else None,
-        interval_loglik=bootstrap_mean(_logliks(mine)).bounds(),
+        interval_loglik=bootstrap_mean(_logliks(evaluations)).bounds(),
         bytes_ratio=bytes_mean / _mean([as_float(e.bytes_mean) for e in reference]),
         recovered=recovered,
         prefix=one.prefix,

@@ -218,7 +218,7 @@ def test_the_limit_is_kept(llama, tmp_path):
     said = []
     limit = whole.bytes - 1
     part = recorded(llama, tmp_path / "part", limit=limit, say=said.append)
-    assert (part.samples, part.wanted, part.new) == (3, 4, 3)
+    assert (part.samples, part.requested, part.new) == (3, 4, 3)
     assert sum(map(len, content(tmp_path / "part").values())) == part.bytes <= limit
     assert any("3 of 4 samples fit" in line for line in said)
     assert parse_bytes(" ".join(said[0].split()[1:3])) == pytest.approx(whole.bytes, rel=0.5)

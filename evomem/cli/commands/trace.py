@@ -56,7 +56,7 @@ def trace(
             f"  {readable(done.bytes)}, {readable(done.bytes / done.samples)} a sample; keys and values of the same "
             f"contexts in {loaded.dtype}: {readable(done.kv_bytes)}, {share:.1f} times as much"
         )
-    if done.samples < done.wanted:
-        lines.append(f"  {done.wanted - done.samples} of {done.wanted} samples did not fit in --limit {limit}")
+    if done.samples < done.requested:
+        lines.append(f"  {done.requested - done.samples} of {done.requested} samples did not fit in --limit {limit}")
     for line in lines:
         wide_console().print(Text(line), soft_wrap=True)

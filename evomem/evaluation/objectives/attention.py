@@ -77,11 +77,11 @@ def retained_attention(
     observes = policy.observes | observes
     reading = evaluator.reading(tokens.read, observes)
     read = reading.tokens if evaluator.store.misses > misses else 0
-    asked = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
+    answering = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
     key = sample_key(tokens)
     first = key not in evaluator.future.known
     future = evaluator.future.of(evaluator, tokens, key, observes)
-    shares, kept, held = [], [], torch.zeros(len(managers), dtype=torch.float32)
+    shares, kept, sizes = [], [], torch.zeros(len(managers), dtype=torch.float32)
     for view, paid, decision in zip(reading.views, future.paid, decisions(policy, reading.views), strict=True):
         keep = decision.keep
         total = paid.sum(-1)
@@ -90,7 +90,7 @@ def retained_attention(
         shares.append(share)
         counts = keep.sum(-1)
         kept.append(counts.float().mean(-1))
-        held = held + counts.amax(-1).float().cpu() * slot_bytes(view, policy.fades(view.layer))
+        sizes = sizes + counts.amax(-1).float().cpu() * slot_bytes(view, policy.fades(view.layer))
     table = stacked(shares, 1).double().cpu()
     slots = stacked(kept, 1).mean(1).tolist()
     seconds = (time.perf_counter() - begin) / len(managers)
@@ -100,9 +100,9 @@ def retained_attention(
             # Rounded, because the journal keeps one number a head and candidate.
             values={"head_attention": tuple(tuple(round(value, 5) for value in row) for row in table[i].tolist())},
             slots=slots[i],
-            bytes_peak=float(held[i]),
-            bytes_mean=float(held[i]),
-            tokens=(read + (asked if first else 0)) if i == 0 else 0,
+            bytes_peak=float(sizes[i]),
+            bytes_mean=float(sizes[i]),
+            tokens=(read + (answering if first else 0)) if i == 0 else 0,
             seconds=seconds,
         )
         for i in range(len(managers))

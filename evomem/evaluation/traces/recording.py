@@ -55,14 +55,15 @@ class Recorded:
 
     Attributes
     ----------
-    samples, wanted : samples that are there, and that were asked for; fewer are there if the limit was reached.
+    samples : samples in the folder.
+    requested : samples that were asked for; the folder has fewer if the limit was reached.
     new : samples recorded by this call.
     bytes : of all trace files and the manifest.
     kv_bytes : of the keys and values of the same contexts, in the model's type.
     """
 
     samples: int
-    wanted: int
+    requested: int
     new: int
     bytes: int
     kv_bytes: int
@@ -107,15 +108,17 @@ def record(
     if samples < 1:
         raise ConfigError(f"samples: {samples}; record at least 1")
     columns = base_columns(tuple(features))
-    there = at_hand(task, split, samples)
-    needs = needs_of([Work(loaded.model, task, there, there, 0)], store=0, spill=folder)
-    needs.write(folder, 0 if limit is not None else there * length_of(task) * _bytes_per_token(loaded.model, columns))
+    available = at_hand(task, split, samples)
+    needs = needs_of([Work(loaded.model, task, available, available, 0)], store=0, spill=folder)
+    needs.write(
+        folder, 0 if limit is not None else available * length_of(task) * _bytes_per_token(loaded.model, columns)
+    )
     require(needs, check=plan_check, say=say)
-    chosen = task.samples(split, there, seed)
-    if len(chosen) < there:
-        raise TaskError(f"task {spec}: split {split.value!r} has {len(chosen)} samples, {there} are needed")
-    if there < samples:
-        say(f"{there} of {samples} samples: the {split} split of {spec} has no more")
+    chosen = task.samples(split, available, seed)
+    if len(chosen) < available:
+        raise TaskError(f"task {spec}: split {split.value!r} has {len(chosen)} samples, {available} are needed")
+    if available < samples:
+        say(f"{available} of {samples} samples: the {split} split of {spec} has no more")
     header = TraceHeader(
         model=TraceModel(name=loaded.name, digest=loaded.digest, dtype=str(loaded.model.dtype).removeprefix("torch.")),
         task=TraceTask(spec=spec, name=task.name, options=task.describe()),
@@ -131,16 +134,16 @@ def record(
     if reach.limit is not None:
         say(f"samples of up to {reach.longest:,} tokens, but {loaded.name} was made for {reach.limit:,} positions")
     with _locked(folder):
-        whole = _opened(folder, header, chosen, say)
-        say(_estimate(evaluator, header, chosen, whole, limit))
-        return _record(evaluator, header, chosen, whole, folder, limit, say, progress)
+        recorded = _opened(folder, header, chosen, say)
+        say(_estimate(evaluator, header, chosen, recorded, limit))
+        return _record(evaluator, header, chosen, recorded, folder, limit, say, progress)
 
 
 def _record(
     evaluator: Evaluator,
     header: TraceHeader,
     chosen: Sequence[Sample],
-    whole: dict[str, TraceFile],
+    recorded: dict[str, TraceFile],
     folder: Path,
     limit: int | None,
     say: Callable[[str], None],
@@ -148,7 +151,7 @@ def _record(
 ) -> Recorded:
     # What an earlier, longer recording holds beyond this one's samples stays.
     names = [_name(number) for number in range(len(chosen))]
-    names += sorted(name for name in whole if name not in set(names))
+    names += sorted(name for name in recorded if name not in set(names))
     new = 0
 
     def manifest(files: dict[str, TraceFile]) -> Manifest:
@@ -157,20 +160,21 @@ def _record(
     for number, sample in enumerate(chosen):
         name = names[number]
         progress(number, len(chosen))
-        if name in whole:
+        if name in recorded:
             continue
         file, content = _trace(evaluator, header, sample, name)
-        longer = {**whole, name: file}
+        longer = {**recorded, name: file}
         listing = manifest(longer).to_bytes()
         size = sum(one.bytes for one in longer.values()) + len(listing)
         if limit is not None and size > limit:
-            say(f"{folder}: {len(whole)} of {len(chosen)} samples fit in {limit:,} bytes (--limit); stopped before it")
+            fitting = f"{len(recorded)} of {len(chosen)} samples fit in {limit:,} bytes (--limit)"
+            say(f"{folder}: {fitting}; stopped before it")
             break
         write_atomically(folder / name, content)
         write_atomically(folder / MANIFEST, listing)
-        whole, new = longer, new + 1
-    progress(len(whole), len(chosen))
-    files = manifest(whole)
+        recorded, new = longer, new + 1
+    progress(len(recorded), len(chosen))
+    files = manifest(recorded)
     size = sum(one.bytes for one in files.files) + len(files.to_bytes())
     return Recorded(len(files.files), len(chosen), new, size, sum(one.kv_bytes for one in files.files))
 
@@ -184,12 +188,12 @@ def _trace(evaluator: Evaluator, header: TraceHeader, sample: Sample, name: str)
     reading = evaluator.reading(tokens.read, observes)
     future = evaluator.future.of(evaluator, tokens, key, observes)
     content = encode(reading, future, header.features, sample.id, key)
-    held = sum(t.numel() * t.element_size() for view in reading.views for t in (view.keys, view.values))
+    kv_bytes = sum(t.numel() * t.element_size() for view in reading.views for t in (view.keys, view.values))
     evaluator.store.close()
     evaluator.future.known.clear()
     digest = hashlib.sha256(content).hexdigest()
     file = TraceFile(
-        file=name, sample=sample.id, key=key, bytes=len(content), sha256=digest, slots=reading.tokens, kv_bytes=held
+        file=name, sample=sample.id, key=key, bytes=len(content), sha256=digest, slots=reading.tokens, kv_bytes=kv_bytes
     )
     return file, content
 
@@ -229,7 +233,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _opened(
     folder: Path, header: TraceHeader, chosen: Sequence[Sample], say: Callable[[str], None]
 ) -> dict[str, TraceFile]:
-    """Return the files that are there and whole, by name; begin a folder if there is none."""
+    """Return the undamaged files of a folder by name; begin a folder if there is none."""
     _refuse_strangers(folder)  # again, because now nobody else works in it
     path = folder / MANIFEST
     sweep(folder)
@@ -243,20 +247,20 @@ def _opened(
     ]
     if lines:
         raise RunError(f"{folder}: holds traces of other arguments; choose another folder.\n  " + "\n  ".join(lines))
-    whole: dict[str, TraceFile] = {}
+    recorded: dict[str, TraceFile] = {}
     for file in manifest.files:
         trouble = damage(folder / file.file, file)
         if trouble:
             say(f"{folder / file.file}: {trouble}; it is recorded again")
         else:
-            whole[file.file] = file
+            recorded[file.file] = file
     for number, sample in enumerate(chosen):
-        known = whole.get(_name(number))
+        known = recorded.get(_name(number))
         if known is not None and known.sample != sample.id:
             raise RunError(
                 f"{folder}: {known.file} is of sample {known.sample}, not {sample.id}; choose another folder"
             )
-    return whole
+    return recorded
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -270,7 +274,11 @@ def _differences(theirs: dict[str, Any], mine: dict[str, Any], prefix: str = "")
 
 
 def _estimate(
-    evaluator: Evaluator, header: TraceHeader, chosen: Sequence[Sample], whole: dict[str, TraceFile], limit: int | None
+    evaluator: Evaluator,
+    header: TraceHeader,
+    chosen: Sequence[Sample],
+    recorded: dict[str, TraceFile],
+    limit: int | None,
 ) -> str:
     """Say what all samples will take, from the lengths of a few."""
     some = chosen[:8]
@@ -279,7 +287,7 @@ def _estimate(
     each = mean * _bytes_per_token(evaluator.loaded.model, header.features)
     each += 300 * evaluator.loaded.model.config.get_text_config().num_hidden_layers  # safetensors' list of its tensors
     total = each * len(chosen)
-    there = f", {len(whole)} already there" if whole else ""
+    there = f", {len(recorded)} already there" if recorded else ""
     text = f"about {readable(total)} for {len(chosen)} samples of {mean:,.0f} tokens{there}"
     if limit is not None and total > limit:
         text += f"; about {int(limit // each)} of them fit in {limit:,} bytes (--limit)"
