@@ -17,7 +17,8 @@ from evomem.bounds import TOKENS
 from evomem.errors import ConfigError
 from evomem.evaluation.future import Future, sample_key
 from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
-from evomem.managers.base import ManagerOptions, MemoryManager
+from evomem.managers.base import MemoryManager
+from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 from evomem.tasks.base import Sample, Task

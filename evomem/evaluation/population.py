@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from evomem.managers.base import MemoryManager, Schedule
+from evomem.managers.base import MemoryManager
+from evomem.managers.options import Schedule
 from evomem.memory import Decision, LayerView
 from evomem.memory.kv.attention import full_precision
 from evomem.memory.kv.due import decide_all

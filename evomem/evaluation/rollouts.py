@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 
 from evomem.evaluation.future import sample_key
 from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement, Step
-from evomem.managers.base import Schedule
+from evomem.managers.options import Schedule
 from evomem.managers.stochastic import Action, Noise, StochasticManager
 from evomem.managers.vector import to_vector
 from evomem.memory import Decision, LayerView, attached

@@ -10,7 +10,7 @@ from evomem.managers.allocation import (
     register_allocation,
 )
 from evomem.managers.allocation.per_head_shares import PerHeadShares
-from evomem.managers.base import ManagerOptions, MemoryManager, Schedule, managers, register
+from evomem.managers.base import MemoryManager, managers, register
 from evomem.managers.build import build, names, parse, summary
 from evomem.managers.heuristics.adakv import AdaKV
 from evomem.managers.heuristics.expected_attention import ExpectedAttention
@@ -27,6 +27,7 @@ from evomem.managers.heuristics.tova import TOVA
 from evomem.managers.learned.feature_scorer import FeatureScorer
 from evomem.managers.learned.kv_policy import KVPolicy
 from evomem.managers.learned.namm import NAMM
+from evomem.managers.options import ManagerOptions, Schedule
 from evomem.managers.stochastic import StochasticManager
 
 __all__ = [

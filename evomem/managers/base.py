@@ -5,19 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from evomem.bounds import TOKENS, UNITS
 from evomem.errors import ConfigError, PluginError
 from evomem.managers.allocation import Allocation, ModelAllocation, Threshold, Uniform, build_allocation, settle
 from evomem.managers.decision import Judgement, Rule
+from evomem.managers.options import NEIGHBOURS, ManagerOptions, Schedule, check_budget
 from evomem.managers.placement import follows_view, on_device
 from evomem.managers.selection import Ends
 from evomem.memory import Decision, LayerView, attached
@@ -29,59 +28,18 @@ if TYPE_CHECKING:
 
     from evomem.memory import SlotCache
 
+__all__ = [
+    "NEIGHBOURS",
+    "ManagerOptions",
+    "MemoryManager",
+    "Schedule",
+    "check_budget",
+    "managers",
+    "register",
+    "retype",
+]
+
 managers: Registry[type[MemoryManager]]
-
-NEIGHBOURS = 4096
-"""The largest window of queries or slots that a manager looks at; attention or pooling of more would fill memory."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When a manager decides.
-
-    Attributes
-    ----------
-    every : decide whenever a sequence has read another ``every`` tokens (of its own, padding not counted);
-        None: once, at the end of a reading (a forward pass of more than one token, a prompt in chunks, or what is read
-        inside ``cache.reading()``; see `SlotCache`).
-    """
-
-    every: int | None = None
-
-
-class ManagerOptions(BaseModel):
-    """Options that every manager has; subclasses add theirs. Saved whole in a plug-in's ``config.json``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    budget: int | float | None = Field(
-        default=None,
-        description="slots per KV head that a decision keeps: a whole number, or a share of the tokens read in (0, 1]",
-    )
-    every: int | None = Field(
-        default=None, ge=1, le=TOKENS, description="decide every that many tokens; none: once, after the context"
-    )
-    allocation: Annotated[int, Field(ge=0, le=UNITS)] | dict[str, Any] | None = Field(
-        default=None,
-        description="how layers and heads share the budget, e.g. pyramid(beta=20) (see `evomem list allocations`); a "
-        "whole number n: depth_shares(points=n); none: the manager's own way",
-    )
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _budget(cls, budget: Any) -> Any:
-        """Refuse a truth value, which would count as one slot."""
-        if isinstance(budget, bool):
-            raise ValueError("give a whole number of slots, or a share in (0, 1]")
-        return budget
-
-    @field_validator("allocation", mode="before")
-    @classmethod
-    def _allocation(cls, spec: Any) -> Any:
-        """Turn a text or mapping into the full description; numbers stay numbers."""
-        if isinstance(spec, bool):
-            raise ValueError("give an allocation, e.g. pyramid(beta=20), or a number of points of depth")
-        return build_allocation(spec).describe() if isinstance(spec, str | Mapping) else spec
 
 
 class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
@@ -116,11 +74,11 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        for name in ("make_selection", "select"):
+        for name in ("make_selection", "select", "own_allocation"):
             if name in vars(cls):
                 raise ConfigError(
                     f"manager {cls.__qualname__}: {name}: nobody asks for it any more; say in make_ends which tokens "
-                    "are protected, and in own_allocation how the budget is shared out"
+                    "are protected, and in built_in_allocation how the budget is shared out"
                 )
         for name in cls.on_view_device & vars(cls).keys():
             setattr(cls, name, follows_view(vars(cls)[name]))
@@ -153,25 +111,25 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         return Ends()
 
     def make_allocation(self) -> Allocation:
-        """Return how layers and heads share the budget: the option ``allocation``, over what the manager does itself.
+        """Return how layers and heads share the budget: the option ``allocation``, over `built_in_allocation`.
 
         Raises
         ------
         ConfigError : both do the same job, or the manager does not rank its slots to a budget.
         """
-        spec, own = self.options.allocation, self.own_allocation()
+        spec, built_in = self.options.allocation, self.built_in_allocation()
         if not spec:  # the number 0 stands for none
-            return own
-        given = build_allocation(spec)
-        if isinstance(given, Threshold) and given.options.cap is not None and self.options.budget is not None:
+            return built_in
+        option = build_allocation(spec)
+        if isinstance(option, Threshold) and option.options.cap is not None and self.options.budget is not None:
             raise ConfigError(
                 f"manager {self.name!r}: budget: {self.options.budget!r}, and allocation: threshold has the cap "
-                f"{given.options.cap!r}; give one of them: without a cap of its own a threshold is capped by the budget"
+                f"{option.options.cap!r}; give one of them: a threshold without a cap is capped by the budget"
             )
-        return settle(given, own, self.name)
+        return settle(option, built_in, self.name)
 
-    def own_allocation(self) -> Allocation:
-        """Return the allocation that the manager has by itself; by default every head gets the budget."""
+    def built_in_allocation(self) -> Allocation:
+        """Return the allocation that is part of the manager's method; by default every head gets the budget."""
         return Uniform()
 
     def shares(self) -> Tensor | None:
@@ -282,8 +240,8 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         with outside_inference_mode():
             other = type(self)(**{**self.options.model_dump(), **changes})
             shapes = {name: tensor.shape for name, tensor in state.items()}
-            others = {name: tensor.shape for name, tensor in other.state_dict().items()}
-            if differing := {name for name in shapes | others if shapes.get(name) != others.get(name)}:
+            new_shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
+            if differing := {name for name in shapes | new_shapes if shapes.get(name) != new_shapes.get(name)}:
                 raise ConfigError(
                     f"manager {self.name!r}: with {', '.join(changes)} changed it has other parameters "
                     f"({', '.join(sorted(differing))}); build another manager and search for its parameters"
@@ -392,18 +350,6 @@ def retype(manager: MemoryManager, types: Mapping[str, torch.dtype]) -> None:
         for name, tensor in manager.state_dict(keep_vars=True).items():
             if tensor.dtype != types[name] or not tensor.is_contiguous():
                 tensor.data = tensor.data.to(types[name]).contiguous()
-
-
-def check_budget(budget: int | float | None) -> None:
-    """Raise `ConfigError` unless the budget is None, a positive whole number, or a share in (0, 1]."""
-    if budget is None:
-        return
-    if budget > TOKENS:
-        raise ConfigError(f"budget: {budget!r} slots per head; at most {TOKENS}")
-    if isinstance(budget, bool) or (isinstance(budget, int) and budget < 1):
-        raise ConfigError(f"budget: {budget!r} slots per head keep nothing; give a whole number >= 1")
-    if isinstance(budget, float) and not 0 < budget <= 1:
-        raise ConfigError(f"budget: {budget!r} is not a share in (0, 1]; give whole numbers as slots, e.g. 64")
 
 
 managers = Registry("manager", "evomem.managers")

@@ -39,7 +39,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from evomem.errors import ConfigError
-from evomem.managers.base import NEIGHBOURS, ManagerOptions
+from evomem.managers.options import NEIGHBOURS, ManagerOptions
 from evomem.memory import LayerView, masked_mean
 from evomem.memory.observations.spectrum import BINS
 

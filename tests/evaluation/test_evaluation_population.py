@@ -102,7 +102,7 @@ def test_a_manager_may_have_an_allocation_of_its_own(llama):
         def score(self, view):
             return view.keys.new_zeros(view.slots.shape)
 
-        def own_allocation(self):
+        def built_in_allocation(self):
             return Everything()
 
     evaluator, sample = Evaluator(llama), make_sample()

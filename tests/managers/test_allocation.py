@@ -327,8 +327,9 @@ def test_an_allocation_of_ones_own():
 
 
 def test_a_manager_that_says_it_as_before_is_told_how_now():
-    with pytest.raises(ConfigError, match="own_allocation"):
-        type("Old", (type(build("keydiff")),), {"make_selection": lambda self: None})
+    for name in ("make_selection", "select", "own_allocation"):
+        with pytest.raises(ConfigError, match=f"{name}.*built_in_allocation"):
+            type("Old", (type(build("keydiff")),), {name: lambda self: None})
 
 
 def test_across_heads_over_itself_is_exactly_what_adakv_says():

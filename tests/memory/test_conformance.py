@@ -31,7 +31,7 @@ class Everything(MemoryManager):
             {"attention_sum", "attention_spectrum", "window_attention:3", "window_attention:8", "query_statistics"}
         )
 
-    def own_allocation(self) -> AboveMean:
+    def built_in_allocation(self) -> AboveMean:
         return AboveMean()
 
     def score(self, view: LayerView) -> Tensor:
@@ -51,7 +51,7 @@ class Everything(MemoryManager):
 class Emptying(MemoryManager):
     """Keeps nothing at all in every second head of every second layer."""
 
-    def own_allocation(self) -> AboveMean:
+    def built_in_allocation(self) -> AboveMean:
         return AboveMean()
 
     def score(self, view: LayerView) -> Tensor:

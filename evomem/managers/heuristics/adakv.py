@@ -10,9 +10,10 @@ from torch import Tensor
 
 from evomem.errors import ConfigError
 from evomem.managers.allocation import AcrossHeads, Allocation, LayerAllocation
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import MemoryManager, register
 from evomem.managers.build import build
 from evomem.managers.decision import Judgement
+from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 

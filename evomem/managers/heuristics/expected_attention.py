@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from evomem.bounds import LARGE, TOKENS
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import MemoryManager, register
+from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 

@@ -14,7 +14,7 @@ from evomem.memory.view import LayerView
 class Full(MemoryManager):
     """Keeps every token; a budget, if given, is ignored."""
 
-    def own_allocation(self) -> Allocation:
+    def built_in_allocation(self) -> Allocation:
         """Return the allocation that keeps all."""
         return Everything()
 

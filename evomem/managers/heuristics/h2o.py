@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import MemoryManager, register
+from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 

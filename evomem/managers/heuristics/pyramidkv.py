@@ -29,6 +29,6 @@ class PyramidKV(SnapKV):
     Options = PyramidKVOptions
     options: PyramidKVOptions
 
-    def own_allocation(self) -> Allocation:
+    def built_in_allocation(self) -> Allocation:
         """Return the pyramid, which observes the window that is kept."""
         return Pyramid(beta=self.options.beta)

@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import Tensor
 
 from evomem.bounds import SEED
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import MemoryManager, register
 from evomem.managers.hashing import absorb, seeded, uniform
+from evomem.managers.options import ManagerOptions
 from evomem.memory.view import LayerView
 
 

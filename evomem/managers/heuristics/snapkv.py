@@ -9,7 +9,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
-from evomem.managers.base import NEIGHBOURS, ManagerOptions, MemoryManager, register
+from evomem.managers.base import MemoryManager, register
+from evomem.managers.options import NEIGHBOURS, ManagerOptions
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from evomem.bounds import TOKENS, UNITS
 from evomem.errors import CacheError, ConfigError
 from evomem.managers.allocation import Allocation, Dense, Threshold, Uniform
-from evomem.managers.base import ManagerOptions, MemoryManager, register
+from evomem.managers.base import MemoryManager, register
 from evomem.managers.learned.bam import BAMScorer, LinearScorer, MLPScorer
+from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends
 from evomem.managers.vector import load_vector, to_vector
 from evomem.memory import LayerView
@@ -99,7 +100,7 @@ class NAMM(MemoryManager):
         """The newest token."""
         return Ends(recent=1)
 
-    def own_allocation(self) -> Allocation:
+    def built_in_allocation(self) -> Allocation:
         """Return what ``selection`` names; with an ``allocation``, slots are ranked to the budget instead."""
         if self.options.selection == "capped":
             return Uniform() if self.options.allocation else Threshold()
