@@ -70,11 +70,11 @@ def _last(view: LayerView, argument: str) -> Tensor:
     return torch.log(view.recorded[f"window_attention:{argument}"] * int(argument) + TINY)
 
 
-def _block(which: int) -> Callable[[LayerView, str], Tensor]:
-    def of(view: LayerView, argument: str) -> Tensor:
-        return torch.log(view.recorded[f"window_statistics:{argument}"][..., which] + TINY)
+def _window_statistic(index: int) -> Callable[[LayerView, str], Tensor]:
+    def compute(view: LayerView, argument: str) -> Tensor:
+        return torch.log(view.recorded[f"window_statistics:{argument}"][..., index] + TINY)
 
-    return of
+    return compute
 
 
 def _per_query(view: LayerView, argument: str) -> Tensor:
@@ -87,13 +87,13 @@ class Feature:
 
     Attributes
     ----------
-    of : function of (view, argument) that returns (batch, kv_heads, slots) fp32.
+    compute : function of (view, argument) that returns (batch, kv_heads, slots) fp32.
     needs : what the cache must record for it, ``{}`` standing for the argument; empty: nothing.
     takes : its argument, the text behind the colon: none, a number of ``queries``, or a ``bin`` of the spectrum.
     from_slots : it follows from the slots' indices alone, so that traces need not hold it.
     """
 
-    of: Callable[[LayerView, str], Tensor]
+    compute: Callable[[LayerView, str], Tensor]
     needs: str = ""
     takes: Literal["", "queries", "bin"] = ""
     from_slots: bool = False
@@ -124,10 +124,10 @@ FEATURES: dict[str, Feature] = {
     "attention_per_query": Feature(_per_query, "attention_sum"),
     "window": Feature(_window, "window_attention:{}", "queries"),
     "last": Feature(_last, "window_attention:{}", "queries"),
-    "block_max": Feature(_block(0), "window_statistics:{}", "queries"),
-    "block_min": Feature(_block(1), "window_statistics:{}", "queries"),
-    "block_sum": Feature(_block(2), "window_statistics:{}", "queries"),
-    "block_decayed": Feature(_block(3), "window_statistics:{}", "queries"),
+    "block_max": Feature(_window_statistic(0), "window_statistics:{}", "queries"),
+    "block_min": Feature(_window_statistic(1), "window_statistics:{}", "queries"),
+    "block_sum": Feature(_window_statistic(2), "window_statistics:{}", "queries"),
+    "block_decayed": Feature(_window_statistic(3), "window_statistics:{}", "queries"),
     "spectrum": Feature(
         lambda view, argument: torch.log(view.recorded["attention_spectrum"][..., int(argument)] + TINY),
         "attention_spectrum",
@@ -222,26 +222,26 @@ def column(view: LayerView, name: str) -> Tensor:
             "leave the feature out"
         )
     _, _, observation, argument = parse(name)
-    return FEATURES[observation].of(view, argument)
+    return FEATURES[observation].compute(view, argument)
 
 
 def columns(view: LayerView, names: tuple[str, ...]) -> list[Tensor]:
     """Return the features, pooled where their names say so, not standardised: (batch, kv_heads, slots) fp32 each."""
     base: dict[str, Tensor] = {}
-    found = []
+    pooled = []
     for name in names:
         how, width, observation, argument = parse(name)
         plain = f"{observation}:{argument}" if argument else observation
         if plain not in base:
             base[plain] = column(view, plain)
-        found.append(pool(base[plain], view.valid, width, how) if how else base[plain])
-    return found
+        pooled.append(pool(base[plain], view.valid, width, how) if how else base[plain])
+    return pooled
 
 
 def base_columns(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the features without neighbourhoods from which all of these can be computed, sorted."""
     parts = (parse(name) for name in names)
-    return tuple(sorted({f"{what}:{argument}" if argument else what for _, _, what, argument in parts}))
+    return tuple(sorted({f"{name}:{argument}" if argument else name for _, _, name, argument in parts}))
 
 
 def features(view: LayerView, names: tuple[str, ...]) -> Tensor:

@@ -37,13 +37,13 @@ def log_probs(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) ->
     # As good as -inf, but with a gradient: exp(-inf - -inf) would be NaN.
     picked = torch.where(possible, picked, NEVER)
     # log Σ over what is left at each pick: from the last pick backwards.
-    left = torch.logcumsumexp(picked.flip(-1), dim=-1).flip(-1)
-    terms = torch.where(possible, picked - left, 0.0)
+    remaining = torch.logcumsumexp(picked.flip(-1), dim=-1).flip(-1)
+    terms = torch.where(possible, picked - remaining, 0.0)
     if n is None:
         return terms
     limit = n[..., None] if isinstance(n, Tensor) else n
-    places = torch.arange(scores.shape[-1], device=scores.device)
-    return torch.where(places < limit, terms, 0.0)
+    picks = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.where(picks < limit, terms, 0.0)
 
 
 def best_cost(future: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ def expected_cost(scores: Tensor, future: Tensor) -> Tensor:
     rows = max(1, BLOCK_ELEMENTS // max(1, slots * scores[..., 0].numel()))
     total = torch.zeros_like(scores[..., 0])
     for begin in range(0, slots, rows):
-        mine, weight = scores[..., begin : begin + rows], future[..., begin : begin + rows]
+        block, weight = scores[..., begin : begin + rows], future[..., begin : begin + rows]
         # σ(0) = 1/2 for j = i, which the sum leaves out: with the rank's own 1 that makes 1/2.
-        before = torch.sigmoid(scores[..., None, :] - mine[..., :, None]).sum(-1)
+        before = torch.sigmoid(scores[..., None, :] - block[..., :, None]).sum(-1)
         total = total + (weight * (before + 0.5)).sum(-1)
     return total / best_cost(future)
 
@@ -86,5 +86,5 @@ def bernoulli_log_prob(log_odds: Tensor, stored: Tensor) -> Tensor:
 
 
 def _weighted(values: Tensor) -> Tensor:
-    places = torch.arange(1, values.shape[-1] + 1, device=values.device, dtype=values.dtype)
-    return (values * places).sum(-1)
+    ranks = torch.arange(1, values.shape[-1] + 1, device=values.device, dtype=values.dtype)
+    return (values * ranks).sum(-1)

@@ -16,17 +16,20 @@ def best(scores: Tensor, n: Tensor) -> Tensor:
     scores : (..., slots) fp32. n : (..., 1) int64 that broadcasts against them. Returns bool of the scores' shape.
     """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    among = torch.arange(scores.shape[-1], device=scores.device) < n
-    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, among.expand(order.shape))
+    first = torch.arange(scores.shape[-1], device=scores.device) < n
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, first.expand(order.shape))
 
 
 def tokens_read(view: LayerView) -> Tensor:
-    """Tokens of its own that every row has read: (batch, 1, 1) int64."""
+    """Return how many tokens every row has read, padding not counted: (batch, 1, 1) int64."""
     return view.seen - view.start[:, None, None]
 
 
 def slots_of_budget(budget: int | float | None, view: LayerView) -> Tensor:
-    """Slots per head that a budget allows: (batch, 1, 1) int64; a share is of the row's tokens read, rounded up."""
+    """Return the slots per head that a budget allows: (batch, 1, 1) int64.
+
+    A share is of the tokens that the row has read, rounded up; without a budget all of them may stay.
+    """
     read = tokens_read(view)
     if budget is None:
         return read
@@ -37,7 +40,7 @@ def slots_of_budget(budget: int | float | None, view: LayerView) -> Tensor:
 
 
 def share_of(share: float, n: Tensor) -> Tensor:
-    """Whole slots in a share of ``n`` slots, rounded down: int64 of n's shape."""
+    """Return the whole slots in a share of ``n`` slots, rounded down: int64 of n's shape."""
     return torch.floor(n.double() * share + 1e-6).long()
 
 
@@ -78,13 +81,13 @@ class Ends:
         safe = view.age < self.window(n)
         return safe | (view.position < n.clamp(max=self.sinks)) if self.sinks else safe
 
-    def mark(self, scores: Tensor, view: LayerView, held: Tensor, n: Tensor) -> Tensor:
+    def mark(self, scores: Tensor, view: LayerView, candidates: Tensor, n: Tensor) -> Tensor:
         """Return scores whose order is the order in which slots are kept: (batch, kv_heads, slots).
 
-        Protected slots get +inf, and slots that are not ``held`` get -inf. All others become finite (NaN and -inf the
-        smallest number, +inf the largest), so that a slot that may stay always comes before one that may not.
+        Protected slots get +inf, and slots that are no ``candidates`` get -inf. All others become finite (NaN and -inf
+        the smallest number, +inf the largest), so that a slot that may stay always comes before one that may not.
         """
         limits = torch.finfo(scores.dtype)
         scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
-        scores = torch.where(held, scores, -torch.inf)
-        return torch.where(self.safe(view, n) & held, torch.inf, scores)
+        scores = torch.where(candidates, scores, -torch.inf)
+        return torch.where(self.safe(view, n) & candidates, torch.inf, scores)

@@ -1,4 +1,4 @@
-"""Manager: decisions that can be drawn, with their likelihood: what a policy gradient needs beside what is deployed."""
+"""Manager: decisions that can be drawn at random, with their likelihood, for policy gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evomem.managers.hashing import mixed_seed
 from evomem.memory import Decision, LayerView
 
 COMMON = 64
-"""Random numbers that the layers of a decision have in common, so shares that can be drawn."""
+"""How many random numbers the layers of a decision have in common; as many log-shares can be drawn."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +67,36 @@ class Noise:
         """
         kv_heads, device, starts = view.slots.shape[1], view.slots.device, view.start.tolist()
         rows, common = [], []
-        for place, seed in enumerate(seeds):
-            start = starts[place if len(starts) > 1 else 0]
+        for row, seed in enumerate(seeds):
+            start = starts[row if len(starts) > 1 else 0]
             first = torch.Generator("cpu").manual_seed(mixed_seed((*seed, -1)))
             common.append(torch.randn(COMMON, generator=first, dtype=torch.float32, device="cpu"))
             generator = torch.Generator("cpu").manual_seed(mixed_seed((*seed, view.layer)))
             # As many numbers as the row has tokens of its own, whatever it is padded to.
             shape = (3, kv_heads, view.seen - start)
-            own = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
-            rows.append(F.pad(own, (start, 0)))
+            numbers = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+            rows.append(F.pad(numbers, (start, 0)))
         return cls(torch.stack(rows).to(device), torch.stack(common).to(device))
 
-    def at(self, kind: int, slots: Tensor) -> Tensor:
-        """Return the numbers of the slots' tokens: (batch, kv_heads, slots) fp64; empty slots get some number."""
+    def numbers_of(self, kind: int, slots: Tensor) -> Tensor:
+        """Return the numbers of the slots' tokens: (batch, kv_heads, slots) fp64; those of empty slots mean nothing.
+
+        kind : index on the axis ``kinds`` of `uniform`; every use of the noise has its own.
+        """
         wide = slots.clamp(min=0).expand(self.uniform.shape[0], -1, -1)
         return self.uniform[:, kind].gather(-1, wide)
 
     def gumbel(self, slots: Tensor) -> Tensor:
         """Return standard Gumbel noise (batch, kv_heads, slots) fp32, for a ranking."""
-        return -torch.log(-torch.log(self.at(0, slots).clamp(min=1e-300))).float()
+        return -torch.log(-torch.log(self.numbers_of(0, slots).clamp(min=1e-300))).float()
 
     def logistic(self, slots: Tensor) -> Tensor:
         """Return standard logistic noise (batch, kv_heads, slots) fp32: g > -noise is Bernoulli with log-odds g."""
-        return torch.logit(self.at(1, slots), eps=1e-12).float()
+        return torch.logit(self.numbers_of(1, slots), eps=1e-12).float()
 
     def normal(self, slots: Tensor) -> Tensor:
         """Return standard normal noise (batch, kv_heads, slots) fp32."""
-        drawn: Tensor = torch.special.ndtri(self.at(2, slots).clamp(1e-12, 1 - 1e-12))
+        drawn: Tensor = torch.special.ndtri(self.numbers_of(2, slots).clamp(1e-12, 1 - 1e-12))
         return drawn.float()
 
 
@@ -104,33 +107,33 @@ class StochasticManager(MemoryManager):
     """
 
     on_view_device: ClassVar[frozenset[str]] = MemoryManager.on_view_device | {
-        "draw", "carry_out", "drawn", "faded", "log_prob", "log_probs", "choices",
+        "draw", "carry_out", "judgement_of", "log_decays", "log_prob", "log_probs", "choices",
     }  # fmt: skip
 
     @abstractmethod
     def draw(self, view: LayerView, noise: Noise) -> Action:
-        """Return a random action. A view of one row may be drawn for several times: one action a row of the noise."""
+        """Return a random action; for a view of one row, one action per row of the noise."""
 
     def carry_out(self, view: LayerView, action: Action) -> Decision:
         """Return the decision that an action stands for, composed as a deployed one is (`Rule.decide`)."""
-        return self.rule.decide(self.drawn(view, action), view)
+        return self.rule.decide(self.judgement_of(view, action), view)
 
-    def drawn(self, view: LayerView, action: Action) -> Judgement:
-        """Return the action as a judgement: drawn values in the place of the manager's own.
+    def judgement_of(self, view: LayerView, action: Action) -> Judgement:
+        """Return the action as a judgement: drawn values instead of the manager's own.
 
-        A slot's place in the ranking is its score; without a ranking the newest come first. Shares that are not drawn
+        A slot's score is its rank from the end; without a ranking the newest come first. Shares that are not drawn
         are the manager's.
         """
         if action.ranking is None:
             scores = -view.age.float()
         else:
-            places = torch.arange(action.ranking.shape[-1], 0, -1, device=view.slots.device, dtype=torch.float32)
-            scores = places.new_zeros(action.ranking.shape)
-            scores = scores.scatter(-1, action.ranking, places.expand(action.ranking.shape))
-        decay = None if action.rates is None else self.faded(view, action.rates)
+            descending = torch.arange(action.ranking.shape[-1], 0, -1, device=view.slots.device, dtype=torch.float32)
+            scores = descending.new_zeros(action.ranking.shape)
+            scores = scores.scatter(-1, action.ranking, descending.expand(action.ranking.shape))
+        decay = None if action.rates is None else self.log_decays(view, action.rates)
         return Judgement(scores, action.stored, decay, self.shares() if action.shares is None else action.shares)
 
-    def faded(self, view: LayerView, rates: Tensor) -> Tensor:
+    def log_decays(self, view: LayerView, rates: Tensor) -> Tensor:
         """Return what drawn log-rates add to slots' logits, <= 0: (batch, kv_heads, slots); by default -exp(rate)."""
         return -torch.exp(rates)
 

@@ -38,8 +38,8 @@ def load_vector(module: nn.Module, vector: ArrayLike) -> None:
     if values.ndim != 1:
         raise ConfigError(f"parameter vector: shape {values.shape}; give one axis of {vector_size(module)} numbers")
     if not np.isfinite(values).all():
-        place = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ConfigError(f"parameter vector: entry {place} is {values[place]}; every entry must be finite")
+        entry = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ConfigError(f"parameter vector: entry {entry} is {values[entry]}; every entry must be finite")
     named = unflatten(module, torch.from_numpy(values))
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -170,7 +170,7 @@ def test_first_token_has_no_step_even_after_padding():
     """Whatever lies in the empty slot before it."""
     view = spoiled(view_of(3))
     for name in ("key_step", "value_step"):
-        steps = FEATURES[name].of
+        steps = FEATURES[name].compute
         raw = steps(view, "")
         for b in range(len(START)):
             for h in range(HEADS):

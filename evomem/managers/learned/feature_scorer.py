@@ -17,14 +17,17 @@ from evomem.managers.vector import zeros
 from evomem.memory import LayerView
 
 
-def interpolate(knots: Tensor, place: float) -> Tensor:
-    """Value at ``place`` in [0, 1] of a piecewise linear function given at equally spaced knots (knots, ...)."""
+def interpolate(knots: Tensor, depth: float) -> Tensor:
+    """Return the value at ``depth`` in [0, 1] of a piecewise linear function.
+
+    knots : (knots, ...), its values at equally spaced depths from 0 to 1.
+    """
     count = knots.shape[0]
     if count == 1:
         return knots[0]
-    at = min(max(place, 0.0), 1.0) * (count - 1)
-    low = min(int(at), count - 2)
-    share = at - low
+    position = min(max(depth, 0.0), 1.0) * (count - 1)
+    low = min(int(position), count - 2)
+    share = position - low
     return knots[low] * (1 - share) + knots[low + 1] * share
 
 
@@ -93,15 +96,15 @@ class FeatureScorer(MemoryManager):
         """Return (batch, kv_heads, slots) fp32 scores."""
         names = self.options.features
         x = view.once(("features", *names), lambda: features(view, names))
-        place = view.depth + 0.5 if view.layers > 1 else 0.0
-        weights = interpolate(self.weights.float(), place)[None]
+        depth = view.depth + 0.5 if view.layers > 1 else 0.0
+        weights = interpolate(self.weights.float(), depth)[None]
         if self.options.layers:
-            own = interpolate(self.own.float(), place)
+            own = interpolate(self.own.float(), depth)
             weights = weights + (own if own.shape[0] == x.shape[1] else own.mean(0, keepdim=True))
         score = torch.matmul(x, weights[..., None])[..., 0]
         if self.options.hidden:
             units = torch.tanh(torch.matmul(x, self.inner.float().transpose(0, 1)) + self.bias.float())
-            score = score + torch.matmul(units, interpolate(self.outer.float(), place))
+            score = score + torch.matmul(units, interpolate(self.outer.float(), depth))
         return score
 
     def shares(self) -> Tensor | None:

@@ -169,8 +169,8 @@ class KVPolicy(StochasticManager):
         if name not in manager.options.features or "evict" not in manager.options.actions:
             raise ConfigError(f"to start from {heuristic!r} the policy must evict, and its features contain {name!r}")
         with torch.no_grad():
-            place = manager.options.actions.index("evict")
-            manager.weights[place, :, manager.options.features.index(name)] = sign * cls.SHARPNESS
+            output = manager.options.actions.index("evict")
+            manager.weights[output, :, manager.options.features.index(name)] = sign * cls.SHARPNESS
         return manager
 
     # ---- statistics -----------------------------------------------------------------------------------------------
@@ -201,8 +201,8 @@ class KVPolicy(StochasticManager):
         raw = view.once(("policy", o.scale, *o.features), lambda: self._columns(view))
         z = raw if o.scale == "head" else (raw - self.feature_mean.float()) / self.feature_deviation.float()
         z = z.clamp(-LARGEST, LARGEST)
-        place = view.depth + 0.5 if view.layers > 1 else 0.0
-        weights = torch.stack([interpolate(own, place) for own in self.weights.float().unbind(0)])
+        relative_depth = view.depth + 0.5 if view.layers > 1 else 0.0
+        weights = torch.stack([interpolate(own, relative_depth) for own in self.weights.float().unbind(0)])
         found = torch.matmul(z, weights.transpose(0, 1))
         if o.hidden:
             depth = self.by_depth.float() * view.depth
@@ -210,7 +210,7 @@ class KVPolicy(StochasticManager):
             found = found + torch.matmul(units, self.outer.float().transpose(0, 1))
         outputs: dict[str, Tensor] = dict(zip(map(str, o.actions), found.unbind(-1), strict=True))
         if o.layers and "evict" in outputs:
-            own = interpolate(self.own.float(), place)
+            own = interpolate(self.own.float(), relative_depth)
             own = own if own.shape[0] == z.shape[1] else own.mean(0, keepdim=True)
             outputs["evict"] = outputs["evict"] + torch.matmul(z, own[..., None])[..., 0]
         for number, name in enumerate(name for name in o.actions if name != "evict"):
@@ -235,7 +235,7 @@ class KVPolicy(StochasticManager):
     def decay(self, view: LayerView) -> Tensor | None:
         """Return what is added to the slots' attention logits, as ``fades`` says."""
         rates = self.outputs(view).get("forget")
-        return None if rates is None else self.faded(view, rates)
+        return None if rates is None else self.log_decays(view, rates)
 
     # ---- decisions ------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class KVPolicy(StochasticManager):
         outputs = self.outputs(view)
         scores = outputs["evict"] if "evict" in outputs else -view.age.float()
         odds, rates = outputs.get("store"), outputs.get("forget")
-        decay = None if rates is None else self.faded(view, rates)
+        decay = None if rates is None else self.log_decays(view, rates)
         return Judgement(scores, None if odds is None else odds >= 0, decay, self.shares())
 
     def draw(self, view: LayerView, noise: Noise) -> Action:
@@ -308,7 +308,7 @@ class KVPolicy(StochasticManager):
             total = total + view.valid.sum(-1)
         return total
 
-    def faded(self, view: LayerView, rates: Tensor) -> Tensor:
+    def log_decays(self, view: LayerView, rates: Tensor) -> Tensor:
         """Return what log-rates (batch, kv_heads, slots) add to the slots' attention logits: nothing or less."""
         amount = torch.exp(rates.clamp(max=4.0))
         return -amount * view.age.clamp(min=0) / AGE if self.options.fades == "with_age" else -amount

@@ -118,7 +118,7 @@ class NAMM(MemoryManager):
     def features(self, view: LayerView) -> Tensor:
         """Return what the scorer sees: (batch, kv_heads, slots, 25) fp32, the age first, finite at empty slots."""
         raw = view.once(("namm features",), lambda: raw_features(view))
-        # Of the age's numbers nothing is taken off, and they are divided by one: in place of taking both apart.
+        # Age features are not standardised: their mean counts as 0 and their deviation as 1.
         mean = F.pad(self.spectrum_mean.float(), (2 * AGE_FREQUENCIES, 0))
         deviation = F.pad(self.spectrum_var.float().sqrt().clamp(min=1e-7), (2 * AGE_FREQUENCIES, 0), value=1.0)
         return (raw - mean) / deviation
