@@ -23,7 +23,7 @@ from evomem.drivers.common import (
     sampling_seeds,
 )
 from evomem.drivers.fitness import Fitness, Part, Stage
-from evomem.drivers.state import lost, overlay, snapshot
+from evomem.drivers.state import overlay, snapshot, unsaved_classes
 from evomem.errors import ConfigError, RunError
 from evomem.registry import Registry
 
@@ -32,9 +32,9 @@ __all__ = ["Array", "Driver", "Fitness", "Part", "Population", "Stage", "drivers
 _TAKES = ("blocks", "variables", "warm")
 _BASE = frozenset(
     {"dim", "seed", "generation", "options", "start", "popsize", "diagnostics", "rng"}
-    | {"_asked", "_stage", "_stopped", "_kept", "_best", "_best_fitness"}
+    | {"_pending", "_stage", "_stopped", "_last_finite_mean", "_best", "_best_fitness"}
 )
-"""Attributes that are not a subclass's own: they are made again, or saved here."""
+"""Attributes of the base class: a resume makes them again, or they are saved by `Driver.state_dict`."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class Driver(ABC):
         self.start = checked_start(dim, start)
         self.popsize = self._population_size()
         self.diagnostics = {}
-        self._asked: Population | None = None
+        self._pending: Population | None = None
         self._stage: Stage | None = Stage()
         self._stopped: str | None = None
-        self._kept: Array | None = None  # the last finite mean of a search that has degenerated
+        self._last_finite_mean: Array | None = None  # of a search that has degenerated
         self._best, self._best_fitness = self.start.copy(), -np.inf
         self.rng = np.random.default_rng([seed, 6])
 
@@ -127,10 +127,10 @@ class Driver(ABC):
 
     @abstractmethod
     def _tell(self, vectors: Array, fitness: Fitness) -> None:
-        """Learn from the fitness of the vectors that `_ask` returned, which has no holes (`_without_holes`)."""
+        """Learn from the fitness of the vectors that `_ask` returned; every value is finite (`_without_holes`)."""
 
     def _mean(self) -> Array:
-        """Return the distribution's centre (dim,); by default the best vector so far, the start before there is one."""
+        """Return the distribution's centre (dim,); by default the best vector so far, at first the start."""
         return self._best
 
     def _enter(self, stage: Stage) -> None:  # noqa: B027  (most drivers are the same in every stage)
@@ -158,25 +158,25 @@ class Driver(ABC):
 
     def _state(self) -> dict[str, Any]:
         """Return what an exact resume needs of the subclass: all attributes that it has made."""
-        tree = snapshot(self._own())
-        kinds = lost(tree)
-        if kinds:
+        tree = snapshot(self._subclass_attributes())
+        classes = unsaved_classes(tree)
+        if classes:
             raise ConfigError(
-                f"driver {self.name!r}: attributes hold what cannot be saved ({', '.join(kinds)}); keep plain values, "
-                "arrays and generators, or write _state and _load"
+                f"driver {self.name!r}: attributes hold what cannot be saved ({', '.join(classes)}); keep plain "
+                "values, arrays and generators, or write _state and _load"
             )
         return {"own": tree}
 
     def _load(self, state: dict[str, Any]) -> None:
         """Continue from `_state`."""
-        vars(self).update(overlay(self._own(), state["own"], (Population, Stage)))
+        vars(self).update(overlay(self._subclass_attributes(), state["own"], (Population, Stage)))
 
-    def _own(self) -> dict[str, Any]:
+    def _subclass_attributes(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _BASE}
 
     @classmethod
     def _current(cls, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a state as `state_dict` gives it today, of one that an earlier version gave."""
+        """Return a state of an earlier version in the form that `state_dict` gives today."""
         return state
 
     # ---- what everybody calls -----------------------------------------------------------------------------------
@@ -188,14 +188,14 @@ class Driver(ABC):
         ------
         ConfigError : this driver cannot search what the stage measures; or the stage changes between ask and tell.
         """
-        if self._asked is not None and self._stage is not None and stage != self._stage:
+        if self._pending is not None and self._stage is not None and stage != self._stage:
             raise ConfigError(f"driver {self.name!r}: a stage cannot change between ask() and tell()")
         self._enter(stage)
         self._stage = stage
 
     def ask(self) -> Population:
         """Return the next generation; asking again before `tell` returns the same one."""
-        if self._asked is None:
+        if self._pending is None:
             vectors = np.array(self._ask(), dtype=np.float64)
             if vectors.ndim != 2 or vectors.shape[1] != self.dim or not len(vectors):
                 raise ConfigError(
@@ -204,11 +204,11 @@ class Driver(ABC):
                 )
             if self._stopped is None and not np.isfinite(vectors).all():
                 raise ConfigError(f"driver {self.name!r}: proposes vectors that are not finite")
-            self._asked = self._population(vectors)
-        return self._asked.copy()
+            self._pending = self._population(vectors)
+        return self._pending.copy()
 
     def tell(self, population: Population, fitness: Fitness) -> None:
-        """Learn from what came of the population that was asked last. What is refused leaves the driver as it was.
+        """Learn from the fitness of the population that was asked last. A refused call leaves the driver as it was.
 
         Raises
         ------
@@ -216,7 +216,7 @@ class Driver(ABC):
             a part that the driver uses.
         FitnessError : no candidate has a result.
         """
-        asked = self._asked
+        asked = self._pending
         if asked is None:
             raise ConfigError(f"driver {self.name!r}: tell() without ask()")
         if (
@@ -233,10 +233,10 @@ class Driver(ABC):
         self._tell(asked.vectors.copy(), fitness)
         if type(self)._mean is Driver._mean:
             self._remember(asked.vectors, fitness.values)
-        self._asked = None
+        self._pending = None
         self.generation += 1
         if not self._finite():
-            self._stopped, self._kept = "the distribution is no longer finite", before
+            self._stopped, self._last_finite_mean = "the distribution is no longer finite", before
 
     def _check_fitness(self, fitness: Fitness, count: int) -> None:
         if not isinstance(fitness, Fitness):
@@ -261,7 +261,7 @@ class Driver(ABC):
     @property
     def mean(self) -> Array:
         """The distribution's centre (dim,), always finite: what the search believes in, not its luckiest sample."""
-        return np.array(self._mean() if self._kept is None else self._kept, dtype=np.float64)
+        return np.array(self._mean() if self._last_finite_mean is None else self._last_finite_mean, dtype=np.float64)
 
     @property
     def sigma(self) -> float:
@@ -280,10 +280,10 @@ class Driver(ABC):
         state: dict[str, Any] = {
             "driver": self.name,
             "generation": self.generation,
-            "asked": None if self._asked is None else self._asked.copy(),
+            "asked": None if self._pending is None else self._pending.copy(),
             "stage": None if self._stage is None else list(astuple(self._stage)),
             "stopped": self._stopped,
-            "kept": None if self._kept is None else self._kept.copy(),
+            "kept": None if self._last_finite_mean is None else self._last_finite_mean.copy(),
             "rng": snapshot(self.rng),
         }
         if type(self)._mean is Driver._mean:
@@ -313,9 +313,9 @@ class Driver(ABC):
             self.rng = overlay(self.rng, state["rng"])
         self._stage = None if stage is None else Stage(*stage)
         self._stopped = state.get("stopped")
-        self._kept = None if kept is None else np.array(kept, dtype=np.float64)
+        self._last_finite_mean = None if kept is None else np.array(kept, dtype=np.float64)
         # Earlier versions kept only whether a population was asked, where it follows from the rest.
-        self._asked = asked.copy() if isinstance(asked, Population) else None
+        self._pending = asked.copy() if isinstance(asked, Population) else None
         if asked is True:
             self.ask()
 
@@ -336,10 +336,10 @@ class _Drivers(Registry[type[Driver]]):
         def checked(cls: D) -> D:
             if not issubclass(cls, Driver):
                 raise ConfigError(f"driver {name!r}: {cls.__qualname__} is no subclass of evomem.drivers.Driver")
-            for what, known in (("uses", get_args(Part)), ("takes", _TAKES)):
-                unknown = sorted(set(getattr(cls, what)) - set(known))
+            for attribute, known in (("uses", get_args(Part)), ("takes", _TAKES)):
+                unknown = sorted(set(getattr(cls, attribute)) - set(known))
                 if unknown:
-                    raise ConfigError(f"driver {name!r}: {what}: {unknown[0]!r} is none of {', '.join(known)}")
+                    raise ConfigError(f"driver {name!r}: {attribute}: {unknown[0]!r} is none of {', '.join(known)}")
             file(cls)
             cls.name = name
             return cls

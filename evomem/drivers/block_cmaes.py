@@ -21,7 +21,7 @@ from pydantic import Field
 
 from evomem.bounds import LARGE, SMALL
 from evomem.drivers.base import Array, Driver, Fitness, Stage, drivers
-from evomem.drivers.cmaes import SMALLEST, alone, put_together, strategy, taken_apart
+from evomem.drivers.cmaes import SMALLEST, restore_strategy, single_threaded, snapshot_strategy, strategy
 from evomem.drivers.common import DriverOptions, default_popsize, filled
 from evomem.drivers.state import overlay
 from evomem.errors import ConfigError
@@ -46,7 +46,7 @@ class BlockOptions(DriverOptions):
 
 
 class _Random:
-    """Random search on one part, with the face of a pycma strategy."""
+    """Random search on one part, with the methods of a pycma strategy."""
 
     def __init__(self, mean: Array, sigma: float, popsize: int, *seed: int) -> None:
         self._start, self._sigma, self._popsize = mean, sigma, popsize
@@ -59,9 +59,9 @@ class _Random:
         return list(self._start + self._sigma * draws)
 
     def tell(self, vectors: list[Array], losses: list[float], **_: Any) -> None:
-        place = int(np.argmin(losses))
-        if -losses[place] > self._best:
-            self._best, self.mean = -losses[place], np.array(vectors[place])
+        best = int(np.argmin(losses))
+        if -losses[best] > self._best:
+            self._best, self.mean = -losses[best], np.array(vectors[best])
 
 
 @drivers.register("block_cmaes")
@@ -131,7 +131,7 @@ class BlockCMAES(Driver):
 
     def _ask(self) -> Array:
         vectors = np.tile(self.mean, (self.popsize, 1))
-        with alone():
+        with single_threaded():
             if self._headwise:
                 for block, one in zip(self._blocks, self._strategies, strict=True):
                     vectors[:, block] = np.array(one.ask(), dtype=np.float64)
@@ -152,7 +152,7 @@ class BlockCMAES(Driver):
         return replace(fitness, per_head=np.stack([filled(column, count) for column in heads.T], axis=1))
 
     def _tell(self, vectors: Array, fitness: Fitness) -> None:
-        with alone():
+        with single_threaded():
             if self._headwise and fitness.per_head is not None:
                 for block, one, column in zip(self._blocks, self._strategies, fitness.per_head.T, strict=True):
                     one.tell(list(vectors[:, block]), list(-column), check_points=False)
@@ -177,13 +177,13 @@ class BlockCMAES(Driver):
 
     def _state(self) -> dict[str, Any]:
         return {
-            "strategies": [taken_apart(one) for one in self._strategies],
-            "rest": None if self._rest is None else taken_apart(self._rest),
+            "strategies": [snapshot_strategy(one) for one in self._strategies],
+            "rest": None if self._rest is None else snapshot_strategy(self._rest),
             "headwise": self._headwise,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        restored = overlay if self.options.search == "random" else put_together
+        restored = overlay if self.options.search == "random" else restore_strategy
         pairs = zip(self._strategies, state["strategies"], strict=True)
         self._strategies = [restored(one, tree) for one, tree in pairs]
         if self._rest is not None:

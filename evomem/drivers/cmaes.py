@@ -17,7 +17,7 @@ from pydantic import Field
 from evomem.bounds import LARGE, POPULATION
 from evomem.drivers.base import Array, Driver, Fitness, drivers
 from evomem.drivers.common import DriverOptions, Gaussian, library
-from evomem.drivers.restarts import RestartState, Strategy, first, following
+from evomem.drivers.restarts import RestartState, Strategy, first_descent, next_descent
 from evomem.drivers.state import overlay, snapshot
 from evomem.drivers.warm import WarmStart
 
@@ -34,8 +34,8 @@ def _libraries() -> Any:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Inside, linear algebra runs on one thread, and pycma's warnings are silent.
+def single_threaded() -> Iterator[None]:
+    """Run linear algebra on one thread and silence pycma's warnings inside the ``with`` block.
 
     On matrices as small as a search's, threads cost far more than they bring (a full generation in 200 dimensions:
     10 ms on one thread, up to seconds on two busy cores), and the last digits would depend on their number.
@@ -98,24 +98,24 @@ def strategy(
         "verb_disp": 0,
         "signals_filename": "",  # otherwise a file in the working directory could steer the search
     }
-    with alone():
+    with single_threaded():
         return cma.CMAEvolutionStrategy(mean, sigma, settings)
 
 
 _SETTINGS = ("opts", "_es_opts", "inopts", "inputargs", "logger", "CMAOptions", "CMADataLogger")
-"""What of a strategy follows from how it was made. pycma evaluates its options as Python: no file may set them."""
+"""Attributes of a strategy that follow from its settings. pycma evaluates options as Python: no file may set them."""
 
 
-def taken_apart(one: Any) -> Any:
-    """Return what varies of a pycma strategy (`evomem.drivers.state.snapshot`)."""
+def snapshot_strategy(one: Any) -> Any:
+    """Return the varying part of a pycma strategy (`evomem.drivers.state.snapshot`)."""
     return snapshot(one, _SETTINGS)
 
 
-def put_together(fresh: Any, tree: Any) -> Any:
-    """Return a strategy that goes on where `taken_apart` took it, made of one with the same settings.
+def restore_strategy(fresh: Any, tree: Any) -> Any:
+    """Return the strategy of a `snapshot_strategy`; ``fresh`` has the same settings and is changed in place.
 
-    pycma files what it injected (mirrors) under Python's hash of the bytes, which is another one in every process. So
-    that it finds it again, it is filed anew.
+    pycma keeps injected solutions (mirrors) under Python's hash of their bytes, which differs from process to process.
+    They are stored under this process's hash, so that pycma can look them up.
     """
     from cma.optimization_tools import BestSolution
     from cma.utilities.utils import BlancClass, ElapsedWCTime, SolutionDict
@@ -157,7 +157,7 @@ class CMAES(Driver):
         if warm is not None:
             warm.check(dim, self.name)
             self.start, (self._sigma, self._scales) = warm.mean, warm.diagonal()
-        self._restart: RestartState = first(self.popsize, self._sigma)
+        self._restart: RestartState = first_descent(self.popsize, self._sigma)
         self._strategy = self._descent()
         self._ended: tuple[float, Array] | None = None  # fitness and mean of the best descent that has ended
         self._level = -np.inf  # mean fitness of the running descent's last generation
@@ -180,12 +180,12 @@ class CMAES(Driver):
         )  # fmt: skip
 
     def _ask(self) -> Array:
-        with alone():
+        with single_threaded():
             return np.array(self._strategy.ask(), dtype=np.float64)
 
     def _tell(self, vectors: Array, fitness: Fitness) -> None:
         values = fitness.values
-        with alone():
+        with single_threaded():
             # check_points=False: after a resume pycma does not know the vectors as its own and would shorten them.
             self._strategy.tell(list(vectors), list(-values), check_points=False)
             reasons = dict(self._strategy.stop())
@@ -200,7 +200,7 @@ class CMAES(Driver):
         if self._ended is None or self._level > self._ended[0]:
             self._ended = (self._level, self._running_mean())
         used = int(self._strategy.countevals)
-        restart = following(self.options.restarts, self._restart, used, self.popsize, self._sigma, self.seed)
+        restart = next_descent(self.options.restarts, self._restart, used, self.popsize, self._sigma, self.seed)
         if restart is None:
             self._stopped = f"CMA-ES has converged ({reason})"
             return
@@ -223,7 +223,7 @@ class CMAES(Driver):
 
     def _state(self) -> dict[str, Any]:
         return {
-            "strategy": taken_apart(self._strategy),
+            "strategy": snapshot_strategy(self._strategy),
             "restart": self._restart,
             "ended": self._ended,
             "level": self._level,
@@ -231,5 +231,5 @@ class CMAES(Driver):
 
     def _load(self, state: dict[str, Any]) -> None:
         self._restart = state["restart"]
-        self._strategy = put_together(self._descent(), state["strategy"])
+        self._strategy = restore_strategy(self._descent(), state["strategy"])
         self._ended, self._level = state["ended"], state["level"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evomem.drivers.base import Array, Driver, Fitness, drivers
-from evomem.drivers.cmaes import alone
+from evomem.drivers.cmaes import single_threaded
 from evomem.drivers.common import checked_start, library
 from evomem.drivers.state import overlay, snapshot
 from evomem.drivers.warm import WarmStart
@@ -29,7 +29,7 @@ class _Library(Driver):
     def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
         super().__init__(dim, start, seed, **options)
         package = library("cmaes", self.name, "cmaes")
-        with alone():
+        with single_threaded():
             self._strategy = self._make(package, int(np.random.default_rng([seed, 5]).integers(0, 2**32)))
         self._solutions: list[Any] = []  # what the strategy asked, in its own form
 
@@ -42,13 +42,13 @@ class _Library(Driver):
         """Return the candidate that one of the library's solutions stands for."""
 
     def _ask(self) -> Array:
-        with alone():
+        with single_threaded():
             self._solutions = [self._strategy.ask() for _ in range(self.popsize)]
         return np.array([self._vector(solution) for solution in self._solutions], dtype=np.float64)
 
     def _tell(self, vectors: Array, fitness: Fitness) -> None:
         try:
-            with alone():
+            with single_threaded():
                 self._strategy.tell(list(zip(self._solutions, (-fitness.values).tolist(), strict=True)))
                 if self._has_gaussian and self._strategy.should_stop():
                     self._stopped = f"{self.name} has converged"
@@ -74,9 +74,9 @@ class _Library(Driver):
 
     def _load(self, state: dict[str, Any]) -> None:
         self._strategy = overlay(self._strategy, state["strategy"])
-        self._solutions = overlay(None, state["solutions"], self._kinds())
+        self._solutions = overlay(None, state["solutions"], self._solution_classes())
 
-    def _kinds(self) -> tuple[type, ...]:
+    def _solution_classes(self) -> tuple[type, ...]:
         """Return the classes of the package that solutions are of, besides arrays."""
         return ()
 
@@ -91,7 +91,7 @@ class LRACMA(_Library):
     Parameters
     ----------
     dim, start, seed : length of a vector, first mean (dim,), seed of everything random.
-    warm : begin where another search's best candidates lie; it takes the place of ``start`` and ``sigma``.
+    warm : begin where another search's best candidates lie; it takes the coordinate of ``start`` and ``sigma``.
     options : `DriverOptions`.
     """
 
@@ -143,23 +143,23 @@ class CatCMA(_Library):
     def __init__(
         self, dim: int, start: Array, seed: int, *, variables: Sequence[Variable] = (), **options: Any
     ) -> None:
-        named = [place for variable in variables for place in variable.places]
-        if len(set(named)) != len(named) or any(not 0 <= place < dim for place in named):
+        named = [coordinate for variable in variables for coordinate in variable.coordinates]
+        if len(set(named)) != len(named) or any(not 0 <= coordinate < dim for coordinate in named):
             raise ConfigError(f"driver 'catcma': variables overlap, or lie outside the vector's {dim} coordinates")
         self._integers = [variable for variable in variables if variable.codes is not None and variable.bounds]
         self._categories = [variable for variable in variables if variable.codes is not None and not variable.bounds]
-        discrete = {place for variable in self._integers + self._categories for place in variable.places}
-        self._numbers = [place for place in range(dim) if place not in discrete]
+        discrete = {coordinate for variable in self._integers + self._categories for coordinate in variable.coordinates}
+        self._numbers = [coordinate for coordinate in range(dim) if coordinate not in discrete]
         self._bounds = np.full((dim, 2), [-np.inf, np.inf])
         for variable in variables:
             if variable.bounds is not None:
-                self._bounds[variable.place] = variable.bounds
+                self._bounds[variable.offset] = variable.bounds
         # Where the Gaussian's coordinates lie in the vector: numbers first, then integers, as the package wants them.
-        self._gaussian = np.array([*self._numbers, *(variable.place for variable in self._integers)], dtype=np.int64)
+        self._gaussian = np.array([*self._numbers, *(variable.offset for variable in self._integers)], dtype=np.int64)
         start = checked_start(dim, start)
         for variable in variables:
             if variable.bounds is not None:
-                start[variable.place] = variable.inside(start[variable.place])
+                start[variable.offset] = variable.inside(start[variable.offset])
         super().__init__(dim, start, seed, **options)
 
     @property
@@ -182,7 +182,7 @@ class CatCMA(_Library):
             seed=seed,
         )
 
-    def _kinds(self) -> tuple[type, ...]:
+    def _solution_classes(self) -> tuple[type, ...]:
 
         return (type(self._strategy).Solution,)
 
@@ -200,9 +200,9 @@ class CatCMA(_Library):
         vector = np.empty(self.dim)
         vector[self._numbers] = solution.x if self._numbers else []
         for number, variable in enumerate(self._integers):
-            vector[variable.place] = solution.z[number]
+            vector[variable.offset] = solution.z[number]
         for number, variable in enumerate(self._categories):
-            vector[variable.places] = _codes(variable)[int(np.argmax(solution.c[number]))]
+            vector[variable.coordinates] = _codes(variable)[int(np.argmax(solution.c[number]))]
         return vector
 
     def _mean(self) -> Array:
@@ -213,9 +213,9 @@ class CatCMA(_Library):
             numbers = mean[: len(self._numbers)]
             vector[self._numbers] = np.clip(numbers, *self._bounds[self._numbers].T)
         for variable in self._integers:
-            vector[variable.place] = _codes(variable)[variable.nearest(vector), 0]
+            vector[variable.offset] = _codes(variable)[variable.nearest(vector), 0]
         for number, variable in enumerate(self._categories):
-            vector[variable.places] = _codes(variable)[int(np.argmax(self._strategy._q[number]))]
+            vector[variable.coordinates] = _codes(variable)[int(np.argmax(self._strategy._q[number]))]
         return vector
 
 

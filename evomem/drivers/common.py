@@ -73,7 +73,7 @@ def default_popsize(dim: int) -> int:
 
 
 def sampling_seeds(seed: int, generation: int, count: int) -> NDArray[np.int64]:
-    """Return one sampling seed per candidate: a pure function of (search seed, generation, place)."""
+    """Return one sampling seed per candidate: a pure function of (search seed, generation, candidate)."""
     return np.random.default_rng([seed, generation, 1]).integers(0, 2**62, count, dtype=np.int64)
 
 

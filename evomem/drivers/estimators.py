@@ -61,19 +61,19 @@ def rewards_to_go(worth: Array, reading: Array) -> Array:
 def advantages(rewards: Array, baseline: Baseline = "leave_one_out", *, normalise: bool = False) -> Array:
     """Return advantages (rollouts, decisions) of the rewards to go of a group.
 
-    ``leave_one_out`` takes off the mean of the *other* rollouts, so that the gradient stays unbiased. ``normalise``
+    ``leave_one_out`` subtracts the mean of the *other* rollouts, so that the gradient stays unbiased. ``normalise``
     divides by the group's standard deviation (GRPO); a group whose rewards are all equal has no advantages.
     """
     count = len(rewards)
-    found = rewards.copy()
+    advantage = rewards.copy()
     if baseline == "leave_one_out":
         if count < 2:
             return np.zeros_like(rewards)
-        found = leave_one_out(rewards)
+        advantage = leave_one_out(rewards)
     if normalise:
         deviation = rewards.std(axis=0)
-        found = np.divide(found, deviation, out=np.zeros_like(found), where=deviation > 1e-12)
-    return found
+        advantage = np.divide(advantage, deviation, out=np.zeros_like(advantage), where=deviation > 1e-12)
+    return advantage
 
 
 def group_gradient(group: Rollouts, advantage: Array) -> Array:

@@ -92,9 +92,9 @@ class _EvoTorch(Driver):
 
     def __init__(self, dim: int, start: Array, seed: int, **options: Any) -> None:
         super().__init__(dim, start, seed, **options)
-        own = int(np.random.default_rng([seed, 4]).integers(0, 2**62))
-        with self._library().alone():
-            self._steps = self._make(self.start.copy(), own)
+        library_seed = int(np.random.default_rng([seed, 4]).integers(0, 2**62))
+        with self._library().single_threaded():
+            self._steps = self._make(self.start.copy(), library_seed)
 
     def _library(self) -> Any:
         return library("evomem.drivers.evotorch_steps", self.name)
@@ -108,7 +108,7 @@ class _EvoTorch(Driver):
 
     def _tell(self, vectors: Array, fitness: Fitness) -> None:
         try:
-            with self._library().alone():
+            with self._library().single_threaded():
                 self._steps.tell(fitness.values)
         except LinAlgError:
             self._stopped = "the covariance is no longer positive definite"

@@ -44,8 +44,8 @@ from evotorch.algorithms.searchalgorithm import SearchAlgorithm  # noqa: E402
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Inside, torch computes on one thread, EvoTorch's warnings are silent, and torch's generator is put back.
+def single_threaded() -> Iterator[None]:
+    """Run torch on one thread, silence EvoTorch's warnings and restore torch's generator after the ``with`` block.
 
     The last digits depend on the number of threads, and steps as small as a search's gain nothing from them. EvoTorch
     draws from the problem's generator, but moves the global one too.

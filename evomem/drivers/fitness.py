@@ -1,4 +1,4 @@
-"""Driver: what a driver is told: of a stage when it begins, and of a generation when it has been measured."""
+"""Driver: the two things that a driver gets: a stage when it begins, and a generation's fitness."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Part = Literal["per_head", "costs", "rollouts"]
 
 @dataclass(frozen=True)
 class Stage:
-    """What a driver is told of a stage of the search when it begins.
+    """A stage of the search, as a driver sees it when it begins.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Fitness:
-    """What came of a generation: all that a driver may learn from.
+    """The measured fitness of a generation: all that a driver may learn from.
 
     Attributes
     ----------
@@ -60,9 +60,9 @@ class Fitness:
             shapes["rollouts in a group"] = np.shape(group.rewards)[:1]
             if shapes["rollouts in a group"] != (count,):
                 break
-        for what, shape in shapes.items():
+        for part, shape in shapes.items():
             if shape != (count,):
-                raise ConfigError(f"driver {driver!r}: {count} {what} are expected, this has shape {shape}")
+                raise ConfigError(f"driver {driver!r}: {count} {part} are expected, this has shape {shape}")
         heads = self.per_head
         if heads is not None and (np.ndim(heads) != 2 or len(heads) != count):
             raise ConfigError(

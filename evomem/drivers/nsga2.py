@@ -76,7 +76,8 @@ class NSGA2(Driver):
         self._evals: Array = np.zeros((1, 2))
 
     def _make_library(self, seed: int) -> None:
-        self._alone = library("evomem.drivers.evotorch_steps", "nsga2").alone  # first: it imports EvoTorch silently
+        # First, because it imports EvoTorch silently.
+        self._single_threaded = library("evomem.drivers.evotorch_steps", "nsga2").single_threaded
         from evotorch import Problem
         from evotorch.operators import GaussianMutation, SimulatedBinaryCrossOver
 
@@ -109,7 +110,7 @@ class NSGA2(Driver):
         return batch
 
     def _ask(self) -> Array:
-        with self._alone():
+        with self._single_threaded():
             return self._first() if self.generation == 0 else self._next()
 
     def _first(self) -> Array:
@@ -149,7 +150,7 @@ class NSGA2(Driver):
         evals = np.stack([fitness.values, np.asarray(fitness.costs)], axis=1)
         if not self.options.remeasure and self.generation > 0:
             vectors, evals = np.concatenate([self._survivors, vectors]), np.concatenate([self._evals, evals])
-        with self._alone():
+        with self._single_threaded():
             fronts = self._batch(vectors, evals).arg_pareto_sort().fronts
         best = torch.cat(fronts)[: self._survive].numpy()
         self._survivors, self._evals = vectors[best], evals[best]
@@ -171,11 +172,11 @@ class NSGA2(Driver):
 
 
 def _copies(vectors: Array, others: Array) -> NDArray[np.int64]:
-    """Return the places of vectors (vectors, dim) that are among the others, or were there before."""
+    """Return the indices of vectors (vectors, dim) that are among the others, or were there before."""
     seen = {other.tobytes() for other in others}
-    found = []
-    for place, vector in enumerate(vectors):
+    copies = []
+    for index, vector in enumerate(vectors):
         if vector.tobytes() in seen:
-            found.append(place)
+            copies.append(index)
         seen.add(vector.tobytes())
-    return np.array(found, dtype=np.int64)
+    return np.array(copies, dtype=np.int64)

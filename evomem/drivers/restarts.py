@@ -51,12 +51,12 @@ class RestartState:
     last_large: int = 0
 
 
-def first(popsize: int, sigma: float) -> RestartState:
+def first_descent(popsize: int, sigma: float) -> RestartState:
     """Return the ledger at the beginning."""
     return RestartState(Regime("large", popsize, sigma))
 
 
-def following(
+def next_descent(
     strategy: Strategy, state: RestartState, used: int, popsize: int, sigma: float, seed: int
 ) -> RestartState | None:
     """Return the ledger after the running descent has ended, or None if there is no restart.

@@ -27,11 +27,11 @@ _MODULES = ("cma", "cmaes", "evotorch", "torch.optim", "evomem")
 
 
 class Tree(dict[str, Any]):
-    """A value taken apart; taken apart again, it stays as it is."""
+    """A snapshot of a value; a snapshot of it is the same."""
 
 
 def snapshot(value: Any, skip: Iterable[str] = ()) -> Any:
-    """Return a value taken apart: a tree of plain values, arrays, and mappings that say what they stand for.
+    """Return a value as a tree of plain values, arrays, and mappings that say what they stand for.
 
     Parameters
     ----------
@@ -40,28 +40,28 @@ def snapshot(value: Any, skip: Iterable[str] = ()) -> Any:
     collecting = gc.isenabled()
     gc.disable()  # it would look through all that is alive again and again, and finds nothing in here
     try:
-        return _Taken(frozenset(skip)).apart(value)
+        return _Snapshot(frozenset(skip)).take(value)
     finally:
         if collecting:
             gc.enable()
 
 
-class _Taken:
-    """One walk; what is met twice is one in the copy too."""
+class _Snapshot:
+    """One walk through a value; an object that is met twice is one in the copy too."""
 
     def __init__(self, skip: frozenset[str]) -> None:
         self._skip = skip
-        self._met: dict[int, int] = {}
+        self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no number is given to another object
 
-    def apart(self, value: Any) -> Any:
+    def take(self, value: Any) -> Any:
         if type(value) in _PLAIN:
             return value
         if type(value) is Tree:
             return Tree({"is": "tree", "number": -1, "value": value})
-        if id(value) in self._met:
-            return Tree({"is": "again", "number": self._met[id(value)]})
-        self._met[id(value)] = number = len(self._met)
+        if id(value) in self._seen:
+            return Tree({"is": "again", "number": self._seen[id(value)]})
+        self._seen[id(value)] = number = len(self._seen)
         self._alive.append(value)
         return Tree({**self._node(value), "number": number})
 
@@ -81,16 +81,16 @@ class _Taken:
         if isinstance(value, bytes):
             return {"is": "bytes", "value": np.frombuffer(value, dtype=np.uint8).copy()}
         if isinstance(value, np.random.Generator):
-            return {"is": "generator", "value": self.apart(value.bit_generator.state)}
+            return {"is": "generator", "value": self.take(value.bit_generator.state)}
         if isinstance(value, np.random.RandomState):
-            return {"is": "random state", "value": self.apart(value.get_state(legacy=False))}
+            return {"is": "random state", "value": self.take(value.get_state(legacy=False))}
         if isinstance(value, torch.Generator):
             return {"is": "torch generator", "value": value.get_state().numpy().copy()}
         if type(value).__name__ in _SEQUENCES and type(value) in (list, tuple, set, deque):
-            return {"is": type(value).__name__, "value": [self.apart(part) for part in value]}
+            return {"is": type(value).__name__, "value": [self.take(part) for part in value]}
         if type(value) in _DICTIONARIES:
             return {"is": "dict", "value": self._pairs(value)}
-        if _described(type(value)) and type(value).__name__ not in self._skip:
+        if _is_object(type(value)) and type(value).__name__ not in self._skip:
             return self._object(value)
         return {"is": "kept", "class": _name(type(value))}
 
@@ -100,60 +100,60 @@ class _Taken:
         return {**found, "items": self._pairs(value)} if isinstance(value, dict) else found
 
     def _pairs(self, values: Mapping[Any, Any]) -> list[Any]:
-        return [[self.apart(key), self.apart(part)] for key, part in values.items()]
+        return [[self.take(key), self.take(part)] for key, part in values.items()]
 
 
-def _described(kind: type) -> bool:
-    root = kind.__module__
+def _is_object(cls: type) -> bool:
+    root = cls.__module__
     ours = any(root == name or root.startswith(f"{name}.") for name in _MODULES)
-    return (ours or dataclasses.is_dataclass(kind)) and not issubclass(kind, type) and hasattr(kind, "__dict__")
+    return (ours or dataclasses.is_dataclass(cls)) and not issubclass(cls, type) and hasattr(cls, "__dict__")
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def overlay(fresh: Any, tree: Any, kinds: Iterable[type] = (), skip: Iterable[str] = ()) -> Any:
-    """Return what `snapshot` took apart, put together again; objects of ``fresh`` are used where they fit.
+def overlay(fresh: Any, tree: Any, classes: Iterable[type] = (), skip: Iterable[str] = ()) -> Any:
+    """Return the value of a `snapshot`; objects of ``fresh`` are used where they fit.
 
     Parameters
     ----------
     fresh : a value of the same structure, which is changed in place; None where there is none.
-    kinds : classes of objects that may be made although ``fresh`` has none; nothing of theirs is called.
+    classes : those of objects that may be made although ``fresh`` has none; nothing of theirs is called.
     skip : as for `snapshot`: attributes and classes that stay as they are.
 
     Raises
     ------
-    RunError : the tree is none, or holds what neither ``fresh`` nor ``kinds`` has.
+    RunError : the tree is none, or holds what neither ``fresh`` nor ``classes`` has.
     """
     try:
-        return _Together({_name(kind): kind for kind in kinds}, frozenset(skip)).whole(tree, fresh)
+        return _Overlay({_name(cls): cls for cls in classes}, frozenset(skip)).restore(tree, fresh)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise RunError(f"the state of a search cannot be read: {type(error).__name__}: {error}") from None
 
 
-def lost(tree: Any) -> list[str]:
-    """Return the classes of the objects that `snapshot` could not take apart; functions and modules need not be."""
+def unsaved_classes(tree: Any) -> list[str]:
+    """Return the classes of the objects that `snapshot` left out, functions and modules excepted."""
     if isinstance(tree, list):
-        return sorted({kind for part in tree for kind in lost(part)})
+        return sorted({name for part in tree for name in unsaved_classes(part)})
     if not isinstance(tree, dict):
         return []
     if tree.get("is") == "kept":
         return [] if tree["class"] in _CODE else [tree["class"]]
-    return sorted({kind for part in tree.values() for kind in lost(part)})
+    return sorted({name for part in tree.values() for name in unsaved_classes(part)})
 
 
 _NOTHING = object()
 """Stands for a function that the new searcher has not got yet, and will make itself."""
 
 
-class _Together:
-    def __init__(self, kinds: Mapping[str, type], skip: frozenset[str]) -> None:
-        self._kinds = kinds
+class _Overlay:
+    def __init__(self, classes: Mapping[str, type], skip: frozenset[str]) -> None:
+        self._classes = classes
         self._skip = skip
         self._made: dict[int, Any] = {}
 
-    def whole(self, node: Any, fresh: Any = None) -> Any:
+    def restore(self, node: Any, fresh: Any = None) -> Any:
         if type(node) in _PLAIN:
             return node
         if node["is"] == "again":
@@ -163,54 +163,54 @@ class _Together:
         return made
 
     def _build(self, node: Mapping[str, Any], fresh: Any) -> Any:
-        what, value = node["is"], node.get("value")
-        if what == "tree":
+        form, value = node["is"], node.get("value")
+        if form == "tree":
             return value
-        if what == "array":
+        if form == "array":
             return np.array(_array(value).T, order="F") if node["turned"] else _array(value).copy()
-        if what == "scalar":
+        if form == "scalar":
             return _array(value)[()]
-        if what == "tensor":
+        if form == "tensor":
             tensor = torch.from_numpy(_array(value).copy())
             tensor = tensor.T if node["turned"] else tensor
             return tensor.requires_grad_(True) if node["gradient"] else tensor
-        if what == "range":
+        if form == "range":
             start, stop, step = node["value"]
             return range(start, stop, step)
-        if what == "bytes":
+        if form == "bytes":
             return _array(value).tobytes()
-        if what == "generator":
+        if form == "generator":
             generator = fresh if isinstance(fresh, np.random.Generator) else np.random.default_rng(0)
-            generator.bit_generator.state = self.whole(value)
+            generator.bit_generator.state = self.restore(value)
             return generator
-        if what == "random state":
+        if form == "random state":
             state = fresh if isinstance(fresh, np.random.RandomState) else np.random.RandomState(0)
-            state.set_state(self.whole(value))
+            state.set_state(self.restore(value))
             return state
-        if what == "torch generator":
+        if form == "torch generator":
             source = fresh if isinstance(fresh, torch.Generator) else torch.Generator()
             source.set_state(torch.from_numpy(_array(value).copy()))
             return source
-        if what in _SEQUENCES:
-            return self._sequence(what, node, fresh)
-        if what == "dict":
+        if form in _SEQUENCES:
+            return self._sequence(form, node, fresh)
+        if form == "dict":
             return self._dictionary(node, fresh)
-        if what == "object":
+        if form == "object":
             return self._object(node, fresh)
-        if what == "kept" and fresh is not None:
+        if form == "kept" and fresh is not None:
             return fresh
-        if what == "kept" and node["class"] in ("builtins.function", "builtins.method"):
+        if form == "kept" and node["class"] in ("builtins.function", "builtins.method"):
             return _NOTHING
-        raise ValueError(f"{what!r} {node.get('class', '')} has no place here")
+        raise ValueError(f"{form!r} {node.get('class', '')} has no place here")
 
-    def _sequence(self, what: str, node: Mapping[str, Any], fresh: Any) -> Any:
+    def _sequence(self, form: str, node: Mapping[str, Any], fresh: Any) -> Any:
         old = list(fresh) if isinstance(fresh, list | tuple | deque) else []
-        if what == "list":  # it may hold what holds it
+        if form == "list":  # it may hold what holds it
             made: list[Any] = fresh if type(fresh) is list else []
             self._made[node["number"]] = made
-            made[:] = [self.whole(part, _at(old, place)) for place, part in enumerate(node["value"])]
+            made[:] = [self.restore(part, _at(old, number)) for number, part in enumerate(node["value"])]
             return made
-        return _SEQUENCES[what]([self.whole(part, _at(old, place)) for place, part in enumerate(node["value"])])
+        return _SEQUENCES[form]([self.restore(part, _at(old, number)) for number, part in enumerate(node["value"])])
 
     def _dictionary(self, node: Mapping[str, Any], fresh: Any) -> Any:
         made: dict[Any, Any] = fresh if type(fresh) in _DICTIONARIES else {}
@@ -222,8 +222,8 @@ class _Together:
         before = dict(made)
         made.clear()
         for key, part in pairs:
-            name = self.whole(key)
-            made[name] = self.whole(part, before.get(name) if type(name) in (str, int) else None)
+            name = self.restore(key)
+            made[name] = self.restore(part, before.get(name) if type(name) in (str, int) else None)
             if made[name] is _NOTHING:
                 del made[name]
 
@@ -231,21 +231,21 @@ class _Together:
         if fresh is not None and _name(type(fresh)) == node["class"]:
             made = fresh
         else:
-            made = object.__new__(self._kinds[node["class"]])
+            made = object.__new__(self._classes[node["class"]])
         if type(made).__name__ in self._skip:
             return made
         self._made[node["number"]] = made
         attributes = vars(made)
-        left = {name: part for name, part in attributes.items() if name in self._skip}
+        skipped = {name: part for name, part in attributes.items() if name in self._skip}
         self._fill(attributes, node["value"])
-        attributes.update(left)
+        attributes.update(skipped)
         if isinstance(made, dict):
             self._fill(made, node["items"])
         return made
 
 
-def _at(values: list[Any], place: int) -> Any:
-    return values[place] if place < len(values) else None
+def _at(values: list[Any], index: int) -> Any:
+    return values[index] if index < len(values) else None
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:

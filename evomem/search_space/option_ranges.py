@@ -42,21 +42,21 @@ class Variable:
 
     Attributes
     ----------
-    place, width : the coordinates are ``place`` to ``place + width - 1``.
+    offset, width : the coordinates are ``offset`` to ``offset + width - 1``.
     bounds : of a number, the part of the line on which its encoding is one-to-one; None for a category.
     codes : (values, width) of an integer (width 1, ascending) or a category: the coordinates that encode each value.
         None for a real number.
     """
 
-    place: int
+    offset: int
     width: int
     bounds: tuple[float, float] | None
     codes: Array | None
 
     @property
-    def places(self) -> list[int]:
+    def coordinates(self) -> list[int]:
         """The coordinates."""
-        return list(range(self.place, self.place + self.width))
+        return list(range(self.offset, self.offset + self.width))
 
     def inside(self, x: float) -> float:
         """Return the coordinate within ``bounds`` that decodes to the same number (`_fold` is even, with period 2)."""
@@ -69,7 +69,7 @@ class Variable:
         """Return the value (row of ``codes``) whose code is the nearest to a vector (dim,); the first of equals."""
         if self.codes is None:
             raise ConfigError("search space: a real variable has no list of values")
-        return int(np.argmin(((self.codes - vector[self.places]) ** 2).sum(axis=1)))
+        return int(np.argmin(((self.codes - vector[self.coordinates]) ** 2).sum(axis=1)))
 
 
 class _Numeric(Settings):
@@ -178,7 +178,7 @@ class _Whole(_Numeric):
             raise ValueError(f"low {self.low:.0f} to high {self.high:.0f} are more than {_VALUES:,} whole numbers")
         return self
 
-    def whole(self, value: float) -> float:
+    def require_whole(self, value: float) -> float:
         """Return the value; raise ValueError unless it is a whole number."""
         if value != int(value):
             raise ValueError(f"{value!r} is not a whole number")
@@ -201,7 +201,7 @@ class Integer(_Whole):
 
     def share(self, value: float) -> float:
         """Return the middle of the number's part of the range."""
-        return (self.whole(value) - self.low + 0.5) / (self.high - self.low + 1)
+        return (self.require_whole(value) - self.low + 0.5) / (self.high - self.low + 1)
 
 
 class LogInteger(_Whole):
@@ -222,7 +222,7 @@ class LogInteger(_Whole):
 
     def share(self, value: float) -> float:
         """Return the middle of the number's part of the range."""
-        middle = math.sqrt(self.whole(value) * (value + 1))
+        middle = math.sqrt(self.require_whole(value) * (value + 1))
         return math.log(middle / self.low) / math.log((self.high + 1) / self.low)
 
 
@@ -237,7 +237,7 @@ class Categorical(Settings):
     @field_validator("choices")
     @classmethod
     def _distinct(cls, choices: list[Any]) -> list[Any]:
-        if any(choice in choices[:place] for place, choice in enumerate(choices)):
+        if any(choice in choices[:number] for number, choice in enumerate(choices)):
             raise ValueError("the same choice is given twice")
         return choices
 

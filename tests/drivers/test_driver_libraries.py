@@ -89,7 +89,7 @@ def mixed():
 def test_a_space_names_its_variables():
     space, _ = mixed()
     mode, sinks, rate = space.variables()
-    assert [(one.place, one.width) for one in (mode, sinks, rate)] == [(4, 4), (8, 1), (9, 1)]
+    assert [(one.offset, one.width) for one in (mode, sinks, rate)] == [(4, 4), (8, 1), (9, 1)]
     assert rate.codes is None
     assert space.dim == 10
 
@@ -111,9 +111,9 @@ def test_catcma_asks_in_codes_and_finds_the_category_the_integer_and_the_numbers
         population = driver.ask()
         managers = [space.decode(vector) for vector in population.vectors]
         for vector, manager in zip(population.vectors, managers, strict=True):
-            assert vector[sinks.place] == sinks.codes[manager.options.sinks, 0]
-            assert np.array_equal(vector[mode.places], mode.codes[MODES.index(manager.options.mode)])
-            assert rate.bounds[0] <= vector[rate.place] <= rate.bounds[1]
+            assert vector[sinks.offset] == sinks.codes[manager.options.sinks, 0]
+            assert np.array_equal(vector[mode.coordinates], mode.codes[MODES.index(manager.options.mode)])
+            assert rate.bounds[0] <= vector[rate.offset] <= rate.bounds[1]
         seen.append({manager.options.mode for manager in managers})
         driver.tell(population, Fitness(np.array([goal(manager) for manager in managers])))
     found = space.decode(driver.mean)
@@ -130,7 +130,7 @@ def test_a_run_with_catcma_is_told_the_variables(tmp_path):
     run = open_run(tmp_path / "run")
     mode = run.space.variables()[0]
     for population, _ in replay(run):
-        assert {tuple(row) for row in population.vectors[:, mode.places]} <= {tuple(code) for code in mode.codes}
+        assert {tuple(row) for row in population.vectors[:, mode.coordinates]} <= {tuple(code) for code in mode.codes}
 
 
 def test_catcma_begins_at_the_manager_that_the_start_stands_for():

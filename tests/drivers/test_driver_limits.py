@@ -12,7 +12,7 @@ from evomem.bounds import POPULATION, SMALL
 from evomem.drivers import build, drivers
 from evomem.drivers.base import Fitness, Stage
 from evomem.drivers.estimators import Rollouts
-from evomem.drivers.restarts import first, following
+from evomem.drivers.restarts import first_descent, next_descent
 from evomem.errors import ConfigError
 from evomem.evaluation.measurement import Step
 from evomem.search_space.option_ranges import Categorical, Integer, Variable
@@ -103,9 +103,9 @@ def test_cmas_smallest_population_is_an_option_s_limit(name):
 
 @pytest.mark.parametrize("kind", ["ipop", "bipop"])
 def test_restarts_stay_within_the_populations_that_there_may_be(kind):
-    state, seen = first(3, 0.3), []
+    state, seen = first_descent(3, 0.3), []
     for _ in range(60):
-        state = following(kind, state, 1000, 3, 0.3, 0)
+        state = next_descent(kind, state, 1000, 3, 0.3, 0)
         seen.append(state.regime.popsize)
     assert min(seen) >= 3
     assert POPULATION / 2 < max(seen) <= POPULATION

@@ -17,7 +17,7 @@ import torch
 
 import tests.support.synthetic_search  # noqa: F401  (registers the manager "toy")
 from evomem.drivers import Fitness, Stage, build, drivers
-from evomem.drivers.restarts import first, following
+from evomem.drivers.restarts import first_descent, next_descent
 from evomem.errors import ConfigError, FitnessError, RunError, UnknownNameError
 from evomem.search_space.option_ranges import Bounded, Categorical, Integer, Variable
 from evomem.search_space.space import SearchSpace, SpaceConfig
@@ -389,14 +389,14 @@ def test_converged_cmaes_stops_without_restarts_and_goes_on_with_them():
 
 
 def test_restart_regimes():
-    state, popsize, sigma = first(10, 0.5), 10, 0.5
-    assert following("none", state, 1000, popsize, sigma, 0) is None
+    state, popsize, sigma = first_descent(10, 0.5), 10, 0.5
+    assert next_descent("none", state, 1000, popsize, sigma, 0) is None
     sizes = []
     for _ in range(5):
-        state = following("ipop", state, 1000, popsize, sigma, 0)
+        state = next_descent("ipop", state, 1000, popsize, sigma, 0)
         sizes.append(state.regime.popsize)
     assert sizes == [20, 40, 80, 160, 320]
-    state = first(10, 0.5)
+    state = first_descent(10, 0.5)
     used = {"large": 0, "small": 0}
     rng = np.random.default_rng(0)
     for number in range(40):
@@ -406,7 +406,7 @@ def test_restart_regimes():
         if number > 0:
             used[state.regime.kind] += spent
         before = dict(used)
-        state = following("bipop", state, spent, popsize, sigma, 7)
+        state = next_descent("bipop", state, spent, popsize, sigma, 7)
         regime = state.regime
         if regime.kind == "small":
             assert before["small"] < before["large"]

@@ -356,7 +356,7 @@ def spaces(folder):
             "template": space.template.describe(),
             "parameters": [[name, list(tensor.shape)] for name, tensor in space.template.named_parameters()],
             "blocks": [len(blocks), digest(np.concatenate(blocks).astype(np.int64)) if blocks else ""],
-            "variables": [repr(variable) for variable in space.variables()],
+            "variables": [repr(variable).replace("(offset=", "(place=") for variable in space.variables()],
             "options": manager.describe()["options"],
             "tensors": {name: digest(tensor.numpy()) for name, tensor in manager.state_dict().items()},
             "encoded": digest(space.encode(manager)),
