@@ -61,18 +61,18 @@ def weight_shapes(folder: Path) -> Shapes:
     if not index.is_file():
         return _header(single) if single.is_file() else {}
     claimed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    found: Shapes = {}
+    shapes: Shapes = {}
     holder: dict[str, str] = {}
     for file in sorted(set(claimed.values())):
         for name, shape in _header(folder / file).items():
             if name in holder:
                 raise ModelError(f"model folder {folder}: {name} is in two files, {holder[name]} and {file}")
-            found[name], holder[name] = shape, file
+            shapes[name], holder[name] = shape, file
     for name, file in claimed.items():
         if holder.get(name) != file:
             place = f"is in {holder[name]}" if name in holder else "is in none of its files"
             raise ModelError(f"model folder {folder}: {name}: {INDEX} says that it is in {file}, it {place}")
-    return found
+    return shapes
 
 
 def _header(path: Path) -> Shapes:
@@ -133,7 +133,7 @@ def check_sizes(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None
     A million layers, or a vocabulary of a billion, would fill the memory before anything is compared. Layers are
     counted; every other whole number, times the width, must not be far beyond the numbers in the files.
     """
-    held = sum(math.prod(shape) for shape in shapes.values())
+    stored = sum(math.prod(shape) for shape in shapes.values())
     layers = _layers_of(shapes)
     width = max((shape[-1] for shape in shapes.values() if shape), default=1)
     quantised = "quantization_config" in config
@@ -153,10 +153,10 @@ def check_sizes(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None
                 has = f"; its files hold {layers}" if counts else ""
                 raise ModelError(f"model folder {folder}: config.json: {path}: {value!r} is too large{has}")
             # Positions are no weights with rotary embeddings, and a table of them is small beside a model.
-            if name in _WIDTHS and not quantised and value * width > 8 * held + 2**24:
+            if name in _WIDTHS and not quantised and value * width > 8 * stored + 2**24:
                 raise ModelError(
                     f"model folder {folder}: config.json: {path}: {value:,} is more than its files can hold "
-                    f"({held:,} numbers)"
+                    f"({stored:,} numbers)"
                 )
 
 
@@ -225,10 +225,10 @@ def _is_buffer(name: str, shapes: Shapes) -> bool:
 
 def _layers(model: Any, shapes: Shapes) -> str:
     """Say how many layers the configuration and the files have, where that may be the fault."""
-    wanted, found = getattr(model.config, "num_hidden_layers", None), _layers_of(shapes)
-    if not isinstance(wanted, int) or not found or found == wanted:
+    configured, stored = getattr(model.config, "num_hidden_layers", None), _layers_of(shapes)
+    if not isinstance(configured, int) or not stored or stored == configured:
         return ""
-    return f"The configuration says {wanted} layers, the files hold layers up to number {found - 1}, from 0. "
+    return f"The configuration says {configured} layers, the files hold layers up to number {stored - 1}, from 0. "
 
 
 def _layers_of(shapes: Shapes) -> int:
@@ -285,9 +285,9 @@ def _check_files(where: str, files: Iterable[Path]) -> None:
     from safetensors import safe_open
 
     for path in files:
-        with safe_open(path, framework="pt") as held:
-            for name in held.keys():  # noqa: SIM118 (it is no mapping)
-                tensor = held.get_tensor(name)
+        with safe_open(path, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = stored.get_tensor(name)
                 if tensor.is_floating_point() and not _sum(tensor).isfinite():
                     _check_one(where, name, tensor, infinite=not _BUFFERS.search(name))
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # seconds to import
 
 log = logging.getLogger(__name__)
 
-OWN = {"evomem_decision_transformer": "evomem.models.architectures.decision_transformer"}
+OWN_ARCHITECTURES = {"evomem_decision_transformer": "evomem.models.architectures.decision_transformer"}
 """Model types that transformers does not know, and the module of ours that makes them known."""
 
 
@@ -127,9 +127,9 @@ def load(
     check_types(folder, configuration)
     report: list[str] = []
     try:
-        own = OWN.get(configuration["model_type"])
-        if own is not None:
-            import_module(own)
+        module = OWN_ARCHITECTURES.get(configuration["model_type"])
+        if module is not None:
+            import_module(module)
         with quiet(), loader_report() as report:
             config = AutoConfig.from_pretrained(folder, **safe)
             with nothing_random(where, accelerators="device_map" in options):

@@ -32,11 +32,11 @@ def to_tensor(array: NDArray[Any], dtype: str) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         tensor = torch.from_numpy(array)
-    wanted: torch.dtype = getattr(torch, dtype)
-    return tensor.view(wanted) if wanted in _BITS else tensor
+    target: torch.dtype = getattr(torch, dtype)
+    return tensor.view(target) if target in _BITS else tensor
 
 
-def why_apart(loaded: LoadedModel) -> str:
+def why_not_shareable(loaded: LoadedModel) -> str:
     """Return why a model cannot be taken apart and put together around the same weights; nothing if it can.
 
     Such a model is loaded by every worker itself.
@@ -66,10 +66,10 @@ def dismantle(loaded: LoadedModel) -> dict[str, Any]:
 
     Raises
     ------
-    ModelError : the parts would not make the same model again (`why_apart`).
+    ModelError : the parts would not make the same model again (`why_not_shareable`).
     """
     model = loaded.model
-    reason = why_apart(loaded)
+    reason = why_not_shareable(loaded)
     if reason:
         raise ModelError(
             f"model {loaded.name!r}: {reason}, so its weights cannot be shared between workers; every worker must load "
@@ -131,11 +131,11 @@ def assemble(parts: Mapping[str, Any], device: torch.device | str | None = None)
     for name, number in parts["names"].items():
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)
-        made, given = module._parameters.get(last), tensors[number]
-        if made is not None and (made.shape != given.shape or not given.is_floating_point()):
+        parameter, array = module._parameters.get(last), tensors[number]
+        if parameter is not None and (parameter.shape != array.shape or not array.is_floating_point()):
             raise ModelError(
-                f"model {parts['name']!r}: {name} is {given.dtype} {tuple(given.shape)} among the shared parts, and "
-                f"{made.dtype} {tuple(made.shape)} in the model of its configuration"
+                f"model {parts['name']!r}: {name} is {array.dtype} {tuple(array.shape)} among the shared parts, and "
+                f"{parameter.dtype} {tuple(parameter.shape)} in the model of its configuration"
             )
         if last in module._parameters:
             if number not in parameters:

@@ -109,10 +109,10 @@ BenchFactory = Callable[[ExperimentConfig], Bench]
 def model_bench(config: ExperimentConfig) -> Bench:
     """Return the bench of a real frozen model: loads it, and evaluates in this process."""
     from evomem.evaluation.store import PrefillStore, room_for_readings
-    from evomem.models.sharing import why_apart
+    from evomem.models.sharing import why_not_shareable
 
     loaded = [load_model(model) for model in config.all_models]
-    if any(map(why_apart, loaded)):  # spread over devices, or quantised: every worker loads its own
+    if any(map(why_not_shareable, loaded)):  # spread over devices, or quantised: every worker loads its own
         shared = Elsewhere(dict, partial(spread_bench, [one.kind for one in loaded]))
     else:
         shared = Elsewhere(partial(_dismantled, loaded), shared_bench)

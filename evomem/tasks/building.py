@@ -26,11 +26,11 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     cls = tasks.get(name_of(spec))
     main = getattr(cls, "main_option", None)
     if is_call(spec):
-        found = parse_call(spec, "task", EXAMPLES, main)
+        call = parse_call(spec, "task", EXAMPLES, main)
     else:
         known = getattr(getattr(cls, "Options", None), "model_fields", ())
-        found = parse_settings(spec, "task", main, known)
-    return found.name, found.options
+        call = parse_settings(spec, "task", main, known)
+    return call.name, call.options
 
 
 def build(spec: str, tokenizer: Tokenizer, length: int | None = None, **options: Any) -> Task:
@@ -53,10 +53,10 @@ def build(spec: str, tokenizer: Tokenizer, length: int | None = None, **options:
     ConfigError : an option is unknown or not allowed.
     TaskError : the task's text or file cannot be used.
     """
-    name, given = parse(spec)
+    name, spec_options = parse(spec)
     if length is not None:
-        given.setdefault("length", length)
-    task: Task = tasks.get(name)(tokenizer, **{**options, **given})
+        spec_options.setdefault("length", length)
+    task: Task = tasks.get(name)(tokenizer, **{**options, **spec_options})
     return task
 
 
@@ -70,9 +70,9 @@ def check_options(spec: str, length: int | None = None, **options: Any) -> None:
     """
     from evomem.tasks.generated import TaskOptions, validate_options
 
-    name, given = parse(spec)
+    name, spec_options = parse(spec)
     model = getattr(tasks.get(name), "Options", None)
     if length is not None:
-        given.setdefault("length", length)
+        spec_options.setdefault("length", length)
     if isinstance(model, type) and issubclass(model, TaskOptions):
-        validate_options(name, model, {**options, **given})
+        validate_options(name, model, {**options, **spec_options})

@@ -73,50 +73,50 @@ class ChatTemplate:
             )
         self.head, self.tail = text.split(_MARK)
         blanks = self._render(f"  {_MARK}  ").removeprefix(self.head).removesuffix(self.tail)
-        self._left, self._right = blanks.startswith("  "), blanks.endswith("  ")
+        self._keeps_leading_blanks, self._keeps_trailing_blanks = blanks.startswith("  "), blanks.endswith("  ")
         between = self._render(_MARK, _REPLY).partition(_MARK)[2].partition(_REPLY)[0]
         # What stands between the generation prompt and the first word of an answer: nothing, or a blank.
         self._gap = between.removeprefix(self.tail) if between.startswith(self.tail) else ""
 
-    def dress(self, sample: Sample, begun: str = "") -> Sample:
+    def as_turn(self, sample: Sample, answer_start: str = "") -> Sample:
         """Return a plain sample as a turn of a chat.
 
         Parameters
         ----------
-        begun : the end of the question that is the beginning of the answer: words that the model is made to say.
+        answer_start : words at the end of the question that open the model's turn; the answer goes on after them.
 
         Raises
         ------
         TaskError : the template changes the text.
         """
-        asked = sample.question.removesuffix(begun) if begun else sample.question
-        context = sample.context if self._left else sample.context.lstrip()
-        asked = asked if self._right else asked.rstrip()
-        if self._render(sample.context + asked) != f"{self.head}{context}{asked}{self.tail}":
+        question = sample.question.removesuffix(answer_start) if answer_start else sample.question
+        context = sample.context if self._keeps_leading_blanks else sample.context.lstrip()
+        question = question if self._keeps_trailing_blanks else question.rstrip()
+        if self._render(sample.context + question) != f"{self.head}{context}{question}{self.tail}":
             raise TaskError(
                 f"task {self._task}: sample {sample.id}: this model's chat template changes the text of context and "
                 "question; leave chat_template out"
             )
-        said = self._gap + (begun.lstrip() if begun else sample.answer.lstrip())
+        reply_start = self._gap + (answer_start.lstrip() if answer_start else sample.answer.lstrip())
         return replace(
             sample,
             context=context,
-            question=asked + self.tail + (said if begun else ""),
-            answer=sample.answer if begun else said,
+            question=question + self.tail + (reply_start if answer_start else ""),
+            answer=sample.answer if answer_start else reply_start,
             head=self.head,
         )
 
     def size(self, sample: Sample) -> int:
-        """Return the tokens of a sample of `dress`."""
+        """Return the tokens of a sample of `as_turn`."""
         following = self._encoder.following
         return len(self._encoder.context(sample)) + len(following(sample.question)) + len(following(sample.answer))
 
-    def checked(self, sample: Sample) -> Sample:
-        """Return a sample of `dress` that tells whether its parts have the ids of the whole (``meta["same_ids"]``)."""
+    def with_id_check(self, sample: Sample) -> Sample:
+        """Return a sample of `as_turn` with ``meta["same_ids"]``: whether its parts have the ids of the whole text."""
         following = self._encoder.following
-        apart = self._encoder.context(sample) + following(sample.question) + following(sample.answer)
+        parts = self._encoder.context(sample) + following(sample.question) + following(sample.answer)
         whole = f"{sample.head}{sample.context}{sample.question}{sample.answer}"
-        same = apart == self._tokenizer.encode(whole, add_special_tokens=False)
+        same = parts == self._tokenizer.encode(whole, add_special_tokens=False)
         return replace(sample, meta={**sample.meta, "same_ids": same})
 
     def _render(self, user: str, reply: str | None = None) -> str:

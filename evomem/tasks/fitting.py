@@ -9,7 +9,7 @@ from evomem.errors import TaskError
 from evomem.tasks.base import Tokenizer
 from evomem.tasks.encoding import TextEncoder
 
-Whole = TypeVar("Whole", contravariant=True)
+Rendered = TypeVar("Rendered", contravariant=True)
 
 
 def count_tokens(tokenizer: Tokenizer, text: str) -> int:
@@ -34,27 +34,27 @@ class UnitCounts:
 
     def __call__(self, unit: str) -> int:
         """Return the count of one unit, remembered from the first time on."""
-        found = self._counts.get(unit)
-        if found is None:
-            found = self._counts[unit] = count_tokens(self._tokenizer, " " + unit)
-        return found
+        count = self._counts.get(unit)
+        if count is None:
+            count = self._counts[unit] = count_tokens(self._tokenizer, " " + unit)
+        return count
 
-    def exact(self, text: str) -> int:
+    def following(self, text: str) -> int:
         """Return the count of a text that goes on after another one, such as an answer."""
         return len(self.encoder.following(text))
 
-    def whole(self, text: str) -> int:
+    def from_start(self, text: str) -> int:
         """Return the count of a text from its beginning on, with the tokenizer's prefix."""
         return len(self.encoder.beginning(text))
 
 
 def fit(
     length: int,
-    render: Callable[[int], Whole],
+    render: Callable[[int], Rendered],
     unit: Callable[[int], str],
     counts: UnitCounts,
     task: str,
-    size: Callable[[Whole], int] | None = None,
+    size: Callable[[Rendered], int] | None = None,
 ) -> int:
     """Return the largest number of units with which a sample has at most ``length`` tokens.
 
@@ -77,7 +77,7 @@ def fit(
     ------
     TaskError : the sample without any haystack is longer than ``length`` already.
     """
-    count: Callable[[Whole], int] = counts.whole if size is None else size  # type: ignore[assignment]
+    count: Callable[[Rendered], int] = counts.from_start if size is None else size  # type: ignore[assignment]
     tokens = count(render(0))
     if tokens > length:
         raise TaskError(

@@ -48,7 +48,7 @@ class ChatOptions(FittedOptions):
 Opts = TypeVar("Opts", bound=TaskOptions)
 
 
-def validate_options(task: str, model: type[Opts], given: dict[str, Any]) -> Opts:
+def validate_options(task: str, model: type[Opts], options: dict[str, Any]) -> Opts:
     """Return the validated options of a task.
 
     Raises
@@ -56,13 +56,13 @@ def validate_options(task: str, model: type[Opts], given: dict[str, Any]) -> Opt
     ConfigError : an option is unknown or has a value that is not allowed; the message names it and what is allowed.
     """
     known = sorted(model.model_fields)
-    for name in given:
+    for name in options:
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"task {task} has no option {name!r}.{hint} It has: {', '.join(known) or 'none'}.")
     try:
-        return model(**given)
+        return model(**options)
     except ValidationError as error:
         raise ConfigError(f"task {task}: {'; '.join(faults(error, model, 'options'))}") from None
 
@@ -130,14 +130,14 @@ class GeneratedTask(ABC, Generic[Opts]):
             options["essay"] = os.path.abspath(os.path.expanduser(options["essay"]))
         return options
 
-    def _fitted(self, sample: Callable[[int], Sample], unit: Callable[[int], str], begun: str = "") -> Sample:
+    def _fitted(self, sample: Callable[[int], Sample], unit: Callable[[int], str], answer_start: str = "") -> Sample:
         """Return the longest sample that fits the length, in the words of the chat template if that is asked for.
 
         Parameters
         ----------
         sample : returns the sample with n units of haystack.
         unit : returns the n-th.
-        begun : the end of its question that the model itself would say in a chat.
+        answer_start : the end of its question that in a chat opens the model's turn.
 
         Raises
         ------
@@ -153,10 +153,10 @@ class GeneratedTask(ABC, Generic[Opts]):
 
             return sample(fit(length, text, unit, self.counts, self.name))
 
-        def dressed(n: int) -> Sample:
-            return chat.dress(sample(n), begun)
+        def as_turn(n: int) -> Sample:
+            return chat.as_turn(sample(n), answer_start)
 
-        return chat.checked(dressed(fit(length, dressed, unit, self.counts, self.name, chat.size)))
+        return chat.with_id_check(as_turn(fit(length, as_turn, unit, self.counts, self.name, chat.size)))
 
     def _random(self, split: Split, seed: int, number: int) -> Random:
         matter = self.options.model_dump(mode="json", exclude=set(self.immaterial))
@@ -165,4 +165,4 @@ class GeneratedTask(ABC, Generic[Opts]):
 
     def _answer_budget(self, answer: str) -> int:
         """Tokens that the model may generate: the answer's and a few for a different wording."""
-        return self.counts.exact(answer) + 8
+        return self.counts.following(answer) + 8

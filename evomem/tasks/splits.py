@@ -39,12 +39,12 @@ def of_split(words: Iterable[str], split: Split) -> tuple[str, ...]:
     return tuple(word for word in words if split_of(word) == split)
 
 
-def draw_of_split(draw: Callable[[], T], text: Callable[[T], str], split: Split, what: str) -> T:
+def draw_of_split(draw: Callable[[], T], text: Callable[[T], str], split: Split, plural: str) -> T:
     """Return the first of what is drawn whose text belongs to a split.
 
     Parameters
     ----------
-    what : that is drawn, for the message: "facts".
+    plural : what is drawn, for the message: "facts".
 
     Raises
     ------
@@ -55,7 +55,7 @@ def draw_of_split(draw: Callable[[], T], text: Callable[[T], str], split: Split,
         if split_of(text(drawn)) == split:
             return drawn
     raise TaskError(
-        f"none of {TRIES:,} draws of {what} belongs to the {split} split: there are too few different ones to divide "
+        f"none of {TRIES:,} draws of {plural} belongs to the {split} split: there are too few different ones to divide "
         "over three splits; ask for longer samples, or for more keys"
     )
 
@@ -76,7 +76,7 @@ def deal(items: Sequence[T], regions: int) -> dict[Split, tuple[T, ...]]:
 
 
 def divide(
-    rows: Sequence[T], name: Callable[[T], str], own: Callable[[T], Split | None]
+    rows: Sequence[T], name: Callable[[T], str], named_split: Callable[[T], Split | None]
 ) -> tuple[dict[Split, list[T]], str]:
     """Divide rows over the splits: as they say themselves, or 60/20/20 by the hash of their names.
 
@@ -86,7 +86,7 @@ def divide(
 
     Parameters
     ----------
-    name, own : return a row's name, unique, and the split that it names itself, or None.
+    name, named_split : return a row's name, unique, and the split that it names itself, or None.
 
     Returns
     -------
@@ -94,8 +94,8 @@ def divide(
     """
     found: dict[Split, list[T]] = {split: [] for split in Split}
     for row in rows:
-        found[own(row) or split_of(name(row))].append(row)
-    if all(found.values()) or any(own(row) is not None for row in rows):
+        found[named_split(row) or split_of(name(row))].append(row)
+    if all(found.values()) or any(named_split(row) is not None for row in rows):
         return found, ""
     ranked = sorted(rows, key=lambda row: blake2b(name(row).encode(errors="replace")).digest())
     if len(ranked) < 3:

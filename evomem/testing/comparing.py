@@ -118,48 +118,48 @@ def kv_heads(model: PreTrainedModel) -> int:
 
 
 def same_logits(
-    what: str, got: Tensor, wanted: Tensor, real: Tensor | None = None, tolerance: float | None = None
+    label: str, got: Tensor, expected: Tensor, real: Tensor | None = None, tolerance: float | None = None
 ) -> None:
     """Raise `ConformanceError` when logits (batch, tokens, vocabulary) differ, at tokens that are real."""
     tolerance = logit_tolerance(got.dtype) if tolerance is None else tolerance
     if real is None:
         real = torch.ones(got.shape[:2], dtype=torch.bool)
-    difference = (got.float() - wanted.float()).abs().amax(-1).masked_fill(~real, 0.0)
-    scale = max(1.0, float(wanted[real].abs().max()))
+    difference = (got.float() - expected.float()).abs().amax(-1).masked_fill(~real, 0.0)
+    scale = max(1.0, float(expected[real].abs().max()))
     worst = float(difference.nan_to_num(nan=torch.inf).max()) / scale
     if not worst <= tolerance:
         row, token = divmod(int(difference.nan_to_num(nan=torch.inf).argmax()), difference.shape[1])
         raise ConformanceError(
-            f"{what}: logits differ by {worst:.2e} of the largest (allowed {tolerance:.0e}), "
+            f"{label}: logits differ by {worst:.2e} of the largest (allowed {tolerance:.0e}), "
             f"most at row {row}, token {token}"
         )
 
 
-def same_tensors(what: str, got: Tensor, wanted: Tensor) -> None:
+def same_tensors(label: str, got: Tensor, expected: Tensor) -> None:
     """Raise `ConformanceError` unless two tensors are equal to the bit."""
-    if got.shape != wanted.shape:
-        raise ConformanceError(f"{what}: shape {tuple(got.shape)} instead of {tuple(wanted.shape)}")
-    if not torch.equal(got, wanted):
-        where = (got != wanted).nonzero()[0].tolist()
+    if got.shape != expected.shape:
+        raise ConformanceError(f"{label}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}")
+    if not torch.equal(got, expected):
+        where = (got != expected).nonzero()[0].tolist()
         raise ConformanceError(
-            f"{what}: first difference at {where}: {got[tuple(where)]} instead of {wanted[tuple(where)]}"
+            f"{label}: first difference at {where}: {got[tuple(where)]} instead of {expected[tuple(where)]}"
         )
 
 
-def held_tokens(cache: SlotCache, row: int) -> list[list[list[int]]]:
-    """Places of the tokens that a row still holds, counted from its first: [layer][kv head]."""
+def kept_tokens(cache: SlotCache, row: int) -> list[list[list[int]]]:
+    """Return the indices of the tokens that a row still keeps, counted from its first: [layer][kv head]."""
     return [
         [[int(slot) - int(layer.start[row]) for slot in head if slot >= 0] for head in layer.slots[row]]
         for layer in cache.layers
     ]
 
 
-def same_held(what: str, got: list[list[list[int]]], wanted: list[list[list[int]]]) -> None:
+def same_kept_tokens(label: str, got: list[list[list[int]]], expected: list[list[list[int]]]) -> None:
     """Raise `ConformanceError` unless two rows hold the same tokens in every layer and head."""
-    for layer, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+    for layer, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
         for head, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             if a != b:
                 raise ConformanceError(
-                    f"{what}: layer {layer}, head {head} holds {len(a)} tokens instead of {len(b)}; "
+                    f"{label}: layer {layer}, head {head} holds {len(a)} tokens instead of {len(b)}; "
                     f"too many {sorted(set(a) - set(b))[:8]}, missing {sorted(set(b) - set(a))[:8]}"
                 )

@@ -44,13 +44,13 @@ from evomem.testing.comparing import (
     context_length,
     ends,
     greedy,
-    held_tokens,
     is_exact,
+    kept_tokens,
     kv_heads,
     logit_tolerance,
     random_rows,
     read,
-    same_held,
+    same_kept_tokens,
     same_logits,
     same_tensors,
     text_config,
@@ -147,7 +147,7 @@ def check_row_alone(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any
             alone = _cache(model, manager)
             wanted = read(model, alone, single, [single.ids.shape[1] - 4, 1, 1, 1, 1])
             what = f"row {row} in a batch against alone"
-            same_held(what, held_tokens(together, row), held_tokens(alone, 0))
+            same_kept_tokens(what, kept_tokens(together, row), kept_tokens(alone, 0))
             same_logits(what, logits[row : row + 1, -single.ids.shape[1] :], wanted)
 
 
@@ -180,7 +180,7 @@ def check_chunks(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = 
                 first = read(model, parts, batch, pieces)
             logits = torch.cat((first, read(model, parts, batch, [1, 1], at=length)), 1)
             for row in range(2):
-                same_held(f"pieces {pieces}, row {row}", held_tokens(parts, row), held_tokens(whole, row))
+                same_kept_tokens(f"pieces {pieces}, row {row}", kept_tokens(parts, row), kept_tokens(whole, row))
             same_logits(f"pieces {pieces}", logits, wanted, batch.real)
             replaying.require_agreement(f"pieces {pieces}")
 

@@ -168,13 +168,13 @@ def _apply(bias: Tensor, event: Event, row: int, head: int) -> None:
     bias[event.seen :, slots[held & ~keep]] = -torch.inf
 
 
-class _Given(threading.local):
+class _PassState(threading.local):
     biases: list[Tensor] | None = None
     attention: list[Tensor] | None = None
     queries: list[Tensor] | None = None
 
 
-_given = _Given()
+_pass_state = _PassState()
 
 
 def _explicit_attention(
@@ -187,8 +187,8 @@ def _explicit_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as the textbook has it, under the model's mask and the one given for this layer."""
-    if _given.biases is None:
+    """Attention as the textbook has it, under the model's mask and the bias of this layer."""
+    if _pass_state.biases is None:
         raise RuntimeError("the reference attention runs inside explicit_logits() only")
     layer = getattr(module, "layer_idx", None)  # a vision tower's have none
     group = query.shape[1] // key.shape[1]
@@ -198,7 +198,7 @@ def _explicit_attention(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if layer is not None:
-        logits = logits + _given.biases[layer].to(logits.device).repeat_interleave(group, dim=1)
+        logits = logits + _pass_state.biases[layer].to(logits.device).repeat_interleave(group, dim=1)
     if attention_mask is not None:
         # A padded query looks at itself: its output is of no use, but must be a number.
         alone = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device) & ~attention_mask.any(
@@ -206,10 +206,10 @@ def _explicit_attention(
         )
         logits = logits.masked_fill(~(attention_mask | alone), -torch.inf)
     weights = torch.softmax(logits, dim=-1)
-    if layer is not None and _given.attention is not None:
-        _given.attention.append(weights.view(len(weights), -1, group, *weights.shape[2:]).mean(2))
-    if layer is not None and _given.queries is not None:
-        _given.queries.append(query.clone())
+    if layer is not None and _pass_state.attention is not None:
+        _pass_state.attention.append(weights.view(len(weights), -1, group, *weights.shape[2:]).mean(2))
+    if layer is not None and _pass_state.queries is not None:
+        _pass_state.queries.append(query.clone())
     output = torch.einsum("bhqk,bhkd->bhqd", weights, value.float()).to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
 
@@ -233,7 +233,7 @@ def _reference(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
-        _given.biases = _given.attention = _given.queries = None
+        _pass_state.biases = _pass_state.attention = _pass_state.queries = None
 
 
 @torch.no_grad()
@@ -258,8 +258,8 @@ def explicit_pass(
     queries : per layer (batch, query_heads, tokens, head_dim), as rotated.
     """
     with _reference(model):
-        _given.biases, _given.attention, _given.queries = biases, [], []
-        given = {"attention_mask": batch.real.long(), "position_ids": batch.positions, **inputs}
-        placed = {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in given.items()}
+        _pass_state.biases, _pass_state.attention, _pass_state.queries = biases, [], []
+        inputs = {"attention_mask": batch.real.long(), "position_ids": batch.positions, **inputs}
+        placed = {n: v.to(model.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
         logits = model(batch.ids.to(model.device), use_cache=False, **placed).logits
-        return logits.cpu(), [one.cpu() for one in _given.attention], [one.cpu() for one in _given.queries]
+        return logits.cpu(), [one.cpu() for one in _pass_state.attention], [one.cpu() for one in _pass_state.queries]

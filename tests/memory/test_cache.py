@@ -17,8 +17,8 @@ from evomem.errors import CacheError
 from evomem.managers import Full, KNorm, Schedule, build
 from evomem.memory import Decision, LayerView, SlotCache, attached
 from evomem.memory.kv.attention import managed_attention
-from evomem.testing.comparing import held_tokens as held
-from evomem.testing.comparing import random_rows, read, same_held, same_logits
+from evomem.testing.comparing import kept_tokens as kept
+from evomem.testing.comparing import random_rows, read, same_kept_tokens, same_logits
 from evomem.testing.models import tiny
 from evomem.testing.reference import Batch
 
@@ -251,7 +251,7 @@ def test_rows_after_reordering_go_on_as_their_sources(model, spec: str) -> None:
             single = grown.row(row)
             wanted = read(model, alone, single, [single.ids.shape[1] - 9, 9])[:, -9:]
             same_logits(f"row {row}", got[row : row + 1], wanted)
-            same_held(f"row {row}", held(cache, row), held(alone, 0))
+            same_kept_tokens(f"row {row}", kept(cache, row), kept(alone, 0))
 
 
 def test_clone_goes_on_by_itself(model) -> None:
@@ -346,7 +346,7 @@ def test_row_of_only_padding_changes_nothing_and_can_start_later(model) -> None:
             single = grown.row(row)
             wanted = read(model, alone, single)
             same_logits(f"row {row}", logits[row : row + 1, -single.ids.shape[1] :], wanted)
-            same_held(f"row {row}", held(cache, row), held(alone, 0))
+            same_kept_tokens(f"row {row}", kept(cache, row), kept(alone, 0))
 
 
 @pytest.mark.parametrize("spec", ["full", "knorm(budget=8)", "streaming_llm(budget=8, every=6)"])

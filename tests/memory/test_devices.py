@@ -25,7 +25,7 @@ from evomem.evaluation.traces.store import Traces
 from evomem.managers import MemoryManager, build
 from evomem.managers.selection import Ends
 from evomem.models import LoadedModel, load
-from evomem.models.sharing import assemble, dismantle, why_apart
+from evomem.models.sharing import assemble, dismantle, why_not_shareable
 from evomem.runs import Bench, search
 from evomem.runs.bench import calibrate_manager, model_bench
 from evomem.testing.conformance import CHECKS, run_check
@@ -471,7 +471,7 @@ def configured_by_quantiser(one):
 @pytest.mark.parametrize("change", [quantised, configured_by_quantiser])
 def test_a_quantised_model_is_loaded_by_every_worker_itself(change, monkeypatch):
     one = change(loaded())
-    assert why_apart(one)
+    assert why_not_shareable(one)
     with pytest.raises(ModelError, match="cannot be shared"):
         dismantle(one)
     monkeypatch.setattr("evomem.runs.bench.load_model", lambda model: change(loaded()))

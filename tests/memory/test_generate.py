@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from evomem.managers import Full, MemoryManager, build
 from evomem.memory import Decision, LayerView, SlotCache, attached
 from evomem.memory.kv.versions import passed
-from evomem.testing.comparing import greedy, held_tokens, random_rows, read, same_held, same_logits
+from evomem.testing.comparing import greedy, kept_tokens, random_rows, read, same_kept_tokens, same_logits
 from evomem.testing.models import FAMILIES, tiny
 from evomem.testing.reference import Batch
 
@@ -111,7 +111,7 @@ def test_chat_that_grows(family: str) -> None:
             assert torch.equal(logits[0, -5:-1].argmax(-1), answer[0])
             again = manager.new_cache(model)
             read(model, again, Batch.of([said[0, :-1]]))
-            same_held("conversation", held_tokens(cache, 0), held_tokens(again, 0))
+            same_kept_tokens("conversation", kept_tokens(cache, 0), kept_tokens(again, 0))
 
 
 def test_new_tokens_only_go_on_without_a_mask(model) -> None:

@@ -12,7 +12,7 @@ from evomem.errors import CacheError
 from evomem.managers import build
 from evomem.memory import SlotCache, attached
 from evomem.plugins import load_cache, save_cache
-from evomem.testing.comparing import greedy, held_tokens, random_rows, read, same_held, same_logits, same_tensors
+from evomem.testing.comparing import greedy, kept_tokens, random_rows, read, same_kept_tokens, same_logits, same_tensors
 from evomem.testing.models import tiny
 from evomem.testing.reference import Batch, Tracing, explicit_biases, explicit_logits
 
@@ -52,7 +52,7 @@ def test_chunked_prefill_is_one_reading(model: Any, batch: Batch, name: str) -> 
             got = greedy(model, chunked, batch.ids, NEW, batch.real, prefill_chunk_size=size)
             same_tensors(f"{name}, chunks of {size}", got, wanted)
             for row in range(2):
-                same_held(f"{name}, chunks of {size}", held_tokens(chunked, row), held_tokens(cache, row))
+                same_kept_tokens(f"{name}, chunks of {size}", kept_tokens(chunked, row), kept_tokens(cache, row))
 
 
 @pytest.mark.parametrize("name", MANAGERS)
@@ -89,7 +89,7 @@ def test_a_row_of_a_padded_batch_is_decided_about_as_alone(model: Any, batch: Ba
         for row, padding in ((0, 0), (1, 9)):
             alone = SlotCache.for_model(model, manager(name))
             read(model, alone, batch.row(row), [30 - padding, 1, 20])
-            same_held(f"{name}, row {row}", held_tokens(together, row), held_tokens(alone, 0))
+            same_kept_tokens(f"{name}, row {row}", kept_tokens(together, row), kept_tokens(alone, 0))
 
 
 def test_spectra_begin_anew(model: Any, batch: Batch) -> None:
@@ -104,7 +104,7 @@ def test_spectra_begin_anew(model: Any, batch: Batch) -> None:
         together = build("namm", every=None, budget=BUDGET).new_cache(model)
         read(model, together, batch, [30, 1, 39])
     for row in range(2):
-        same_held(f"row {row}", held_tokens(together, row), held_tokens(alone[row], 0))
+        same_kept_tokens(f"row {row}", kept_tokens(together, row), kept_tokens(alone[row], 0))
 
 
 def test_observations_of_a_later_reading_are_those_of_its_queries(model: Any, batch: Batch) -> None:
@@ -167,7 +167,7 @@ def test_what_a_later_reading_recorded_is_saved_and_cloned(model: Any, batch: Ba
             with one.reading():
                 read(model, one, batch, [20], at=39)
             for row in range(2):
-                same_held(name, held_tokens(one, row), held_tokens(cache, row))
+                same_kept_tokens(name, kept_tokens(one, row), kept_tokens(cache, row))
 
 
 def test_guesses_are_no_readings(model: Any) -> None:

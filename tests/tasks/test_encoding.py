@@ -195,7 +195,7 @@ def test_the_prefix_is_in_rows_provenance_and_traces(loaded: LoadedModel, tmp_pa
 def test_a_chat_has_the_ids_of_apply_chat_template(template: str, begun: str) -> None:
     tokenizer = tiny_tokenizer(around="<s> $A", chat_template=template)
     chat, encoder = ChatTemplate(tokenizer, "toy"), TextEncoder(tokenizer)
-    sample = chat.checked(chat.dress(replace(SAMPLE, context=f" {SAMPLE.context}"), begun))
+    sample = chat.with_id_check(chat.as_turn(replace(SAMPLE, context=f" {SAMPLE.context}"), begun))
     parts = [encoder.context(sample), encoder.following(sample.question), encoder.following(sample.answer)]
     user = f" {SAMPLE.context}{SAMPLE.question.removesuffix(begun)}"
     reply = f"{begun}{SAMPLE.answer}".lstrip()
@@ -209,8 +209,8 @@ def test_a_chat_has_the_ids_of_apply_chat_template(template: str, begun: str) ->
     assert sample.meta["same_ids"]
     assert chat.size(sample) == len(whole)
     # Tokens that would straddle two parts are told of.
-    glued = chat.dress(replace(SAMPLE, context="the sp", question="ecial cat"))
-    assert not chat.checked(glued).meta["same_ids"]
+    glued = chat.as_turn(replace(SAMPLE, context="the sp", question="ecial cat"))
+    assert not chat.with_id_check(glued).meta["same_ids"]
 
 
 @pytest.mark.parametrize("mode", ["query_agnostic", "query_aware"])
@@ -219,7 +219,7 @@ def test_a_chat_is_read_as_it_is_deployed(mode: str) -> None:
     loaded = LoadedModel("tiny", tiny("llama", layers=2), tokenizer, "digest")
     evaluator, manager = Evaluator(loaded, EvaluationProtocol(mode=mode)), manager_of("keydiff(budget=9)")
     chat = ChatTemplate(tokenizer, "toy")
-    sample = chat.dress(SAMPLE, BEGUN)
+    sample = chat.as_turn(SAMPLE, BEGUN)
     texts: list[str] = []
     task = SimpleNamespace(has_exact=True, score=lambda sample, output: texts.append(output) or 0.0)
     evaluator.evaluate_plainly(manager, sample, task, EXACT)
@@ -284,7 +284,7 @@ def test_what_is_refused(tmp_path, smollm2: LoadedModel) -> None:
             ChatTemplate(tiny_tokenizer(chat_template=template), "toy")
     shouting = ChatTemplate(tiny_tokenizer(chat_template="{{ messages[0]['content'] | replace('cat', 'dog') }}"), "toy")
     with pytest.raises(TaskError, match="changes the text"):
-        shouting.dress(SAMPLE)
+        shouting.as_turn(SAMPLE)
     with pytest.raises(ConfigError, match="no option 'chat_template'"):
         build("book", smollm2.tokenizer, chat_template=True)
 

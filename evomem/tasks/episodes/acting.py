@@ -56,10 +56,10 @@ class _Episodes(GeneratedTask[Any]):
         return Sample(
             id=identity,
             context=episode.text(step),
-            question=" " + episode.asked(step),
+            question=" " + episode.prompt(step),
             answer=" " + answer,
             references=(answer,),
-            max_new_tokens=self.counts.exact(answer),
+            max_new_tokens=self.counts.following(answer),
             meta={"step": step},
         )
 

@@ -64,9 +64,9 @@ class Episode:
 
     def text(self, steps: int) -> str:
         """Return the first ``steps`` steps as words: ``r3 s17 a0 r3 s42 a1``."""
-        whole = zip(self.returns[:steps], self.states[:steps], self.actions[:steps], strict=True)
-        return " ".join(f"r{r} s{s} a{a}" for r, s, a in whole)
+        codes = zip(self.returns[:steps], self.states[:steps], self.actions[:steps], strict=True)
+        return " ".join(f"r{r} s{s} a{a}" for r, s, a in codes)
 
-    def asked(self, step: int) -> str:
+    def prompt(self, step: int) -> str:
         """Return what stands before the action of a step: ``r3 s42``."""
         return f"r{self.returns[step]} s{self.states[step]}"

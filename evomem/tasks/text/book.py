@@ -84,13 +84,13 @@ class Book(GeneratedTask[BookOptions]):
     def _continuation(self, sentences: tuple[str, ...], start: int) -> tuple[str, int]:
         """Return the answer, as many whole words as fit ``continuation`` tokens, and the sentences it takes."""
         text, used = "", 0
-        while self.counts.exact(text) <= self.options.continuation and used < len(sentences):
+        while self.counts.following(text) <= self.options.continuation and used < len(sentences):
             text += f" {sentences[(start + used) % len(sentences)]}"
             used += 1
-        most = self.options.continuation
+        max_tokens = self.options.continuation
 
         def fits(text: str) -> bool:
-            return self.counts.exact(text) <= most
+            return self.counts.following(text) <= max_tokens
 
         pieces = text.split(" ")
         low, high = 1, len(pieces) + 1  # pieces[0] is empty: the text begins with a space
@@ -98,6 +98,6 @@ class Book(GeneratedTask[BookOptions]):
             middle = (low + high) // 2
             low, high = (middle, high) if fits(" ".join(pieces[:middle])) else (low, middle)
         whole = " ".join(pieces[:low])
-        if low == 1 or self.counts.exact(whole) < most - LONGEST_WORD:  # text without blanks
-            return cut_end(self.tokenizer, text, fits, most) or "", used
+        if low == 1 or self.counts.following(whole) < max_tokens - LONGEST_WORD:  # text without blanks
+            return cut_end(self.tokenizer, text, fits, max_tokens) or "", used
         return whole, used

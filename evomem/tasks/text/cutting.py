@@ -12,7 +12,7 @@ _SLACK = 8
 
 
 def token_ends(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    """Return where the tokens of a text end, as places between its characters, from 0 to its length.
+    """Return where the tokens of a text end, as indices between its characters, from 0 to its length.
 
     None where the tokenizer does not tell. A character of several tokens ends with the last of them, so that a cut at
     an end never leaves half a character.
@@ -30,11 +30,11 @@ def word_ends(text: str) -> list[int]:
 
 
 def _rising(ends: Sequence[int], length: int) -> list[int]:
-    """Return distinct places in ascending order, 0 and ``length`` among them."""
+    """Return distinct indices in ascending order, 0 and ``length`` among them."""
     return sorted({0, *(end for end in ends if 0 < end < length), length})
 
 
-def cut_middle(tokenizer: Tokenizer, text: str, fits: Callable[[str], bool], most: int) -> str | None:
+def cut_middle(tokenizer: Tokenizer, text: str, fits: Callable[[str], bool], max_tokens: int) -> str | None:
     """Return a text with as little as possible left out of its middle; None if nothing of it fits.
 
     Beginning and end stay, both with about as many tokens. Where the tokenizer does not tell where tokens are, words
@@ -43,28 +43,28 @@ def cut_middle(tokenizer: Tokenizer, text: str, fits: Callable[[str], bool], mos
     Parameters
     ----------
     fits : whether a text is short enough; it decides, whatever the tokens seem to be.
-    most : tokens that a text may have at most.
+    max_tokens : tokens that a text may have at most.
     """
     ends = token_ends(tokenizer, text)
-    for places in [ends] if ends is not None else [word_ends(text), list(range(len(text) + 1))]:
-        last = len(places) - 1
+    for cuts in [ends] if ends is not None else [word_ends(text), list(range(len(text) + 1))]:
+        last = len(cuts) - 1
 
-        def kept(n: int, places: list[int] = places, last: int = last) -> str:
-            return text[: places[(n + 1) // 2]] + text[places[last - n // 2] :]
+        def shortened(n: int, ends: list[int] = cuts, last: int = last) -> str:
+            return text[: ends[(n + 1) // 2]] + text[ends[last - n // 2] :]
 
         # Of characters more may fit than tokens.
-        bound = most + _SLACK if ends is not None else last
-        n = _largest(min(last, bound), lambda n: fits(kept(n)))
+        bound = max_tokens + _SLACK if ends is not None else last
+        n = _largest(min(last, bound), lambda n: fits(shortened(n)))
         if n:
-            return kept(n)
+            return shortened(n)
     return None
 
 
-def cut_end(tokenizer: Tokenizer, text: str, fits: Callable[[str], bool], most: int) -> str | None:
+def cut_end(tokenizer: Tokenizer, text: str, fits: Callable[[str], bool], max_tokens: int) -> str | None:
     """Return the longest beginning of a text that fits; None if nothing of it does. As `cut_middle`."""
-    places = token_ends(tokenizer, text) or list(range(len(text) + 1))
-    n = _largest(min(len(places) - 1, most + _SLACK), lambda n: fits(text[: places[n]]))
-    return text[: places[n]] if n else None
+    cuts = token_ends(tokenizer, text) or list(range(len(text) + 1))
+    n = _largest(min(len(cuts) - 1, max_tokens + _SLACK), lambda n: fits(text[: cuts[n]]))
+    return text[: cuts[n]] if n else None
 
 
 def _largest(high: int, fits: Callable[[int], bool]) -> int:

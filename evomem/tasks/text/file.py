@@ -148,15 +148,15 @@ class File:
                 max_new_tokens=0 if row.metric == "loglik" else row.max_new_tokens or tokens + 8,
                 meta={"metric": row.metric},
             )
-            return plain if self.chat is None else self.chat.dress(plain)
+            return plain if self.chat is None else self.chat.as_turn(plain)
 
         whole = with_context(row.context)
         length = self.options.length
         if length is not None and self._size(whole) > length:
-            most = length
+            max_tokens = length
 
             def fits(context: str) -> bool:
-                return self._size(with_context(context)) <= most
+                return self._size(with_context(context)) <= max_tokens
 
             context = cut_middle(self.tokenizer, row.context, fits, length)
             if context is None:
@@ -165,7 +165,7 @@ class File:
                     f"for the context in a length of {length} tokens; ask for a greater length"
                 )
             whole = with_context(context)
-        return whole if self.chat is None else self.chat.checked(whole)
+        return whole if self.chat is None else self.chat.with_id_check(whole)
 
     def _size(self, sample: Sample) -> int:
         if self.chat is not None:

@@ -100,12 +100,12 @@ def read_entries(path: Path) -> list[Entry]:
 
 def divide(entries: Sequence[Entry]) -> Division:
     """Divide rows over the splits, see `evomem.tasks.splits.divide`."""
-    found, note = splits.divide(
+    by_split, note = splits.divide(
         entries,
         lambda entry: entry.identity,
         lambda entry: None if entry.row.split is None else Split(entry.row.split),
     )
-    return Division(found, note)
+    return Division(by_split, note)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -153,14 +153,14 @@ def _decoded(raw: bytes, where: str) -> str:
 
 def _row(line: str, where: str) -> Row:
     try:
-        found: Any = parse_strict(line)
-        row = Row.model_validate(found)
+        fields: Any = parse_strict(line)
+        row = Row.model_validate(fields)
     except NotStrictError as error:
         raise TaskError(f"{where}: {error}") from None
     except ValidationError as error:
         raise TaskError(f"{where}: field {faults(error, Row, 'the whole line')[0]}") from None
-    absent = sorted(set(Row.model_fields) - set(found))
-    for name in found:
+    absent = sorted(set(Row.model_fields) - set(fields))
+    for name in fields:
         close = [] if name in Row.model_fields else get_close_matches(name[:100], absent, n=1, cutoff=0.8)
         if close:
             raise TaskError(f"{where}: field {shown(name)}: unknown; did you mean {close[0]!r}? Rename the field")

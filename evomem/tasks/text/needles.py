@@ -57,7 +57,7 @@ class Needle:
         return f"One of the special magic {self.kind}s for {self.key} is: {self.value}."
 
 
-class Hay:
+class Haystack:
     """The endless units of a haystack; unit n is the same however often and in whatever order it is asked for."""
 
     def __init__(self, draw: Callable[[int], str]) -> None:
@@ -80,7 +80,7 @@ class Hay:
 class NeedleTask(GeneratedTask[NeedleOptions]):
     """A question about one or more values that are hidden in a haystack.
 
-    ``kind`` holds the definition; the answer lists the values in the order of the asked keys.
+    ``kind`` holds the definition; the answer lists the values in the order of the keys that are asked for.
     """
 
     Options = NeedleOptions
@@ -89,23 +89,23 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
     kind: ClassVar[NeedleKind]
 
     def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
-        """Return one sample; needles, distractors and places depend on its own generator only."""
+        """Return one sample; needles, distractors and their depths depend on its own generator only."""
         kind = self.kind
-        taken: set[str] = set()
-        keys = [draw_key(random, kind.key, split, taken) for _ in range(kind.keys)]
+        used: set[str] = set()
+        keys = [draw_key(random, kind.key, split, used) for _ in range(kind.keys)]
         needles = [Needle(key, draw_value(random, kind.value), kind.value) for key in keys for _ in range(kind.values)]
-        asked = random.sample(keys, kind.queries)
-        answers = [i for key in asked for i, needle in enumerate(needles) if needle.key == key]
+        queried = random.sample(keys, kind.queries)
+        answers = [i for key in queried for i, needle in enumerate(needles) if needle.key == key]
         depths = self._depths(random, len(needles))
-        hay = self._hay(random, split, taken)
+        haystack = self._haystack(random, split, used)
         separator = " " if kind.haystack == "essay" else "\n"
-        preface, question, begun = self._wording(asked)
+        preface, question, answer_start = self._wording(queried)
         values = [needles[i].value for i in answers]
         answer = " " + ", ".join(values)
 
         def context(n: int) -> str:
-            units = hay.first(n)
-            # From the back, so that a needle does not move the place of the next one.
+            units = haystack.first(n)
+            # From the back, so that a needle does not move the next one.
             for depth, needle in sorted(zip(depths, needles, strict=True), key=lambda pair: -pair[0]):
                 units.insert(min(n, int(depth * (n + 1))), str(needle))
             return f"{preface}\n{separator.join(units)}"
@@ -114,14 +114,14 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
             return Sample(
                 id=identity,
                 context=context(n),
-                question=question + begun,
+                question=question + answer_start,
                 answer=answer,
                 references=tuple(values),
                 max_new_tokens=self._answer_budget(answer),
-                meta={"keys": asked, "depths": [round(depths[i], 3) for i in answers], "units": n},
+                meta={"keys": queried, "depths": [round(depths[i], 3) for i in answers], "units": n},
             )
 
-        return self._fitted(sample, hay.unit, begun)
+        return self._fitted(sample, haystack.unit, answer_start)
 
     def _depths(self, random: Random, n: int) -> list[float]:
         """Where the needles stand, 0 (before everything) to 1: distinct steps in an essay, anywhere in lines."""
@@ -129,19 +129,19 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
             return [step / (DEPTHS - 1) for step in random.sample(range(DEPTHS), n)]
         return [random.random() for _ in range(n)]
 
-    def _hay(self, random: Random, split: Split, taken: set[str]) -> Hay:
+    def _haystack(self, random: Random, split: Split, used: set[str]) -> Haystack:
         kind = self.kind
         if kind.haystack == "noise":
-            return Hay(lambda n: NOISE)
+            return Haystack(lambda n: NOISE)
         if kind.haystack == "essay":
-            return essay_hay(random, split, self.options.essay)
-        return Hay(
-            lambda n: str(Needle(draw_key(random, kind.key, split, taken), draw_value(random, kind.value), kind.value))
+            return essay_haystack(random, split, self.options.essay)
+        return Haystack(
+            lambda n: str(Needle(draw_key(random, kind.key, split, used), draw_value(random, kind.value), kind.value))
         )
 
-    def _wording(self, asked: list[str]) -> tuple[str, str, str]:
+    def _wording(self, queried: list[str]) -> tuple[str, str, str]:
         """The sentence before the haystack, the question, and the beginning of its answer."""
-        query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
+        query = queried[0] if len(queried) == 1 else f"{', '.join(queried[:-1])}, and {queried[-1]}"
         if self.kind.queries * self.kind.values == 1:
             noun, be, every, hidden = f"{self.kind.value}", "is", "", f"A special magic {self.kind.value} is"
         else:
@@ -157,9 +157,9 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
         )
 
 
-def draw_key(random: Random, kind: Literal["word", "uuid"], split: Split, taken: set[str]) -> str:
-    """Return a key that is not in ``taken``, and add it there."""
-    return draw_keys(random, split, 1, taken)[0] if kind == "word" else draw_value(random, "uuid")
+def draw_key(random: Random, kind: Literal["word", "uuid"], split: Split, used: set[str]) -> str:
+    """Return a key that is not in ``used``, and add it there."""
+    return draw_keys(random, split, 1, used)[0] if kind == "word" else draw_value(random, "uuid")
 
 
 def draw_value(random: Random, kind: Literal["number", "uuid"]) -> str:
@@ -169,11 +169,11 @@ def draw_value(random: Random, kind: Literal["number", "uuid"]) -> str:
     return str(uuid.UUID(int=random.getrandbits(128), version=4))
 
 
-def essay_hay(random: Random, split: Split, path: str | None) -> Hay:
+def essay_haystack(random: Random, split: Split, path: str | None) -> Haystack:
     """Return the prose of a split, read from a random sentence on and round its end."""
     sentences = load_prose(split, path).sentences
     start = random.randrange(len(sentences))
-    return Hay(lambda n: sentences[(start + n) % len(sentences)])
+    return Haystack(lambda n: sentences[(start + n) % len(sentences)])
 
 
 @tasks.register("single_1")

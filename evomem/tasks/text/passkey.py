@@ -9,7 +9,7 @@ from pydantic import Field
 
 from evomem.tasks.base import Sample, Split, tasks
 from evomem.tasks.generated import ChatOptions, GeneratedTask
-from evomem.tasks.text.needles import NOISE, Hay, essay_hay
+from evomem.tasks.text.needles import NOISE, Haystack, essay_haystack
 
 PREFACE = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -39,12 +39,12 @@ class Passkey(GeneratedTask[PasskeyOptions]):
         key = str(random.randint(10_000, 99_999))
         depth = random.random()
         essay = self.options.haystack == "essay"
-        hay = essay_hay(random, split, self.options.essay) if essay else Hay(lambda n: NOISE)
+        haystack = essay_haystack(random, split, self.options.essay) if essay else Haystack(lambda n: NOISE)
         needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-        begun, answer = " The pass key is", f" {key}"
+        answer_start, answer = " The pass key is", f" {key}"
 
         def context(n: int) -> str:
-            units = hay.first(n)
+            units = haystack.first(n)
             units.insert(int(depth * (n + 1)), needle)
             return f"{PREFACE}\n{' '.join(units) if essay else chr(10).join(units)}"
 
@@ -52,11 +52,11 @@ class Passkey(GeneratedTask[PasskeyOptions]):
             return Sample(
                 id=identity,
                 context=context(n),
-                question=f"\nWhat is the pass key?{begun}",
+                question=f"\nWhat is the pass key?{answer_start}",
                 answer=answer,
                 references=(key,),
                 max_new_tokens=self._answer_budget(answer),
                 meta={"depth": round(depth, 3), "units": n},
             )
 
-        return self._fitted(sample, hay.unit, begun)
+        return self._fitted(sample, haystack.unit, answer_start)

@@ -25,25 +25,25 @@ def words(category: Category, split: Split | None = None) -> tuple[str, ...]:
     require([("wonderwords", "the words of a task's keys")])
     from wonderwords import RandomWord
 
-    found = sorted(set(RandomWord().filter(include_categories=[category], regex="[a-z]+")))
-    return tuple(found) if split is None else of_split(found, split)
+    sorted_words = sorted(set(RandomWord().filter(include_categories=[category], regex="[a-z]+")))
+    return tuple(sorted_words) if split is None else of_split(sorted_words, split)
 
 
-def draw_keys(random: Random, split: Split, n: int, taken: set[str] | None = None) -> list[str]:
-    """Return ``n`` distinct adjective-noun keys of a split, none of them in ``taken`` (which grows by them).
+def draw_keys(random: Random, split: Split, n: int, used: set[str] | None = None) -> list[str]:
+    """Return ``n`` distinct adjective-noun keys of a split, none of them in ``used`` (which grows by them).
 
     Raises
     ------
     TaskError : the split's words cannot make so many keys.
     """
     adjectives, nouns = words("adjective", split), words("noun", split)
-    taken = set() if taken is None else taken
-    if n + len(taken) > len(adjectives) * len(nouns) // 2:
+    used = set() if used is None else used
+    if n + len(used) > len(adjectives) * len(nouns) // 2:
         raise TaskError(f"{n} distinct keys are more than the words of the {split} split can make")
     keys: list[str] = []
     while len(keys) < n:
         key = f"{random.choice(adjectives)}-{random.choice(nouns)}"
-        if key not in taken:
-            taken.add(key)
+        if key not in used:
+            used.add(key)
             keys.append(key)
     return keys

@@ -24,7 +24,7 @@ from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.fitting import fit
 from evomem.tasks.generated import FittedOptions, GeneratedTask
 from evomem.tasks.splits import draw_of_split
-from evomem.tasks.text.needles import Hay
+from evomem.tasks.text.needles import Haystack
 from evomem.tasks.text.zoo_words import DIGITS, FILLERS, KEYS, VALUES
 
 SUCCESSORS = 6
@@ -138,20 +138,20 @@ class _ZooTask(GeneratedTask[Any]):
         facts, statements = self.facts(random, split)
         asked, question = self.question(random, facts)
         depths = [random.random() for _ in statements]
-        hay = Hay(lambda n: sentence(random))
+        haystack = Haystack(lambda n: sentence(random))
         answer = f" {asked.value}"
 
         def context(n: int) -> str:
-            return weave(statements, depths, hay.first(n))
+            return weave(statements, depths, haystack.first(n))
 
-        n = fit(self.options.length, lambda n: context(n) + question + answer, hay.unit, self.counts, self.name)
+        n = fit(self.options.length, lambda n: context(n) + question + answer, haystack.unit, self.counts, self.name)
         return Sample(
             id=identity,
             context=context(n),
             question=question,
             answer=answer,
             references=(asked.value,),
-            max_new_tokens=self.counts.exact(answer),
+            max_new_tokens=self.counts.following(answer),
             meta={"key": asked.key, "facts": len(facts), "units": n},
         )
 

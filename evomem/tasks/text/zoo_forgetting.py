@@ -19,7 +19,7 @@ from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.fitting import fit
 from evomem.tasks.generated import FittedOptions, GeneratedTask
 from evomem.tasks.splits import draw_of_split
-from evomem.tasks.text.needles import Hay
+from evomem.tasks.text.needles import Haystack
 from evomem.tasks.text.zoo import LINE, REMINDERS, Fact, lines, sentence, stated, weave
 from evomem.tasks.text.zoo_words import KEYS, VALUES
 
@@ -134,19 +134,19 @@ class ZooForgetting(GeneratedTask[ZooForgettingOptions]):
         rest = [fact for fact in others if fact not in reminders] if options.asked > 1 else []
         more = random.sample(rest, min(len(rest), options.asked - 1))
         answer = value + "".join(f", {fact.pair}" for fact in more)
-        hay = Hay(lambda n: sentence(random))
+        haystack = Haystack(lambda n: sentence(random))
 
         def context(n: int) -> str:
-            return tell(story, depths, hay.first(n), options.line)
+            return tell(story, depths, haystack.first(n), options.line)
 
-        n = fit(options.length, lambda n: context(n) + question + answer, hay.unit, self.counts, self.name)
+        n = fit(options.length, lambda n: context(n) + question + answer, haystack.unit, self.counts, self.name)
         return Sample(
             id=identity,
             context=context(n),
             question=question,
             answer=answer,
             references=(asked.value,),
-            max_new_tokens=self.counts.exact(value),
+            max_new_tokens=self.counts.following(value),
             meta={
                 "key": key,
                 "also": [fact.key for fact in more],
