@@ -12,8 +12,8 @@ from typing import IO, Any, Self
 
 from evomem.errors import ConfigError, EvomemError
 from evomem.evaluation.measurement import EXACT, Evaluation
+from evomem.files.checksummed_lines import LineChecks, checksummed, whole_lines
 from evomem.files.reading import open_regular
-from evomem.files.sealed_lines import Seals, sealed, whole_lines
 from evomem.files.strict_json import to_json
 
 logger = logging.getLogger("evomem")
@@ -23,8 +23,8 @@ class SampleFile:
     """An append-only JSONL file: a first line that says what is measured, then one line a sample.
 
     A line holds the number of the scenario (under ``place``), the sample's id, and one evaluation per manager in the
-    order of the first line. A last line that a kill has torn is cut off. Lines are sealed
-    (`evomem.files.sealed_lines`): one that is not as it was written is left out with a warning, and its sample is
+    order of the first line. A last line that a kill has torn is cut off. Lines have checksums
+    (`evomem.files.checksummed_lines`): one that is not as it was written is left out with a warning, and its sample is
     measured again.
 
     Parameters
@@ -40,7 +40,7 @@ class SampleFile:
     def __init__(self, path: Path | None, fingerprint: Mapping[str, Any]) -> None:
         self.path = path
         self._fingerprint = dict(fingerprint)
-        self._seals = Seals()
+        self._checks = LineChecks()
         self._known: dict[tuple[int, str], list[Evaluation]] = {}
         self._file: IO[bytes] | None = None
 
@@ -57,7 +57,7 @@ class SampleFile:
             self._file.truncate(good)
         except OSError as error:
             raise EvomemError(f"{self.path}: cannot be written: {error.strerror}") from None
-        if self._seals.number == 0:
+        if self._checks.number == 0:
             self._write(self._fingerprint)
         return self
 
@@ -81,8 +81,8 @@ class SampleFile:
         if file is None:
             return
         try:
-            file.write(sealed(record, self._seals.number + 1))
-            self._seals.number += 1
+            file.write(checksummed(record, self._checks.number + 1))
+            self._checks.number += 1
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
@@ -96,13 +96,13 @@ class SampleFile:
         with open_regular(path, EvomemError) as file:
             # Bytes, cut at newlines only: text may hold other characters that some take for the end of a line.
             for line in whole_lines(file, path):
-                first, record = good == 0, self._seals.take(line)
+                first, record = good == 0, self._checks.take(line)
                 good += len(line)
                 if first:
                     self._check_same(record, path)
                 elif record is not None and not self._keep(record):
-                    self._seals.reject()
-        for problem in self._seals.problems():
+                    self._checks.reject()
+        for problem in self._checks.problems():
             logger.warning("%s: %s; those samples are measured again", path, problem)
         return good
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from evomem.devices import CURES
+from evomem.drivers.base import Population
 from evomem.errors import OutOfMemoryError
 from evomem.runs.journal import Record
+from evomem.workers.units import digest
 
 DEFAULT = 32
 """Candidates of a batch on the processor, and where nothing can be measured."""
@@ -99,3 +101,9 @@ def chunks_of(
     if not known or known[0].phase is not None:
         known.insert(0, Chunk(size or DEFAULT))
     return Chunks(known, note)
+
+
+def digests(population: Population, size: int) -> set[str]:
+    """Return what the journal calls the candidates of a population, a batch each of ``size`` (`Unit.digest`)."""
+    parts = [slice(begin, begin + size) for begin in range(0, len(population.vectors), size)]
+    return {digest(population.vectors[part], population.seeds[part]) for part in parts}

@@ -14,7 +14,7 @@ from evomem.drivers.base import Array, Driver
 from evomem.files.atomic import write_vector
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.config import ExperimentConfig, Stage
-from evomem.runs.driver_replay import make_driver
+from evomem.runs.driver_setup import make_driver
 from evomem.runs.fitness import objective_of
 from evomem.runs.folder_reading import read_numbers
 from evomem.search_space.space import SearchSpace

@@ -1,8 +1,9 @@
 """Run: the journal, an append-only file of JSON lines from which everything else can be made again.
 
 Three kinds of lines: ``unit`` (an evaluated `Unit` with all its evaluations), ``generation`` (its summary) and
-``event`` (start, resume, warning, failed attempt, finish). Each is sealed (`evomem.files.sealed_lines`): a line that
-was changed, lost, doubled or moved after it was written is noticed and does not count.
+``event`` (start, resume, warning, failed attempt, finish). Each has a number and a checksum
+(`evomem.files.checksummed_lines`): a line that was changed, lost, doubled or moved after it was written is noticed and
+does not count.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 from evomem.errors import RunError
 from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.files.atomic import disk_errors
+from evomem.files.checksummed_lines import LineChecks, checksummed, whole_lines
 from evomem.files.reading import open_regular
-from evomem.files.sealed_lines import Seals, sealed, whole_lines
 from evomem.files.strict_json import as_float
 from evomem.tracking.base import logger
 from evomem.workers.units import Outcome
@@ -101,20 +102,20 @@ def read_journal(path: Path, *, report: bool = True) -> Iterator[Record]:
     """
     if not os.path.lexists(path):
         return
-    seals = Seals()
+    checks = LineChecks()
     with disk_errors(path, "read"), open_regular(path, RunError) as file:
         for line in whole_lines(file, path):
-            record = _counted(seals, line)
+            record = _counted(checks, line)
             if record is not None:
                 yield record
-    for problem in seals.problems() if report else ():
+    for problem in checks.problems() if report else ():
         logger.warning("%s: %s", path, problem)
 
 
-def _counted(seals: Seals, line: bytes) -> Record | None:
-    record = seals.take(line)
+def _counted(checks: LineChecks, line: bytes) -> Record | None:
+    record = checks.take(line)
     if record is not None and not _has_shape(record):
-        seals.reject()
+        checks.reject()
         return None
     return record
 
@@ -183,13 +184,13 @@ class Journal:
     Attributes
     ----------
     repaired : bytes of a torn last line that were cut off.
-    seals : what is wrong with the lines; those that are damaged are left out, and what they held is evaluated again.
+    checks : what is wrong with the lines; those that are damaged are left out, and what they held is evaluated again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.totals = Totals()
-        self.seals = Seals()
+        self.checks = LineChecks()
         self.repaired = 0
         with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -236,7 +237,7 @@ class Journal:
         with self.path.open("rb") as file:
             for line in whole_lines(file, self.path):
                 good += len(line)
-                record = _counted(self.seals, line)
+                record = _counted(self.checks, line)
                 if record is not None:
                     self.totals.add(record)
         self.repaired = os.fstat(self._file).st_size - good
@@ -247,7 +248,7 @@ class Journal:
     @property
     def lines(self) -> int:
         """Number of the last line."""
-        return self.seals.number
+        return self.checks.number
 
     def append(self, record: Record) -> None:
         """Write a line with one system call, so that a kill leaves it whole or torn at the end of the file.
@@ -257,7 +258,7 @@ class Journal:
         RunError : the disk is full (the line is taken back and the run can be resumed), or somebody has moved the file.
         """
         self._check_in_place()
-        line = sealed(record, self.seals.number + 1)
+        line = checksummed(record, self.checks.number + 1)
         with disk_errors(self.path):
             written = 0
             try:
@@ -268,7 +269,7 @@ class Journal:
                     os.ftruncate(self._file, self._size)
                 raise
         self._size += len(line)
-        self.seals.number += 1
+        self.checks.number += 1
         self.totals.add(record)
 
     def event(self, event: str, **fields: Any) -> None:

@@ -34,7 +34,7 @@ def make_pool(
     """Return the pool that the options ask for.
 
     ``report`` is told what happens to workers; ``quarantined`` names candidates that ended theirs before the run was
-    resumed (`evomem.workers.jobs.candidate_digest`).
+    resumed (`evomem.workers.quarantine.candidate_digest`).
 
     Raises
     ------

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from evomem.bounds import GENERATIONS, LISTED
 from evomem.errors import RunError
 from evomem.files.atomic import write_atomically
+from evomem.files.checksummed_lines import LineChecks, checksummed
 from evomem.files.reading import read_bytes
-from evomem.files.sealed_lines import Seals, sealed
 from evomem.files.strict_json import as_float, shown
 from evomem.runs.candidates import Row
 from evomem.runs.folder_reading import FILE, of_shape, read_numbers, read_object
@@ -211,7 +211,7 @@ def write_result(result: RunResult, identity: Mapping[str, str]) -> None:
     """Write ``result.json``, sealed, with the digests of the files that the winner is made of."""
     files = {name: digest for name, digest in identity.items() if "/" in name}
     files[_VECTOR] = digest_of(result.folder / _VECTOR)
-    write_atomically(result.folder / "result.json", sealed({**result.to_json(), "files": files}, 1))
+    write_atomically(result.folder / "result.json", checksummed({**result.to_json(), "files": files}, 1))
 
 
 def read_result(folder: Path) -> RunResult | None:
@@ -226,7 +226,7 @@ def read_result(folder: Path) -> RunResult | None:
         return None
     cure = "delete it and resume the run, which chooses the winner again from its journal"
     data = read_object(path, cure)
-    if "check" in data and Seals().take(path.read_bytes()) is None:
+    if "check" in data and LineChecks().take(path.read_bytes()) is None:
         raise RunError(f"{path}: is not as it was written (checksum); {cure}")
     with of_shape(path, cure):
         found = RunResult.from_json(folder, data)

@@ -27,10 +27,10 @@ from evomem.runs.batch_size import choose_chunks
 from evomem.runs.bench import BenchFactory, model_bench
 from evomem.runs.candidates import Judge, Measuring, Plan, rollout_vectors
 from evomem.runs.checkpoint import Checkpoint
-from evomem.runs.chunks import Chunks
+from evomem.runs.chunks import Chunks, digests
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.driver_relay import Relay
-from evomem.runs.driver_replay import check_heads, digests
+from evomem.runs.driver_setup import check_heads
 from evomem.runs.fitness import MeasuredFitness, objective_of, preflight
 from evomem.runs.folder import RunFolder
 from evomem.runs.folder_reading import read_numbers, read_state
@@ -165,12 +165,12 @@ class Search:
             self.warn(f"journal.jsonl: the last line was torn ({journal.repaired} bytes) and is cut off")
         for note in self.run_folder.notes:
             self.warn(note)
-        if journal.seals.unchecked:
+        if journal.checks.unchecked:
             self.warn(
-                f"journal.jsonl: has {journal.seals.unchecked} lines without a checksum, from an earlier evomem: "
+                f"journal.jsonl: has {journal.checks.unchecked} lines without a checksum, from an earlier evomem: "
                 "whether they are as they were written cannot be known"
             )
-        for problem in journal.seals.problems():
+        for problem in journal.checks.problems():
             self.warn(f"journal.jsonl: {problem}; what is not there is evaluated again")
         if not self.run_folder.resumed:
             needs = search_needs(self.config, self.bench, self.samples, self.path, self.workers.count or 1)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from evomem.evaluation.measurement import Evaluation
-from evomem.workers.jobs import barred, nothing
+from evomem.workers.quarantine import quarantined_in, unmeasured
 from evomem.workers.ray.worker import alone
 from evomem.workers.units import Evaluate, Outcome, Unit
 
@@ -19,7 +19,7 @@ class LocalPool:
     ----------
     evaluate : what to do with a unit.
     attempts : how often a unit that raises is tried.
-    quarantined : candidates that are not to be evaluated (`evomem.workers.jobs.candidate_digest`): they would end
+    quarantined : candidates that are not to be evaluated (`evomem.workers.quarantine.candidate_digest`): they would end
         this process.
     """
 
@@ -45,11 +45,11 @@ class LocalPool:
 
     def _careful(self, unit: Unit) -> list[Evaluation]:
         """Evaluate a unit; if one of its candidates is quarantined, each of the others alone, as `RayPool` does it."""
-        left_out = barred(unit, self._quarantined)
+        left_out = quarantined_in(unit, self._quarantined)
         if not left_out:
             return self._evaluate(unit)
         places = range(unit.candidates)
-        return [nothing(unit) if p in left_out else self._evaluate(alone(unit, p))[p] for p in places]
+        return [unmeasured(unit) if p in left_out else self._evaluate(alone(unit, p))[p] for p in places]
 
     def close(self) -> None:
         """Nothing to release."""

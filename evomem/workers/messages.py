@@ -29,11 +29,11 @@ class Piece:
     Attributes
     ----------
     key : the job's.
-    place : None: the whole job; i: its candidate i alone.
+    candidate : None: the whole job; i: its candidate i alone.
     """
 
     key: str
-    place: int | None = None
+    candidate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Quarantined:
 
     Attributes
     ----------
-    place : its place in the job.
+    candidate : its index in the job.
     deaths : of its workers, while it ran alone.
     reason : the last one.
     """
 
-    place: int
+    candidate: int
     deaths: int
     reason: str
 

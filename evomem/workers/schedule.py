@@ -139,15 +139,15 @@ class Schedule:
         state = self._jobs.get(piece.key)
         work = self._work(state, piece)
         # A key may be used again: what an earlier job of that name still sends must not count.
-        if state is None or work is None or lease < state.first_lease or (piece.place is not None and work.closed):
+        if state is None or work is None or lease < state.first_lease or (piece.candidate is not None and work.closed):
             self._dropped += 1
             self._wasted += spent or 0.0
             return
         self._finished += 1
-        if piece.place is None:
+        if piece.candidate is None:
             self._over(state, value, None)
         else:
-            self._part(state, piece.place, value)
+            self._part(state, piece.candidate, value)
 
     def failed(self, lease: int, piece: Piece, error: Exception, now: float, *, final: bool = False) -> None:
         """Take note that a piece raised: it is tried again, or its job ends with this error.
@@ -171,7 +171,7 @@ class Schedule:
             return
         work.tries += 1
         if final or work.tries >= self.policy.attempts:
-            self._over(self._jobs[piece.key], None, error, isolated=piece.place is not None)
+            self._over(self._jobs[piece.key], None, error, isolated=piece.candidate is not None)
         else:
             self._requeue(work)
 
@@ -355,9 +355,9 @@ class Schedule:
     def _work(self, state: State | None, piece: Piece) -> Work | None:
         if state is None:
             return None
-        if piece.place is None:
+        if piece.candidate is None:
             return state.whole
-        return state.parts[piece.place] if state.parts and 0 <= piece.place < len(state.parts) else None
+        return state.parts[piece.candidate] if state.parts and 0 <= piece.candidate < len(state.parts) else None
 
     def _requeue(self, work: Work) -> None:
         if not (work.closed or work.leases):
@@ -367,21 +367,21 @@ class Schedule:
     def _give_up(self, work: Work, reason: str) -> None:
         """Take a job apart, or quarantine a candidate."""
         state = self._jobs[work.piece.key]
-        if work.piece.place is not None:
-            self._part(state, work.piece.place, Quarantined(work.piece.place, work.deaths, reason))
+        if work.piece.candidate is not None:
+            self._part(state, work.piece.candidate, Quarantined(work.piece.candidate, work.deaths, reason))
             return
         work.closed = True
         self._requeued += 1
-        pieces = (Piece(state.job.key, place) for place in range(state.job.candidates))
+        pieces = (Piece(state.job.key, candidate) for candidate in range(state.job.candidates))
         state.parts = [Work(piece, work.affinity, alone=True) for piece in pieces]
         self._queue.insert(state.parts)
 
-    def _part(self, state: State, place: int, value: Any) -> None:
+    def _part(self, state: State, candidate: int, value: Any) -> None:
         parts = state.parts or []
-        self._shut(parts[place])
-        state.values[place] = value
+        self._shut(parts[candidate])
+        state.values[candidate] = value
         if len(state.values) == len(parts):
-            values = [state.values[place] for place in range(len(parts))]
+            values = [state.values[index] for index in range(len(parts))]
             self._quarantined += sum(isinstance(value, Quarantined) for value in values)
             self._over(state, values, None, isolated=True)
 

@@ -309,7 +309,7 @@ class _Simulation:
     def _seconds(self, worker: _Worker, piece: Piece) -> float:
         cluster = self._cluster
         sample = piece.key.rpartition("/")[0]
-        mean = self._cost(1 if piece.place is not None else self._sizes[piece.key])
+        mean = self._cost(1 if piece.candidate is not None else self._sizes[piece.key])
         if sample not in self._shared and sample not in worker.holds:
             mean += cluster.reading_seconds
             worker.holds = [*worker.holds[-3:], sample]

@@ -89,7 +89,7 @@ class Outcome:
     error : what it raised.
     again : with an error: whether the pool tries once more by itself.
     quarantined : candidates that killed their worker whenever they were tried, as text for the user.
-    digests : of these candidates: `evomem.workers.jobs.candidate_digest`.
+    digests : of these candidates: `evomem.workers.quarantine.candidate_digest`.
     """
 
     unit: Unit

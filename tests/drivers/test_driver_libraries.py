@@ -17,8 +17,9 @@ from evomem.drivers import WarmStart, build, drivers
 from evomem.drivers.base import Fitness
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.measurement import LOGLIK
-from evomem.runs.driver_replay import best_vectors, make_driver, replay
+from evomem.runs.driver_setup import make_driver
 from evomem.runs.run import open_run
+from evomem.runs.warm_start import best_vectors, replay
 from evomem.search_space.option_ranges import Bounded, Categorical, Integer, Log, Variable
 from evomem.search_space.space import SearchSpace, SpaceConfig
 

@@ -18,7 +18,7 @@ from evomem.evaluation.measurement import LOGLIK
 from evomem.evaluation.store import PrefillStore, room_for_readings
 from evomem.runs import Bench, open_run, search
 from evomem.runs.chunks import Chunk, Chunks, chunks_of
-from evomem.runs.driver_replay import replay
+from evomem.runs.warm_start import replay
 from evomem.testing.pretend import PretendDevices
 from tests.cli.test_cli import error, run
 from tests.evaluation.test_evaluation import TASK, made, make_sample

@@ -12,8 +12,9 @@ from evomem.evaluation import Evaluator
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs import model_bench, open_run, parse_experiment, search
 from evomem.runs.bench import Bench
-from evomem.runs.driver_replay import make_driver, replay
+from evomem.runs.driver_setup import make_driver
 from evomem.runs.samples import Samples
+from evomem.runs.warm_start import replay
 from evomem.search_space.space import SearchSpace
 from tests.runs.test_block_search import without_tokens
 from tests.runs.test_runs import Interrupted, Stop, outcome, same

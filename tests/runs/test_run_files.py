@@ -27,7 +27,7 @@ from evomem.cli.commands.compare import resolve
 from evomem.cli.commands.evolve import export
 from evomem.errors import EvomemError, RunError
 from evomem.files import atomic as files
-from evomem.files.sealed_lines import sealed
+from evomem.files.checksummed_lines import checksummed
 from evomem.plugins.card import render_card
 from evomem.report.plots import fitness_plot
 from evomem.report.tables import read_rows
@@ -180,19 +180,19 @@ def replaced(data, value):
 @ODD
 @given(st.data())
 def test_journals(finished, place, data):
-    """Lines of the wrong shape, sealed and not, and changed bytes."""
+    """Lines of the wrong shape, with and without a checksum, and changed bytes."""
     shutil.copyfile(finished / "config.yaml", place / "config.yaml")
     lines = (finished / "journal.jsonl").read_bytes().splitlines(keepends=True)
     chosen = [lines[0], next(x for x in lines if b'"unit"' in x), next(x for x in lines if b'"generation","g' in x)]
     records = [json.loads(line) for line in chosen]
-    how = data.draw(st.sampled_from(["bytes", "shape", "sealed"]))
+    how = data.draw(st.sampled_from(["bytes", "shape", "checksummed"]))
     if how == "bytes":
         content = data.draw(cut_or_changed(b"".join(chosen)))
     else:
         records = [{k: v for k, v in r.items() if k not in ("line", "check")} for r in records]
         changed = [replaced(data, record) for record in records]
-        if how == "sealed":
-            content = b"".join(sealed(record, n + 1) for n, record in enumerate(changed))
+        if how == "checksummed":
+            content = b"".join(checksummed(record, n + 1) for n, record in enumerate(changed))
         else:
             content = b"".join(json.dumps(record).encode() + b"\n" for record in changed)
     (place / "journal.jsonl").write_bytes(content)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from evomem.errors import EvomemError
+from evomem.workers.failed_starts import FailedStarts
 from evomem.workers.records import Work
-from evomem.workers.restarts import Starts
 from evomem.workers.schedule import Job, Lease, Piece, Policy, Quarantined, Schedule
 from evomem.workers.waiting_queue import Queue
 
@@ -96,7 +96,7 @@ class Ledger(RuleBasedStateMachine):
             assert len(result.value) == job.candidates
             for place, value in enumerate(result.value):
                 if isinstance(value, Quarantined):
-                    assert (value.place, value.deaths) == (place, self.policy.deaths)
+                    assert (value.candidate, value.deaths) == (place, self.policy.deaths)
                     assert self.deaths[serial, place] == self.policy.deaths
                     assert value.reason == f"reason {place}"
                 else:
@@ -115,8 +115,8 @@ class Ledger(RuleBasedStateMachine):
                 assert piece in set(self.open_pieces())
                 assert self.running(piece) <= self.policy.copies
                 assert lease.duplicate == (self.running(piece) > 1)
-                assert (piece.place is not None) == (serial in self.taken_apart)
-                if piece.place is not None or self.suspect(serial):
+                assert (piece.candidate is not None) == (serial in self.taken_apart)
+                if piece.candidate is not None or self.suspect(serial):
                     assert len(lease.pieces) == 1
 
     def suspect(self, serial):
@@ -130,7 +130,7 @@ class Ledger(RuleBasedStateMachine):
     def is_open(self, lease, piece):
         serial = self.of_lease[lease, piece.key]
         return self.serial.get(piece.key) == serial and (
-            piece.place is None or (serial, piece.place) not in self._decided
+            piece.candidate is None or (serial, piece.candidate) not in self._decided
         )
 
     def message(self, lease, piece):
@@ -149,9 +149,9 @@ class Ledger(RuleBasedStateMachine):
     def finish(self, lease, piece):
         serial = self.of_lease[lease, piece.key]
         self.message(lease, piece)
-        if self.is_open(lease, piece) and piece.place is not None:
-            self._decided.add((serial, piece.place))
-        value = (serial, "whole" if piece.place is None else piece.place)
+        if self.is_open(lease, piece) and piece.candidate is not None:
+            self._decided.add((serial, piece.candidate))
+        value = (serial, "whole" if piece.candidate is None else piece.candidate)
         self.schedule.finished(lease, piece, value, self.now)
 
     def die(self, worker, blame):
@@ -159,9 +159,9 @@ class Ledger(RuleBasedStateMachine):
         reason = ""
         if lease is not None:
             left = self.left.pop(lease.id)
-            reason = f"reason {left[0].place}"
+            reason = f"reason {left[0].candidate}"
             if blame and len(lease.pieces) == 1 and self.is_open(lease.id, left[0]):
-                serial, place = self.of_lease[lease.id, left[0].key], left[0].place
+                serial, place = self.of_lease[lease.id, left[0].key], left[0].candidate
                 if place is not None or serial not in self.taken_apart:
                     self.deaths[serial, place] = self.deaths.get((serial, place), 0) + 1
                     if self.deaths[serial, place] == self.policy.deaths:
@@ -173,10 +173,10 @@ class Ledger(RuleBasedStateMachine):
 
     def fail(self, lease, piece, final):
         serial = self.of_lease[lease, piece.key]
-        was_open = self.is_open(lease, piece) and not (piece.place is None and serial in self.taken_apart)
+        was_open = self.is_open(lease, piece) and not (piece.candidate is None and serial in self.taken_apart)
         if self.message(lease, piece) and was_open and not self.running(piece):
-            self.tries[serial, piece.place] = self.tries.get((serial, piece.place), 0) + 1
-            if final or self.tries[serial, piece.place] == self.policy.attempts:
+            self.tries[serial, piece.candidate] = self.tries.get((serial, piece.candidate), 0) + 1
+            if final or self.tries[serial, piece.candidate] == self.policy.attempts:
                 self.must_fail.add(serial)
         self.schedule.failed(lease, piece, RuntimeError(f"{serial}"), self.now, final=final)
 
@@ -558,11 +558,11 @@ def test_a_candidate_that_kills_is_found_and_the_others_get_their_values():
             (lease,) = leases
             (piece,) = lease.pieces
             now += 1
-            if piece.key == "bad" and piece.place in (None, 2):
+            if piece.key == "bad" and piece.candidate in (None, 2):
                 deaths += 1
                 schedule.leave(lease.worker, now, blame=True, reason=f"signal {deaths}")
             else:
-                schedule.finished(lease.id, piece, piece.place, now)
+                schedule.finished(lease.id, piece, piece.candidate, now)
         results += schedule.results()
     found = {result.key: result for result in results}
     assert found["bad"].isolated
@@ -604,7 +604,7 @@ def test_leases_are_records():
 
 
 def test_starts_count_in_a_row_and_wait_longer_and_longer():
-    starts = Starts(errors=3, kills=5, pauses=(0.0, 1.0, 2.0))
+    starts = FailedStarts(errors=3, kills=5, pauses=(0.0, 1.0, 2.0))
     assert [starts.raised(0.0), starts.ended(0.0), starts.raised(0.0)] == [True] * 3
     assert (starts.waiting, starts.take(0.0), starts.waiting) == (3, 3, 0)
     starts.joined()

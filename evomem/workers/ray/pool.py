@@ -16,10 +16,10 @@ import numpy as np
 
 from evomem.errors import EvomemError, WorkerError
 from evomem.workers.context_exchange import Directory
-from evomem.workers.jobs import Barred, Casebook, affinity
+from evomem.workers.failed_starts import FailedStarts
+from evomem.workers.quarantine import OpenUnits, PieceWithdrawnError, affinity
 from evomem.workers.ray.cluster import Connection
 from evomem.workers.ray.worker import Answer, Order, RayWorker, pickled
-from evomem.workers.restarts import Starts
 from evomem.workers.schedule import Lease, Piece, Policy, Schedule
 from evomem.workers.units import Outcome, Recipe, Unit, WorkerOptions
 
@@ -66,7 +66,7 @@ class RayPool:
     attempts : how often a unit that raises is tried.
     store_bytes : contexts that were read and are shared between workers, at most.
     report : told, in a sentence, what happens to workers.
-    quarantined : candidates that are not to be evaluated (`evomem.workers.jobs.candidate_digest`).
+    quarantined : candidates that are not to be evaluated (`evomem.workers.quarantine.candidate_digest`).
     policy : for tests; otherwise made from the options.
 
     Raises
@@ -93,10 +93,10 @@ class RayPool:
         self._members: dict[str, Member] = {}
         self._joined: set[str] = set()
         self._running: dict[int, Running] = {}
-        self._cases = Casebook(quarantined)
+        self._units = OpenUnits(quarantined)
         self._doubts: dict[str, int] = {}
         self._started = 0
-        self._starts = Starts(STARTS, KILLED_STARTS, PAUSES)
+        self._failed_starts = FailedStarts(STARTS, KILLED_STARTS, PAUSES)
         self._starved_since: float | None = None
         try:
             self._build = pickled(recipe)
@@ -127,19 +127,19 @@ class RayPool:
             yield from self._evaluate(units)
 
     def _evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        self._cases.forget()  # what an earlier call, broken off, has left
-        self._schedule.add(self._cases.open(units))
-        while len(self._cases):
+        self._units.clear()  # what an earlier call, broken off, has left
+        self._schedule.add(self._units.add(units))
+        while len(self._units):
             self._send()
             raised = [(key, answer.error) for key, answer in self._wait() if answer.error is not None]
             results = self._schedule.results()
             errors = {result.key: result.error for result in results}
             for key, error in raised:
-                unit, seconds = self._cases.spent(key)
+                unit, seconds = self._units.add_seconds(key)
                 if unit is not None and errors.get(key) is not error:
                     yield Outcome(unit, [], seconds, error, again=True)
             for result in results:
-                outcome, jobs = self._cases.close(result)
+                outcome, jobs = self._units.close(result)
                 self._schedule.add(jobs)
                 if outcome is not None:
                     yield outcome
@@ -190,12 +190,12 @@ class RayPool:
         sent, orders = [], []
         for piece in lease.pieces:
             try:
-                unit, place = self._cases.order(piece)
-            except Barred as error:
+                unit, candidate = self._units.order(piece)
+            except PieceWithdrawnError as error:
                 self._schedule.failed(lease.id, piece, error, time.monotonic(), final=True)
                 continue
             sent.append(piece)
-            orders.append(Order(unit, place, self._directory.offers(affinity(unit))))
+            orders.append(Order(unit, candidate, self._directory.offers(affinity(unit))))
         if orders:
             actor = self._members[lease.worker].actor
             answers, read = actor.evaluate.options(num_returns=2).remote(orders)
@@ -207,7 +207,7 @@ class RayPool:
         """Wait until something happens; take it in. Return the answers that came, with their units' keys."""
         leases = {running.answers: running for running in self._running.values()}
         starting = {m.ready: name for name, m in self._members.items() if name not in self._joined}
-        for _ in range(self._starts.take(time.monotonic())):
+        for _ in range(self._failed_starts.take(time.monotonic())):
             self._start()
         due = self._schedule.next_check(time.monotonic())
         timeout = min(1.0, due) if due is not None else 1.0
@@ -246,15 +246,15 @@ class RayPool:
             return []
         del self._running[lease.id]
         now, taken = time.monotonic(), []
-        for place, (piece, answer) in enumerate(zip(running.pieces, answers, strict=True)):
+        for index, (piece, answer) in enumerate(zip(running.pieces, answers, strict=True)):
             if answer.error is None:
                 self._schedule.finished(lease.id, piece, answer.evaluations, now, answer.seconds)
             else:
                 self._schedule.failed(lease.id, piece, answer.error, now, final=isinstance(answer.error, EvomemError))
-            unit, _ = self._cases.spent(piece.key, answer.seconds)
+            unit, _ = self._units.add_seconds(piece.key, answer.seconds)
             for key, size in answer.sizes.items() if unit is not None else ():
-                # The entry's place is part of what is offered: one object holds the readings of all its orders.
-                if unit is not None and self._directory.add(affinity(unit), key, (running.read, place, key), size):
+                # The entry's index is part of what is offered: one object holds the readings of all its orders.
+                if unit is not None and self._directory.add(affinity(unit), key, (running.read, index, key), size):
                     self._schedule.read(affinity(unit))
             taken.append((piece.key, answer))
         return taken
@@ -275,7 +275,7 @@ class RayPool:
             del self._members[name]
             self._not_started(name, error)
             return
-        self._starts.joined()
+        self._failed_starts.joined()
         member.node, member.pid, member.host = facts["node"], facts["pid"], facts["host"]
         self._joined.add(name)
         self._schedule.join(name, member.node)
@@ -284,14 +284,14 @@ class RayPool:
         """Try another one, or go on with the others; without any, give up."""
         cause, reason, now = _cause(error), _reason(error), time.monotonic()
         if self._was_ended(error):
-            what, again, tries = "was lost while it started", self._starts.ended(now), self._starts.kills
+            what, again, tries = "was lost while it started", self._failed_starts.ended(now), self._failed_starts.kills
         else:
             if isinstance(cause, EvomemError) and not self._joined:
                 raise cause from error
-            what, again, tries = "could not start", self._starts.raised(now), self._starts.errors
+            what, again, tries = "could not start", self._failed_starts.raised(now), self._failed_starts.errors
         if again:
             self._report(f"worker {name} {what}: {reason}. Another one is started")
-        elif left := len(self._members) + self._starts.waiting:
+        elif left := len(self._members) + self._failed_starts.waiting:
             self._report(f"worker {name} {what}: {reason}. The run goes on with {left}")
         else:
             raise WorkerError(

@@ -31,12 +31,12 @@ class Order:
     Attributes
     ----------
     unit : what to evaluate.
-    place : only the candidate at this place; None: all.
+    candidate : the index of the only candidate to evaluate; None: all.
     offers : where readings of the unit's sample can be fetched, by key.
     """
 
     unit: Unit
-    place: int | None = None
+    candidate: int | None = None
     offers: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -46,7 +46,7 @@ class Answer:
 
     Attributes
     ----------
-    evaluations : one a candidate (one in all for a place), or None.
+    evaluations : one a candidate (one in all for an order with `candidate`), or None.
     error : what was raised.
     seconds : wall time.
     sizes : bytes of the readings that go with the answer, by key.
@@ -82,9 +82,9 @@ class RayWorker:
             self._broken = portable(error)
 
     def _fetch(self, where: Any) -> Mapping[str, Any]:
-        """Return the arrays of a reading: ``where`` is (reference to a call's readings, place in it, key)."""
-        reference, place, key = where
-        arrays: Mapping[str, Any] = self._ray.get(reference, timeout=FETCH_SECONDS)[place][key]
+        """Return the arrays of a reading: ``where`` is (reference to a call's readings, index of the order, key)."""
+        reference, order, key = where
+        arrays: Mapping[str, Any] = self._ray.get(reference, timeout=FETCH_SECONDS)[order][key]
         return arrays
 
     def where(self) -> dict[str, Any]:
@@ -108,9 +108,9 @@ class RayWorker:
         begin = time.perf_counter()
         self._readings.offer(order.offers)
         try:
-            found: list[Evaluation] | None = self._evaluate(alone(order.unit, order.place))
-            if order.place is not None and found is not None:
-                found = [found[order.place]]
+            found: list[Evaluation] | None = self._evaluate(alone(order.unit, order.candidate))
+            if order.candidate is not None and found is not None:
+                found = [found[order.candidate]]
             error = None
         except Exception as caught:
             found, error = None, portable(caught)
@@ -135,15 +135,15 @@ class RayWorker:
         return {"private": totals["Anonymous"], "resident": totals["Rss"]}
 
 
-def alone(unit: Unit, place: int | None) -> Unit:
-    """Return the unit with one candidate in every place: it is tried alone, and a batch's shape does not change.
+def alone(unit: Unit, candidate: int | None) -> Unit:
+    """Return the unit with one candidate, by its index, in every row.
 
-    The shape stays, because another one would move the candidate's numbers in the last digits.
+    The candidate is tried alone in a batch of the same shape: another shape would move its numbers in the last digits.
     """
-    if place is None or unit.vectors is None:
+    if candidate is None or unit.vectors is None:
         return unit
-    vectors = np.repeat(unit.vectors[place : place + 1], unit.candidates, axis=0)
-    return replace(unit, vectors=vectors, seeds=np.repeat(unit.seeds[place : place + 1], unit.candidates))
+    vectors = np.repeat(unit.vectors[candidate : candidate + 1], unit.candidates, axis=0)
+    return replace(unit, vectors=vectors, seeds=np.repeat(unit.seeds[candidate : candidate + 1], unit.candidates))
 
 
 def portable(error: Exception) -> Exception:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class Starts:
+class FailedStarts:
     """Counts workers that did not get ready, in a row, and says when the next one is due.
 
     One that raises will hardly do better the next time. One whose process was ended (by somebody, or because memory was

@@ -1,4 +1,4 @@
-"""Casebook: whatever dies, a unit is what it is whole; beside a quarantined candidate the others are as if alone."""
+"""Quarantine: whatever dies, a unit is what it is whole; beside a quarantined candidate the others are as if alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evomem.errors import WorkerError
 from evomem.evaluation.measurement import Evaluation
 from evomem.tasks.base import Sample
 from evomem.workers import LocalPool, Unit
-from evomem.workers.jobs import Barred, Casebook, candidate_digest
+from evomem.workers.quarantine import OpenUnits, PieceWithdrawnError, candidate_digest
 from evomem.workers.ray.worker import alone
 from evomem.workers.schedule import Policy, Schedule
 
@@ -43,20 +43,20 @@ def expected(unit, killers):
 
 def carry_out(units, killers, chance, quarantined=()):
     """Two workers, one clock; `chance()` says whether somebody kills a worker just now. Returns outcomes and log."""
-    schedule, cases = Schedule(Policy(deaths=DEATHS)), Casebook(quarantined)
-    schedule.add(cases.open(units))
+    schedule, opened = Schedule(Policy(deaths=DEATHS)), OpenUnits(quarantined)
+    schedule.add(opened.add(units))
     for name in ("w0", "w1"):
         schedule.join(name)
     outcomes, log, now, born = {}, [], 0.0, 2
-    while len(cases):
+    while len(opened):
         now += 1
         running = []
         while leases := schedule.assign(now):
             for lease in leases:
                 for piece in lease.pieces:
                     try:
-                        running.append((lease, piece, *cases.order(piece)))
-                    except Barred as error:
+                        running.append((lease, piece, *opened.order(piece)))
+                    except PieceWithdrawnError as error:
                         schedule.failed(lease.id, piece, error, now, final=True)
         dead = set()
         for lease, piece, whole, place in running:
@@ -72,9 +72,9 @@ def carry_out(units, killers, chance, quarantined=()):
                 continue
             found = evaluate(sent)
             schedule.finished(lease.id, piece, found if place is None else [found[place]], now, 0.5)
-            cases.spent(piece.key, 0.5)
+            opened.add_seconds(piece.key, 0.5)
         for result in schedule.results():
-            outcome, jobs = cases.close(result)
+            outcome, jobs = opened.close(result)
             schedule.add(jobs)
             if outcome is not None:
                 assert outcome.unit.key not in outcomes
@@ -130,13 +130,13 @@ def test_a_killer_is_tried_in_few_units_and_nobody_dies_when_it_is_known():
 def test_a_batch_that_kills_though_no_candidate_does_gives_what_they_are_alone():
     """Too much memory together, for example: tried whole, apart, whole again, apart again; then that is it."""
     whole = unit(0, [1, 2, 3])
-    schedule, cases = Schedule(Policy(deaths=DEATHS, copies=1)), Casebook()
-    schedule.add(cases.open([whole]))
+    schedule, opened = Schedule(Policy(deaths=DEATHS, copies=1)), OpenUnits()
+    schedule.add(opened.add([whole]))
     wholes, outcome = 0, None
     for number in range(100):
         schedule.join(f"w{number}")
         for lease in schedule.assign(number):
-            sent, place = cases.order(lease.pieces[0])
+            sent, place = opened.order(lease.pieces[0])
             if place is None:
                 wholes += 1
                 schedule.leave(lease.worker, number, blame=True, reason="memory")
@@ -144,7 +144,7 @@ def test_a_batch_that_kills_though_no_candidate_does_gives_what_they_are_alone()
                 found = evaluate(alone(sent, place))[place]
                 schedule.finished(lease.id, lease.pieces[0], [found], number)
         for result in schedule.results():
-            outcome, jobs = cases.close(result)
+            outcome, jobs = opened.close(result)
             schedule.add(jobs)
         if outcome is not None:
             break
@@ -155,14 +155,14 @@ def test_a_batch_that_kills_though_no_candidate_does_gives_what_they_are_alone()
 
 def test_without_the_full_cache_nothing_can_be_said():
     whole = Unit("reference/u", "reference", None, "t", unit(0, [1]).sample, None, np.zeros(1, dtype=np.int64))
-    schedule, cases = Schedule(Policy(deaths=DEATHS, copies=1)), Casebook()
-    schedule.add(cases.open([whole]))
+    schedule, opened = Schedule(Policy(deaths=DEATHS, copies=1)), OpenUnits()
+    schedule.add(opened.add([whole]))
     for number in range(2 * DEATHS):
         schedule.join(f"w{number}")
         (lease,) = schedule.assign(number)
         schedule.leave(lease.worker, number, blame=True, reason="killed")
     (result,) = schedule.results()
-    outcome, jobs = cases.close(result)
+    outcome, jobs = opened.close(result)
     assert (outcome.evaluations, jobs) == ([], [])
     with pytest.raises(WorkerError, match=r"reference/u: the full cache.*ended its worker 2 times \(killed\)"):
         raise outcome.error

@@ -1,8 +1,8 @@
-"""Files: JSON lines that say themselves whether they are as they were written: a number and a checksum each.
+"""Files: JSON lines with a number and a checksum each, by which a reader sees whether they are as they were written.
 
-A sealed line is a JSON object whose last two fields are ``line``, its number in the file counted from 1, and ``check``,
-the BLAKE2b hash (8 bytes) of all that stands before it. A changed digit is seen by the checksum; a line that is gone,
-there twice, or in another place, by the numbers.
+A checksummed line is a JSON object whose last two fields are ``line``, its number in the file counted from 1, and
+``check``, the BLAKE2b hash (8 bytes) of all that stands before it. A changed digit is seen by the checksum; a line that
+is gone, there twice, or in another place, by the numbers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _LONGEST = 256 << 20
 """Bytes of a line, at most."""
 
 
-def sealed(record: Record, number: int) -> bytes:
-    """Return a record as line ``number`` of a file, with its newline."""
+def checksummed(record: Record, number: int) -> bytes:
+    """Return a record as line ``number`` of a file, with its checksum and newline."""
     body = to_json({**record, "line": number})[:-1].encode()
     return body + _MARK + _hash(body) + b'"}\n'
 
@@ -39,17 +39,17 @@ def _hash(body: bytes) -> bytes:
 
 
 @dataclass
-class Seals:
-    """What the seals of a file say that is read line by line.
+class LineChecks:
+    """Checks the lines of a file one after the other, and counts what is wrong with them.
 
     Attributes
     ----------
     number : of the last line that counts.
-    checked : lines with a seal that holds.
-    unchecked : lines without a seal, from before there were any.
-    damaged : places in the file of lines that cannot be read, or are not as they were written.
-    skipped : numbers that no line has yet; as many lines are missing as are not among the damaged ones.
-    misplaced : numbers of lines that are there again, or stand where another belongs.
+    checked : lines whose checksum holds.
+    unchecked : lines without a checksum, from before there were any.
+    damaged : positions in the file of lines that cannot be read, or are not as they were written.
+    skipped : numbers that no line has had yet; where they outnumber the damaged lines, lines are missing.
+    misplaced : numbers of lines that come twice, or stand where another belongs.
     """
 
     number: int = 0
@@ -58,15 +58,15 @@ class Seals:
     damaged: list[int] = field(default_factory=list)
     skipped: set[int] = field(default_factory=set)
     misplaced: list[int] = field(default_factory=list)
-    _place: int = 0
+    _position: int = 0
 
     def take(self, line: bytes) -> Record | None:
-        """Return the record of the next line, without its seal; None if it does not count."""
-        self._place += 1
+        """Return the record of the next line, without number and checksum; None if it does not count."""
+        self._position += 1
         record = _object(line)
         if record is not None and "check" in record:
             return self._numbered(line, record)
-        if record is None or self.checked:  # it had a seal, like those before it
+        if record is None or self.checked:  # it had a checksum, like those before it
             self.reject()
             return None
         self.number += 1
@@ -93,7 +93,7 @@ class Seals:
 
     def reject(self) -> None:
         """Count the line that was taken last as damaged."""
-        self.damaged.append(self._place)
+        self.damaged.append(self._position)
 
     def problems(self) -> list[str]:
         """Return what is wrong with the file, in words; nothing if all is as it was written."""

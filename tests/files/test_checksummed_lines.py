@@ -1,4 +1,4 @@
-"""Runs: the journal's seals: whatever happens to a line is noticed, and what it held is measured again."""
+"""Checksummed lines: whatever happens to a line is noticed, and what it held is measured again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomem.errors import RunError
-from evomem.files.sealed_lines import Seals, sealed
+from evomem.files.checksummed_lines import LineChecks, checksummed
 from evomem.runs import open_run, search
 from evomem.runs.folder import RunFolder
 from evomem.runs.journal import Journal, read_journal
@@ -26,8 +26,8 @@ JSON = st.recursive(
 
 
 def taken(lines):
-    seals = Seals()
-    return seals, [record for record in map(seals.take, lines) if record is not None]
+    checks = LineChecks()
+    return checks, [record for record in map(checks.take, lines) if record is not None]
 
 
 @settings(max_examples=50)
@@ -35,15 +35,15 @@ def taken(lines):
 def test_what_was_written_is_read_and_nothing_else(records, data):
     """Against a list: any change of a line, loss, repetition or exchange is named, and what is left is as it was."""
     records = [{k: v for k, v in record.items() if k not in ("line", "check")} for record in records]
-    lines = [sealed(record, number + 1) for number, record in enumerate(records)]
+    lines = [checksummed(record, number + 1) for number, record in enumerate(records)]
     assert all(line.count(b"\n") == 1 for line in lines)
-    seals, found = taken(lines)
+    checks, found = taken(lines)
     assert found == records
-    assert not seals.problems()
+    assert not checks.problems()
     if len(lines) < 2:
         return
     place = data.draw(st.integers(0, len(lines) - 2))
-    how = data.draw(st.sampled_from(["byte", "gone", "twice", "swapped", "unsealed"]))
+    how = data.draw(st.sampled_from(["byte", "gone", "twice", "swapped", "unchecked"]))
     changed, kept = list(lines), records[:place] + records[place + 1 :]
     if how == "byte":
         line = bytearray(lines[place])
@@ -61,9 +61,9 @@ def test_what_was_written_is_read_and_nothing_else(records, data):
     else:
         changed.insert(place + 1, json.dumps(records[place]).encode() + b"\n")
         kept = records
-    seals, found = taken(changed)
+    checks, found = taken(changed)
     assert found == kept
-    assert seals.problems()
+    assert checks.problems()
 
 
 def edit(folder, change):
@@ -86,13 +86,13 @@ def digit(lines, last):
 
 
 def second(lines, last):
-    """A line for the same unit with another value and a seal of its own, as of another process."""
+    """A line for the same unit with another value and a checksum of its own, as of another process."""
     place = unit(lines, last)
     record = json.loads(lines[place])
     record["evaluations"][0]["loglik"] += 5.0
     number = record.pop("line")
     del record["check"]
-    lines.insert(place + 1, sealed(record, number))
+    lines.insert(place + 1, checksummed(record, number))
 
 
 def another(lines, last):
@@ -100,7 +100,7 @@ def another(lines, last):
     record = json.loads(lines[unit(lines, last)])
     record["evaluations"][0]["loglik"] += 5.0
     del record["check"]
-    lines.append(sealed(record, json.loads(lines[-1])["line"] + 1))
+    lines.append(checksummed(record, json.loads(lines[-1])["line"] + 1))
 
 
 CHANGES = {
@@ -136,7 +136,7 @@ def undisturbed(tmp_path_factory):
     return outcome(folder)
 
 
-def test_a_journal_of_before_is_read_and_goes_on_sealed(tmp_path, caplog, undisturbed):
+def test_a_journal_of_before_is_read_and_goes_on_with_checksums(tmp_path, caplog, undisturbed):
     broken_off(tmp_path / "run")
 
     def plain(lines):
