@@ -63,12 +63,12 @@ class Archive:
             distinct.setdefault(finalist.vector.tobytes(), finalist)
         return list(distinct.values())
 
-    def chosen(self, scores: Array, held: Array) -> list[int]:
-        """Return the places of the finalists to report, the winner last: here the best alone, the first of equals.
+    def chosen(self, scores: Array, sizes: Array) -> list[int]:
+        """Return the indices of the finalists to report, the winner last: here the best alone, the first of equals.
 
         Parameters
         ----------
-        scores, held : (finalists,) fitness and measured bytes on `select`. Without a finite score there is no winner.
+        scores, sizes : (finalists,) fitness and measured bytes on `select`. Without a finite score there is no winner.
         """
         finite = np.isfinite(scores)
         return [int(np.argmax(np.where(finite, scores, -np.inf)))] if finite.any() else []

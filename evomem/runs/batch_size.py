@@ -13,9 +13,10 @@ import torch
 
 from evomem import devices, drivers
 from evomem.evaluation.rows import budget_size
-from evomem.runs.candidates import Plan, UnitEvaluator, units_of
+from evomem.runs.candidates import Plan, units_of
 from evomem.runs.chunks import DEFAULT, EVENT, Chunk, Chunks, chunks_of
 from evomem.runs.journal import read_journal
+from evomem.runs.unit_evaluator import UnitEvaluator
 from evomem.tasks.base import Sample, Split
 from evomem.workers.units import RolloutVectors
 

@@ -14,7 +14,8 @@ from evomem.evaluation.measures import Draws
 from evomem.files.strict_json import as_float
 from evomem.managers.base import MemoryManager
 from evomem.models.identity import tokenizer_digest
-from evomem.runs.config import ExperimentConfig, ModelConfig, TaskConfig
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.experiment_parts import ModelConfig, TaskConfig
 from evomem.tasks.base import Sample, Task
 from evomem.tasks.chance import ChanceReport, check
 

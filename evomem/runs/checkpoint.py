@@ -85,21 +85,22 @@ def newest(folder: Path, identity: Mapping[str, str], lines: int, generations: l
     """
     for path in reversed(_files(folder)):
         try:
-            found = load(path)
-            if found.identity != dict(identity):
+            checkpoint = load(path)
+            if checkpoint.identity != dict(identity):
                 raise RunError(f"checkpoint {path} belongs to another run (configuration, seed, model or start)")
-            there = sum(generation < found.generation for generation in generations)
-            if lines < found.lines or there < found.generations:
+            there = sum(generation < checkpoint.generation for generation in generations)
+            if lines < checkpoint.lines or there < checkpoint.generations:
                 raise RunError(
-                    f"journal.jsonl is shorter than when checkpoint {path.name} was written ({lines} of {found.lines} "
-                    f"lines, {there} of {found.generations} generations); what is lost is evaluated again"
+                    f"journal.jsonl is shorter than when checkpoint {path.name} was written ({lines} of "
+                    f"{checkpoint.lines} lines, {there} of {checkpoint.generations} generations); what is lost is "
+                    "evaluated again"
                 )
         except RunError as error:
             with disk_errors(path):
                 path.unlink(missing_ok=True)
             yield f"{error}; falling back on the one before, or {ALL_FROM_JOURNAL}"
             continue
-        yield found
+        yield checkpoint
 
 
 def load(path: Path) -> Checkpoint:
@@ -118,15 +119,15 @@ def load(path: Path) -> Checkpoint:
     try:
         data = _unpacked(content[start:])
         driver, archive = (overlay(None, data[name], _KINDS) for name in ("driver", "archive"))
-        found = Checkpoint(**{**data, "driver": driver, "archive": archive})
-        numbers = (found.generation, found.lines, found.generations)
-        if any(type(number) is not int or number < 0 for number in numbers) or type(found.asked) is not bool:
+        checkpoint = Checkpoint(**{**data, "driver": driver, "archive": archive})
+        numbers = (checkpoint.generation, checkpoint.lines, checkpoint.generations)
+        if any(type(number) is not int or number < 0 for number in numbers) or type(checkpoint.asked) is not bool:
             raise TypeError("counts are no numbers")
-        if not isinstance(driver, dict) or not isinstance(archive, dict) or not isinstance(found.identity, dict):
+        if not isinstance(driver, dict) or not isinstance(archive, dict) or not isinstance(checkpoint.identity, dict):
             raise TypeError("states are no dictionaries")
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, MemoryError, struct.error) as error:
         raise RunError(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from None
-    return found
+    return checkpoint
 
 
 def _files(folder: Path) -> list[Path]:
@@ -159,18 +160,18 @@ def _unpacked(content: bytes) -> dict[str, Any]:
     begin = 8 + length
     view = memoryview(content)
 
-    def array(found: dict[str, Any]) -> Any:
-        if found.keys() != {"type", "shape", "at"}:
-            return Tree(found) if "is" in found else found
-        if not _TYPE.fullmatch(found["type"]):
-            raise ValueError(f"{found['type']!r} is no type of numbers")
+    def array(described: dict[str, Any]) -> Any:
+        if described.keys() != {"type", "shape", "at"}:
+            return Tree(described) if "is" in described else described
+        if not _TYPE.fullmatch(described["type"]):
+            raise ValueError(f"{described['type']!r} is no type of numbers")
         count = 1
-        for size in found["shape"]:
+        for size in described["shape"]:
             if type(size) is not int or not 0 <= size <= len(content):
                 raise ValueError(f"{size!r} is no size")
             count *= size
-        numbers = np.frombuffer(view[begin:], dtype=found["type"], count=count, offset=found["at"])
-        return numbers.reshape(found["shape"]).copy()
+        numbers = np.frombuffer(view[begin:], dtype=described["type"], count=count, offset=described["at"])
+        return numbers.reshape(described["shape"]).copy()
 
     data = json.loads(content[8:begin].decode(), object_hook=array)
     if not isinstance(data, dict):

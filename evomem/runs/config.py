@@ -1,172 +1,30 @@
-"""Run: the configuration of one search, an *experiment*, read from YAML and kept resolved in the run's folder."""
+"""Run: the configuration of one search, an *experiment*; it is kept resolved in the run's folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from evomem.bounds import BYTES, CONTEXTS, GENERATIONS, LARGE, LENGTH, LISTED, POPULATION, SEED, SMALL, UNITS
+from evomem.bounds import BYTES, CONTEXTS, GENERATIONS, LISTED, POPULATION, SEED, UNITS
 from evomem.errors import ConfigError
 from evomem.evaluation.measurement import EvaluationProtocol
-from evomem.files.reading import is_file, user_path
-from evomem.managers.base import check_budget
-from evomem.search_space.space import SpaceConfig, load_space
-from evomem.validation import Settings, apply_settings, read_yaml, validate
-
-Budget = int | float
-
-
-class ModelConfig(Settings):
-    """The frozen model: alias, folder or hub id, the type of its weights, and where they lie.
-
-    Attributes
-    ----------
-    dtype : ``auto``: the checkpoint's own. By default float32 on the processor and ``auto`` on an accelerator.
-    device : ``cpu``, ``cuda``, ``cuda:1``, …; by default the first GPU if there is one.
-    device_map : "auto", or a mapping from modules to devices, as accelerate takes it: for models that are too big for
-        one device.
-    quantization : transformers' ``quantization_config`` as plain values, e.g. ``{load_in_8bit: true}``; by default what
-        the model's own configuration says.
-    """
-
-    name: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    device: str | None = None
-    device_map: str | dict[str, str | Annotated[int, Field(ge=0, le=LISTED)]] | None = None
-    quantization: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if self.device is not None and self.device_map is not None:
-            raise ValueError("give either a device or a device_map, not both")
-        return self
-
-    def accelerated(self) -> bool:
-        """Whether the model runs on an accelerator here; raises `ConfigError` for a device that does not exist."""
-        from evomem.devices import chosen_device
-
-        return self.device_map is not None or chosen_device(self.device).type != "cpu"
-
-
-class TaskConfig(Settings):
-    """One task of the fitness: its name (and options), context length in tokens, and weight in the sum.
-
-    ``model`` names the one of the experiment's models that it is done on; None: on each of them.
-    """
-
-    spec: str
-    model: str | None = None
-    length: int | None = Field(default=None, ge=1, le=LENGTH)
-    options: dict[str, Any] = Field(default_factory=dict)
-    weight: float = Field(default=1.0, gt=0, le=LARGE, allow_inf_nan=False)
-
-    def for_all_models(self) -> TaskConfig:
-        """Return the task, not limited to a model."""
-        return self.model_copy(update={"model": None})
-
-    @property
-    def title(self) -> str:
-        """Name in tables that say themselves which model it is done on."""
-        return self.spec if self.length is None else f"{self.spec}@{self.length}"
-
-    @property
-    def label(self) -> str:
-        """Name in messages."""
-        return self.title if self.model is None else f"{self.title} on {self.model}"
-
-
-class DriverConfig(Settings):
-    """Who proposes the candidates.
-
-    ``population`` is by default the driver's own, ``sigma`` the search space's.
-    """
-
-    name: str = "cmaes"
-    options: dict[str, Any] = Field(default_factory=dict)
-    population: int | None = Field(default=None, ge=2, le=POPULATION)
-    sigma: float | None = Field(default=None, ge=SMALL, le=LARGE, allow_inf_nan=False)
-
-
-class FitnessConfig(Settings):
-    """What a candidate's fitness is.
-
-    Attributes
-    ----------
-    objective : a name of `evomem.evaluation.objectives`, such as ``loglik`` (nats per answer token) or ``exact``.
-    price_per_megabyte : taken off per 10^6 bytes of mean memory, in units of the objective.
-    normalise : ``full`` measures against the full cache on the same samples: its likelihood is subtracted (nats lost
-        to eviction), its exact score divides. With several models it should be set: they differ in what they can do.
-    reading : for a policy gradient under ``streaming``: how much the mean log-likelihood of the tokens that are read
-        after a decision, until the next, adds to the fitness; each decision is credited with what comes after it.
-    """
-
-    objective: str = "loglik"
-    price_per_megabyte: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
-    normalise: Literal["none", "full"] = "none"
-    reading: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
-
-
-class DiagnosticsConfig(Settings):
-    """How often a search looks at how its mean compares with decisions that know the future; see docs/policies.md.
-
-    Attributes
-    ----------
-    every : generations between two looks; 0: never. Needs ``compress_once``.
-    contexts : training contexts per task to look at, always the same ones.
-    """
-
-    every: int = Field(default=0, ge=0, le=GENERATIONS)
-    contexts: int = Field(default=4, ge=1, le=CONTEXTS)
-
-
-class StageConfig(Settings):
-    """A part of the search that changes what is evaluated, or who proposes it.
-
-    Everything that is left out is as in the experiment. ``length`` is given to every task of the stage. The driver's
-    whole state is carried on, unless ``driver`` names one for this stage (and for those after it that name none): it
-    begins anew at the mean of the one before it.
-    """
-
-    name: str | None = None
-    generations: int = Field(ge=1, le=GENERATIONS)
-    tasks: list[TaskConfig] | None = Field(default=None, min_length=1, max_length=LISTED)
-    length: int | None = Field(default=None, ge=1, le=LENGTH)
-    budgets: list[Budget] | None = Field(default=None, min_length=1, max_length=LISTED)
-    samples_per_generation: int | None = Field(default=None, ge=1, le=CONTEXTS)
-    train_contexts: int | None = Field(default=None, ge=1, le=CONTEXTS)
-    fitness: FitnessConfig | None = None
-    driver: DriverConfig | None = None
-
-    _driver = field_validator("driver", mode="before")(lambda value: _by_name(value))
-    _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
-    _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))
-
-
-class SelectConfig(Settings):
-    """Which finalists are re-evaluated on the `select` split.
-
-    Attributes
-    ----------
-    contexts : samples per task, the same for all finalists.
-    top : candidates with the largest fitness of the run (noisy, each on its own generation's samples); for a driver
-        that searches a front, members of the front over all generations, besides the last generation's.
-    snapshots : means of the distribution at so many evenly spaced earlier generations (a long search overfits).
-    """
-
-    contexts: int = Field(default=48, ge=1, le=CONTEXTS)
-    top: int = Field(default=4, ge=0, le=POPULATION)
-    snapshots: int = Field(default=0, ge=0, le=POPULATION)
-
-
-class SealedConfig(Settings):
-    """How the one winner is reported on the `sealed` split: samples per task, and whether text is generated too."""
-
-    contexts: int = Field(default=100, ge=1, le=CONTEXTS)
-    exact: bool = True
+from evomem.runs.experiment_parts import (
+    Budget,
+    DiagnosticsConfig,
+    DriverConfig,
+    FitnessConfig,
+    ModelConfig,
+    SealedConfig,
+    SelectConfig,
+    StageConfig,
+    TaskConfig,
+    by_name,
+    checked_budgets,
+    task_list,
+)
+from evomem.search_space.space import SpaceConfig
+from evomem.validation import Settings
 
 
 class ExperimentConfig(Settings):
@@ -230,15 +88,15 @@ class ExperimentConfig(Settings):
     inputs: dict[str, str] = Field(default_factory=dict)
 
     _name = field_validator("name")(lambda value: file_name(value))
-    _tasks = field_validator("tasks", mode="before")(lambda value: _task_list(value))
-    _budgets = field_validator("budgets")(lambda value: _checked_budgets(value))
+    _tasks = field_validator("tasks", mode="before")(task_list)
+    _budgets = field_validator("budgets")(checked_budgets)
 
     @model_validator(mode="before")
     @classmethod
     def _first_model(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("models"), list) or not values["models"]:
             return values
-        models = [_by_name(value) for value in values["models"]]
+        models = [by_name(value) for value in values["models"]]
         return {"model": models[0], **values, "models": models}
 
     @model_validator(mode="before")
@@ -258,13 +116,13 @@ class ExperimentConfig(Settings):
 
     @field_validator("model", mode="before")
     @classmethod
-    def _model_by_name(cls, value: Any) -> Any:
-        return _by_name(value)
+    def _modelby_name(cls, value: Any) -> Any:
+        return by_name(value)
 
     @field_validator("driver", mode="before")
     @classmethod
-    def _driver_by_name(cls, value: Any) -> Any:
-        return _by_name(value)
+    def _driverby_name(cls, value: Any) -> Any:
+        return by_name(value)
 
     @field_validator("chance_contexts")
     @classmethod
@@ -406,76 +264,3 @@ def file_name(name: str) -> str:
             "a run lies in a folder of this name: at most 100 bytes, and none that a system keeps for itself"
         )
     return name
-
-
-def _by_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _task_list(value: Any) -> Any:
-    return [{"spec": task} if isinstance(task, str) else task for task in value] if isinstance(value, list) else value
-
-
-def _checked_budgets(value: list[Budget] | None) -> list[Budget] | None:
-    for budget in value or []:
-        try:
-            check_budget(budget)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-    # One is evaluated once, however often it is named; 1 (a slot) and 1.0 (everything) are two.
-    return None if value is None else list({(type(budget), budget): budget for budget in value}.values())
-
-
-def load_experiment(name: str | Path, settings: Iterable[str] = (), *, device: str | None = None) -> ExperimentConfig:
-    """Return the experiment of a file or of a name in `experiments/`, with ``key=value`` settings applied.
-
-    ``space`` may be the name of a file of `search_spaces/`, or a mapping with ``name`` and what to change in it. The
-    setting ``space=NAME`` takes another space as it is; ``space.name=NAME`` keeps what the experiment changes in it.
-    What the processor's defaults are is filled in (`ExperimentConfig.placed`). ``device`` is where the models run, in
-    place of what the experiment says.
-
-    Raises
-    ------
-    ConfigError : names file, field, value and the nearest valid key; a device does not exist.
-    """
-    path = user_path(name)
-    if not is_file(path):
-        from evomem.files.resources import resource_path
-
-        path = resource_path("experiments", str(name))
-    return parse_experiment(read_yaml(path), settings, str(path), device=device)
-
-
-def parse_experiment(
-    data: Mapping[str, Any], settings: Iterable[str] = (), where: str = "experiment", *, device: str | None = None
-) -> ExperimentConfig:
-    """Return the `ExperimentConfig` of plain values; see `load_experiment`."""
-    settings = list(settings)
-    # What is changed in a space is changed in what its file says, so that file comes first.
-    first = [setting for setting in settings if setting.partition("=")[0].strip() in ("space", "space.name")]
-    others = [setting for setting in settings if setting not in first]
-    values = apply_settings({**data, "space": _named(data.get("space"))}, first)
-    values["space"] = _resolve_space(_named(values["space"]), where)
-    config = validate(ExperimentConfig, apply_settings(values, others), where)
-    return (config if device is None else config.on(device)).placed()
-
-
-def _named(space: Any) -> Any:
-    return {"name": space} if isinstance(space, str) else space
-
-
-def _resolve_space(space: Any, where: str) -> Any:
-    if isinstance(space, dict) and "name" in space:
-        if not isinstance(space["name"], str):
-            raise ConfigError(f"{where}: space.name: {space['name']!r} is not the name of a search space")
-        changes = {key: value for key, value in space.items() if key != "name"}
-        return load_space(space["name"], changes).model_dump(mode="json")
-    if space is None:
-        raise ConfigError(f"{where}: space: is required and missing; name a file of search_spaces/")
-    return space
-
-
-def to_yaml(data: Mapping[str, Any]) -> str:
-    """Return plain values as YAML, in the order in which the models declare them."""
-    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=120)
-    return text

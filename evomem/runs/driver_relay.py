@@ -57,13 +57,13 @@ class Relay:
         self.driver: Driver = make_driver(config, space, start, folder, self._plan[0])
         self.since = 0
 
-    def restore(self, found: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Go on with the state of a checkpoint."""
         # What is only asked belongs to the coming generation, what is told to the one before.
-        stage = self.stage(found.generation if found.asked else found.generation - 1)
+        stage = self.stage(checkpoint.generation if checkpoint.asked else checkpoint.generation - 1)
         if stage.since:
             self._begin(stage, read_numbers(self._start(stage)))
-        self.driver.load_state_dict(found.driver)
+        self.driver.load_state_dict(checkpoint.driver)
 
     def stage(self, generation: int) -> Stage:
         """Return the stage of a generation."""

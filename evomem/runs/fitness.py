@@ -14,7 +14,7 @@ from evomem.drivers.estimators import Rollouts, rewards_to_go
 from evomem.errors import ConfigError
 from evomem.evaluation.measurement import Evaluation, Measurement
 from evomem.evaluation.objectives.base import Objective, make
-from evomem.runs.config import FitnessConfig
+from evomem.runs.experiment_parts import FitnessConfig
 
 Array = NDArray[np.float64]
 

@@ -26,7 +26,8 @@ import yaml
 
 from evomem.errors import ConfigError, RunError
 from evomem.files.atomic import disk_errors, is_temporary, sweep, write_atomically
-from evomem.runs.config import ExperimentConfig, to_yaml
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.experiment_file import to_yaml
 from evomem.runs.folder_reading import read_config, read_object
 from evomem.runs.inputs import START, changes
 from evomem.runs.journal import Journal
@@ -176,8 +177,8 @@ class RunFolder:
         known = read_object(path)
         before, now = flatten(known), flatten(json.loads(json.dumps(provenance)))
         # With several models each has its own: model_digests.1.dtype
-        told = {key: value for key, value in now.items() if key in before or key.rpartition(".")[2] not in _LATER}
-        lines = difference(before, told)
+        comparable = {key: value for key, value in now.items() if key in before or key.rpartition(".")[2] not in _LATER}
+        lines = difference(before, comparable)
         if lines:
             raise RunError(f"{self.path}: the run began with another model or tokenizer:\n  " + "\n  ".join(lines))
 

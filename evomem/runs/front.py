@@ -22,12 +22,13 @@ from evomem.drivers.base import Fitness, Population
 from evomem.errors import ConfigError, RunError
 from evomem.files.strict_json import as_float, to_json
 from evomem.runs.archive import Finalist
-from evomem.runs.config import Budget, ExperimentConfig
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.experiment_parts import Budget
 from evomem.runs.folder_reading import of_shape, read_json
 from evomem.runs.result import Score
 
 Array = NDArray[np.float64]
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 MEMBERS = 12
 """Members of a front that are reported and exported, at most."""
@@ -58,11 +59,11 @@ def check_bytes_may_vary(config: ExperimentConfig) -> None:
 
 def preflight_bytes(fitness: Fitness) -> str | None:
     """Return a warning if the candidates of the first generation all hold the same memory, else None."""
-    held = np.zeros(0) if fitness.costs is None else fitness.costs[np.isfinite(fitness.costs)]
-    if len(held) < 2 or np.ptp(held) > 1e-6 * held.max():
+    sizes = np.zeros(0) if fitness.costs is None else fitness.costs[np.isfinite(fitness.costs)]
+    if len(sizes) < 2 or np.ptp(sizes) > 1e-6 * sizes.max():
         return None
     return (
-        f"pre-flight: all candidates hold {held[0]:,.0f} bytes: there is no front to find. Let the space vary what a "
+        f"pre-flight: all candidates hold {sizes[0]:,.0f} bytes: there is no front to find. Let the space vary what a "
         "manager keeps, for example its budget (search_spaces/feature_scorer_pareto.yaml)"
     )
 
@@ -70,27 +71,27 @@ def preflight_bytes(fitness: Fitness) -> str | None:
 # ---- fronts ---------------------------------------------------------------------------------------------------------
 
 
-def front_of(scores: Array, held: Array) -> Places:
-    """Return the places of the candidates that no other dominates, the smallest first.
+def front_of(scores: Array, sizes: Array) -> Indices:
+    """Return the indices of the candidates that no other dominates, the smallest first.
 
     One dominates another if it is at least as good in both (score larger, bytes smaller) and better in one. Of equal
     candidates the first counts; one whose score or bytes are not finite is never on the front.
 
     Parameters
     ----------
-    scores, held : (candidates,).
+    scores, sizes : (candidates,) fitness and measured bytes.
     """
-    found: list[int] = []
+    front: list[int] = []
     best = -math.inf
-    for place in np.lexsort((np.arange(len(scores)), -scores, held)).tolist():  # by bytes, then score, then place
-        if np.isfinite(held[place]) and np.isfinite(scores[place]) and scores[place] > best:
-            found.append(place)
-            best = float(scores[place])
-    return np.array(found, dtype=np.int64)
+    for index in np.lexsort((np.arange(len(scores)), -scores, sizes)).tolist():  # by bytes, then score, then index
+        if np.isfinite(sizes[index]) and np.isfinite(scores[index]) and scores[index] > best:
+            front.append(index)
+            best = float(scores[index])
+    return np.array(front, dtype=np.int64)
 
 
-def well_spread(scores: Array, held: Array, count: int) -> Places:
-    """Return ``count`` places of a front that is sorted by bytes, both ends among them, the most crowded left out.
+def well_spread(scores: Array, sizes: Array, count: int) -> Indices:
+    """Return ``count`` indices into a front that is sorted by bytes, both ends among them, the most crowded left out.
 
     One after the other, the member goes whose neighbours are the nearest to each other: the crowding distance (Deb et
     al. 2002, section III-B), with each objective in units of its range, the bytes on a logarithmic scale.
@@ -98,7 +99,7 @@ def well_spread(scores: Array, held: Array, count: int) -> Places:
     if count == 1:
         return np.array([len(scores) - 1], dtype=np.int64)
     kept = list(range(len(scores)))
-    objectives = np.stack([scores, np.log(np.maximum(held, 1.0))], axis=1)
+    objectives = np.stack([scores, np.log(np.maximum(sizes, 1.0))], axis=1)
     span = np.ptp(objectives, axis=0)
     objectives = objectives / np.where(span > 0, span, 1.0)
     while len(kept) > max(count, 2):
@@ -114,7 +115,7 @@ class Candidate:
 
     Attributes
     ----------
-    score, held : as measured there.
+    score, held : fitness and measured bytes, as measured there.
     generation, place : where it was asked for.
     """
 
@@ -143,10 +144,10 @@ class FrontArchive:
     best: list[Candidate] = field(default_factory=list)
     last: list[Candidate] = field(default_factory=list)
 
-    def update(self, population: Population, fitness: Array, held: Array) -> None:
+    def update(self, population: Population, fitness: Array, sizes: Array) -> None:
         """Take in a generation: its candidates, their fitness and bytes (candidates,)."""
         new = [
-            Candidate(float(fitness[n]), float(held[n]), population.generation, n, vector.copy())
+            Candidate(float(fitness[n]), float(sizes[n]), population.generation, n, vector.copy())
             for n, vector in enumerate(population.vectors)
         ]
         # A survivor that was measured again: what is newest counts.
@@ -163,10 +164,10 @@ class FrontArchive:
             distinct.setdefault(finalist.vector.tobytes(), finalist)
         return list(distinct.values())
 
-    def chosen(self, scores: Array, held: Array) -> list[int]:
+    def chosen(self, scores: Array, sizes: Array) -> list[int]:
         """Return the finalists to report: the front of those on `select`, well spread; the best score comes last."""
-        front = front_of(scores, held)
-        chosen: list[int] = front[well_spread(scores[front], held[front], MEMBERS)].tolist()
+        front = front_of(scores, sizes)
+        chosen: list[int] = front[well_spread(scores[front], sizes[front], MEMBERS)].tolist()
         return chosen
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,11 +181,11 @@ class FrontArchive:
 
 def _front(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     scores = np.array([candidate.score for candidate in candidates])
-    held = np.array([candidate.held for candidate in candidates])
-    front = front_of(scores, held)
+    sizes = np.array([candidate.held for candidate in candidates])
+    front = front_of(scores, sizes)
     if not count or not len(front):
         return []
-    return [candidates[n] for n in front[well_spread(scores[front], held[front], count)]]
+    return [candidates[n] for n in front[well_spread(scores[front], sizes[front], count)]]
 
 
 # ---- what a run reports ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from evomem.errors import RunError
 from evomem.files.reading import read_bytes
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.folder_reading import FILE
+from evomem.runs.journal import Journal, read_journal
 
 _FILES = ("start/provenance.json", "start/state.safetensors", "start/vector.npy")
 
@@ -30,6 +31,22 @@ def identity_of(folder: Path, config: ExperimentConfig) -> dict[str, str]:
     for name in _FILES:
         found[name] = _digest(read_bytes(folder / name, FILE, RunError))
     return found
+
+
+def identify(folder: Path, config: ExperimentConfig, journal: Journal) -> dict[str, str]:
+    """Return a run's identity; a journal that does not say yet which run it is of says it from now on.
+
+    Raises
+    ------
+    RunError : the journal is of another run.
+    """
+    now = identity_of(folder, config)
+    events = [r for r in read_journal(journal.path, report=False) if r["kind"] == "event" and r["event"] == "identity"]
+    for event in events:
+        check_identity(folder, event["files"], now)
+    if not events:
+        journal.event("identity", files=now)
+    return now
 
 
 def _digest(content: bytes) -> str:

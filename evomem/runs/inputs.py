@@ -20,7 +20,8 @@ from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.traces.store import MANIFEST
 from evomem.files.reading import user_path
 from evomem.managers.base import managers
-from evomem.runs.config import ExperimentConfig, TaskConfig
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.experiment_parts import TaskConfig
 from evomem.search_space.space import Start
 from evomem.tasks import parse, tasks
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from evomem.errors import EvomemError
-from evomem.runs.config import ExperimentConfig, TaskConfig
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.experiment_parts import TaskConfig
 from evomem.runs.inputs import names_a_file
 from evomem.search_space.space import Start
 from evomem.spec import format_call, format_settings, is_call

@@ -13,9 +13,9 @@ import safetensors.torch
 from evomem.devices import CPU
 from evomem.evaluation.store import Readings, room_for_readings
 from evomem.runs.bench import Bench, BenchFactory
-from evomem.runs.candidates import UnitEvaluator
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.samples import Samples
+from evomem.runs.unit_evaluator import UnitEvaluator
 from evomem.search_space.space import SearchSpace
 from evomem.workers.local import LocalPool
 from evomem.workers.units import Evaluate, Recipe, WorkerOptions, WorkerPool, cores

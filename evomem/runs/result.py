@@ -50,11 +50,11 @@ class Score:
     error: float
 
     @classmethod
-    def of(cls, fitness: float, rows: Sequence[Row], place: int) -> Score:
-        """Return the score of the candidate at ``place`` of the rows' evaluations."""
-        mine = [row.evaluations[place] for row in rows]
-        exact = [evaluation.exact for evaluation in mine if evaluation.exact is not None]
-        logliks = by_sample(rows, place)
+    def of(cls, fitness: float, rows: Sequence[Row], candidate: int) -> Score:
+        """Return the score of one candidate, by its index in the rows' evaluations."""
+        evaluations = [row.evaluations[candidate] for row in rows]
+        exact = [evaluation.exact for evaluation in evaluations if evaluation.exact is not None]
+        logliks = by_sample(rows, candidate)
         count = len(logliks)
         with np.errstate(invalid="ignore"):  # a likelihood may be -inf
             deviation = float(np.std(logliks, ddof=1)) if count > 1 else math.nan
@@ -63,9 +63,9 @@ class Score:
             fitness=fitness,
             loglik=_mean(logliks),
             exact=_mean(exact) if exact else None,
-            slots=_mean([as_float(evaluation.slots) for evaluation in mine]),
-            bytes_mean=_mean([as_float(evaluation.bytes_mean) for evaluation in mine]),
-            bytes_peak=_mean([as_float(evaluation.bytes_peak) for evaluation in mine]),
+            slots=_mean([as_float(evaluation.slots) for evaluation in evaluations]),
+            bytes_mean=_mean([as_float(evaluation.bytes_mean) for evaluation in evaluations]),
+            bytes_peak=_mean([as_float(evaluation.bytes_peak) for evaluation in evaluations]),
             error=deviation / math.sqrt(count),
         )
 
@@ -77,16 +77,16 @@ class Score:
         return cls(contexts=int(data["contexts"]), exact=exact, **numbers)
 
 
-def by_sample(rows: Sequence[Row], place: int) -> list[float]:
-    """Return the log-likelihood on every sample, of the candidate at ``place`` of the rows' evaluations.
+def by_sample(rows: Sequence[Row], candidate: int) -> list[float]:
+    """Return the log-likelihood on every sample, of one candidate, by its index in the rows' evaluations.
 
     Budgets of the same sample are no independent measurements: they are averaged.
     """
-    found: dict[tuple[str, str], list[float]] = {}
+    samples: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        evaluation = row.evaluations[place]
-        found.setdefault((row.task.label, evaluation.sample), []).append(as_float(evaluation.loglik))
-    return [_mean(values) for values in found.values()]
+        evaluation = row.evaluations[candidate]
+        samples.setdefault((row.task.label, evaluation.sample), []).append(as_float(evaluation.loglik))
+    return [_mean(values) for values in samples.values()]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -18,7 +18,8 @@ from evomem.runs.config import ExperimentConfig
 from evomem.runs.folder_reading import read_config
 from evomem.runs.journal import Record, Totals, read_journal
 from evomem.runs.result import RunResult, read_result
-from evomem.runs.search import generation_record, stored_space
+from evomem.runs.resume import finished_generations
+from evomem.runs.start import STATE, stored_space
 from evomem.search_space.space import SearchSpace
 from evomem.tracking.base import GenerationRecord
 from evomem.validation import validate
@@ -43,8 +44,7 @@ class Run:
 
     def generations(self) -> list[GenerationRecord]:
         """Return the finished generations in order."""
-        found = {r["generation"]: generation_record(r) for r in self.records() if r["kind"] == "generation"}
-        return [found[generation] for generation in sorted(found)]
+        return list(finished_generations(self.records()).values())
 
     def totals(self) -> Totals:
         """Return what the run has spent so far."""
@@ -61,12 +61,12 @@ class Run:
     @cached_property
     def space(self) -> SearchSpace:
         """The search space, with the tensors that the run started from."""
-        path = self.folder / "start" / "state.safetensors"
+        path = self.folder / STATE
         if not path.exists():
             raise RunError(f"{self.folder}: the run has not begun to search yet")
         result = self.result
         if result is not None:
-            result.check_file("start/state.safetensors")
+            result.check_file(STATE)
         return stored_space(self.config, path)
 
     @property
@@ -89,11 +89,11 @@ class Run:
 
     def require_winner(self, manager: MemoryManager) -> None:
         """Raise `RunError` unless a manager has the winner's numbers, up to rounding; a plug-in may be exchanged."""
-        mine, theirs = self.winner.state_dict(), manager.state_dict()
-        if mine.keys() != theirs.keys() or not all(
-            theirs[name].shape == value.shape
-            and torch.allclose(theirs[name].double(), value.double(), rtol=1e-5, atol=1e-7, equal_nan=True)
-            for name, value in mine.items()
+        expected, actual = self.winner.state_dict(), manager.state_dict()
+        if expected.keys() != actual.keys() or not all(
+            actual[name].shape == value.shape
+            and torch.allclose(actual[name].double(), value.double(), rtol=1e-5, atol=1e-7, equal_nan=True)
+            for name, value in expected.items()
         ):
             raise RunError(
                 f"{self.folder}: winner/plugin and winner/vector.npy are not the same manager: one of them has been "

@@ -9,7 +9,8 @@ import numpy as np
 
 from evomem.errors import TaskError
 from evomem.runs.bench import Bench, PositionChecker
-from evomem.runs.config import ExperimentConfig, Stage, TaskConfig
+from evomem.runs.config import ExperimentConfig, Stage
+from evomem.runs.experiment_parts import TaskConfig
 from evomem.runs.fitness import objective_of
 from evomem.tasks.base import Sample, Split, Task, at_hand
 

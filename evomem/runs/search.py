@@ -6,43 +6,42 @@ of what was evaluated. That is why a run that was killed at any moment goes on b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 
-from evomem import drivers
 from evomem.drivers.base import Array, Driver, Population
-from evomem.errors import ConfigError, EvomemError, FitnessError, RunError
+from evomem.errors import FitnessError, RunError
 from evomem.evaluation.costs import ORACLE
 from evomem.evaluation.measurement import Measurement, Quantity
 from evomem.evaluation.needs import require
-from evomem.files.atomic import write_atomically, write_vector
 from evomem.files.strict_json import as_float
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs.archive import Archive, evenly_spaced
 from evomem.runs.batch_size import choose_chunks
 from evomem.runs.bench import BenchFactory, model_bench
-from evomem.runs.candidates import Judge, Measuring, Plan, rollout_vectors
+from evomem.runs.candidates import Judge, Plan, rollout_vectors
 from evomem.runs.checkpoint import Checkpoint
 from evomem.runs.chunks import Chunks, digests
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.driver_relay import Relay
-from evomem.runs.driver_setup import check_heads
-from evomem.runs.fitness import MeasuredFitness, objective_of, preflight
+from evomem.runs.fitness import MeasuredFitness, preflight
 from evomem.runs.folder import RunFolder
-from evomem.runs.folder_reading import read_numbers, read_state
-from evomem.runs.front import FrontArchive, check_bytes_may_vary, preflight_bytes, wants_bytes
-from evomem.runs.identity import check_identity, identity_of
-from evomem.runs.inputs import check_unchanged, pinned
-from evomem.runs.journal import Record, measured, read_journal
+from evomem.runs.front import FrontArchive, preflight_bytes, wants_bytes
+from evomem.runs.identity import identify
+from evomem.runs.inputs import pinned
+from evomem.runs.journal import Record, read_journal
+from evomem.runs.journaled_pool import JournaledPool
 from evomem.runs.paths import base_of, resolve_paths
+from evomem.runs.plan_checks import check_objectives
 from evomem.runs.plan_needs import search_needs, vectors_needs
 from evomem.runs.pools import limited_threads, make_pool
 from evomem.runs.result import RunResult
+from evomem.runs.resume import finished_generations, known_units, quarantined
 from evomem.runs.samples import Samples
+from evomem.runs.start import prepare_start
 from evomem.runs.winner import choose
 from evomem.search_space.space import SearchSpace
 from evomem.tasks.base import Split
@@ -97,25 +96,6 @@ def search(
             return made.run()
 
 
-def check_objectives(config: ExperimentConfig) -> None:
-    """Raise `ConfigError` if a stage measures what does not exist, or not what its driver needs."""
-    for stage in config.plan():
-        rollouts = drivers.uses(stage.driver.name, "rollouts")
-        objective, kind = objective_of(stage.fitness), config.protocol.kind
-        what = f"stage {stage.name!r}: fitness.objective {stage.fitness.objective!r}"
-        if objective.against_full == "nothing" and stage.fitness.normalise == "full":
-            raise ConfigError(f"{what}: the full cache has no such value to normalise by; leave normalise out")
-        if kind not in objective.protocols:
-            kinds = " or ".join(sorted(objective.protocols))
-            why = ": one decision about a whole context" if kinds == "compress_once" else ""
-            raise ConfigError(f"{what} needs protocol.kind {kinds}{why}")
-        if stage.fitness.reading and (kind != "streaming" or not rollouts):
-            raise ConfigError(f"{what}: fitness.reading is for rollouts (driver policy_gradient) in protocol streaming")
-    if config.diagnostics.every and config.protocol.kind != "compress_once":
-        raise ConfigError("diagnostics.every: a look at the oracle needs protocol.kind compress_once; leave it out")
-    check_bytes_may_vary(config)
-
-
 class Search:
     """One search, from the state of its folder to its result."""
 
@@ -154,6 +134,10 @@ class Search:
         logger.warning(message)
         self.run_folder.journal.event("warning", message=message)
 
+    def _journalled(self) -> Iterator[Record]:
+        """Yield the lines of the journal so far; what is wrong with it has been reported."""
+        return read_journal(self.run_folder.journal.path, report=False)
+
     # ---- the whole ------------------------------------------------------------------------------------------------
 
     def run(self) -> RunResult:
@@ -178,12 +162,12 @@ class Search:
         self.samples.check()
         for remark in self.samples.remarks:
             self.warn(remark)
-        self._prepare_start()
+        self.space, self.start = prepare_start(self.path, self.config, self.bench, self.samples)
         require(vectors_needs(self.config, self.space.dim), check=self.plan_check, say=self.warn)
-        self._identify()
+        self.identity = identify(self.path, self.config, journal)
         self._check_chance()
         self.chunks = choose_chunks(self)
-        relay, told = self._restore()
+        relay, finished = self._restore()
         pool = make_pool(
             self.config,
             self.space,
@@ -192,14 +176,14 @@ class Search:
             self.factory,
             self.workers,
             report=self.warn,
-            quarantined=self._quarantined(),
+            quarantined=quarantined(self._journalled()),
         )
-        measuring = Measuring(pool, journal, self._known_units(told))
-        judge = Judge(measuring, self.samples, self.chunks)
-        done = [self.records[g] for g in sorted(self.records) if g < told]
+        units = JournaledPool(pool, journal, known_units(self._journalled(), finished, self.warn))
+        judge = Judge(units, self.samples, self.chunks)
+        done = [self.records[g] for g in sorted(self.records) if g < finished]
         self.trackers.start(self.config.resolved(), self.generations, done)
         try:
-            self._evolve(relay, judge, measuring, told)
+            self._evolve(relay, judge, units, finished)
             result = choose(self, judge, relay.driver)
         except BaseException as error:
             status = "failed" if isinstance(error, Exception) else "interrupted"
@@ -211,51 +195,13 @@ class Search:
         self.trackers.finish({"status": "finished", **result.to_json(), "lines": result.lines()})
         return result
 
-    def _prepare_start(self) -> None:
-        """Make the manager that the search starts from, or take it from the folder: files may change in between."""
-        vector, state = self.path / "start" / "vector.npy", self.path / "start" / "state.safetensors"
-        if vector.exists():
-            self.space = stored_space(self.config, state)
-            self.start = read_numbers(vector)
-            if self.start.shape != (self.space.dim,):
-                raise RunError(f"{vector}: has {len(self.start)} numbers; this search space has {self.space.dim}")
-            check_unchanged(self.config, start=False)
-            return
-        self.space = SearchSpace(self.config.space)
-        self.start = self.space.start
-        check_unchanged(self.config, start=True)
-        check_heads(self.config, self.space, self.bench)
-        if self.bench.calibrate is not None:
-            stage = self.plan[0]
-            first = {task.model: task for task in reversed(stage.tasks)}  # one task a model
-            count = max(8, stage.samples_per_generation)
-            pools = [(t, self.samples.pool(t, Split.TRAIN, stage.train_contexts)[:count]) for t in first.values()]
-            self.bench.calibrate(self.space.template, pools)
-        tensors = {name: value.contiguous() for name, value in self.space.template.state_dict().items()}
-        write_atomically(state, safetensors.torch.save(tensors))
-        write_vector(vector, self.start)  # last: it says that both are there
-
-    def _identify(self) -> None:
-        """Make sure that the journal is of this run; say in it which run that is, if it does not say so yet."""
-        journal = self.run_folder.journal
-        self.identity = identity_of(self.path, self.config)
-        known = [
-            record["files"]
-            for record in read_journal(journal.path, report=False)
-            if record["kind"] == "event" and record["event"] == "identity"
-        ]
-        for files in known:
-            check_identity(self.path, files, self.identity)
-        if not known:
-            journal.event("identity", files=self.identity)
-
     def _check_chance(self) -> None:
         """Refuse a task that measures nothing on this model, before anything is spent on it; once per run."""
         if not self.config.chance_contexts:
             return
         journal = self.run_folder.journal
-        records = read_journal(journal.path, report=False)
-        passed = {r["task"] for r in records if r["kind"] == "event" and r["event"] == "chance" and r["passed"]}
+        events = (record for record in self._journalled() if record["kind"] == "event")
+        passed = {event["task"] for event in events if event["event"] == "chance" and event["passed"]}
         for stage in self.plan:
             for task in stage.tasks:
                 name, check = self.samples.name(task), self.bench.of(task).check
@@ -274,71 +220,34 @@ class Search:
                 passed.add(name)
 
     def _restore(self) -> tuple[Relay, int]:
-        """Return the drivers in the state of the newest checkpoint, and how many generations have been told.
+        """Return the drivers in the state of the newest checkpoint, and how many generations they have learned from.
 
-        Without a checkpoint that counts they are at the beginning, and every generation is told again from the journal.
+        Without a checkpoint that counts they are at the beginning, and learn every generation again from the journal.
         """
         journal = self.run_folder.journal
-        for record in read_journal(journal.path, report=False):
-            if record["kind"] == "generation":
-                self.records[record["generation"]] = generation_record(record)
+        self.records = finished_generations(self._journalled())
         empty = self.archive.state_dict()
-        for found in checkpoints.newest(self.path / "checkpoints", self.identity, journal.lines, list(self.records)):
-            if isinstance(found, str):
-                self.warn(found)
+        for checkpoint in checkpoints.newest(
+            self.path / "checkpoints", self.identity, journal.lines, list(self.records)
+        ):
+            if isinstance(checkpoint, str):  # why one does not count
+                self.warn(checkpoint)
                 continue
             relay = self._relay()
             try:
-                relay.restore(found)
-                self.archive.load_state_dict(found.archive)
+                relay.restore(checkpoint)
+                self.archive.load_state_dict(checkpoint.archive)
                 if not np.isfinite(relay.driver.mean).all():
                     raise RunError("its mean is not finite")
             except Exception as error:  # what a state that fits no driver makes of it
-                self.warn(f"checkpoint {found.name} does not fit ({error}); {checkpoints.ALL_FROM_JOURNAL}")
+                self.warn(f"checkpoint {checkpoint.name} does not fit ({error}); {checkpoints.ALL_FROM_JOURNAL}")
                 self.archive.load_state_dict(empty)
                 continue
-            return relay, found.generation
+            return relay, checkpoint.generation
         return self._relay(), 0
 
     def _relay(self) -> Relay:
         return Relay(self.config, self.space, self.start, self.path)
-
-    def _known_units(self, told: int) -> list[Record]:
-        """Return the journal's units that may still be asked for.
-
-        What failed as a whole is evaluated again: the user has been told to mend the cause and resume. So is a unit of
-        which two lines say different things: an evaluation has one result.
-        """
-        known: list[Record] = []
-        for record in read_journal(self.run_folder.journal.path, report=False):
-            if record["kind"] == "unit" and (record["generation"] is None or record["generation"] >= told):
-                known.append(record)
-            elif record["kind"] == "event" and record["event"] == "all_failed":
-                failed = (record["phase"], record["generation"])
-                known = [unit for unit in known if (unit["phase"], unit["generation"]) != failed]
-        lines: dict[tuple[str, str], list[Record]] = {}
-        for unit in known:
-            lines.setdefault((unit["key"], unit["candidates"]), []).append(unit)
-        agreed = [self._agreed(units) for units in lines.values()]
-        return [unit for unit in agreed if unit is not None]
-
-    def _agreed(self, units: list[Record]) -> Record | None:
-        """Return the line of a unit that counts; None if there are several, and none of them has been confirmed."""
-        if len(units) == 1:
-            return units[0]
-        said = [repr(measured(unit)) for unit in units]
-        place = max(range(len(units)), key=lambda n: said.count(said[n]))
-        if len(set(said)) > 1:
-            again = "it is evaluated again" if said.count(said[place]) == 1 else "what two of them say counts"
-            self.warn(f"journal.jsonl: lines of unit {units[0]['key']} say different things; {again}")
-            if said.count(said[place]) == 1:
-                return None
-        return units[place]
-
-    def _quarantined(self) -> list[str]:
-        """Return the candidates that ended their workers in earlier processes of this run."""
-        records = read_journal(self.run_folder.journal.path, report=False)
-        return [r["candidate"] for r in records if r["kind"] == "event" and r["event"] == "quarantined"]
 
     def all_failed(self, phase: str, generation: int | None, what: str) -> FitnessError:
         """Note that nothing of a phase has a finite fitness; return the error to raise."""
@@ -351,8 +260,8 @@ class Search:
 
     # ---- generations ----------------------------------------------------------------------------------------------
 
-    def _evolve(self, relay: Relay, judge: Judge, measuring: Measuring, told: int) -> None:
-        generation = told
+    def _evolve(self, relay: Relay, judge: Judge, units: JournaledPool, finished: int) -> None:
+        generation = finished
         while generation < self.generations:
             stage = relay.stage(generation)
             relay.enter(stage)
@@ -364,7 +273,7 @@ class Search:
                 self.archive.best.clear()  # its numbers mean something else
             population = driver.ask()
             sizes = self.chunks.sizes  # memory may have ended in the middle of a generation
-            if not measuring.agrees(generation, set[str]().union(*(digests(population, size) for size in sizes))):
+            if not units.agrees(generation, set[str]().union(*(digests(population, size) for size in sizes))):
                 raise RunError(
                     f"{self.path}: generation {generation} cannot be gone on with: driver {stage.driver.name!r} "
                     "proposes other candidates than the journal has evaluations of (another version of its library, or "
@@ -381,12 +290,12 @@ class Search:
             self._record(generation, stage, fitness, driver, self._look(driver, judge, stage, generation))
             generation += 1
             self._checkpoint(driver, generation, asked=False)
-            measuring.forget(generation - 1)
+            units.forget(generation - 1)
             self.trackers.log(self.records[generation - 1])
 
     def _look(self, driver: Driver, judge: Judge, stage: Stage, generation: int) -> dict[str, float]:
         """Return the driver's diagnostics, and every so often how its mean compares with the oracle."""
-        found = dict(driver.diagnostics)
+        diagnostics = dict(driver.diagnostics)
         config = self.config.diagnostics
         if config.every and (generation + 1) % config.every == 0 and generation not in self.records:
             pools = (self.samples.pool(task, Split.TRAIN, stage.train_contexts) for task in stage.tasks)
@@ -397,9 +306,11 @@ class Search:
             for name in ORACLE:
                 values = [one.number(name) for one in looks]
                 if None not in values:
-                    found[name] = float(np.mean([as_float(value) for value in values]))
-            found["expected_cost"] = float(np.mean([np.mean(one.table("head_cost") or [np.nan]) for one in looks]))
-        return found
+                    diagnostics[name] = float(np.mean([as_float(value) for value in values]))
+            diagnostics["expected_cost"] = float(
+                np.mean([np.mean(one.table("head_cost") or [np.nan]) for one in looks])
+            )
+        return diagnostics
 
     def _tell(self, driver: Driver, population: Population, fitness: MeasuredFitness, generation: int) -> None:
         """Tell the driver all that came of its population, and the archive."""
@@ -460,34 +371,3 @@ class Search:
             generations=sum(known < generation for known in self.records),
         )
         checkpoints.save(self.path / "checkpoints", state)
-
-
-def stored_space(config: ExperimentConfig, path: Path) -> SearchSpace:
-    """Return the search space of a run, with the tensors that it started from; `RunError` if they do not fit."""
-    tensors = read_state(path)
-    try:
-        return SearchSpace(config.space, tensors)
-    except (RuntimeError, TypeError, ValueError, LookupError) as error:
-        if isinstance(error, EvomemError):
-            raise
-        raise RunError(f"{path}: does not fit the search space: {' '.join(str(error).split())[:300]}") from None
-
-
-def generation_record(record: Record) -> GenerationRecord:
-    """Return the `GenerationRecord` of a journal line."""
-    floats = ("best", "mean", "spread", "noise", "sigma", "seconds")
-    try:
-        return GenerationRecord(
-            generation=record["generation"],
-            stage=record["stage"],
-            fitness=tuple(as_float(value) for value in record["fitness"]),
-            failed=record["failed"],
-            diagnostics={name: as_float(value) for name, value in record.get("diagnostics", {}).items()},
-            evaluations=record["evaluations"],
-            tokens=record["tokens"],
-            **{name: as_float(record[name]) for name in floats},
-        )
-    except KeyError as error:
-        raise RunError(f"journal.jsonl: a generation line has no {error}") from None
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise RunError(f"journal.jsonl: a generation line is damaged: {error}") from None

@@ -82,10 +82,10 @@ def best_vectors(run: Run, gamma: float) -> Array:
     ------
     RunError : see `replay`.
     """
-    told = [(population.generation, population.vectors, fitness) for population, fitness in replay(run)]
-    begin = max(stage.begin for stage in run.config.plan() if stage.begin <= told[-1][0])
-    vectors = np.concatenate([vectors for generation, vectors, _ in told if generation >= begin])
-    fitness = np.concatenate([fitness for generation, _, fitness in told if generation >= begin])
+    evaluated = [(population.generation, population.vectors, fitness) for population, fitness in replay(run)]
+    begin = max(stage.begin for stage in run.config.plan() if stage.begin <= evaluated[-1][0])
+    vectors = np.concatenate([vectors for generation, vectors, _ in evaluated if generation >= begin])
+    fitness = np.concatenate([fitness for generation, _, fitness in evaluated if generation >= begin])
     order = np.argsort(-np.where(np.isfinite(fitness), fitness, -np.inf), kind="stable")
     count = int(np.isfinite(fitness).sum() * gamma)
     return np.asarray(vectors[order[: max(1, count)]])
@@ -134,15 +134,15 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
     for record in run.records():
         if record["kind"] == "unit" and record["phase"] == "train":
             evaluated.setdefault(record["generation"], set()).add(record["candidates"])
-    for told in generations:
+    for record in generations:
         population = driver.ask()
         asked = set[str]().union(*(digests(population, size) for size in chunks.sizes))
-        if evaluated.get(told.generation, set()).isdisjoint(asked):
+        if evaluated.get(record.generation, set()).isdisjoint(asked):
             raise RunError(
-                f"{run.folder}: generation {told.generation} cannot be reproduced: with these versions of the "
+                f"{run.folder}: generation {record.generation} cannot be reproduced: with these versions of the "
                 f"libraries, driver {name!r} proposes other candidates than the run evaluated. Start "
                 "from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
             )
-        fitness = np.array(told.fitness, dtype=np.float64)
+        fitness = np.array(record.fitness, dtype=np.float64)
         driver.tell(population, Fitness(fitness))
         yield population, fitness

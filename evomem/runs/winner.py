@@ -109,13 +109,13 @@ def _write_front(
             sealed=reported,
             interval=None if interval is None else (interval[0], interval[1]),
         )
-        told = {
+        member_provenance = {
             **known,
             "winner": finalist.label,
             "front": {"place": place, "members": len(front)},
             "scores": {"select": asdict(chosen), "sealed": asdict(reported)},
         }
-        save(manager, plugin_folder(search.path, place), told)
+        save(manager, plugin_folder(search.path, place), member_provenance)
         members.append(member)
     write_atomically(search.path / "front.json", front_json(members))
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -14,9 +13,10 @@ from itertools import islice
 from typing import Any
 
 from evomem.errors import EvomemError
-from evomem.workers.durations import WINDOW, Durations
+from evomem.workers.durations import Durations
 from evomem.workers.messages import Job, Lease, Piece, Policy, Quarantined, Result, Stats
 from evomem.workers.records import Running, State, Work, Worker
+from evomem.workers.stragglers import Stragglers
 from evomem.workers.waiting_queue import Queue
 
 __all__ = ["Job", "Lease", "Piece", "Policy", "Quarantined", "Result", "Schedule", "Stats"]
@@ -48,9 +48,9 @@ class Schedule:
         self._names: set[str] = set()
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._leases: OrderedDict[int, Running] = OrderedDict()  # the oldest first
-        self._single: list[tuple[float, int]] = []  # heap (since, lease): may be duplicated; others are thrown away
         self._next = 0
         self._durations = Durations()
+        self._stragglers = Stragglers(policy, self._leases, self._durations)
         self._finished = self._dropped = self._deaths = self._requeued = self._duplicates = self._quarantined = 0
         self._wasted = 0.0
 
@@ -193,7 +193,7 @@ class Schedule:
             name = next(iter(self._idle))
             given.append(self._lease(name, self._batch(self._workers[name]), now, duplicate=False))
         while self._idle and not len(self._queue):
-            late = self._straggler()
+            late = self._stragglers.next()
             if late is None or now < late[0]:
                 break
             _, running, work = late
@@ -208,7 +208,7 @@ class Schedule:
         ----------
         now : seconds.
         """
-        limit = self._hang_limit()
+        limit = self._stragglers.hang_limit
         late = []
         for running in self._leases.values():
             if now < running.lease.since + limit:
@@ -224,13 +224,13 @@ class Schedule:
         ----------
         now : seconds.
         """
-        limit, due = self._hang_limit(), math.inf
+        limit, due = self._stragglers.hang_limit, math.inf
         for running in self._leases.values():
             if running.lease.since + limit >= due:
                 break
             due = min(due, running.lease.since + limit * len(running.lease.pieces))
         if self._idle and not len(self._queue):
-            late = self._straggler()
+            late = self._stragglers.next()
             due = due if late is None else min(due, late[0])
         if due <= now:
             return 0.0
@@ -302,31 +302,8 @@ class Schedule:
         for work in works:
             work.leases.add(lease.id)
         self._duplicates += duplicate
-        self._may_be_duplicated(running)
+        self._stragglers.add(running)
         return lease
-
-    def _may_be_duplicated(self, running: Running) -> None:
-        heapq.heappush(self._single, (running.lease.since, running.lease.id))
-
-    def _straggler(self) -> tuple[float, Running, Work] | None:
-        """Return when the next lease is to be duplicated, which, and the piece on which it is stuck."""
-        median = self._durations.median
-        if median is None or len(self._durations) < min(len(self._leases), WINDOW):
-            return None
-        while self._single:
-            since, number = self._single[0]
-            running = self._leases.get(number)
-            if running is not None and (work := self._stuck(running)) is not None:
-                return since + self.policy.straggler * median * len(running.lease.pieces), running, work
-            heapq.heappop(self._single)
-        return None
-
-    def _stuck(self, running: Running) -> Work | None:
-        """Return the first piece of a lease that may have a further copy, if the lease is the newest that does it."""
-        for work in running.left.values():
-            if not work.closed and len(work.leases) < self.policy.copies and running.lease.id == max(work.leases):
-                return work
-        return None
 
     def _elsewhere(self, node: str) -> str:
         """Return an idle worker, on another node if one of the first few is: a straggler's node may be what is slow."""
@@ -348,7 +325,7 @@ class Schedule:
             running.reads.discard(work.affinity)
             self._queue.reading(work.affinity, -1)
         if work.leases:  # the copy that is left may be duplicated again
-            self._may_be_duplicated(self._leases[max(work.leases)])
+            self._stragglers.add(self._leases[max(work.leases)])
 
     # ---- jobs -------------------------------------------------------------------------------------------------------
 
@@ -394,8 +371,3 @@ class Schedule:
     def _shut(self, work: Work) -> None:
         work.closed = True
         self._queue.remove(work)
-
-    def _hang_limit(self) -> float:
-        if self._durations.longest is None:
-            return self.policy.hang_first
-        return max(self.policy.hang_floor, self.policy.hang * self._durations.longest)

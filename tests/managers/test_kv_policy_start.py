@@ -8,7 +8,7 @@ import torch
 
 from evomem.managers.learned.kv_policy import KVPolicy
 from evomem.managers.stochastic import Noise
-from evomem.runs.config import load_experiment
+from evomem.runs.experiment_file import load_experiment
 from evomem.search_space.space import SearchSpace
 from tests.managers.test_features import view_of
 

@@ -22,7 +22,7 @@ from evomem.models import LoadedModel
 from evomem.models.architectures.decision_transformer import DecisionStream, DecisionStreamConfig, stream_tokenizer
 from evomem.report.tables import markdown, notes
 from evomem.runs.bench import Bench
-from evomem.runs.config import parse_experiment
+from evomem.runs.experiment_file import parse_experiment
 from evomem.runs.samples import Samples
 from evomem.tasks import Split, build
 from evomem.tasks.base import Sample

@@ -12,7 +12,8 @@ from evomem.evaluation import Evaluator
 from evomem.models import LoadedModel
 from evomem.runs import open_run, search
 from evomem.runs.bench import Bench, calibrate_manager
-from evomem.runs.config import ExperimentConfig, parse_experiment
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.experiment_file import parse_experiment
 from evomem.runs.paths import resolve_paths
 from evomem.search_space.space import Start
 from evomem.tasks import build
