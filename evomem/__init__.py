@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from evomem.models import LoadedModel
     from evomem.models import load as load_model
     from evomem.plugins import load, load_cache, save, save_cache
+    from evomem.report.comparing import compare
     from evomem.report.evolving import evolve
     from evomem.runs import Run, load_experiment, open_run
 
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "attached",
     "build",
+    "compare",
     "evolve",
     "layer_view",
     "load",
@@ -53,6 +55,7 @@ _HOMES = {
     "evomem.memory": ("Decision", "LayerView", "SlotCache", "attached", "layer_view"),
     "evomem.models": ("LoadedModel", "load_model"),
     "evomem.plugins": ("load", "load_cache", "save", "save_cache"),
+    "evomem.report.comparing": ("compare",),
     "evomem.report.evolving": ("evolve",),
     "evomem.runs": ("Run", "load_experiment", "open_run"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from evomem.cli.options import (
     Splits,
     Task,
 )
+
+if TYPE_CHECKING:
+    from evomem.report.comparing import Conditions
 
 
 def compare(
@@ -69,20 +72,7 @@ def compare(
     with guarded(_again(context, json)):
         from evomem.cli.commands import compare as command
 
-        wishes = command.Wishes(
-            model or [],
-            task or [],
-            budgets,
-            protocol,
-            mode and mode.value,
-            split.value,
-            samples,
-            exact,
-            dtype and dtype.value,
-            device,
-            plan_check,
-        )  # fmt: skip
-        command.compare(subjects, against, wishes, json, check=check, oracle=oracle)
+        command.compare(subjects, against, _conditions(context), json, check=check, oracle=oracle)
 
 
 def transfer(
@@ -144,23 +134,10 @@ def transfer(
           -t ./other=file:questions.jsonl --budgets 0.125 --recalibrate --json transfer.json --record
     """
     with guarded(_again(context, json)):
-        from evomem.cli.commands import compare as words
         from evomem.cli.commands import transfer as command
 
-        wishes = words.Wishes(
-            models,
-            tasks or [],
-            budgets,
-            protocol,
-            mode and mode.value,
-            split.value,
-            samples,
-            exact,
-            dtype and dtype.value,
-            device,
-            plan_check,
-        )  # fmt: skip
-        command.transfer(plugins, against, wishes, json, recalibrate=recalibrate, check=check, record=record)
+        conditions = _conditions(context)
+        command.transfer(plugins, against, conditions, json, recalibrate=recalibrate, check=check, record=record)
 
 
 def evaluate(
@@ -195,20 +172,29 @@ def evaluate(
     with guarded(_again(context, json)):
         from evomem.cli.commands import compare as command
 
-        wishes = command.Wishes(
-            model or [],
-            task or [],
-            budgets,
-            protocol,
-            mode and mode.value,
-            split.value,
-            samples,
-            exact,
-            dtype and dtype.value,
-            device,
-            plan_check,
-        )  # fmt: skip
-        command.evaluate(subject, wishes, json, check=check)
+        command.evaluate(subject, _conditions(context), json, check=check)
+
+
+def _conditions(context: typer.Context) -> Conditions:
+    """Return what the options that all three commands share say about what is measured, and how."""
+    from evomem.cli.commands.compare import parse_budgets
+    from evomem.report.comparing import Conditions
+    from evomem.tasks.base import Split
+
+    words = context.params
+    return Conditions(
+        models=words.get("model") or words.get("models") or (),
+        tasks=words.get("task") or words.get("tasks") or (),
+        budgets=parse_budgets(words["budgets"]),
+        protocol=words["protocol"],
+        mode=words["mode"] and str(words["mode"]),
+        split=Split(words["split"]),
+        samples=words["samples"],
+        exact=words["exact"],
+        dtype=words["dtype"] and str(words["dtype"]),
+        device=words["device"],
+        plan_check=words["plan_check"],
+    )
 
 
 def _again(context: typer.Context, json: str | None) -> str | None:

@@ -33,16 +33,16 @@ class Dtype(StrEnum):
 
 
 class Listing(StrEnum):
-    """What can be listed."""
+    """What can be listed, in the order in which everything is."""
 
     managers = "managers"
+    allocations = "allocations"
     tasks = "tasks"
     drivers = "drivers"
+    objectives = "objectives"
     spaces = "spaces"
     experiments = "experiments"
-    objectives = "objectives"
     observations = "observations"
-    allocations = "allocations"
 
 
 class Scorer(StrEnum):

@@ -100,7 +100,7 @@ def list_(
     with guarded():
         from evomem.cli.commands import listing
 
-        listing.show(what.value if what is not None else None, as_json=json)
+        listing.show(what, as_json=json)
 
 
 def models(

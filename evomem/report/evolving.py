@@ -16,15 +16,15 @@ from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.rows import Budget, Row
 from evomem.evaluation.store import PrefillStore
 from evomem.files.atomic import write_atomically
-from evomem.installing import require
 from evomem.managers import names
 from evomem.models import LoadedModel
 from evomem.report.diagnostics import diagnostics_plot
+from evomem.report.packages import require_for_search
 from evomem.report.plots import fitness_plot, front_plot, memory_plot
 from evomem.report.tables import keep_rows, markdown, partial_file, read_rows, sentences
 from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
 from evomem.runs.bench import load_model
-from evomem.runs.config import TaskConfig
+from evomem.runs.experiment_parts import TaskConfig
 from evomem.runs.front import Member, read_front
 from evomem.runs.inputs import require_inputs
 from evomem.runs.pools import limited_threads
@@ -41,7 +41,7 @@ def evolve(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    workers: int | WorkerOptions | None = 0,
+    workers: int | str | WorkerOptions | None = 0,
     device: str | None = None,
     trackers: Tracker | Sequence[Tracker] = (),
     plan_check: bool = True,
@@ -61,8 +61,8 @@ def evolve(
     experiment : a YAML file, the name of one that comes with evomem, or a configuration that is loaded already.
     out : folder of the run; ``runs/NAME`` if None.
     resume : go on with the run in the folder; begin if there is none.
-    workers : processes that evaluate, through Ray; 0: this one; None: as many as there is room for. The result is the
-        same to the bit.
+    workers : processes that evaluate, through Ray; 0: this one; ``auto`` or None: as many as there is room for. The
+        result is the same to the bit.
     device : where the models run, in place of what the experiment says.
     trackers : who is told (`evomem.tracking`).
     plan_check : refuse a plan that needs more memory, disk or time than there is.
@@ -73,15 +73,15 @@ def evolve(
     Raises
     ------
     RunError : the folder holds a run and ``resume`` is off, or another run; and what `evomem.runs.search` raises.
-    ConfigError : the experiment or a change is not valid.
-    MissingPackagesError : what the report needs is not installed.
+    ConfigError : the experiment, a change, or ``workers`` is not valid.
+    MissingPackagesError : names everything that search and report need and that is not installed.
     """
+    options = WorkerOptions.of(workers)
     config = _configured(experiment, changes, device)
     folder = Path(out) if out is not None else Path("runs") / config.name
     if (folder / "config.yaml").exists() and not resume:
         raise RunError(f"{folder}: holds a run already. Go on with it: resume=True; or choose another folder: out=...")
-    require([("scipy", "intervals"), ("matplotlib", "plots")])
-    options = workers if isinstance(workers, WorkerOptions) else WorkerOptions(count=workers)
+    require_for_search(config, options)
     held: dict[str, Bench] = {}
 
     def bench(config: ExperimentConfig) -> Bench:
@@ -123,8 +123,8 @@ def run_label(name: str) -> str:
     return f"{name} (winner)" if name in names() else name
 
 
-def places_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: EvaluationProtocol) -> list[Scenario]:
-    """Return a place per task that is for the model; contexts are read once per sample and not kept."""
+def scenarios_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: EvaluationProtocol) -> list[Scenario]:
+    """Return a scenario per task that is for the model; contexts are read once per sample and not kept."""
     from evomem import tasks as registry
 
     evaluator = Evaluator(loaded, protocol, store=PrefillStore())
@@ -152,7 +152,7 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member], progress
     config, stage = run.config, run.config.plan()[-1]
     # Reports are in full precision, if the search was told another type; but a front was measured in its search's own
     # type, in which the bytes are others, and the field stands beside it. The checkpoint's type is the full one there.
-    places = []
+    scenarios = []
     for model in config.all_models:
         own = bool(front) or model.dtype in (None, "auto") or model.quantization is not None
         dtype = model.dtype if own else "float32"
@@ -161,13 +161,13 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member], progress
             evaluator: Any = bench.benches.get(model.name, bench).evaluator
             evaluator.store.close()
             loaded = evaluator.loaded if model.dtype == dtype else None
-        places += places_of(loaded or load_model(model, dtype), stage.tasks, config.protocol)
+        scenarios += scenarios_of(loaded or load_model(model, dtype), stage.tasks, config.protocol)
     require_inputs(run)  # again: the files have been read since
     budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
     comparison = compare(
         # At the front's smaller sizes the winner's scorer stands beside their own members.
         [NamedManager(f"{config.name} (winner)" if front else run_label(config.name), run.winner)],
-        places,
+        scenarios,
         samples=config.sealed.contexts,
         budgets=budgets,
         against=config.against or None,

@@ -134,15 +134,15 @@ def replay(run: Run) -> Iterator[tuple[Population, Array]]:
     for record in run.records():
         if record["kind"] == "unit" and record["phase"] == "train":
             evaluated.setdefault(record["generation"], set()).add(record["candidates"])
-    for record in generations:
+    for finished in generations:
         population = driver.ask()
         asked = set[str]().union(*(digests(population, size) for size in chunks.sizes))
-        if evaluated.get(record.generation, set()).isdisjoint(asked):
+        if evaluated.get(finished.generation, set()).isdisjoint(asked):
             raise RunError(
-                f"{run.folder}: generation {record.generation} cannot be reproduced: with these versions of the "
+                f"{run.folder}: generation {finished.generation} cannot be reproduced: with these versions of the "
                 f"libraries, driver {name!r} proposes other candidates than the run evaluated. Start "
                 "from its winner instead (space.start: {vector: RUN/winner/vector.npy})"
             )
-        fitness = np.array(record.fitness, dtype=np.float64)
+        fitness = np.array(finished.fitness, dtype=np.float64)
         driver.tell(population, Fitness(fitness))
         yield population, fitness

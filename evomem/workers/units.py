@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evomem.errors import ConfigError
 from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.evaluation.store import Readings
 from evomem.tasks.base import Sample
@@ -134,6 +136,9 @@ class Recipe:
     threads: int = 1
 
 
+_COUNT = "give a whole number, 0 for this process, or 'auto' for all cores"
+
+
 @dataclass(frozen=True)
 class WorkerOptions:
     """Where evaluations happen. Nothing here moves a result: it may change between a run and its resumption.
@@ -147,6 +152,10 @@ class WorkerOptions:
     timeout : seconds after which a worker that has not answered is taken for hanging; None: judged by the others.
     insecure : a cluster that asks for no token, where whoever reaches it can run code, is joined with a warning instead
         of refused.
+
+    Raises
+    ------
+    ConfigError : a number is out of range, or none.
     """
 
     count: int | None = 0
@@ -155,6 +164,34 @@ class WorkerOptions:
     gpus: float | None = None
     timeout: float | None = None
     insecure: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no pool can be made of."""
+        if self.count is not None and (type(self.count) is not int or self.count < 0):
+            raise ConfigError(f"workers: {self.count!r}: {_COUNT}")
+        for name, smallest in (("cpus", "more than 0"), ("gpus", "at least 0"), ("timeout", "more than 0")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not (value > 0 or (value == 0 and name == "gpus")) or math.isinf(value):
+                raise ConfigError(f"workers: {name} {value!r}: give a number, {smallest}")
+
+    @classmethod
+    def of(cls, workers: int | str | WorkerOptions | None) -> WorkerOptions:
+        """Return options by what a user writes: a number of processes, ``auto`` or None for all cores, or options.
+
+        Raises
+        ------
+        ConfigError : it is none of these.
+        """
+        if isinstance(workers, WorkerOptions):
+            return workers
+        if isinstance(workers, str):
+            if workers != "auto":
+                raise ConfigError(f"workers: {workers!r}: {_COUNT}")
+            return cls(count=None)
+        return cls(count=workers)
 
 
 def cores() -> int:

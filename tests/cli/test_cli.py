@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from typer.testing import CliRunner
 
 import evomem
 from evomem.cli.app import app
-from evomem.errors import ConfigError, EvomemError
+from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.plugins import FILES, is_plugin
+from evomem.report.tables import read_rows
+from evomem.runs import load_experiment, search
 from evomem.testing.models import tiny, tiny_tokenizer
 
 WORDS = ["the", "cat", "dog", "bird", "tree", "house", "red", "black", "white", "big", "small", "grass"]
@@ -115,9 +118,25 @@ def test_a_search_leaves_everything_in_its_folder(world):
     assert "evomem compare" in said
 
 
-def test_python_leaves_the_same_folder_as_the_command(world, tmp_path):
-    evomem.evolve(world / "small.yaml", out=tmp_path / "run", seed=3)
+@pytest.mark.parametrize("how", ["changes by dotted key", "after a search without a report"])
+def test_python_leaves_the_same_folder_as_the_command(world, tmp_path, monkeypatch, how):
     there, here = world / "run", tmp_path / "run"
+    if how == "changes by dotted key":
+        other = json.loads((world / "small.yaml").read_text())
+        other |= {"driver": {"name": "cmaes"}, "sealed": {"contexts": 2}}
+        (tmp_path / "other.yaml").write_text(json.dumps(other))
+        changes = {"driver.name": "random_search", "driver.population": 3, "sealed.contexts": 3, "seed": 3}
+        monkeypatch.setattr("evomem.runs.pools.cores", lambda: 1)  # room for one: this process
+        evomem.evolve(tmp_path / "other.yaml", out=here, workers="auto", **changes)
+    else:
+        search(load_experiment(world / "small.yaml", ["seed=3"]), here)
+        assert not (here / "comparison.json").exists()
+        with pytest.raises(RunError, match=r"holds a run already.*resume=True"):
+            evomem.evolve(world / "small.yaml", out=here, seed=3)
+        with pytest.raises(RunError, match="seed: 3 -> 4"):
+            evomem.evolve(world / "small.yaml", out=here, resume=True, seed=4)
+        found = evomem.evolve(world / "small.yaml", out=here, resume=True, seed=3)
+        assert found.winner_vector.tobytes() == evomem.open_run(there).winner_vector.tobytes()
     files = [{p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in (there, here)]
     assert files[0] == files[1]
     known, mine = (json.loads((f / "winner/plugin/provenance.json").read_text()) for f in (there, here))
@@ -155,6 +174,47 @@ def test_a_run_compares_like_its_plug_in_and_like_its_own_report(world, tmp_path
         assert "advantage" in outcome.stderr
     own = [{**row, "seconds": 0} for row in json.loads((world / "run" / "comparison.json").read_text())]
     assert rows[world / "run"] == rows[tmp_path / "plug"] == own
+
+
+def test_python_compares_like_the_command(world, tmp_path):
+    rows = [{**row, "seconds": 0} for row in json.loads((world / "run" / "comparison.json").read_text())]
+    run_there, loaded = evomem.open_run(world / "run"), evomem.load_model(str(world / "model"), dtype="float32")
+    renamed = replace(loaded, name=rows[0]["model"])
+    seen = []
+    for subject, out, models in ((world / "run", None, ()), (run_there, tmp_path / "rows.json", renamed)):
+        found = evomem.compare(
+            subject, against=["keydiff", "random"], samples=3, models=models, out=out,
+            progress=lambda *counts: seen.append(counts),
+        )  # fmt: skip
+        assert [{**row.to_json(), "seconds": 0} for row in found] == rows
+    assert read_rows(tmp_path / "rows.json") == found
+    assert (tmp_path / "rows.samples.jsonl").exists()
+    assert (0, 3) in seen or (1, 3) in seen
+    assert (3, 3) in seen
+    (one,) = evomem.compare(evomem.build("keydiff(budget=8)"), tasks=f"file:{world}/task.jsonl", models=loaded,
+                            against=[], samples=2, exact=False, check=False)  # fmt: skip
+    assert (one.manager, one.budget, one.samples) == ("keydiff", 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("subjects", "options", "message"),
+    [
+        ("keydif", {}, "'keydif'"),
+        ("keydiff", {}, "no budget of its own"),
+        ("keydiff", {"budgets": 8}, "say what to measure on"),
+        ("keydiff", {"budgets": True}, "budget"),
+        ("keydiff", {"budgets": 8, "against": "snapkw"}, "'snapkw'"),
+        ("keydiff", {"budgets": 8, "split": "test"}, "split 'test': is none of train, select, sealed"),
+        ("keydiff", {"budgets": 8, "samples": 0}, "samples: 0; at least 1"),
+        ("keydiff", {"budgets": 8, "tasks": "needles"}, "'needles'"),
+        ("keydiff", {"budgets": 8, "out": "-"}, "out: - is no file"),
+        ("keydiff", {"budgets": 8, "tasks": "passkey:length=200", "protocol": "stream"}, "streaming:512"),
+    ],
+)
+def test_python_refuses_what_the_command_refuses(subjects, options, message, monkeypatch):
+    monkeypatch.setattr("evomem.models.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=message):
+        evomem.compare(subjects, **options)
 
 
 def test_compare_writes_rows_and_samples(world, tmp_path):
@@ -204,8 +264,7 @@ def test_errors_name_what_was_wrong_and_end_with_2(world, tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(world, tmp_path, monkeypatch):
-    from evomem.cli.commands import compare
-    from evomem.report import evolving
+    from evomem.report import comparing, evolving
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -215,7 +274,7 @@ def test_an_interrupt_says_how_to_go_on(world, tmp_path, monkeypatch):
     assert f"resume with: evomem evolve {world}/small.yaml -s 'name=two words' --out {tmp_path}/r --resume" in said
     said = run("train", world / "small.yaml", "--out", tmp_path / "r", code=130).stderr
     assert f"resume with: evomem train {world}/small.yaml --out {tmp_path}/r --resume" in said
-    monkeypatch.setattr(compare, "compare_managers", interrupt)
+    monkeypatch.setattr(comparing, "compare_managers", interrupt)
     words = ["compare", world / "run", "-n", 2]
     assert "resume" not in run(*words, code=130).stderr
     assert "resume" in run(*words, "--json", tmp_path / "rows.json", code=130).stderr
@@ -266,7 +325,8 @@ def test_train_is_evolve(world, tmp_path):
 
 
 def test_what_is_written_on_the_command_line_is_read_as_it_is_meant():
-    from evomem.cli.commands.compare import parse_budgets, parse_protocol, split_specs
+    from evomem.cli.commands.compare import parse_budgets, split_specs
+    from evomem.report.comparing import parse_protocol
 
     assert split_specs("adakv(snapkv, safeguard=0.3),h2o, x(a=[1,2])") == [
         "adakv(snapkv, safeguard=0.3)",
@@ -285,11 +345,11 @@ def test_what_is_written_on_the_command_line_is_read_as_it_is_meant():
 
 
 def test_lists_name_everything_that_is_registered(world):
-    from evomem.cli.commands.listing import _SECTIONS
+    from evomem.cli.options import Listing
     from evomem.managers import names
 
     found = json.loads(run("list", "--json").stdout)
-    assert list(found) == list(_SECTIONS)
+    assert list(found) == list(Listing)
     assert list(found["managers"]) == names()
     assert all(found["managers"].values())
     assert {"cmaes", "random_search"} <= set(found["drivers"])

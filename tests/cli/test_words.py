@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from evomem import plugins
 from evomem.cli.app import app
 from evomem.cli.commands import progress
-from evomem.cli.commands.listing import experiments
+from evomem.cli.commands.listing import entries
+from evomem.cli.options import Listing
 from evomem.errors import ConfigError
 from evomem.evaluation.rows import Row
 from evomem.managers import build
@@ -101,11 +102,11 @@ def test_one_sample_has_no_interval_and_none_is_spoken_of():
 
 
 def test_commands_in_the_comment_of_an_experiment_stand_on_lines_of_their_own():
-    lines = experiments()["needle_smollm2"].splitlines()
+    lines = entries(Listing.experiments)["needle_smollm2"].splitlines()
     assert lines[0].startswith("The full experiment")
     assert "  evomem evolve needle_smollm2 -s seed=1 --out runs/needle-1" in lines
     listed = json.loads(CliRunner().invoke(app, ["list", "experiments", "--json"]).output)
-    assert listed == experiments()
+    assert listed == entries(Listing.experiments)
 
 
 def test_a_log_file_is_told_how_far_it_is(monkeypatch, capsys):

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from evomem import plugins
 from evomem.cli.app import app
-from evomem.cli.commands.compare import parse_budgets, parse_protocol, split_specs
+from evomem.cli.commands.compare import parse_budgets, split_specs
 from evomem.cli.commands.evolve import count_of
 from evomem.cli.commands.import_namm import read_namm
 from evomem.drivers import build as build_driver
@@ -37,6 +37,7 @@ from evomem.managers import build, managers
 from evomem.managers.features import base_columns
 from evomem.models import load
 from evomem.models.exact import weight_shapes
+from evomem.report.comparing import parse_protocol
 from evomem.runs.experiment_file import load_experiment, parse_experiment
 from evomem.search_space.space import SearchSpace, load_space
 from evomem.tasks import build as build_task
@@ -256,7 +257,7 @@ def test_plug_ins(plug, data):
     (plug / name).write_bytes(content)
     try:
         with said:
-            from evomem.cli.commands.compare import resolve
+            from evomem.report.subjects import resolve
 
             resolve(str(plug))
     finally:

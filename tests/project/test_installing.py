@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from evomem import installing
 from evomem.cli.app import app
-from evomem.cli.commands.packages import require_for
 from evomem.drivers import drivers
 from evomem.errors import MissingPackagesError
 from evomem.installing import DISTRIBUTION, EXTRAS, pip_install, require
+from evomem.report.packages import require_for
 from evomem.tasks import tasks
 
 ROOT = Path(__file__).resolve().parents[2]

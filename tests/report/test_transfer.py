@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from evomem import plugins
-from evomem.cli.commands import compare as words
 from evomem.cli.commands import transfer as command
+from evomem.cli.commands.compare import parse_budgets
 from evomem.errors import ConfigError, TaskError
 from evomem.evaluation import Evaluator
 from evomem.managers import build
 from evomem.models import load
 from evomem.report import evolving
+from evomem.report.comparing import Conditions
 from evomem.report.tables import read_rows
 from evomem.report.transfer import TransferRow, cells, summary, transfer_markdown
 from evomem.statistics import paired_bootstrap
@@ -26,14 +27,13 @@ from tests.workers.test_several_models import folders  # noqa: F401
 BUDGETS, SAMPLES = (6, 0.5), 6
 
 
-def wishes(folders, *families, **changes):  # noqa: F811
+def conditions(folders, *families, budgets="6,0.5", **changes):  # noqa: F811
     given = {
         "models": [",".join(str(folders / family) for family in families)],
         "tasks": [f"file:{folders / 'questions.jsonl'}"],
-        "budgets": "6,0.5", "protocol": None, "mode": None, "split": "sealed", "samples": SAMPLES, "exact": False,
-        "dtype": "float32",
+        "budgets": parse_budgets(budgets), "samples": SAMPLES, "exact": False, "dtype": "float32",
     }  # fmt: skip
-    return words.Wishes(**{**given, **changes})
+    return Conditions(**{**given, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def travellers(tmp_path_factory):
     return [str(root / "scorer"), str(root / "bam")]
 
 
-def moved(travellers, wished, output, *, recalibrate=False, against="keydiff,knorm,random", check=False):
+def moved(travellers, measured_on, output, *, recalibrate=False, against="keydiff,knorm,random", check=False):
     command.transfer(
-        travellers, against, wished, None if output is None else str(output), recalibrate=recalibrate, check=check
+        travellers, against, measured_on, None if output is None else str(output), recalibrate=recalibrate, check=check
     )
     return None if output is None else read_rows(output, TransferRow)
 
@@ -64,7 +64,7 @@ def moved(travellers, wished, output, *, recalibrate=False, against="keydiff,kno
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory, travellers, folders):  # noqa: F811
     path = tmp_path_factory.mktemp("matrix") / "transfer.json"
-    return path, moved(travellers, wishes(folders, "llama", "gpt_neox"), path, recalibrate=True)
+    return path, moved(travellers, conditions(folders, "llama", "gpt_neox"), path, recalibrate=True)
 
 
 def test_every_cell_is_what_the_plain_way_measures(matrix, travellers, folders):  # noqa: F811
@@ -128,7 +128,7 @@ def test_statistics_are_collected_anew_on_each_model(travellers, folders):  # no
     for family in ("llama", "gpt_neox"):
         loaded = load(str(folders / family))
         tasks = [command.TaskConfig(spec=f"file:{folders / 'questions.jsonl'}")]
-        place = evolving.places_of(loaded, tasks, command.EvaluationProtocol())[0]
+        place = evolving.scenarios_of(loaded, tasks, command.EvaluationProtocol())[0]
         made.append(command._recalibrated(bam, place))
         assert command._recalibrated(plugins.load(travellers[0]), place) is None
     assert not torch.equal(made[0].spectrum_mean, made[1].spectrum_mean)
@@ -137,7 +137,7 @@ def test_statistics_are_collected_anew_on_each_model(travellers, folders):  # no
 
 
 def test_a_killed_matrix_goes_on(tmp_path, travellers, folders, monkeypatch):  # noqa: F811
-    path, wished = tmp_path / "transfer.json", wishes(folders, "llama", "gpt_neox")
+    path, measured_on = tmp_path / "transfer.json", conditions(folders, "llama", "gpt_neox")
     plain, calls = Evaluator.evaluate, []
 
     def dying(self, managers, sample, *arguments, **options):
@@ -149,31 +149,33 @@ def test_a_killed_matrix_goes_on(tmp_path, travellers, folders, monkeypatch):  #
     monkeypatch.setattr(Evaluator, "evaluate", dying)
     limit = 15
     with pytest.raises(KeyboardInterrupt):
-        moved(travellers[:1], wished, path, against="random")
+        moved(travellers[:1], measured_on, path, against="random")
     assert not path.exists()
     before, limit = set(calls[:-1]), -1
     calls.clear()
-    rows = moved(travellers[:1], wished, path, against="random")
+    rows = moved(travellers[:1], measured_on, path, against="random")
     assert len(before & set(calls)) <= 1  # only the sample that was being measured
-    other = moved(travellers[:1], wished, tmp_path / "whole.json", against="random")
+    other = moved(travellers[:1], measured_on, tmp_path / "whole.json", against="random")
     assert [row.loglik for row in rows] == [row.loglik for row in other]
 
 
 def test_a_task_may_be_for_one_model_and_what_cannot_be_done_is_said(tmp_path, travellers, folders):  # noqa: F811
     task = f"file:{folders / 'questions.jsonl'}"
     llama, neox = str(folders / "llama"), str(folders / "gpt_neox")
-    rows = moved(travellers[:1], wishes(folders, "llama", "gpt_neox", tasks=[f"{llama}={task}"]), tmp_path / "one.json")
+    rows = moved(
+        travellers[:1], conditions(folders, "llama", "gpt_neox", tasks=[f"{llama}={task}"]), tmp_path / "one.json"
+    )
     assert {row.model for row in rows} == {llama}
     # Random models cannot do anything: with the check, nothing remains.
     with pytest.raises(TaskError, match=r"nothing was measured.*questions"):
-        moved(travellers[:1], wishes(folders, "llama"), tmp_path / "none.json", check=True)
+        moved(travellers[:1], conditions(folders, "llama"), tmp_path / "none.json", check=True)
     for changes, message in (
         ({"models": []}, "--models: say which"),
         ({"tasks": [f"other={task}"]}, "'other' is not among"),
         ({"budgets": "many"}, "'many' is no number"),
     ):
         with pytest.raises(ConfigError, match=message):
-            moved(travellers[:1], wishes(folders, "llama", **changes), None)
+            moved(travellers[:1], conditions(folders, "llama", **changes), None)
     with pytest.raises(ConfigError, match="--tasks: say what"):
-        moved(travellers[:1], wishes(folders, "llama", tasks=[]), None)
+        moved(travellers[:1], conditions(folders, "llama", tasks=[]), None)
     assert neox not in (tmp_path / "one.md").read_text()

@@ -23,7 +23,7 @@ from evomem.report.tables import read_rows
 from evomem.report.transfer import Cell, TransferRow, cells
 from evomem.report.transfer_record import merged, open_record, record_row, write_record
 from evomem.workers import WorkerOptions
-from tests.report.test_transfer import travellers, wishes  # noqa: F401
+from tests.report.test_transfer import conditions, travellers  # noqa: F401
 from tests.workers.test_several_models import experiment, folders  # noqa: F401
 
 TOLD = {"experiment": "mine", "models": [{"name": "home"}], "seed": 3, "fitness_curve": [{"generation": 0, "best": 1}]}
@@ -69,9 +69,9 @@ def everything(root):
 def test_rows_are_those_of_the_matrix_and_everything_else_stays(tmp_path, folders, travellers, capsys):  # noqa: F811
     """The whole command: a plug-in, a NAMM with statistics collected anew, a heuristic."""
     before = [plugins.read(folder) for folder in travellers]
-    path, wished = tmp_path / "transfer.json", wishes(folders, "llama", "gpt_neox")
+    path, measured_on = tmp_path / "transfer.json", conditions(folders, "llama", "gpt_neox")
     command.transfer(
-        [*travellers, "snapkv"], "keydiff,random", wished, str(path), recalibrate=True, check=False, record=True
+        [*travellers, "snapkv"], "keydiff,random", measured_on, str(path), recalibrate=True, check=False, record=True
     )
     found = {(c.row.subject, c.row.model, c.row.budget): c for c in cells(read_rows(path, TransferRow))}
     assert "snapkv is no folder and is left alone" in capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(plug, tmp_pa
     def refused(message, kind=PluginError, source=plug):
         with pytest.raises(kind, match=message):
             command.transfer(
-                [str(source)], "none", wishes(folders, "llama"), None, recalibrate=False, check=False, record=True
+                [str(source)], "none", conditions(folders, "llama"), None, recalibrate=False, check=False, record=True
             )
 
     refused("none of the subjects is a run or a plug-in folder", ConfigError, "keydiff")
@@ -265,7 +265,7 @@ def test_a_link_and_a_run_lead_to_the_plug_in(plug, tmp_path, folders):  # noqa:
     (tmp_path / "several.yaml").write_text(json.dumps(experiment(folders).resolved()))
     evolve(str(tmp_path / "several.yaml"), [], run, resume=False, workers=WorkerOptions(), again="")
     known = plugins.read(run / "winner" / "plugin")
-    moved_rows = wishes(folders, "llama", budgets="8", samples=2)
+    moved_rows = conditions(folders, "llama", budgets="8", samples=2)
     command.transfer([str(run)], "keydiff", moved_rows, None, recalibrate=False, check=False, record=True)
     found = plugins.read(run / "winner" / "plugin")
     assert [row["model"] for row in found.provenance["transfer"]] == [str(folders / "llama")]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from evomem.cli.commands.outputs import claim
 from evomem.cli.commands.track import track
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.traces.recording import _locked
 from evomem.files.atomic import is_temporary, sweep, write_atomically
+from evomem.report.outputs import claim
 from evomem.runs import search
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 

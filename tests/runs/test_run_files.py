@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from evomem.cli.app import app
-from evomem.cli.commands.compare import resolve
 from evomem.cli.commands.evolve import export
 from evomem.errors import EvomemError, RunError
 from evomem.files import atomic as files
 from evomem.files.checksummed_lines import checksummed
 from evomem.plugins.card import render_card
 from evomem.report.plots import fitness_plot
+from evomem.report.subjects import resolve
 from evomem.report.tables import read_rows
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs import open_run, search

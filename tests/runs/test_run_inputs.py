@@ -11,14 +11,15 @@ import pytest
 import yaml
 
 from evomem import tasks
-from evomem.cli.commands.compare import Wishes, make_places, own_tasks, resolve
 from evomem.cli.commands.evolve import export
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.measurement import Evaluation
 from evomem.evaluation.results import SampleFile
 from evomem.models.identity import tokenizer_digest
+from evomem.report.comparing import Conditions, make_scenarios
+from evomem.report.subjects import resolve, searched_tasks
 from evomem.runs import Bench, inputs, open_run, search
-from evomem.runs.config import load_experiment
+from evomem.runs.experiment_file import load_experiment
 from evomem.runs.folder import RunFolder
 from evomem.runs.inputs import changed_tasks, inputs_of
 from evomem.testing.models import tiny_tokenizer
@@ -184,12 +185,12 @@ def test_a_finished_run_notices_when_it_is_used_again(tmp_path, questions, capsy
     search(of_file(questions), tmp_path / "run", factory(ToyEvaluator()))
     open_run(tmp_path / "run")
     subject = resolve(str(tmp_path / "run"))
-    assert [task.spec for task in own_tasks([subject])] == [f"file:{questions}", "toy:b"]
+    assert [task.spec for task in searched_tasks([subject])] == [f"file:{questions}", "toy:b"]
     questions.write_text("{}\n")
-    wishes = Wishes([], [], None, None, None, "sealed", None, False, "float32")
+    conditions = Conditions(exact=False, dtype="float32")
     for source in (tmp_path / "run", tmp_path / "run" / "winner" / "plugin"):
         with pytest.raises(RunError, match=r"questions\.jsonl.*\n.*--task"):
-            make_places(wishes, [resolve(str(source))])
+            make_scenarios(conditions, [resolve(str(source))])
     search(of_file(questions), tmp_path / "run", factory(ToyEvaluator()), resume=True)  # its result is what it was
     capsys.readouterr()
     export(str(tmp_path / "run"), tmp_path / "mine")

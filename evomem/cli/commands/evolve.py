@@ -13,11 +13,11 @@ from evomem import plugins
 from evomem.cli.commands.compare import show
 from evomem.cli.commands.front import front_notes, front_table, member_plugin
 from evomem.cli.commands.overwriting import check_free
-from evomem.cli.commands.packages import require_for
 from evomem.cli.commands.progress import ProgressBar
 from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.files.reading import is_there, user_path, whole_number
 from evomem.report import evolving
+from evomem.report.packages import require_for_search
 from evomem.report.tables import read_rows
 from evomem.runs import Run, RunResult, load_experiment, open_run
 from evomem.runs.front import Member, read_front
@@ -52,15 +52,7 @@ def evolve(
     folder = out if out is not None else Path("runs") / config.name
     if (folder / "config.yaml").exists() and not resume:
         raise RunError(f"{folder}: holds a run already. Go on with it: {again}\nor choose another folder with --out")
-    plan = config.plan()
-    require_for(
-        [model.name for model in config.all_models],
-        [task.spec for stage in plan for task in stage.tasks],
-        drivers=dict.fromkeys(stage.driver.name for stage in plan),
-        plots=True,
-        workers=workers.count != 0 or workers.address is not None,
-        trackers=track,
-    )
+    require_for_search(config, workers, track)
     trackers = build_trackers(track, folder)
     console = wide_console()
     finished = (folder / "result.json").exists()

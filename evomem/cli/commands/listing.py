@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from evomem.cli.options import Listing
 from evomem.errors import ConfigError
 from evomem.files.resources import list_resources, resource_path
 from evomem.registry import Registry
@@ -18,98 +18,76 @@ from evomem.terminal import wide_console
 Entries = dict[str, str]
 
 
-def managers() -> Entries:
-    """Managers by name."""
-    from evomem.managers import managers as registry
+def entries(section: Listing) -> Entries:
+    """Return what a section lists: names, and what they are."""
+    match section:
+        case Listing.managers:
+            from evomem.managers import managers
 
-    return _registered(registry)
+            return _registered(managers)
+        case Listing.allocations:
+            return _allocations()
+        case Listing.tasks:
+            from evomem.tasks import tasks
+
+            return _registered(tasks)
+        case Listing.drivers:
+            from evomem.drivers import drivers
+
+            return _registered(drivers)
+        case Listing.objectives:
+            from evomem.evaluation.objectives import objectives
+
+            return _registered(objectives)
+        case Listing.spaces:
+            return _files("search_spaces")
+        case Listing.experiments:
+            return _files("experiments")
+        case Listing.observations:
+            return _observations()
 
 
-def allocations() -> Entries:
-    """Allocations by name, with their options: how layers and heads share a manager's budget."""
-    from evomem.managers.allocation import allocations as registry
+def _allocations() -> Entries:
+    """Return allocations by name, with their options: how layers and heads share a manager's budget."""
+    from evomem.managers.allocation import allocations
 
-    found = _registered(registry)
-    for name in found:
+    listed = _registered(allocations)
+    for name in listed:
         try:
-            fields = registry.get(name).Options.model_fields
+            fields = allocations.get(name).Options.model_fields
         except ConfigError:
             continue
         if fields:
-            found[name] += " Options: " + "; ".join(f"{key}: {field.description}" for key, field in fields.items())
-    return found
+            listed[name] += " Options: " + "; ".join(f"{key}: {field.description}" for key, field in fields.items())
+    return listed
 
 
-def tasks() -> Entries:
-    """Tasks by name."""
-    from evomem.tasks import tasks as registry
+def _observations() -> Entries:
+    """Return what a cache records, and the features of slots that `feature_scorer` makes of it."""
+    from evomem.managers.features import FEATURES
+    from evomem.memory.observations import known_specs, observations
 
-    return _registered(registry)
-
-
-def drivers() -> Entries:
-    """Drivers by name."""
-    from evomem.drivers import drivers as registry
-
-    return _registered(registry)
-
-
-def objectives() -> Entries:
-    """Objectives by name."""
-    from evomem.evaluation.objectives import objectives as registry
-
-    return _registered(registry)
-
-
-def observations() -> Entries:
-    """What a cache records, and the features of slots that `feature_scorer` makes of it."""
-    from evomem.managers.features import FEATURES as features
-    from evomem.memory.observations import known_specs
-    from evomem.memory.observations import observations as registry
-
-    summaries = _registered(registry)
-    found = {spec: f"recorded by the cache: {summaries[spec.partition(':')[0]]}" for spec in known_specs()}
-    for name, feature in features.items():
+    summaries = _registered(observations)
+    listed = {spec: f"recorded by the cache: {summaries[spec.partition(':')[0]]}" for spec in known_specs()}
+    for name, feature in FEATURES.items():
         needs = feature.needs.format("W")
-        found[name] = "feature of a slot" + (f", from {needs}" if needs else "")
-    return found
+        listed[name] = "feature of a slot" + (f", from {needs}" if needs else "")
+    return listed
 
 
-def spaces() -> Entries:
-    """Search spaces that come with evomem."""
-    return {name: _comment("search_spaces", name) for name in list_resources("search_spaces")}
-
-
-def experiments() -> Entries:
-    """Experiments that come with evomem."""
-    return {name: _comment("experiments", name) for name in list_resources("experiments")}
-
-
-_SECTIONS: dict[str, Callable[[], Entries]] = {
-    "managers": managers,
-    "allocations": allocations,
-    "tasks": tasks,
-    "drivers": drivers,
-    "objectives": objectives,
-    "spaces": spaces,
-    "experiments": experiments,
-    "observations": observations,
-}
-
-
-def show(what: str | None, *, as_json: bool = False) -> None:
+def show(what: Listing | None, *, as_json: bool = False) -> None:
     """Print one section, or all."""
-    found = {name: section() for name, section in _SECTIONS.items() if what in (None, name)}
+    listed = {section.value: entries(section) for section in Listing if what in (None, section)}
     if as_json:
-        print(json.dumps(found if what is None else found[what], indent=1, ensure_ascii=False))
+        print(json.dumps(listed if what is None else listed[what], indent=1, ensure_ascii=False))
         return
     console = wide_console()
-    for name, entries in found.items():
-        table = Table(title=name, title_justify="left", title_style="bold", box=None, show_header=False)
+    for title, lines in listed.items():
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
         table.add_column(no_wrap=True, style="green")
         table.add_column()
-        for key, text in entries.items():
-            table.add_row(Text(key), Text(text))
+        for name, text in lines.items():
+            table.add_row(Text(name), Text(text))
         console.print(table)
 
 
@@ -117,15 +95,15 @@ def show_models(*, as_json: bool = False) -> None:
     """Print the models that have an alias."""
     from evomem.models import available, cache_root
 
-    found = available()
+    models = available()
     if as_json:
-        plain: list[dict[str, Any]] = [{**asdict(model), "where": model.where and str(model.where)} for model in found]
+        plain: list[dict[str, Any]] = [{**asdict(model), "where": model.where and str(model.where)} for model in models]
         print(json.dumps(plain, indent=1))
         return
     table = Table(title="models", title_justify="left", title_style="bold", box=None, header_style="dim")
     for heading in ("name", "state", "MB", "what", "where"):
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
-    for model in found:
+    for model in models:
         where = str(model.where) if model.where is not None else f"get it with: {model.install}"
         size = f"{model.bytes / 1e6:,.0f}" if model.bytes else ""
         table.add_row(*map(Text, (model.name, model.state, size, model.about, where)))
@@ -136,14 +114,19 @@ def show_models(*, as_json: bool = False) -> None:
 
 def _registered(registry: Registry[Any]) -> Entries:
     """Return what is registered; what another package offers and breaks is listed with the reason."""
-    found = {}
+    listed = {}
     for name in registry.names():
         try:
             lines = (registry.get(name).__doc__ or "").strip().splitlines()
-            found[name] = lines[0] if lines else ""
+            listed[name] = lines[0] if lines else ""
         except ConfigError as error:
-            found[name] = f"cannot be used: {error}"
-    return found
+            listed[name] = f"cannot be used: {error}"
+    return listed
+
+
+def _files(kind: str) -> Entries:
+    """Return the YAML files of a kind that come with evomem, with the comments that they begin with."""
+    return {name: _comment(kind, name) for name in list_resources(kind)}
 
 
 def _comment(kind: str, name: str) -> str:

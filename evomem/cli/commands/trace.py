@@ -7,12 +7,11 @@ from pathlib import Path
 
 from rich.text import Text
 
-from evomem.cli.commands.compare import load
-from evomem.cli.commands.packages import require_for
 from evomem.cli.commands.progress import ProgressBar
 from evomem.evaluation.traces.recording import parse_bytes, readable, record
 from evomem.evaluation.traces.store import DEFAULT_FEATURES
 from evomem.files.reading import user_path
+from evomem.report.packages import require_for
 from evomem.tasks.base import Split
 from evomem.terminal import plain_console, wide_console
 
@@ -33,12 +32,12 @@ def trace(
     plan_check: bool = True,
 ) -> None:
     """Record traces, and say what they take."""
-    from evomem import tasks
+    from evomem import models, tasks
 
     most = None if limit is None else parse_bytes(limit)
     names = tuple(name.strip() for name in features.split(",") if name.strip()) if features else DEFAULT_FEATURES
     require_for([model], [task], intervals=False)
-    loaded = load(model, dtype, device)
+    loaded = models.load(model, dtype=dtype, device=device)
     built = tasks.build(task, loaded.tokenizer)
     begin = time.perf_counter()
     messages = plain_console(stderr=True, soft_wrap=True, highlight=False)

@@ -10,20 +10,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from evomem.cli.commands.compare import (
-    Subject,
-    Wishes,
-    check_tasks,
-    load,
-    own_tasks,
-    parse_budgets,
-    parse_protocol,
-    require_room,
-    resolve_all,
-    split_specs,
-)
-from evomem.cli.commands.outputs import claim
-from evomem.cli.commands.packages import require_for
+from evomem.cli.commands.compare import say_yellow, split_specs
 from evomem.cli.commands.progress import ProgressBar
 from evomem.errors import ConfigError, PluginError, TaskError
 from evomem.evaluation.compare import Comparison, NamedManager, Scenario, field_of
@@ -34,7 +21,11 @@ from evomem.files.atomic import write_atomically
 from evomem.files.reading import is_folder, user_path
 from evomem.managers import build
 from evomem.managers.base import MemoryManager
-from evomem.report.evolving import places_of
+from evomem.report.comparing import Conditions, check_tasks, load, parse_protocol, require_room
+from evomem.report.evolving import scenarios_of
+from evomem.report.outputs import claim
+from evomem.report.packages import require_for
+from evomem.report.subjects import Subject, resolve_all, searched_tasks
 from evomem.report.tables import partial_file, rows_json, write_rows
 from evomem.report.transfer import (
     Cell,
@@ -49,7 +40,7 @@ from evomem.report.transfer import (
 from evomem.report.transfer_record import Record, open_record, write_record
 from evomem.runs import open_run
 from evomem.runs.bench import calibrate_manager, check_chance
-from evomem.runs.config import TaskConfig
+from evomem.runs.experiment_parts import TaskConfig
 from evomem.tasks.base import Sample, Split, at_hand
 from evomem.terminal import wide_console
 
@@ -64,14 +55,14 @@ class _Plan:
     subjects: Sequence[Subject]
     budgets: Sequence[Budget]
     field: Sequence[str] | None
-    wishes: Wishes
+    conditions: Conditions
     recalibrate: bool
 
 
 def transfer(
     sources: Sequence[str],
     against: str | None,
-    wishes: Wishes,
+    conditions: Conditions,
     output: str | None,
     *,
     recalibrate: bool,
@@ -82,7 +73,7 @@ def transfer(
 
     Parameters
     ----------
-    wishes : ``models`` are the test models; ``tasks`` may be ``MODEL=TASK``, for one of them.
+    conditions : ``models`` are the test models; ``tasks`` may be ``MODEL=TASK``, for one of them.
     output : JSON file; the table and the picture lie beside it, with the endings ``.md`` and ``.png``.
     recalibrate : measure managers with statistics also with these collected anew on the test model.
     check : leave out (and say so) tasks at which a model's full cache is no better than no context.
@@ -96,35 +87,35 @@ def transfer(
     """
     output = claim("--json", output, lambda path: [path.with_suffix(ending) for ending in (".md", ".png")])
     subjects = resolve_all(sources)
-    names = [name for given in wishes.models for name in given.split(",") if name]
+    names = [name for m in conditions.models if isinstance(m, str) for name in m.split(",") if name]
     if not names:
         raise ConfigError("--models: say which models to move to, e.g. --models zoo-gpt2,smollm2-135m (evomem models)")
-    tasks = _tasks(wishes.tasks, names) or _tasks_of(subjects)
+    tasks = _tasks(conditions.tasks, names) or _tasks_of(subjects)
     check_tasks([task.spec for task in tasks])
-    budgets = parse_budgets(wishes.budgets) or next((list(s.budgets) for s in subjects if s.budgets), [])
+    budgets = conditions.budgets or next((s.budgets for s in subjects if s.budgets), ())
     if not budgets:
         raise ConfigError(
             "--budgets: give slots per head or shares of the tokens read, for example --budgets 0.125,0.25"
         )
     require_for(names, [task.spec for task in tasks], plots=output is not None or record)
     records = _records(subjects) if record else {}
-    plan = _Plan(subjects, budgets, split_specs(against), wishes, recalibrate)
+    plan = _Plan(subjects, budgets, split_specs(against), conditions, recalibrate)
     protocol = next((s.protocol for s in subjects if s.protocol), EvaluationProtocol())
-    protocol = parse_protocol(wishes.protocol, wishes.mode, protocol)
+    protocol = parse_protocol(conditions.protocol, conditions.mode, protocol)
     rows: list[TransferRow] = []
     skipped: list[str] = []
     partials: list[Path] = []
     console = wide_console(stderr=True)
     for name in dict.fromkeys(names):
-        loaded = load(name, wishes.dtype, wishes.device)
-        for place in places_of(loaded, tasks, protocol):
+        loaded = load(name, conditions)
+        for scenario in scenarios_of(loaded, tasks, protocol):
             keep = None if output in (None, "-") else partial_file(f"{output}.{len(partials)}")
             if keep is not None:
                 partials.append(keep)
             try:
-                rows += _measured(plan, place, keep, check=check)
+                rows += _measured(plan, scenario, keep, check=check)
             except TaskError as error:
-                skipped.append(f"{place.task} on {place.model}: {error}")
+                skipped.append(f"{scenario.task} on {scenario.model}: {error}")
                 console.print(Text(f"left out: {skipped[-1]}", style="yellow"))
     if not rows:
         raise TaskError("nothing was measured: " + "; ".join(skipped or ["no task is for any of the models"]))
@@ -134,41 +125,42 @@ def transfer(
         path.unlink(missing_ok=True)
 
 
-def _measured(plan: _Plan, place: Scenario, keep: Path | None, *, check: bool) -> list[TransferRow]:
-    """Return the rows of all subjects on one place."""
-    split, count = Split(plan.wishes.split), plan.wishes.samples or _SAMPLES
-    require_room(plan.wishes, [place], count, len(plan.subjects) + len(field_of(plan.field)) + 1, plan.budgets)
+def _measured(plan: _Plan, scenario: Scenario, keep: Path | None, *, check: bool) -> list[TransferRow]:
+    """Return the rows of all subjects on one scenario."""
+    split, count = plan.conditions.split, plan.conditions.samples or _SAMPLES
+    managers_at_once = len(plan.subjects) + len(field_of(plan.field)) + 1
+    require_room(plan.conditions, [scenario], count, managers_at_once, plan.budgets, say_yellow)
     if check and count > 1:
-        samples = _samples(place, split, min(_CHECKED, count))
+        samples = _samples(scenario, split, min(_CHECKED, count))
         if len(samples) > 1:
-            check_chance(place.evaluator, place.task, place.subject_task, samples).require()
+            check_chance(scenario.evaluator, scenario.task, scenario.subject_task, samples).require()
     managers = {subject.name: subject.manager for subject in plan.subjects}
     trained = {subject.name: " + ".join(subject.models) for subject in plan.subjects}
     if plan.recalibrate:
         for subject in plan.subjects:
-            other = _recalibrated(subject.manager, place)
+            other = _recalibrated(subject.manager, scenario)
             if other is not None:
                 managers[_anew(subject.name)] = other
                 trained[_anew(subject.name)] = trained[subject.name]
-    with ProgressBar(f"{place.task} on {place.model}") as bar:
+    with ProgressBar(f"{scenario.task} on {scenario.model}") as bar:
         comparison = compare_managers(
             [NamedManager(name, manager) for name, manager in managers.items()],
-            [place],
+            [scenario],
             samples=count,
             budgets=plan.budgets,
             against=plan.field,
             split=split,
-            exact=plan.wishes.exact,
+            exact=plan.conditions.exact,
             keep=keep,
             progress=bar.report,
         )
-    samples = _samples(place, split, min(_TIMED, count))
-    return transfer_rows(comparison, trained, _speeds(comparison, managers, place, samples))
+    samples = _samples(scenario, split, min(_TIMED, count))
+    return transfer_rows(comparison, trained, _speeds(comparison, managers, scenario, samples))
 
 
-def _samples(place: Scenario, split: Split, count: int) -> list[Sample]:
+def _samples(scenario: Scenario, split: Split, count: int) -> list[Sample]:
     """Return the first samples of a split, or all where there are fewer."""
-    return place.subject_task.samples(split, at_hand(place.subject_task, split, count), 0)
+    return scenario.subject_task.samples(split, at_hand(scenario.subject_task, split, count), 0)
 
 
 def _anew(name: str) -> str:
@@ -176,18 +168,18 @@ def _anew(name: str) -> str:
     return f"{name} (recalibrated)"
 
 
-def _recalibrated(manager: MemoryManager, place: Scenario) -> MemoryManager | None:
-    """Return a copy whose statistics were collected on the place's training samples; None if it has none."""
+def _recalibrated(manager: MemoryManager, scenario: Scenario) -> MemoryManager | None:
+    """Return a copy whose statistics were collected on the scenario's training samples; None if it has none."""
     if not manager.calibrates:
         return None
     other = manager.with_options()
-    calibrate_manager(other, [(place.evaluator, _samples(place, Split.TRAIN, _CALIBRATED))])
-    place.evaluator.store.close()
+    calibrate_manager(other, [(scenario.evaluator, _samples(scenario, Split.TRAIN, _CALIBRATED))])
+    scenario.evaluator.store.close()
     return other
 
 
 def _speeds(
-    comparison: Comparison, managers: dict[str, MemoryManager], place: Scenario, samples: Sequence[Sample]
+    comparison: Comparison, managers: dict[str, MemoryManager], scenario: Scenario, samples: Sequence[Sample]
 ) -> dict[tuple[str, Budget], float]:
     """Tokens per second of subjects and full cache, each sequence by itself; all take turns on every sample."""
     timed: dict[tuple[str, Budget], MemoryManager] = {}
@@ -200,10 +192,10 @@ def _speeds(
             timed[row.manager, row.budget] = manager if own else manager.with_options(budget=row.budget)
     found: dict[tuple[str, Budget], list[float]] = {key: [] for key in timed}
     for sample in samples:
-        tokens = place.evaluator.tokens(sample)
+        tokens = scenario.evaluator.tokens(sample)
         length = tokens.read.shape[1] + tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
         for key, manager in timed.items():
-            evaluation = place.evaluator.evaluate_plainly(manager, sample, place.subject_task)
+            evaluation = scenario.evaluator.evaluate_plainly(manager, sample, scenario.subject_task)
             found[key].append(length / evaluation.seconds)
     return {key: statistics.median(values) for key, values in found.items()}
 
@@ -224,7 +216,7 @@ def _tasks(specs: Sequence[str], models: Sequence[str]) -> list[TaskConfig]:
 
 def _tasks_of(subjects: Sequence[Subject]) -> list[TaskConfig]:
     """Return the tasks that the subjects were found on, for all models."""
-    tasks = [task.for_all_models() for subject in subjects for task in own_tasks([subject])]
+    tasks = [task.for_all_models() for subject in subjects for task in searched_tasks([subject])]
     if not tasks:
         raise ConfigError("--tasks: say what to measure on, e.g. --tasks multikey_1:length=500 (evomem list tasks)")
     return list({task.title: task for task in tasks}.values())

@@ -1,4 +1,4 @@
-"""CLI: files that a command writes where the user says: what is there is looked at before anything is measured."""
+"""Report: files that are written where the user says: what is there is looked at before anything is measured."""
 
 from __future__ import annotations
 

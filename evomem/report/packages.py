@@ -1,4 +1,4 @@
-"""CLI: which packages a command needs that the plain install does not have, so that it asks for all of them first."""
+"""Report: which packages an undertaking needs beyond the plain install; all of them are asked for before it begins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from evomem.installing import require
 from evomem.models.aliases import Alias, aliases
 from evomem.models.pretrained.gguf import NEEDS, cached_folders, damage
+from evomem.runs.config import ExperimentConfig
+from evomem.runs.pools import counted
+from evomem.workers.units import WorkerOptions
 
 Wanted = tuple[str, str]
 """A package, and what it is for."""
@@ -46,6 +49,19 @@ def require_for(
     packed = [alias for name in models if isinstance(alias := aliases.get(name), Alias) and not _is_unpacked(alias)]
     wanted += [(package, f"model {alias.name}") for alias in packed for package in (alias.module, *NEEDS)]
     require(wanted, {alias.module: alias.install for alias in packed})
+
+
+def require_for_search(config: ExperimentConfig, workers: WorkerOptions, trackers: str = "") -> None:
+    """Check that everything is installed which a search and its report need; see `require_for`."""
+    plan = config.plan()
+    require_for(
+        [model.name for model in config.all_models],
+        [task.spec for stage in plan for task in stage.tasks],
+        drivers=dict.fromkeys(stage.driver.name for stage in plan),
+        plots=True,
+        workers=workers.address is not None or counted(workers, config.threads).count != 0,
+        trackers=trackers,
+    )
 
 
 def _is_unpacked(alias: Alias) -> bool:
