@@ -272,7 +272,8 @@ def test_clone_goes_on_by_itself(model) -> None:
 def tensors_of(cache: SlotCache) -> list[torch.Tensor]:
     found = []
     for layer in cache.layers:
-        found += [v for v in vars(layer).values() if isinstance(v, torch.Tensor)]
+        held = [*vars(layer).values(), *vars(layer.storage).values()]
+        found += [v for v in held if isinstance(v, torch.Tensor)]
         found += [*layer.recorder.slotwise.values(), *layer.recorder.rowwise.values()]
     return found
 

@@ -302,7 +302,7 @@ def test_padding_and_batch_leave_observations_alone() -> None:
 
 def test_long_inputs_are_observed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 queries give what one block gives."""
-    from evomem.memory.kv import layer as module
+    from evomem.memory.kv import slot_attention as module
 
     model = tiny("qwen3", layers=1)
     batch = Batch.of(random_rows(model, [70, 51], 8))

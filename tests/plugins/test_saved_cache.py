@@ -26,7 +26,7 @@ from evomem.errors import CacheError, EvomemError, PluginError
 from evomem.evaluation.population import Recording
 from evomem.managers import build
 from evomem.memory import SlotCache, attached
-from evomem.memory.kv.snapshot import COUNTS, FLAGS, MAYBE, NUMBERS, TENSORS
+from evomem.memory.kv.snapshot import COUNTS, FLAGS, MAYBE, NUMBERS, SLOT_TENSORS, TENSORS
 from evomem.plugins import load_cache, save_cache, saved_cache
 from evomem.testing.comparing import greedy, random_rows, read
 from evomem.testing.models import tiny
@@ -120,7 +120,8 @@ def test_every_part_of_the_state_is_saved_or_follows_from_what_is(model, batch: 
     """A new attribute belongs into `evomem.memory.kv.snapshot`, or into this list of those that need not be saved."""
     with build("h2o(budget=14)").attach(model) as cache:
         read(model, cache, batch)
-    layer = set(vars(cache.layers[0])) - {*COUNTS, *FLAGS, *MAYBE, *NUMBERS, *TENSORS, "recorder"}
+    layer = set(vars(cache.layers[0])) - {*COUNTS, *MAYBE, *NUMBERS, *TENSORS, "recorder", "storage"}
+    assert set(vars(cache.layers[0].storage)) == {*FLAGS, *SLOT_TENSORS}
     assert layer <= {
         "index",
         "_cache",

@@ -387,8 +387,9 @@ class SlotCache(Cache):
         other.decides_after_forward, other.undecided = self.decides_after_forward, self.undecided
         other.owing = self.owing
         for mine, copy in zip(self.layers, other.layers, strict=True):
-            state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder")}
+            state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder", "storage")}
             vars(copy).update(state)
+            copy.storage = mine.storage.copy()
             for name in ("wanted", "window", "begin"):
                 setattr(copy.recorder, name, getattr(mine.recorder, name))
             # Recorded sums are added to in place, so they are the one thing that must be copied.

@@ -1,4 +1,4 @@
-"""Memory: the slots of one layer, and attention over them."""
+"""Memory: one layer of a cache: what it has read, when its slots are decided about, and what they cost."""
 
 from __future__ import annotations
 
@@ -12,27 +12,16 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from evomem.errors import CacheError
-from evomem.memory.kv.attention import (
-    attention_probabilities,
-    autocasts,
-    full_precision,
-    grouped_attention,
-    handover,
-    mixed,
-    refuse_tracing,
-    uncompiled,
-)
+from evomem.memory.kv.attention import full_precision, handover, refuse_tracing, uncompiled
 from evomem.memory.kv.due import turns
-from evomem.memory.kv.masks import Visibility, hides, slot_mask
+from evomem.memory.kv.masks import Visibility
+from evomem.memory.kv.slot_attention import Queries, attend
+from evomem.memory.kv.storage import SlotStorage
 from evomem.memory.observations import Recorder
-from evomem.memory.observations.spectrum import HOP
 from evomem.memory.view import Decision, LayerView
 
 if TYPE_CHECKING:
     from evomem.memory.kv.cache import SlotCache
-
-BLOCK_ELEMENTS = 1 << 22
-"""Upper bound on the elements of one block of attention probabilities or masks (16 MiB in fp32)."""
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -40,20 +29,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     Attributes
     ----------
-    keys, values : (batch, kv_heads, slots, head_dim), or None before the first token.
-    slots : (batch, kv_heads, slots) int64, token index held, ascending, -1 = empty; shorter heads are right-aligned.
-    decays : (batch, kv_heads, slots) fp32 log-decay added to attention logits, or None while nothing fades.
+    storage : the slots' tensors; `keys`, `values`, `slots` and `decays` are theirs.
+    recorder : what the manager observes, in step with the slots.
     start : (batch,) int64, first real token of every row.
     seen : tokens read, padding included.
     """
 
     is_sliding = False
 
-    keys: Tensor
-    values: Tensor
-
     def __init__(self, index: int, cache: SlotCache) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        # The base class would set keys and values, which are the storage's.
         self.index = index
         # Weak, because the cache holds its layers: a ring would keep all slots in memory until a garbage collection.
         self._cache = weakref.ref(cache)
@@ -72,6 +57,38 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             "a layer belongs to its cache and is not copied or pickled by itself: cache.clone() copies all"
         )
 
+    # ---- the slots' tensors, which transformers looks for here -----------------------------------------------------
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        """Keys, (batch, kv_heads, slots, head_dim), or None before the first token."""
+        return self.storage.keys
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """Values, as `keys`."""
+        return self.storage.values
+
+    @property
+    def slots(self) -> Tensor:
+        """Token index that every slot holds, (batch, kv_heads, slots) int64, ascending; -1 = empty."""
+        return self.storage.slots
+
+    @property
+    def decays(self) -> Tensor | None:
+        """Log-decay of every slot, (batch, kv_heads, slots) fp32, or None while nothing fades."""
+        return self.storage.decays
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing has left: slots are 0..seen-1 in every head of every row."""
+        return self.storage.dense
+
+    @property
+    def aligned(self) -> bool:
+        """Whether no head has an empty slot."""
+        return self.storage.aligned
+
     # ---- what transformers calls ----------------------------------------------------------------------------------
 
     @property
@@ -81,17 +98,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget everything; the layer is as new."""
-        self.keys = self.values = None  # type: ignore[assignment]
-        self.slots: Tensor = None  # type: ignore[assignment]
-        self.decays: Tensor | None = None
+        self.storage = SlotStorage()
         self.start: Tensor = None  # type: ignore[assignment]
         self.starts: tuple[int, ...] = ()
         self.turned: Tensor | None = None  # tokens read at every row's last decision, where rows had different turns
         self.seen = 0
         self.ahead = 0  # tokens stored after the one that was read last, while a long input is cut
         self.decided = 0  # tokens that had been read at the last decision about all rows
-        self.dense = True  # slots are 0..seen-1 in every head of every row
-        self.aligned = True  # no head has an empty slot
         self.pending: tuple[Tensor, Tensor] | None = None
         self.recorder = Recorder(self.cache.wanted)
         self.scale = 1.0  # this and the next two are the model's, known from the first attention on
@@ -149,15 +162,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Rows ``index`` (new_batch,) of everything held."""
         if not self.seen:
             return
-        index = index.to(self.keys.device)
-        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-        self.slots, self.start = self.slots.index_select(0, index), self.start.index_select(0, index)
-        if self.decays is not None:
-            self.decays = self.decays.index_select(0, index)
+        index = index.to(self.start.device)
+        self.storage.select_rows(index, self.recorder)
+        self.start = self.start.index_select(0, index)
         self.starts = tuple(self.start.tolist())
         if self.turned is not None:
             self.turned = self.turned.index_select(0, index)
-        self.recorder.rows(index)
 
     def crop(self, max_length: int) -> None:
         """Forget tokens at the end: -n the last n, 0 none, n all from index n on. What was evicted does not come back.
@@ -174,15 +184,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"a cache that records {', '.join(sorted(self.cache.policy.observes))} cannot be cropped: what the "
                 "cropped queries added cannot be taken back; read the context again"
             )
-        if self.dense:
-            self._gather(torch.arange(length, device=self.keys.device).expand(*self.keys.shape[:2], length))
+        if length:
+            self.storage.crop(length, self.recorder)
         else:
-            self.keep(self.slots < length)
+            self.storage, self.recorder = SlotStorage(), Recorder(self.cache.wanted)
         self.seen, self.decided = length, min(self.decided, length)
         if self.turned is not None:
             self.turned = self.turned.clamp(max=length)
-        if not length:
-            self.recorder = Recorder(self.cache.wanted)
 
     # ---- decisions ------------------------------------------------------------------------------------------------
 
@@ -221,22 +229,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def restore(self, view: LayerView, rows: int) -> None:
         """Start from a view of one row, repeated ``rows`` times without copying."""
-        self.keys, self.values, self.slots, self.start = (
-            t.expand(rows, *t.shape[1:]) for t in (view.keys, view.values, view.slots, view.start)
-        )
+        self.storage = SlotStorage.of_view(view, rows)
+        self.start = view.start.expand(rows)
         self.starts = tuple(self.start.tolist())
         self.seen = self.decided = view.seen
-        self.aligned = bool(view.valid.all())
-        self.dense = self.aligned and view.slots.shape[-1] == view.seen
         self.is_initialized = True
 
     def expand(self, rows: int) -> None:
         """Let the only row become ``rows`` equal ones; keys and values are shared until they are changed."""
-        self.recorder.rows(torch.zeros(rows, dtype=torch.int64))
-        self.keys, self.values, self.slots, self.start = (
-            t.expand(rows, *t.shape[1:]) for t in (self.keys, self.values, self.slots, self.start)
-        )
-        self.starts = self.starts * rows
+        self.storage.expand(rows, self.recorder)
+        self.start, self.starts = self.start.expand(rows), self.starts * rows
         self.turned = None if self.turned is None else self.turned.expand(rows)
 
     def observe_again(self) -> None:
@@ -263,7 +265,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             keep = torch.where(rows[:, None, None], keep, self.slots >= 0)
         if decay is not None:
             old = self.decays if self.decays is not None else torch.zeros_like(decay)
-            self.decays = decay.float() if rows is None else torch.where(rows[:, None, None], decay.float(), old)
+            new = decay.float() if rows is None else torch.where(rows[:, None, None], decay.float(), old)
+            self.storage.decays = new
         self.keep(keep)
         if rows is None:
             self.decided, self.turned = self.seen, None
@@ -291,32 +294,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def keep(self, mask: Tensor) -> None:
         """Evict, physically, every slot where ``mask`` (batch, kv_heads, slots) is False."""
-        if mask.shape != self.slots.shape:
-            raise CacheError(f"keep-mask of shape {tuple(mask.shape)} for slots of shape {tuple(self.slots.shape)}")
-        mask = mask & (self.slots >= 0)
-        if bool(mask.all()):
-            return
-        counts = mask.sum(-1, keepdim=True)
-        longest = int(counts.max())
-        # A stable sort of False before True puts the kept slots last, in their order: right-aligned.
-        index = torch.sort(mask.to(torch.uint8), dim=-1, stable=True).indices[..., mask.shape[-1] - longest :]
-        filled = torch.arange(longest, device=mask.device) >= longest - counts
-        self._gather(index)
-        self.dense, self.aligned = False, bool(filled.all())
-        if not self.aligned:
-            self.slots = torch.where(filled, self.slots, -1)
-            # What an empty slot holds must not reach the logits, not even as 0 × NaN.
-            self.keys = self.keys.masked_fill(~filled[..., None], 0)
-            self.values = self.values.masked_fill(~filled[..., None], 0)
-
-    def _gather(self, index: Tensor) -> None:
-        wide = index[..., None].expand(*index.shape, self.keys.shape[-1])
-        self.keys = self.keys.gather(2, wide)
-        self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
-        self.slots = self.slots.gather(2, index)
-        if self.decays is not None:
-            self.decays = self.decays.gather(2, index)
-        self.recorder.gather(index)
+        self.storage.keep(mask, self.recorder)
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
@@ -356,12 +334,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             reach = end if reaches is None else reaches[end - 1] - begin
             if reach > stored:
                 new = slice(stored, reach)
-                self._append(keys[:, :, new], values[:, :, new], None if real is None else real[:, new])
+                self.storage.append(
+                    keys[:, :, new], values[:, :, new], begin + stored, None if real is None else real[:, new],
+                    self.recorder,
+                )  # fmt: skip
                 stored = reach
             self.seen, self.ahead = begin + end, stored - end
             self._read += end - at
             here = visibility.rows(piece)
-            outputs.append(self._attend(query[:, :, piece], part, here))
+            queries = Queries(query[:, :, piece], begin + at, part, self.starts, here, scale, softcap)
+            outputs.append(attend(self.storage, queries, self.recorder))
             self.recorder.looked(here, begin + at, end - at, batch)
             with full_precision(query):
                 self.recorder.queried(
@@ -415,122 +397,21 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for cut, turn in cuts:
             yield cut, torch.tensor(turn, device=self.start.device) if any(turn) else None
 
-    def _append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
-        batch, kv_heads, count, _ = keys.shape
-        first = self.seen + self.ahead
-        index = torch.arange(first, first + count, device=keys.device).expand(batch, kv_heads, count)
-        if real is not None and not bool(real.all()):
-            index = torch.where(real[:, None], index, -1)
-            self.dense = self.aligned = False
-        if first == 0:
-            # A model may hand over a part of a larger tensor (fused projections), which would stay alive as a whole.
-            self.keys, self.values, self.slots = _own(keys), _own(values), index.contiguous()
-        else:
-            self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
-            self.slots = torch.cat((self.slots, index), 2)
-        if self.decays is not None:
-            self.decays = torch.cat((self.decays, self.decays.new_zeros(batch, kv_heads, count)), 2)
-        self.recorder.append(batch, kv_heads, count, keys)
-
-    def _attend(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Tensor:
-        """Attend, and observe if that is wanted: (batch, query_heads, queries, head_dim).
-
-        What is observed never changes what is computed. In fp32 the observed probabilities make the output as well,
-        which differs from the fused kernel's by rounding only and saves a product. In every other type the output is
-        that of a manager that does not observe, to the bit, and the probabilities are worked out beside it in fp32.
-        """
-        if not self.recorder.wanted.every_query:
-            return self._attend_unobserved(query, real, visibility)
-        if query.dtype == torch.float32 and not autocasts(query):
-            outputs = [mixed(*block) for block in self._observed(query, real, visibility)]
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        output = self._attend_unobserved(query, real, visibility)
-        with torch.no_grad():
-            for _ in self._observed(query, real, visibility):
-                pass
-        return output
-
-    def _attend_unobserved(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Tensor:
-        queries, held = query.shape[2], self.keys.shape[2]
-        padding, window = visibility.padding, visibility.window
-        old = held - queries
-        far = window is not None and self.seen > window
-        plain = visibility.explicit is None and self.aligned and self.decays is None and not far
-        plain = plain and (padding is None or not hides(self.slots, padding))
-        if plain and (queries == 1 or old == 0):
-            return grouped_attention(
-                query, self.keys, self.values, self.scale, causal=queries > 1, softcap=self.softcap
-            )
-        if plain and queries * held <= BLOCK_ELEMENTS:
-            triangle = torch.ones(queries, held, dtype=torch.bool, device=query.device).tril(old)[None, None]
-            return grouped_attention(query, self.keys, self.values, self.scale, mask=triangle, softcap=self.softcap)
-        outputs = [
-            grouped_attention(query[:, :, part], keys, values, self.scale, mask=mask, softcap=self.softcap)
-            for part, keys, values, mask in self._blocks(query, real, visibility, self.keys.shape[1])
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-    def _observed(self, query: Tensor, real: Tensor | None, visibility: Visibility) -> Iterator[tuple[Tensor, Tensor]]:
-        """Let the recorder see the attention of all queries, block by block.
-
-        Yields the block's probabilities (batch, kv_heads, group, queries, slots) and the slots' values.
-        """
-        first = self.seen - query.shape[2]
-        for part, keys, values, mask in self._blocks(query, real, visibility, query.shape[1]):
-            attention = attention_probabilities(query[:, :, part], keys, self.scale, mask, self.softcap)
-            if visibility.explicit is not None:
-                attention = attention.nan_to_num(nan=0.0)  # of a query that may look at nothing
-            seen = attention.detach().mean(2)
-            if real is not None:
-                seen = seen * real[:, None, part, None]
-            self.recorder.attended(seen, first + part.start, self.starts)
-            yield attention, values
-
-    def _blocks(
-        self, query: Tensor, real: Tensor | None, visibility: Visibility, heads: int
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Cut the queries into blocks whose masks, or probabilities of ``heads`` heads, stay small.
-
-        Yields the block's queries, and the keys, values and mask (see `slot_mask`) of the slots that they may look at.
-        """
-        queries, held, explicit = query.shape[2], self.keys.shape[2], visibility.explicit
-        block = max(HOP, min(queries, BLOCK_ELEMENTS // (query.shape[0] * heads * held) // HOP * HOP))
-        first = self.seen - queries
-        for at in range(0, queries, block):
-            part = slice(at, min(at + block, queries))
-            # Later slots belong to later queries, unless a mask lets tokens look ahead.
-            reach = held - queries + part.stop if explicit is None else held
-            mask = slot_mask(
-                self.slots[:, :, :reach],
-                torch.arange(first + part.start, first + part.stop, device=query.device),
-                uniform=self.aligned and self.dense,
-                decays=None if self.decays is None else self.decays[:, :, :reach],
-                window=visibility.window,
-                padding=visibility.padding,
-                real=None if real is None else real[:, part],
-                explicit=None if explicit is None else explicit[:, :, part],
-            )
-            yield part, self.keys[:, :, :reach], self.values[:, :, :reach], mask
-
     # ---- bytes ----------------------------------------------------------------------------------------------------
 
     def nbytes(self) -> int:
         """Bytes of every tensor held now: keys, values, slot indices, decays, recorded observations."""
         if not self.seen:
             return 0
-        held = [self.keys, self.values, self.slots, *self.recorder.tensors()]
-        if self.decays is not None:
-            held.append(self.decays)
+        held = [*self.storage.tensors(), *self.recorder.tensors()]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def bytes_per_token(self) -> int:
         """Bytes that one more token costs in every row, over all KV heads."""
         if not self.seen:
             return 0
-        per_slot = [self.keys, self.values, self.slots, *self.recorder.slotwise.values()]
-        if self.decays is not None:
-            per_slot.append(self.decays)
-        return self.slots.shape[1] * sum(t.shape[3:].numel() * t.element_size() for t in per_slot)
+        recorded = sum(t.shape[3:].numel() * t.element_size() for t in self.recorder.slotwise.values())
+        return self.slots.shape[1] * (self.storage.bytes_per_slot() + recorded)
 
     def bytes_by_row(self) -> Tensor:
         """Bytes that every row would hold in a cache of its own: (batch,) int64.
@@ -551,8 +432,3 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def bytes_mean(self) -> float:
         """Mean of the bytes held, over the tokens read (cropped ones too: they were held)."""
         return self._byte_tokens / self._read if self._read else 0.0
-
-
-def _own(x: Tensor) -> Tensor:
-    """``x``, copied if it is a part of a larger tensor."""
-    return x if x.untyped_storage().nbytes() <= x.numel() * x.element_size() else x.clone()

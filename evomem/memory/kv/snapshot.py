@@ -21,14 +21,16 @@ from evomem.memory.observations import Recorder, Sizes, Wanted
 from evomem.memory.observations.base import State
 
 COUNTS = ("seen", "decided", "bytes_peak", "_read")
-FLAGS = ("dense", "aligned")
 NUMBERS = ("scale", "_byte_tokens")
 MAYBE = ("softcap", "window")
-TENSORS = ("keys", "values", "slots", "start", "decays", "turned")
-"""Attributes of a `SlotLayer` that are its state: whole numbers, truths, numbers, numbers or none, tensors.
+TENSORS = ("start", "turned")
+"""Attributes of a `SlotLayer` that are its state: whole numbers, numbers, numbers or none, tensors.
 
 ``starts`` follows from ``start``, ``is_initialized`` from ``seen``; ``pending`` and ``ahead`` exist within a pass only.
 """
+FLAGS = ("dense", "aligned")
+SLOT_TENSORS = ("keys", "values", "slots", "decays")
+"""Attributes of its `SlotStorage`: truths, tensors."""
 _LARGEST = 2**53
 """Whole numbers up to which JSON and floats are exact."""
 
@@ -59,13 +61,14 @@ def take(cache: SlotCache) -> Snapshot:
         raise CacheError("a forward pass over this cache was cut short; reset() it and read the context again")
     layers, tensors = [], dict[str, Tensor]()
     for layer in cache.layers:
-        recorder = layer.recorder
-        facts = {name: getattr(layer, name) for name in (*COUNTS, *FLAGS, *NUMBERS, *MAYBE)}
+        recorder, storage = layer.recorder, layer.storage
+        facts = {name: getattr(layer, name) for name in (*COUNTS, *NUMBERS, *MAYBE)}
+        facts |= {name: getattr(storage, name) for name in FLAGS}
         recorded = {"recorded_window": recorder.window, "recorded_from": recorder.begin}
         layers.append(facts | {"observing": recorder.wanted == cache.wanted} | recorded)
-        for name in TENSORS:
-            if getattr(layer, name) is not None:
-                tensors[f"{layer.index}.{name}"] = getattr(layer, name)
+        named = {name: getattr(layer, name) for name in TENSORS}
+        named |= {name: getattr(storage, name) for name in SLOT_TENSORS}
+        tensors |= {f"{layer.index}.{name}": tensor for name, tensor in named.items() if tensor is not None}
         for group, states in (("slotwise", recorder.slotwise), ("rowwise", recorder.rowwise)):
             tensors.update({f"{layer.index}.{group}.{name}": state for name, state in states.items()})
     return Snapshot(
@@ -130,11 +133,13 @@ def check(snapshot: Snapshot, cache: SlotCache) -> list[dict[str, Tensor]]:
 
 
 def _fill(layer: SlotLayer, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
-    for name in (*COUNTS, *FLAGS, *NUMBERS, *MAYBE):
+    for name in (*COUNTS, *NUMBERS, *MAYBE):
         setattr(layer, name, facts[name])
-    for name in TENSORS:
+    for name in FLAGS:
+        setattr(layer.storage, name, facts[name])
+    for name in (*TENSORS, *SLOT_TENSORS):
         if name in tensors:
-            setattr(layer, name, tensors[name])
+            setattr(layer if name in TENSORS else layer.storage, name, tensors[name])
     layer.is_initialized = layer.seen > 0
     layer.starts = tuple(layer.start.tolist()) if layer.seen else ()
     parts = {
