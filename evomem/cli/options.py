@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 
-class Protocol(StrEnum):
+class QuestionMode(StrEnum):
     """Whether a manager decides before or after it has seen the question."""
 
     query_agnostic = "query_agnostic"
@@ -96,7 +96,7 @@ ProtocolOption = Annotated[
         "--protocol", help="compress_once, or streaming[:N]: decide every N tokens. \\[default: the subject's]"
     ),
 ]
-Mode = Annotated[Protocol | None, typer.Option(help="Decide before (agnostic) or after the question is read.")]
+Mode = Annotated[QuestionMode | None, typer.Option(help="Decide before (agnostic) or after the question is read.")]
 SplitOption = Annotated[Splits, typer.Option("--split", help="Samples that are measured on.")]
 Samples = Annotated[
     int | None, typer.Option("--samples", "-n", min=1, help="Samples per task. \\[default: the experiment's, else 50]")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evomem.cli.errors import guarded
-from evomem.cli.options import DeviceOption, DtypeOption, PlanCheck, Protocol, Splits
+from evomem.cli.options import DeviceOption, DtypeOption, PlanCheck, QuestionMode, Splits
 
 TRAIN = """Train a memory policy: `evolve` under the name that is expected of policy gradients, with the same options.
 
@@ -130,8 +130,8 @@ def trace(
     ] = 0,
     split: Annotated[Splits, typer.Option(help="Samples that are read.")] = Splits.train,
     mode: Annotated[
-        Protocol, typer.Option(help="Whether the question comes after the decision or is part of what is read.")
-    ] = Protocol.query_agnostic,
+        QuestionMode, typer.Option(help="Whether the question comes after the decision or is part of what is read.")
+    ] = QuestionMode.query_agnostic,
     features: Annotated[
         str | None, typer.Option(metavar="NAME[,NAME]", help="What is kept of each slot. \\[default: a policy's own]")
     ] = None,

@@ -144,16 +144,16 @@ def load_cache(path: str | Path, model: PreTrainedModel, *, limit: int | None = 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def _check_model(path: Path, saved: Any, own: Mapping[str, Any]) -> None:
-    if not isinstance(saved, dict) or set(saved) != set(own) or not isinstance(saved["weights"], dict):
+def _check_model(path: Path, saved: Any, expected: Mapping[str, Any]) -> None:
+    if not isinstance(saved, dict) or set(saved) != set(expected) or not isinstance(saved["weights"], dict):
         raise CacheError(f"{path}: model: is not what a saved cache says about its model")
     for field, what in (("class", "class"), ("config", "configuration"), ("dtype", "type")):
-        if saved[field] != own[field]:
+        if saved[field] != expected[field]:
             raise CacheError(
                 f"{path}: model.{field}: was read by a model of another {what} ({shown(saved[field])}, this one has "
-                f"{own[field]}); load it onto the model that read it, or read the context again"
+                f"{expected[field]}); load it onto the model that read it, or read the context again"
             )
-    other = [name for name, digest in own["weights"].items() if saved["weights"].get(name, digest) != digest]
+    other = [name for name, digest in expected["weights"].items() if saved["weights"].get(name, digest) != digest]
     if other:
         raise CacheError(
             f"{path}: model.weights: was read by a model with other weights ({other[0]} and {len(other) - 1} more "

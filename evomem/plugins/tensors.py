@@ -54,22 +54,24 @@ def to_bytes(manager: MemoryManager, where: str) -> bytes:
         ) from None
 
 
-def check_tensors(path: Path, name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(path: Path, name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise `PluginError` unless the tensors of a file are those that manager ``name`` has.
 
     Every floating-point type stands for every other; all other types must be the expected ones.
     """
     for field, tensor in expected.items():
-        if field not in found:
+        if field not in tensors:
             raise PluginError(f"{path}: {field}: is missing")
-        if found[field].shape != tensor.shape:
+        if tensors[field].shape != tensor.shape:
             raise PluginError(
-                f"{path}: {field}: has shape {tuple(found[field].shape)}, {tuple(tensor.shape)} is expected"
+                f"{path}: {field}: has shape {tuple(tensors[field].shape)}, {tuple(tensor.shape)} is expected"
             )
-        if found[field].dtype != tensor.dtype and not (found[field].is_floating_point() and tensor.is_floating_point()):
-            raise PluginError(f"{path}: {field}: has type {found[field].dtype}, {tensor.dtype} is expected")
-        check_finite(found[field], str(path), field)
-    for field in found:
+        if tensors[field].dtype != tensor.dtype and not (
+            tensors[field].is_floating_point() and tensor.is_floating_point()
+        ):
+            raise PluginError(f"{path}: {field}: has type {tensors[field].dtype}, {tensor.dtype} is expected")
+        check_finite(tensors[field], str(path), field)
+    for field in tensors:
         if field not in expected:
             raise PluginError(f"{path}: {shown(field)}: is not a tensor of manager {name!r}")
 
@@ -95,8 +97,8 @@ def set_tensors(manager: MemoryManager, tensors: Mapping[str, Tensor], path: Pat
     """
     retype(manager, {name: tensor.dtype for name, tensor in tensors.items()})
     manager.load_state_dict(dict(tensors))
-    for name, held in manager.state_dict().items():
-        if held.dtype != tensors[name].dtype or not torch.equal(_bits(held), _bits(tensors[name])):
+    for name, value in manager.state_dict().items():
+        if value.dtype != tensors[name].dtype or not torch.equal(_bits(value), _bits(tensors[name])):
             raise PluginError(f"{path}: {name}: is tied to another tensor, which has other values or another type")
 
 

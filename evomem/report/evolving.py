@@ -82,11 +82,11 @@ def evolve(
     if (folder / "config.yaml").exists() and not resume:
         raise RunError(f"{folder}: holds a run already. Go on with it: resume=True; or choose another folder: out=...")
     require_for_search(config, options)
-    held: dict[str, Bench] = {}
+    benches: dict[str, Bench] = {}
 
     def bench(config: ExperimentConfig) -> Bench:
-        held["bench"] = model_bench(config)
-        return held["bench"]
+        benches["bench"] = model_bench(config)
+        return benches["bench"]
 
     result = search(config, folder, bench, resume=resume, tracker=trackers, workers=options, plan_check=plan_check)
     run = open_run(folder)
@@ -94,7 +94,7 @@ def evolve(
         searched(run, result)
     front = read_front(folder)
     with limited_threads(config.threads):  # like the search, so that no digit depends on the machine
-        rows = _comparison(run, held.get("bench"), front, progress)
+        rows = _comparison(run, benches.get("bench"), front, progress)
     _write_report(run, result, rows)
     if front:
         _draw_front(run, front, rows)
@@ -200,10 +200,10 @@ def _write_report(run: Run, result: RunResult, rows: Sequence[Row]) -> None:
         known = dict(plugins.read(run.plugin).provenance)
     else:
         raise RunError(f"{run.plugin}: the winner's plug-in is missing; delete result.json and resume the run")
-    told = {**known, "comparison": [row.to_json() for row in rows], "sentences": sentences(rows)}
-    if told != known:
+    provenance = {**known, "comparison": [row.to_json() for row in rows], "sentences": sentences(rows)}
+    if provenance != known:
         shown = {name: path.read_bytes() for name, path in list(pictures.items())[: plugins.PICTURE_COUNT]}
-        plugins.save(run.winner, run.plugin, told, pictures=shown)
+        plugins.save(run.winner, run.plugin, provenance, pictures=shown)
 
 
 def _draw_front(run: Run, members: Sequence[Member], rows: Sequence[Row]) -> None:

@@ -89,7 +89,7 @@ def _is_number(value: object) -> bool:
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Return one table per model and task, a section per budget, the best first, the subject highlighted."""
     found = []
-    for (model, task), group in _by_place(rows):
+    for (model, task), group in _by_scenario(rows):
         first = group[0]
         table = Table(
             title=f"{task} on {model}, {first.protocol}, {first.samples} {first.split} samples",
@@ -122,7 +122,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         found.append(text)
     for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
         found.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
-    for (model, task), group in _by_place(rows):
+    for (model, task), group in _by_scenario(rows):
         remarks, count = [group[0].remark] if group[0].remark else [], group[0].samples
         if count == 1:
             remarks.append("of 1 sample there is no interval")
@@ -151,7 +151,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     """Return one sentence per model, task and budget: whether it beats the best heuristic of equal memory."""
     found = []
     several = len({(row.model, row.task) for row in rows}) > 1
-    for (model, task), group in _by_place(rows):
+    for (model, task), group in _by_scenario(rows):
         for _, section in groupby(group, key=lambda row: row.budget):
             text = _sentence(list(section))
             if text is not None:
@@ -215,7 +215,7 @@ def markdown(rows: Sequence[Row], title: str = "Comparison") -> str:
     lines = [f"# {title}", ""]
     for sentence in sentences(rows):
         lines += [sentence, ""]
-    for (model, task), group in _by_place(rows):
+    for (model, task), group in _by_scenario(rows):
         first = group[0]
         lines += [f"## {task} on {model}, {first.protocol}, {first.samples} {first.split} samples", ""]
         headings = _headings(group)
@@ -235,7 +235,7 @@ def budget_text(budget: Budget) -> str:
     return "-" if budget is None else str(budget)
 
 
-def _by_place(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]]:
+def _by_scenario(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]]:
     for place, group in groupby(rows, key=lambda row: (row.model, row.task)):
         yield place, list(group)
 

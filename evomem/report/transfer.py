@@ -63,40 +63,40 @@ class Cell:
 def transfer_rows(
     comparison: Comparison, train_models: dict[str, str], speeds: dict[tuple[str, Budget], float]
 ) -> list[TransferRow]:
-    """Return the rows of a comparison of one place, once for each of its subjects.
+    """Return the rows of a comparison of one scenario, once for each of its subjects.
 
     Parameters
     ----------
     train_models : of every subject by name.
     speeds : tokens per second by manager and budget.
     """
-    found = []
+    rows = []
     for subject, train_model in train_models.items():
-        own = [one for one in comparison.measured if one.role != "subject" or one.manager == subject]
-        for row in rows_of(subject, own):
+        compared = [one for one in comparison.measured if one.role != "subject" or one.manager == subject]
+        for row in rows_of(subject, compared):
             speed = speeds.get((row.manager, row.budget))
-            found.append(TransferRow(**asdict(row), subject=subject, train_model=train_model, tokens_per_second=speed))
-    return found
+            rows.append(TransferRow(**asdict(row), subject=subject, train_model=train_model, tokens_per_second=speed))
+    return rows
 
 
 def cells(rows: Sequence[TransferRow]) -> list[Cell]:
     """Return the cells of the matrix, in the order of the rows, by budget."""
-    found = []
+    matrix = []
     for key in dict.fromkeys((row.subject, row.model, row.task) for row in rows):
         block = [row for row in rows if (row.subject, row.model, row.task) == key]
         full = next((row for row in block if row.role == "full"), None)
         for row in block:
             if row.role == "subject":
                 best = best_heuristic([one for one in block if one.budget == row.budget])
-                found.append(Cell(row, full, best))
-    return sorted(found, key=lambda cell: budget_size(cell.row.budget))
+                matrix.append(Cell(row, full, best))
+    return sorted(matrix, key=lambda cell: budget_size(cell.row.budget))
 
 
-def summary(found: Sequence[Cell]) -> list[str]:
+def summary(matrix: Sequence[Cell]) -> list[str]:
     """Return what the matrix says in a line per manager and budget."""
     lines = []
-    for subject, budget in dict.fromkeys((cell.row.subject, cell.row.budget) for cell in found):
-        mine = [cell for cell in found if (cell.row.subject, cell.row.budget) == (subject, budget)]
+    for subject, budget in dict.fromkeys((cell.row.subject, cell.row.budget) for cell in matrix):
+        mine = [cell for cell in matrix if (cell.row.subject, cell.row.budget) == (subject, budget)]
         away = [cell for cell in mine if cell.row.model not in cell.row.train_model.split(" + ")]
         for where, some in (("on other models", away), ("at home", [cell for cell in mine if cell not in away])):
             counts = {word: sum(cell.verdict == word for cell in some) for word in ("wins", "ties", "loses", "unknown")}
@@ -106,11 +106,11 @@ def summary(found: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def transfer_tables(found: Sequence[Cell]) -> list[Table]:
+def transfer_tables(matrix: Sequence[Cell]) -> list[Table]:
     """Return the matrix, a table per budget: managers down, models and tasks across."""
     tables = []
-    for budget in dict.fromkeys(cell.row.budget for cell in found):
-        here = [cell for cell in found if cell.row.budget == budget]
+    for budget in dict.fromkeys(cell.row.budget for cell in matrix):
+        here = [cell for cell in matrix if cell.row.budget == budget]
         table = Table(
             title=f"budget {budget_text(budget)}: log-likelihood (full cache), advantage over the best heuristic",
             title_justify="left", title_style="bold", header_style="dim", show_lines=True,
@@ -155,10 +155,10 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def transfer_markdown(found: Sequence[Cell], skipped: Sequence[str] = ()) -> str:
+def transfer_markdown(matrix: Sequence[Cell], skipped: Sequence[str] = ()) -> str:
     """Return the matrix as Markdown, a line per cell, and what was left out."""
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
-    for cell in found:
+    for cell in matrix:
         row, best, full = cell.row, cell.best, cell.full
         words = [
             budget_text(row.budget),
@@ -176,7 +176,7 @@ def transfer_markdown(found: Sequence[Cell], skipped: Sequence[str] = ()) -> str
             "-" if full is None else _speed(full),
         ]  # fmt: skip
         lines.append("| " + " | ".join(words) + " |")
-    lines += ["", *(f"- {line}" for line in summary(found)), *(f"- left out: {reason}" for reason in skipped)]
+    lines += ["", *(f"- {line}" for line in summary(matrix)), *(f"- left out: {reason}" for reason in skipped)]
     return "\n".join(lines) + "\n"
 
 
@@ -184,19 +184,19 @@ def _speed(row: TransferRow) -> str:
     return "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
 
 
-def transfer_plot(path: Path, found: Sequence[Cell], title: str) -> None:
+def transfer_plot(path: Path, matrix: Sequence[Cell], title: str) -> None:
     """Draw the matrix, a panel per budget: the advantage over the best heuristic of each test model, in nats.
 
     Orange is better, purple worse; colours end at +-1 nat. Bold: the interval excludes zero. Framed: at home.
     """
-    budgets = list(dict.fromkeys(cell.row.budget for cell in found))
-    subjects = list(dict.fromkeys(cell.row.subject for cell in found))
-    places = list(dict.fromkeys((cell.row.model, cell.row.task) for cell in found))
+    budgets = list(dict.fromkeys(cell.row.budget for cell in matrix))
+    subjects = list(dict.fromkeys(cell.row.subject for cell in matrix))
+    places = list(dict.fromkeys((cell.row.model, cell.row.task) for cell in matrix))
     size = (max(7.5, 3.0 + 1.25 * len(places)), 1.5 + len(budgets) * (0.9 + 0.42 * len(subjects)))
     figure, panels = figure_with(title, rows=len(budgets), size=size)
     for axes, budget in zip(panels, budgets, strict=True):
         grid = [[math.nan] * len(places) for _ in subjects]
-        for cell in found:
+        for cell in matrix:
             if cell.row.budget != budget or cell.best is None or cell.best.difference is None:
                 continue
             down, across = subjects.index(cell.row.subject), places.index((cell.row.model, cell.row.task))

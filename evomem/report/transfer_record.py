@@ -118,12 +118,12 @@ def open_record(folder: Path) -> Record:
     return Record(folder, plugin.manager)
 
 
-def write_record(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str = "float32") -> list[str]:
+def write_record(record: Record, cells: Sequence[tuple[Cell, bool]], dtype: str = "float32") -> list[str]:
     """Write cells into the provenance of a plug-in, and make its card and picture anew; the rest of it stays.
 
     Parameters
     ----------
-    found : the cells of the matrix that are about this plug-in, and whether its statistics were collected anew.
+    cells : the cells of the matrix that are about this plug-in, and whether its statistics were collected anew.
     dtype : type of the model's weights, of cells that do not say it.
 
     Returns
@@ -135,7 +135,7 @@ def write_record(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str 
     PluginError : it holds another manager by now; it cannot be written.
     """
     with _alone(record.folder):  # who reads, adds rows and writes at the same time as another would lose the other's
-        return _write(record, found, dtype)
+        return _write(record, cells, dtype)
 
 
 def _alone(folder: Path) -> filelock.BaseFileLock:
@@ -145,14 +145,14 @@ def _alone(folder: Path) -> filelock.BaseFileLock:
     return filelock.FileLock(Path(tempfile.gettempdir()) / f"evomem-record-{user}-{name}.lock")
 
 
-def _write(record: Record, found: Sequence[tuple[Cell, bool]], dtype: str) -> list[str]:
+def _write(record: Record, cells: Sequence[tuple[Cell, bool]], dtype: str) -> list[str]:
     plugin = plugins.read(record.folder)  # again: others may have written into it in the meantime
     if not _same(plugin.manager, record.manager):
         raise PluginError(
             f"{record.folder}: holds another manager than the one that was measured; nothing was written into it"
         )
     known = _known(record.folder, plugin.provenance)
-    new = [record_row(cell, dtype, recalibrated=anew) for cell, anew in found]
+    new = [record_row(cell, dtype, recalibrated=anew) for cell, anew in cells]
     rows = merged(known, new)
     kept, notes = _fitting(rows, new, _room(record.folder, plugin.provenance)), []
     if len(kept) < len(rows):
@@ -209,11 +209,11 @@ def merged(known: Sequence[RecordedRow], new: Sequence[RecordedRow]) -> list[Rec
     models = list(dict.fromkeys(row.model for row in rows))
     tasks = list(dict.fromkeys(row.task for row in rows))
 
-    def place(row: RecordedRow) -> tuple[Any, ...]:
+    def position(row: RecordedRow) -> tuple[Any, ...]:
         size = budget_size(row.budget)
         return models.index(row.model), tasks.index(row.task), row.protocol, size, row.recalibrated
 
-    return sorted(rows, key=place)
+    return sorted(rows, key=position)
 
 
 def _finite(value: float | None) -> float | None:

@@ -46,7 +46,7 @@ class Fit:
     fixed: int
 
 
-def fitting(places: Sequence[torch.device], evaluate: Callable[[int], Any], reserved: int) -> Fit | None:
+def fitting(accelerators: Sequence[torch.device], evaluate: Callable[[int], Any], reserved: int) -> Fit | None:
     """Return how many candidates fit into the memory of some accelerators, by measuring one and two.
 
     Parameters
@@ -65,24 +65,24 @@ def fitting(places: Sequence[torch.device], evaluate: Callable[[int], Any], rese
     evaluate(1)  # what is made once (contexts, tables) is there afterwards
     peaks = []
     for count in (1, 2):
-        before = [devices.allocated_bytes(place) for place in places]
-        for place in places:
-            devices.reset_peak(place)
+        before = [devices.allocated_bytes(accelerator) for accelerator in accelerators]
+        for accelerator in accelerators:
+            devices.reset_peak(accelerator)
         evaluate(count)
-        after = [devices.allocated_bytes(place) for place in places]
+        after = [devices.allocated_bytes(accelerator) for accelerator in accelerators]
         if any(one is None for one in (*before, *after)):
             return None
         peaks.append([b[1] - a[0] for a, b in zip(before, after, strict=True) if a is not None and b is not None])
-    found = []
-    for place, one, two in zip(places, *peaks, strict=True):
-        free, each = devices.free_bytes(place), max(1, two - one)
+    fits = []
+    for accelerator, one, two in zip(accelerators, *peaks, strict=True):
+        free, each = devices.free_bytes(accelerator), max(1, two - one)
         if free is None:
             return None
         fixed = max(0, one - each)
         room = (SHARE * (free - reserved) - fixed) / each
         size = 2 ** int(math.log2(min(LARGEST, max(1.0, room))))
-        found.append(Fit(size, free, each, fixed))
-    return min(found, key=lambda fit: fit.size)
+        fits.append(Fit(size, free, each, fixed))
+    return min(fits, key=lambda fit: fit.size)
 
 
 def choose_chunks(search: Search) -> Chunks:
@@ -123,13 +123,13 @@ def _fitting(search: Search) -> tuple[Fit | None, str]:
     reserved = int(bench.facts.get("store_bytes", 0)) + (bench.weights if search.workers.count != 0 else 0)
     for stage in search.plan:
         rollouts = RolloutVectors() if drivers.uses(stage.driver.name, "rollouts") else None
-        for place, task in enumerate(stage.tasks):
+        for index, task in enumerate(stage.tasks):
             pool = search.samples.pool(task, Split.TRAIN, stage.train_contexts)[:8]
             samples: list[tuple[Sample, ...]] = [()] * len(stage.tasks)
-            samples[place] = (max(pool, key=lambda sample: len(sample.context)),)
+            samples[index] = (max(pool, key=lambda sample: len(sample.context)),)
             plan = Plan("probe", None, stage, tuple(samples), rollouts=rollouts)
             try:
-                fit = fitting(bench.devices, partial(_probe, search, evaluate, plan, place), reserved)
+                fit = fitting(bench.devices, partial(_probe, search, evaluate, plan, index), reserved)
             except torch.OutOfMemoryError as error:
                 devices.let_go(error)
                 return Fit(1, 0, 0, 0), "two candidates do not fit into the memory of the device"
@@ -139,9 +139,9 @@ def _fitting(search: Search) -> tuple[Fit | None, str]:
     return smallest, "measured: bytes of one more candidate against free memory"
 
 
-def _probe(search: Search, evaluate: UnitEvaluator, plan: Plan, place: int, count: int) -> None:
-    """Evaluate the search's start so many times, as one batch."""
+def _probe(search: Search, evaluate: UnitEvaluator, plan: Plan, task: int, count: int) -> None:
+    """Evaluate the search's start on a task, by its index, so many times, as one batch."""
     budget = max(plan.stage.budgets or (None,), key=budget_size)
     vectors, seeds = np.repeat(search.start[None], count, 0), np.arange(count, dtype=np.int64)
-    for unit in units_of(plan, search.samples, place, 0, budget, vectors, seeds, plan.measurement, count):
+    for unit in units_of(plan, search.samples, task, 0, budget, vectors, seeds, plan.measurement, count):
         evaluate(unit)

@@ -66,7 +66,7 @@ class Bench:
     calibrate : sets statistics that a manager measures once, before the search, on some samples of some tasks; None if
         none does.
     check : compares the full cache with no context at all on some samples; None if nothing can be said.
-    elsewhere : makes the same bench in another process; None: call the factory there.
+    in_workers : makes the same bench in another process; None: call the factory there.
     provenance : what the measurements depend on (model, hash of its weights); a run is resumed on the same only.
     benches : with several models, the bench of each by name; this one is then the first of them.
     devices : accelerators that are measured on; empty: the processor.
@@ -79,7 +79,7 @@ class Bench:
     calibrate: Callable[[MemoryManager, Sequence[tuple[TaskConfig, Sequence[Sample]]]], None] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[str, Task, Sequence[Sample], MemoryManager], ChanceReport] | None = None
-    elsewhere: Elsewhere | None = None
+    in_workers: WorkerBench | None = None
     benches: Mapping[str, Bench] = field(default_factory=dict)
     devices: Sequence[torch.device] = ()
     weights: int = 0
@@ -91,7 +91,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class WorkerBench:
     """How another process makes a bench from parts that all processes of a machine share.
 
     Attributes
@@ -114,9 +114,9 @@ def model_bench(config: ExperimentConfig) -> Bench:
 
     loaded = [load_model(model) for model in config.all_models]
     if any(map(why_not_shareable, loaded)):  # spread over devices, or quantised: every worker loads its own
-        shared = Elsewhere(dict, partial(spread_bench, [one.kind for one in loaded]))
+        shared = WorkerBench(dict, partial(spread_bench, [one.kind for one in loaded]))
     else:
-        shared = Elsewhere(partial(_dismantled, loaded), shared_bench)
+        shared = WorkerBench(partial(_dismantled, loaded), shared_bench)
     limit = config.store_bytes
     if limit is None:
         limit = room_for_readings({device for one in loaded for device in one.devices})
@@ -169,12 +169,12 @@ def load_model(config: ModelConfig, dtype: str | None = None) -> LoadedModel:
 
 
 def _bench(
-    config: ExperimentConfig, loaded: Sequence[LoadedModel], readings: Readings, elsewhere: Elsewhere | None = None
+    config: ExperimentConfig, loaded: Sequence[LoadedModel], readings: Readings, in_workers: WorkerBench | None = None
 ) -> Bench:
     benches = {one.name: _bench_of(config, one, readings) for one in loaded}
     first = benches[config.model.name]
     if len(benches) == 1:
-        return replace(first, elsewhere=elsewhere)
+        return replace(first, in_workers=in_workers)
     told = [benches[one.name].provenance for one in loaded]
     digests = [{("name" if key == "model" else key): value for key, value in one.items()} for one in told]
 
@@ -182,7 +182,7 @@ def _bench(
         calibrate_manager(manager, [(benches[str(task.model)].evaluator, samples) for task, samples in chosen])
 
     provenance = {**first.provenance, "model_digests": digests}
-    return replace(first, calibrate=calibrate, provenance=provenance, elsewhere=elsewhere, benches=benches)
+    return replace(first, calibrate=calibrate, provenance=provenance, in_workers=in_workers, benches=benches)
 
 
 def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings) -> Bench:

@@ -46,8 +46,8 @@ def make_pool(
     from evomem.workers.ray.pool import RayPool
 
     state = {name: value.contiguous() for name, value in space.template.state_dict().items()}
-    parts = bench.elsewhere.parts() if bench.elsewhere is not None else {}
-    make = bench.elsewhere.make if bench.elsewhere is not None else partial(_by_factory, factory)
+    parts = bench.in_workers.parts() if bench.in_workers is not None else {}
+    make = bench.in_workers.make if bench.in_workers is not None else partial(_by_factory, factory)
     build = partial(unit_evaluator, config, safetensors.torch.save(state), make)
     recipe = Recipe(parts, build, config.threads)
     return RayPool(

@@ -197,7 +197,7 @@ class Schedule:
             if late is None or now < late[0]:
                 break
             _, running, work = late
-            name = self._elsewhere(self._workers[running.lease.worker].node)
+            name = self._idle_elsewhere(self._workers[running.lease.worker].node)
             given.append(self._lease(name, [work], now, duplicate=True))
         return given
 
@@ -305,7 +305,7 @@ class Schedule:
         self._stragglers.add(running)
         return lease
 
-    def _elsewhere(self, node: str) -> str:
+    def _idle_elsewhere(self, node: str) -> str:
         """Return an idle worker, on another node if one of the first few is: a straggler's node may be what is slow."""
         names = list(islice(self._idle, _LOOKED_AT))
         return next((name for name in names if self._workers[name].node != node), names[0])

@@ -476,12 +476,12 @@ def test_a_quantised_model_is_loaded_by_every_worker_itself(change, monkeypatch)
         dismantle(one)
     monkeypatch.setattr("evomem.runs.bench.load_model", lambda model: change(loaded()))
     config = experiment("model=llama", "tasks=[passkey]")
-    shared = model_bench(config).elsewhere
+    shared = model_bench(config).in_workers
     assert shared.parts() == {}
     theirs = shared.make(config, {}, PrefillStore())
     assert theirs.provenance["device"] == "cpu"
     monkeypatch.setattr("evomem.runs.bench.load_model", lambda model: loaded())
-    assert model_bench(config).elsewhere.parts() != {}
+    assert model_bench(config).in_workers.parts() != {}
 
 
 def test_packed_numbers_are_never_taken_for_weights():

@@ -18,7 +18,7 @@ from evomem.evaluation.measurement import LOGLIK
 from evomem.evaluation.store import Reading
 from evomem.memory import LayerView
 from evomem.runs import Bench, search
-from evomem.runs.bench import Elsewhere
+from evomem.runs.bench import WorkerBench
 from evomem.workers import Recipe, WorkerOptions
 from evomem.workers.ray import address as ray_address
 from evomem.workers.ray import local as ray_local
@@ -61,12 +61,12 @@ class ReadingBench:
         self.log = Path(log)
 
     def __call__(self, config):
-        return self.make(config, {}, None, Elsewhere(dict, self.make))
+        return self.make(config, {}, None, WorkerBench(dict, self.make))
 
-    def make(self, config, parts, readings, elsewhere=None):
+    def make(self, config, parts, readings, in_workers=None):
         provenance = {"model_digest": "none"}
         return Bench(
-            Reads(self.log, readings), lambda task: ToyTask(task.spec), provenance=provenance, elsewhere=elsewhere
+            Reads(self.log, readings), lambda task: ToyTask(task.spec), provenance=provenance, in_workers=in_workers
         )
 
 

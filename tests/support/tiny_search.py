@@ -10,7 +10,7 @@ from evomem.evaluation.store import token_key
 from evomem.models import LoadedModel
 from evomem.models.sharing import assemble, dismantle
 from evomem.runs import Bench
-from evomem.runs.bench import Elsewhere
+from evomem.runs.bench import WorkerBench
 from evomem.testing.models import tiny, tiny_tokenizer
 from tests.runs.test_block_search import SETTINGS, SPACE, STAGES, Words
 from tests.support.faulty_search import entries, note
@@ -45,16 +45,17 @@ def bench(log, company=1):
 
     def make(config):
         loaded = LoadedModel("tiny", tiny("llama", layers=2), tiny_tokenizer(), "tiny")
-        return made(config, loaded, None, log, Elsewhere(partial(dismantle, loaded), partial(elsewhere, log, company)))
+        shared = WorkerBench(partial(dismantle, loaded), partial(in_worker, log, company))
+        return made(config, loaded, None, log, shared)
 
     return make
 
 
-def elsewhere(log, company, config, parts, readings):
+def in_worker(log, company, config, parts, readings):
     return made(config, assemble(parts, "cpu"), readings, log, company=company)
 
 
 def made(config, loaded, readings, log, shared=None, company=1):
     evaluator = Logged(loaded, config.protocol, store=readings)
     evaluator.log, evaluator.company = log, company
-    return Bench(evaluator, lambda task: Words(), provenance={"model_digest": "tiny"}, elsewhere=shared)
+    return Bench(evaluator, lambda task: Words(), provenance={"model_digest": "tiny"}, in_workers=shared)

@@ -224,10 +224,10 @@ def _tasks_of(subjects: Sequence[Subject]) -> list[TaskConfig]:
 
 def _deliver(rows: Sequence[TransferRow], skipped: Sequence[str], output: str | None) -> None:
     """Print the matrix; write rows, table and picture."""
-    found, console = cells(rows), wide_console(stderr=output == "-")
-    for table in transfer_tables(found):
+    matrix, console = cells(rows), wide_console(stderr=output == "-")
+    for table in transfer_tables(matrix):
         console.print(table)
-    for line in (*summary(found), *(f"left out: {reason}" for reason in skipped)):
+    for line in (*summary(matrix), *(f"left out: {reason}" for reason in skipped)):
         console.print(Text(line, style="bold"))
     if output == "-":
         sys.stdout.write(rows_json(rows))
@@ -235,8 +235,8 @@ def _deliver(rows: Sequence[TransferRow], skipped: Sequence[str], output: str | 
         return
     path = Path(output)
     write_rows(path, rows)
-    write_atomically(path.with_suffix(".md"), transfer_markdown(found, skipped).encode())
-    transfer_plot(path.with_suffix(".png"), found, _TITLE)
+    write_atomically(path.with_suffix(".md"), transfer_markdown(matrix, skipped).encode())
+    transfer_plot(path.with_suffix(".png"), matrix, _TITLE)
     console.print(Text(f"{path}, {path.with_suffix('.md').name}, {path.with_suffix('.png').name}", style="dim"))
 
 
@@ -263,12 +263,12 @@ def _records(subjects: Sequence[Subject]) -> dict[str, Record]:
     return found
 
 
-def _record(records: dict[str, Record], found: Sequence[Cell]) -> None:
+def _record(records: dict[str, Record], matrix: Sequence[Cell]) -> None:
     """Write each plug-in's cells into it; what fails for one does not keep the others from theirs."""
     console, failed = wide_console(), []
     for name, record in records.items():
         names = {name: False, _anew(name): True}
-        mine = [(cell, names[cell.row.subject]) for cell in found if cell.row.subject in names]
+        mine = [(cell, names[cell.row.subject]) for cell in matrix if cell.row.subject in names]
         try:
             notes = write_record(record, mine)
         except PluginError as error:
