@@ -19,6 +19,8 @@ LISTED = 1000
 """Entries of a list that a person writes: tasks, stages, budgets."""
 UNITS = 4096
 """Units of a network's layer, knots, points of depth."""
+NEIGHBOURS = 4096
+"""The largest window of queries or slots that a manager looks at; attention or pooling of more would fill memory."""
 BYTES = 2**50
 SEED = 2**63 - 1
 SMALL, LARGE = 1e-30, 1e6

@@ -13,11 +13,13 @@ from evomem.managers.allocation.per_head_shares import PerHeadShares
 from evomem.managers.base import MemoryManager, managers, register
 from evomem.managers.build import build, names, parse, summary
 from evomem.managers.heuristics.adakv import AdaKV
+from evomem.managers.heuristics.cake import CakeKV
 from evomem.managers.heuristics.expected_attention import ExpectedAttention
 from evomem.managers.heuristics.full import Full
 from evomem.managers.heuristics.h2o import H2O
 from evomem.managers.heuristics.keydiff import KeyDiff
 from evomem.managers.heuristics.knorm import KNorm
+from evomem.managers.heuristics.lava import LavaKV
 from evomem.managers.heuristics.observed_attention import ObservedAttention
 from evomem.managers.heuristics.pyramidkv import PyramidKV
 from evomem.managers.heuristics.random import Random
@@ -36,6 +38,7 @@ __all__ = [
     "TOVA",
     "AdaKV",
     "Allocation",
+    "CakeKV",
     "EmergentAllocation",
     "ExpectedAttention",
     "FeatureScorer",
@@ -43,6 +46,7 @@ __all__ = [
     "KNorm",
     "KVPolicy",
     "KeyDiff",
+    "LavaKV",
     "LayerAllocation",
     "ManagerOptions",
     "MemoryManager",

@@ -13,10 +13,11 @@ from huggingface_hub import PyTorchModelHubMixin
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from evomem.bounds import NEIGHBOURS
 from evomem.errors import ConfigError, PluginError
 from evomem.managers.allocation import Allocation, ModelAllocation, Threshold, Uniform, build_allocation, settle
 from evomem.managers.decision import Judgement, Rule
-from evomem.managers.options import NEIGHBOURS, ManagerOptions, Schedule, check_budget
+from evomem.managers.options import ManagerOptions, Schedule, check_budget
 from evomem.managers.placement import follows_view, on_device
 from evomem.managers.selection import Ends
 from evomem.memory import Decision, LayerView, attached
@@ -82,6 +83,8 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
                 )
         for name in cls.on_view_device & vars(cls).keys():
             setattr(cls, name, follows_view(vars(cls)[name]))
+        if "observes" in vars(cls):
+            cls.observes = joined_observes(vars(cls)["observes"])  # type: ignore[assignment,method-assign]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -103,8 +106,12 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     @property
     def observes(self) -> frozenset[str]:
-        """Observations that the cache must record (`evomem.memory.observations`); none by default."""
-        return frozenset()
+        """Observations that the cache must record (`evomem.memory.observations`).
+
+        A subclass says what its scores, gates and rates look at; by default nothing. What the allocation looks at
+        (`Allocation.observes`) is added to it, so that whoever asks hears of both.
+        """
+        return self.allocation.observes
 
     def make_ends(self) -> Ends:
         """Return which tokens are kept before all others; by default none."""
@@ -342,6 +349,20 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         """Show every option that differs from its default."""
         changed = self.options.model_dump(exclude_defaults=True)
         return ", ".join(f"{key}={value!r}" for key, value in changed.items())
+
+
+def joined_observes(observes: property | frozenset[str]) -> property:
+    """Return a manager's property ``observes`` with what its allocation observes added."""
+    read = observes.fget if isinstance(observes, property) else None
+    if read is None and not isinstance(observes, frozenset):
+        raise ConfigError(f"observes: {observes!r} is neither a property nor a frozenset of names of observations")
+
+    def joined(self: MemoryManager) -> frozenset[str]:
+        scored: frozenset[str] = observes if read is None else read(self)  # type: ignore[assignment]
+        return scored | self.allocation.observes
+
+    joined.__doc__ = getattr(observes, "__doc__", None) if read is not None else None
+    return property(joined)
 
 
 def retype(manager: MemoryManager, types: Mapping[str, torch.dtype]) -> None:

@@ -85,8 +85,8 @@ class Rule:
         means = [slots_of_budget(self.budget, view) for view in views]
         limits = allocation.limits(views, means, scores, self.ends, judgements[0].shares)
         decisions = []
-        for judgement, view, h, n in zip(judgements, views, held, limits, strict=True):
-            marked = self.ends.mark(judgement.scores, view, h, n)
+        for judgement, view, h, n, mean in zip(judgements, views, held, limits, means, strict=True):
+            marked = self.ends.mark(judgement.scores, view, h, allocation.ends_within(n, mean))
             decisions.append(Decision(_kept(marked, n, h), judgement.decay))
         return decisions
 

@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from evomem.bounds import NEIGHBOURS
 from evomem.errors import ConfigError
-from evomem.managers.options import NEIGHBOURS, ManagerOptions
+from evomem.managers.options import ManagerOptions
 from evomem.memory import LayerView, masked_mean
 from evomem.memory.observations.spectrum import BINS
 

@@ -12,9 +12,6 @@ from evomem.bounds import TOKENS, UNITS
 from evomem.errors import ConfigError
 from evomem.managers.allocation import build_allocation
 
-NEIGHBOURS = 4096
-"""The largest window of queries or slots that a manager looks at; attention or pooling of more would fill memory."""
-
 
 @dataclass(frozen=True)
 class Schedule:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from evomem.devices import named
-from evomem.errors import ModelError
+from evomem.errors import ConfigError, ModelError
 from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.evaluation.measures import Draws
 from evomem.files.strict_json import as_float
@@ -16,6 +16,7 @@ from evomem.managers.base import MemoryManager
 from evomem.models.identity import tokenizer_digest
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.experiment_parts import ModelConfig, TaskConfig
+from evomem.search_space.space import build_manager
 from evomem.tasks.base import Sample, Task
 from evomem.tasks.chance import ChanceReport, check
 
@@ -238,6 +239,13 @@ def traces_of(config: ExperimentConfig, loaded: LoadedModel) -> KnownSamples | N
         return None
     from evomem.evaluation.traces.store import TraceCollection, Traces
 
+    allocation = build_manager(config.space.manager).allocation
+    if allocation.observes:
+        missing = ", ".join(sorted(allocation.observes))
+        raise ConfigError(
+            f"traces: allocation {allocation.name!r} observes {missing}, which traces do not hold; leave "
+            "traces out, or use an allocation that observes nothing"
+        )
     opened = [Traces.open(folder) for folder in config.traces]
     others = {model.name for model in config.all_models} - {loaded.name}
     mine = [one for one in opened if one.manifest.header.model.name not in others]

@@ -61,6 +61,10 @@ def tokens_of(folder):
         ({"model": "zoo-qwen3"}, "traces are of zoo-gpt-neox"),
         ({"protocol": {"mode": "query_aware"}}, "query_agnostic"),
         ({"space": {"manager": {"name": "kv_policy", "options": {"features": ["last:5"]}}}}, "'last:5' is not in"),
+        (
+            {"space": {"manager": {"name": "kv_policy", "options": {"features": ["age"], "allocation": "cake"}}}},
+            "observes",
+        ),
     ],
 )
 def test_traces_that_do_not_fit_are_refused(traces, tmp_path, changes, message):

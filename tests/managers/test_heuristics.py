@@ -37,7 +37,10 @@ SPECS = (
     "tova",
     "keydiff",
     "expected_attention",
+    "cake(window=8, allocation=uniform)",
+    "lava(window=8, allocation=uniform)",
 )
+"""A scorer whose own allocation is of the whole model stands here with another one: views come layer by layer."""
 
 
 def test_every_heuristic_has_a_slow_reference():
@@ -67,6 +70,8 @@ def make_view(seed: int = 0, layer: int = 1, layers: int = 4, held=HELD, equal: 
         name: torch.rand(shape, generator=g) ** 3
         for name in ("attention_sum", "window_attention:8", "window_attention:1", "window_attention:32")
     }
+    for name in ("window_variance:8", "window_group_peak:8"):
+        recorded[name] = torch.rand(shape, generator=torch.Generator().manual_seed(seed + len(name))) ** 3 / 100
     root = torch.randn(batch, HEADS * GROUP, DIM, DIM, generator=g)
     recorded["query_mean"] = torch.randn(batch, HEADS * GROUP, DIM, generator=g)
     recorded["query_covariance"] = root @ root.mT / DIM
@@ -140,6 +145,16 @@ def slow_scores(name, view, b, h, recent):
         a = seen_by("window_attention:8")
         line = [0.0, 0.0] + [a[p] if p < read - recent else 0.0 for _, p in held] + [0.0, 0.0]
         return {p: sum(line[i : i + 5]) / 5 for i, (_, p) in enumerate(held)}
+    if name == "cake":
+        mean, variance = seen_by("window_attention:8"), seen_by("window_variance:8")
+        line = [mean[p] + 200 * variance[p] if p < read - recent else 0.0 for _, p in held]
+        line = [0.0, 0.0, *line, 0.0, 0.0]
+        return {p: sum(line[i : i + 5]) / 5 for i, (_, p) in enumerate(held)}
+    if name == "lava":
+        a = {p: x for p, x in seen_by("window_group_peak:8").items() if p < read - recent}
+        largest = max((sum(map(abs, v[p])) for p in a), default=0.0)
+        line = [0.0] * 3 + [a.get(p, 0.0) for _, p in held] + [0.0] * 3
+        return {p: largest * max(line[i : i + 7]) if p in a else 0.0 for i, (_, p) in enumerate(held)}
     if name == "tova":
         everyone = [
             {p: float(view.recorded["window_attention:1"][b, other, s]) for s, p in tokens(view, b, other)}
@@ -187,6 +202,7 @@ def slow_protected(name, view, b, n):
     """(sinks, newest) that are kept before all others."""
     sinks = min(n, {"streaming_llm": 4, "expected_attention": 4}.get(name, 0))
     recent = {"h2o": n // 2, "snapkv": min(8, n // 2), "pyramidkv": min(8, n // 2)}.get(name, 0)
+    recent = min(8, n // 2) if name in ("cake", "lava") else recent
     return sinks, recent
 
 

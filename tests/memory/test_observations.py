@@ -27,6 +27,9 @@ ALL = (
     "window_statistics:5",
     "window_peak:5",
     "window_next_use:5",
+    "window_entropy:5",
+    "window_variance:5",
+    "window_group_peak:5",
     "query_statistics",
 )
 
@@ -156,6 +159,19 @@ def test_window_attention_is_the_softmax_over_the_slots_held_now(family: str, wi
                 np.testing.assert_allclose(view.recorded["window_statistics:5"][row, head], slow, atol=1e-5)
                 np.testing.assert_allclose(view.recorded["window_peak:5"][row, head], paid.sum(0), atol=1e-5)
                 check_next_use(view.recorded["window_next_use:5"][row, head].numpy(), paid)
+                check_spread(view, row, head, paid[None])
+
+
+def check_spread(view: LayerView, row: int, head: int, paid: np.ndarray) -> None:
+    """paid (query heads of the group, queries, slots): entropy and variance head by head, then the group's mean."""
+    parts = -paid * np.log(np.where(paid > 0, paid, 1))
+    slow = {
+        "window_entropy:5": parts.mean(1).mean(0),
+        "window_variance:5": paid.var(1, ddof=min(1, paid.shape[1] - 1)).mean(0),
+        "window_group_peak:5": paid.mean(1).max(0),
+    }
+    for name, expected in slow.items():
+        np.testing.assert_allclose(view.recorded[name][row, head], expected, atol=1e-5)
 
 
 def check_next_use(got: np.ndarray, paid: np.ndarray) -> None:
@@ -182,6 +198,9 @@ def test_peak_and_next_use_take_the_largest_of_the_group(family: str, window: in
                 paid = np.zeros((grouped.shape[2], 40))
                 paid[:, 40 - length :] = grouped[head].max(0)
                 np.testing.assert_allclose(view.recorded["window_peak:5"][row, head], paid.sum(0), atol=1e-5)
+                each = np.zeros((grouped.shape[1], len(paid), 40))
+                each[:, :, 40 - length :] = grouped[head]
+                check_spread(view, row, head, each)
                 if len(paid) == 5:
                     check_next_use(view.recorded["window_next_use:5"][row, head].numpy(), paid)
                 else:  # 5 means never, however few queries there were

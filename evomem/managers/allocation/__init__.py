@@ -13,10 +13,14 @@ from evomem.managers.allocation.base import (
     ModelAllocation,
     allocations,
     build_allocation,
+    recorded_for,
     register_allocation,
 )
+from evomem.managers.allocation.by_weight import limits_by_weight
+from evomem.managers.allocation.cake import Cake
 from evomem.managers.allocation.composing import settle
 from evomem.managers.allocation.emergent import Dense, Everything, Threshold
+from evomem.managers.allocation.lava import Lava
 from evomem.managers.allocation.over_heads import AcrossHeads
 from evomem.managers.allocation.over_layers import DepthShares, Pyramid, Uniform
 from evomem.managers.allocation.per_head_shares import PerHeadShares
@@ -25,10 +29,12 @@ __all__ = [
     "AcrossHeads",
     "Allocation",
     "AllocationOptions",
+    "Cake",
     "Dense",
     "DepthShares",
     "EmergentAllocation",
     "Everything",
+    "Lava",
     "LayerAllocation",
     "ModelAllocation",
     "PerHeadShares",
@@ -40,7 +46,9 @@ __all__ = [
     "clamped_shares",
     "depth_limits",
     "interpolated",
+    "limits_by_weight",
     "pyramid_budget",
+    "recorded_for",
     "register_allocation",
     "settle",
     "water_fill",

@@ -61,6 +61,14 @@ class Allocation(nn.Module, ABC):
             lines = "; ".join(faults(error, self.Options))
             raise ConfigError(f"allocation {getattr(self, 'name', type(self).__name__)!r}: {lines}") from None
 
+    @property
+    def observes(self) -> frozenset[str]:
+        """Observations that the cache must record for it (`evomem.memory.observations`); none by default.
+
+        They are joined to those of the manager, and lie in ``view.recorded``; read them by `recorded_for`.
+        """
+        return frozenset()
+
     def shares(self) -> Tensor | None:
         """Return parameters that a manager may draw or hand over, (1, points of depth) fp32; None: there are none."""
         return None
@@ -136,6 +144,19 @@ class ModelAllocation(Allocation):
         shares : parameters in place of the allocation's own.
         """
 
+    def ends_within(self, limits: Tensor, mean: Tensor) -> Tensor:
+        """Return the slots per head by which a layer's protected ends are measured, that broadcast with the limits.
+
+        By default the limits: a head with few slots protects fewer tokens. Never so many that the protected tokens of
+        a head are more than its limit, or more of them would be protected than stay.
+
+        Parameters
+        ----------
+        limits : (batch, kv_heads or 1, 1) int64, of a layer, as `limits` gave them.
+        mean : (batch, 1, 1) int64, slots per head over all layers.
+        """
+        return limits
+
 
 class EmergentAllocation(Allocation):
     """Says which slots stay by the scores' values. How many that are emerges; no total is promised."""
@@ -151,6 +172,22 @@ class EmergentAllocation(Allocation):
         ends : what the scorer protects; the newest token is protected in any case.
         budget : the manager's, at most so many slots per head; None: no cap.
         """
+
+
+def recorded_for(allocation: Allocation, view: LayerView, name: str) -> Tensor:
+    """Return what was recorded of a view for an allocation, fp32.
+
+    Raises
+    ------
+    ConfigError : the view has no such observation: it comes from a trace, or from an engine that did not record it.
+    """
+    if name not in view.recorded:
+        whence = f"the traces {view.source} hold features only" if view.source else "the view does not hold it"
+        raise ConfigError(
+            f"allocation {allocation.name!r}: layer {view.layer}: it observes {name!r}, and {whence}; record what "
+            "manager.observes names, read the contexts anew instead of from traces, or use another allocation"
+        )
+    return view.recorded[name].float()
 
 
 allocations = Registry("allocation", "evomem.allocations")

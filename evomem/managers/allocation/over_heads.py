@@ -67,6 +67,11 @@ class AcrossHeads(LayerAllocation):
         """Return the allocation with another one over the layers; `ConfigError` if that is none over layers."""
         return AcrossHeads(layers=layers.describe(), safeguard=self.options.safeguard)
 
+    @property
+    def observes(self) -> frozenset[str]:
+        """What the allocation over the layers observes."""
+        return self.layers.observes
+
     def shares(self) -> Tensor | None:
         """Return what the allocation over the layers learns."""
         return self.layers.shares()
@@ -81,16 +86,31 @@ class AcrossHeads(LayerAllocation):
 
     def head_limits(self, marked: Tensor, view: LayerView, held: Tensor, n: Tensor) -> Tensor:
         """Return how many of the layer's n H best are each head's: (batch, kv_heads, 1) int64."""
-        safe = best(marked, share_of(self.options.safeguard, n)) & held
-        # At most n a head are safe or protected (`Ends` sees to that), so all of them fit into the layer's total.
-        ordered = torch.where(safe, torch.inf, marked)
-        order = torch.sort(view.slots.flatten(-2), dim=-1, stable=True).indices
-        flat = ordered.flatten(-2)
-        order = order.expand(flat.shape)
-        by_score = torch.sort(flat.gather(-1, order), dim=-1, descending=True, stable=True).indices
-        order = order.gather(-1, by_score)
-        places = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
-        ranks = torch.zeros_like(order).scatter(-1, order, places).reshape(ordered.shape)
-        heads, slots = ordered.shape[-2:]
-        # Slots that the layer has not got are counted too, so that the heads' limits add up to n H.
-        return (ranks < n * heads).sum(-1, keepdim=True) + (n - slots).clamp(min=0)
+        return heads_by_ranking(marked, view, held, n * view.slots.shape[1], self.options.safeguard)
+
+
+def heads_by_ranking(marked: Tensor, view: LayerView, held: Tensor, total: Tensor, safeguard: float) -> Tensor:
+    """Return how many of a layer's ``total`` best are each head's: (batch, kv_heads, 1) int64, which add up to it.
+
+    Parameters
+    ----------
+    marked : (batch, kv_heads, slots), the scores after `Ends.mark`. Equal ones rank by position, then by head.
+    held : (batch, kv_heads, slots) bool, slots that may stay.
+    total : (batch, 1, 1) int64, slots of the layer, n a head.
+    safeguard : every head keeps its ⌊safeguard n⌋ best for certain.
+    """
+    heads, slots = marked.shape[1:]
+    safe = best(marked, share_of(safeguard, total // heads)) & held
+    # At most n a head are safe or protected (`Ends` sees to that), so all of them fit into the layer's total.
+    ordered = torch.where(safe, torch.inf, marked)
+    order = torch.sort(view.slots.flatten(-2), dim=-1, stable=True).indices
+    flat = ordered.flatten(-2)
+    order = order.expand(flat.shape)
+    by_score = torch.sort(flat.gather(-1, order), dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, by_score)
+    ranks_of_all = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    ranks = torch.zeros_like(order).scatter(-1, order, ranks_of_all).reshape(ordered.shape)
+    # Slots that the layer has not got are counted too, so that the heads' limits add up to the total.
+    more = (total - heads * slots).clamp(min=0)
+    first = torch.arange(heads, device=order.device)[:, None] < more % heads
+    return (ranks < total).sum(-1, keepdim=True) + more // heads + first

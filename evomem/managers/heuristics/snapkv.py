@@ -9,8 +9,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
+from evomem.bounds import NEIGHBOURS
 from evomem.managers.base import MemoryManager, register
-from evomem.managers.options import NEIGHBOURS, ManagerOptions
+from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 
@@ -55,9 +56,13 @@ class SnapKV(MemoryManager):
         """The window, at most half of the slots."""
         return Ends(recent=self.options.window, recent_share=0.5)
 
+    def attention(self, view: LayerView) -> Tensor:
+        """Return what a slot's attention counts before it is pooled: (batch, kv_heads, slots) fp32."""
+        return view.recorded[f"window_attention:{self.options.window}"].float()
+
     def score(self, view: LayerView) -> Tensor:
         """Return the pooled attention: (batch, kv_heads, slots) fp32; beyond both ends it counts as zero."""
-        attention = view.recorded[f"window_attention:{self.options.window}"].float()
+        attention = self.attention(view)
         outside = view.valid & (view.age >= self.ends.window(self.rule.layer_limit(view, self.shares())))
         kernel = self.options.kernel
         return functional.avg_pool1d(torch.where(outside, attention, 0.0), kernel, stride=1, padding=kernel // 2)

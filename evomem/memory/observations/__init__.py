@@ -13,6 +13,11 @@ name                      what ``LayerView.recorded`` holds
                           head of the group pays, summed over the queries (KVP, arXiv 2602.10238)
 ``window_next_use:W``     (batch, kv_heads, slots) fp32: which of the same queries (0 is the first) is the
                           first in which a query head of the group pays the slot at least `USED`; W if none does
+``window_entropy:W``      (batch, kv_heads, slots): the slot's part -a log a of the same queries' entropy, in nats,
+                          their mean
+``window_variance:W``     (batch, kv_heads, slots): unbiased variance of the attention over the same queries
+``window_group_peak:W``   (batch, kv_heads, slots): mean attention of the same queries, of the query head of the group
+                          for which it is the largest
 ``query_statistics``      ``query_mean`` (batch, query_heads, head_dim), ``query_covariance`` (…, head_dim, head_dim) of
                           the queries before rotation, without a row's first 4; ``future_rotation`` (batch, head_dim,
                           head_dim), the mean rotation of the next 512 positions
@@ -21,7 +26,13 @@ name                      what ``LayerView.recorded`` holds
 To add one, copy `evomem.memory.observations.attention_sum` and import it here.
 """
 
-from evomem.memory.observations import attention_spectrum, attention_sum, query_statistics, windows
+from evomem.memory.observations import (
+    attention_spectrum,
+    attention_sum,
+    query_statistics,
+    window_spread,
+    windows,
+)
 from evomem.memory.observations.base import (
     Moment,
     Observation,
@@ -57,5 +68,6 @@ __all__ = [
     "parse_observation",
     "query_statistics",
     "register_observation",
+    "window_spread",
     "windows",
 ]
