@@ -1,7 +1,7 @@
 """Driver: policy-gradient estimators, as pure functions of rewards and ∇θ log π.
 
-A *group* is several rollouts of one policy on the same context at the same budget. What is subtracted from a reward is
-made of the other rollouts of its group: contexts differ in difficulty by far more than rollouts of one context do.
+A *group* is several rollouts of one policy on the same context at the same budget. The baseline of a reward is made of
+the other rollouts of its group: contexts differ in difficulty by far more than rollouts of one context do.
 
 Sources: Williams, "Simple statistical gradient-following algorithms" (1992); Kool, van Hoof, Welling (2019) for
 leave-one-out; Schulman et al. (2017) and DeepSeekMath (arXiv 2402.03300) for clipped ratios and group advantages.

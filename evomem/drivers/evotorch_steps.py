@@ -61,11 +61,11 @@ def single_threaded() -> Iterator[None]:
 
 
 class Told(Problem):  # type: ignore[misc]
-    """A problem whose fitness is told: larger is better, float64, a generator of its own, no actors.
+    """A problem whose fitness comes from outside: larger is better, float64, a generator of its own, no actors.
 
     Attributes
     ----------
-    fitness : (candidates,) of the population that is evaluated next; None: it is only drawn, and told later.
+    fitness : (candidates,) of the population that is evaluated next; None: it is drawn now and gets its fitness later.
     """
 
     def __init__(self, dim: int, seed: int) -> None:

@@ -32,7 +32,7 @@ class PolicyGradientOptions(DriverOptions):
     Attributes
     ----------
     estimator : ``reinforce``, or ``grpo``: advantages divided by their deviation, several passes with clipped ratios.
-    baseline : what is taken off a reward: the mean of the context's other rollouts, or nothing.
+    baseline : what is subtracted from a reward: the mean of the context's other rollouts, or nothing.
     normalise : divide advantages by their deviation within the context; by default what the estimator does.
     passes : steps along each set of rollouts; 1 for ``reinforce``, 2 for ``grpo``.
     learning_rate, exact_learning_rate : AdamW's, in units of the vector, for sampled and for exact gradients.
@@ -153,7 +153,7 @@ class PolicyGradient(Driver):
             steps = [steps for steps, fine in zip(group.steps, good, strict=True) if fine]
             values += [step for one in steps for step in one]
             advantage = self._advantages(rewards, steps)
-            gradients.append(self._spread(group_gradient(group, advantage)))
+            gradients.append(self._full_gradient(group_gradient(group, advantage)))
             weights.append(group.weight)
         if not gradients:
             raise FitnessError("driver 'policy_gradient': no rollout of the generation has a finite reward")
@@ -167,12 +167,15 @@ class PolicyGradient(Driver):
             self._pass = (self._pass + 1) % self.passes
         self._draw += self._pass == 0
 
-    def _spread(self, found: Array) -> Array:
-        """Return a gradient (dim,) that is 0 outside of what is learned, of one that may be of this only."""
+    def _full_gradient(self, part: Array) -> Array:
+        """Return the gradient (dim,), which is 0 outside of the learned coordinates.
+
+        part : the gradient in all coordinates, or in the learned ones.
+        """
         if self._exact:
-            return found
+            return part
         gradient = np.zeros(self.dim)
-        gradient[self._learned] = found if len(found) == len(self._learned) else found[self._learned]
+        gradient[self._learned] = part if len(part) == len(self._learned) else part[self._learned]
         return gradient
 
     def _advantages(self, rewards: Array, steps: Sequence[Sequence[Step]]) -> Array:
@@ -186,8 +189,8 @@ class PolicyGradient(Driver):
 
     def _rate(self) -> float:
         o = self.options
-        left = self._end - self.generation
-        share = left / max(1.0, o.decay * (self._end - self._begin)) if self._end > self._begin else 1.0
+        remaining = self._end - self.generation
+        share = remaining / max(1.0, o.decay * (self._end - self._begin)) if self._end > self._begin else 1.0
         return (o.exact_learning_rate if self._exact else o.learning_rate) * min(1.0, max(share, 0.0))
 
     def _step(self, gradient: Array, rate: float) -> None:

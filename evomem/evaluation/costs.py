@@ -1,9 +1,11 @@
-"""Evaluation: what a ranking of the slots costs against the attention to come: KVP's trace reward, and its gradient.
+"""Evaluation: the cost of a ranking of the slots, given the attention to come: KVP's trace reward, and its gradient.
 
-f_i is the attention that question and answer pay to slot i (`evomem.evaluation.attention.Future.peak`). A ranking that
-puts slot π(j) at place j costs Σ_j j f_π(j) over what the best ranking costs: 1 at best, a loss over all budgets at
-once, and no model call. Of a ranking drawn by scores the mean is exact (`plackett_luce.expected_cost`), and so is its
-gradient in the parameters of any manager that scores. Source: KVP (arXiv 2602.10238).
+f_i is the attention that question and answer pay to slot i (`evomem.evaluation.future.Future.peak`). A ranking that
+gives slot π(j) the rank j costs Σ_j j f_π(j), divided by the cost of the best ranking: 1 at best, a loss over all
+budgets at once, and no model call. The mean cost of rankings drawn by scores has a closed form
+(`plackett_luce.expected_cost`), and so has its gradient in the parameters of any manager that scores.
+
+Source: KVP (arXiv 2602.10238).
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ How = Literal["expected", "sorted", "drawn"]
 ORACLE = ("rank_correlation", "good_decisions", "sorted_cost")
 """Values that the measure ``oracle`` gives."""
 _FIRST = 1e4
-"""Score that stands for a protected slot: before all others, and yet finite, because infinities have no difference."""
+"""Score of a protected slot: larger than all others, and finite, because the difference of infinities is NaN."""
 
 
 @dataclass(frozen=True)
 class _Context:
-    """What costs are worked out from, and the model's tokens that it took."""
+    """The views and the future attention that costs follow from, and how many tokens the model read for them."""
 
     views: tuple[LayerView, ...]
     future: Future
@@ -250,9 +252,9 @@ def _protected_first(manager: MemoryManager, view: LayerView, ranking: Tensor, n
 
 
 def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
-    """Slots that the manager keeps whatever it scores: (batch, kv_heads, slots) bool.
+    """Return which slots the manager keeps independently of its scores: (batch, kv_heads, slots) bool.
 
-    Of a policy, those that it protects without a budget: its rankings are drawn without one (`_drawn`).
+    A policy's rankings are drawn without a budget (`_drawn`); its protected slots are those without a budget, too.
     """
     manager = manager.on(view.slots.device)
     rule = replace(manager.rule, budget=None) if isinstance(manager, StochasticManager) else manager.rule

@@ -244,7 +244,8 @@ def on_sample(entrants: Sequence[Entrant], scenario: Scenario, sample: Sample, e
 def batches_of(entrants: Sequence[Entrant]) -> Iterator[list[int]]:
     """Yield the indices of entrants that are evaluated together; those that may keep everything are last and alone.
 
-    Of equal budgets, those that observe the same come together: streaming evaluates only them as one batch.
+    Entrants of equal budget are ordered by what they observe: streaming evaluates only those that observe the same as
+    one batch.
     """
 
     def order(index: int) -> tuple[float, list[str]]:

@@ -54,9 +54,9 @@ def rollout(
     ----------
     loaded : a model of episodes (`evomem.models.architectures.decision_transformer.DecisionStream`) that was trained
     for this environment.
-    manager : decides every ``every`` tokens (three a step), whatever its own schedule, while the model acts.
+    manager : decides every ``every`` tokens (three a step) while the model acts; its own schedule does not count.
     env : with the observations and actions of the model's codebook.
-    target : the return that the model is asked for; what was received is taken off it.
+    target : the return that the model is asked for; rewards that were received are subtracted from it.
     seed, options : for ``env.reset``.
 
     Raises

@@ -51,7 +51,7 @@ class Evaluator:
     one gather, and the question's and answer's tokens as a row of a batch. In ``streaming`` the candidates share what
     is read up to the first decision. `evaluate_plainly` is the plain way to the same numbers, one candidate at a time.
 
-    What is read is kept, and gradients may be taken of it later: so nothing is read in `torch.inference_mode`, also
+    Readings are kept, and gradients may be taken through them later. So nothing is read in `torch.inference_mode`, even
     where the caller is in it.
     """
 

@@ -61,7 +61,7 @@ class Known(Protocol):
 
 
 class KnownSamples(Protocol):
-    """Where contexts that were read before are found (`evomem.evaluation.traces.store.Traces`)."""
+    """A store of contexts that were read before (`evomem.evaluation.traces.store.Traces`)."""
 
     def get(self, key: str) -> Known | None:
         """Return the sample called ``key`` (`sample_key`), or None."""
@@ -94,7 +94,7 @@ class FutureAttention:
     @outside_inference_mode()
     @torch.no_grad()
     def _look(self, evaluator: Evaluator, tokens: Tokens, reading: Reading, names: dict[str, str]) -> None:
-        """Let the model read question and answer after the whole context, and leave what it looked at in the memos."""
+        """Let the model read question and answer after the whole context; the attention goes into the views' memos."""
         fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
         watched = {part: f"{kind}:{fed.shape[1]}" for part, kind in _WATCHED.items()}
         with attached(evaluator.loaded.model):
@@ -108,12 +108,12 @@ class FutureAttention:
 
 
 def sample_key(tokens: Tokens) -> str:
-    """Return what a sample is called by its content; a task of another length gives its samples the same ids."""
+    """Return a key made of the sample's tokens; ids do not serve, because a task has the same ones at every length."""
     return "/".join(token_key(part) for part in (tokens.read, tokens.prompt, tokens.answer))
 
 
 def slot_bytes(view: LayerView, fades: Tensor) -> Tensor:
-    """Return what a slot of all KV heads takes in memory once it is kept: bytes, of the shape of ``fades`` (bool).
+    """Return the bytes of a kept slot, over all KV heads, in the shape of ``fades`` (bool).
 
     A slot that may fade holds its log-decay too.
     """

@@ -1,8 +1,8 @@
-"""Evaluation: what is asked of the evaluator, under which protocol, and what comes back.
+"""Evaluation: what the evaluator measures, under which protocol, and its results.
 
 A `Measurement` names the quantities to measure. It goes whole from the objective through plan, unit and worker to the
-evaluator, which answers with one `Evaluation` a candidate. What was not measured is absent from an evaluation; NaN is
-a number that came out as none.
+evaluator, which returns one `Evaluation` a candidate. A value that was not measured is absent from an evaluation; NaN
+is a measured value that is no number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from evomem.files.strict_json import as_float
 
 
 class EvaluationProtocol(BaseModel):
-    """How a candidate is put to the test.
+    """When a candidate decides, and whether it sees the question.
 
     ``compress_once``: the whole context is read, the manager decides once, then the model answers.
     ``streaming``: the manager decides every ``every`` tokens while the context is still being read.
@@ -112,7 +112,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is asked of the evaluator.
+    """The quantities that the evaluator measures.
 
     Attributes
     ----------

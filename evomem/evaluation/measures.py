@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Draws:
-    """How decisions are drawn, for what is measured of random ones; all managers are then the same policy.
+    """How random decisions are drawn, for measures of a stochastic policy; all managers of a call are that policy.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ def run_measures(
 ) -> list[Evaluation]:
     """Return evaluations with all values that a measurement asks for.
 
-    Every measure runs once, whatever number of its quantities is asked for. Slots and bytes are those of the first
+    Every measure runs once, for all of its quantities together. Slots and bytes are those of the first
     measure; tokens and seconds add up.
 
     Raises

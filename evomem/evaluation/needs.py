@@ -1,4 +1,4 @@
-"""Evaluation: what a plan will take of memory, disk and time, said before it begins.
+"""Evaluation: the memory, disk space and time that a plan needs, computed before it begins.
 
 The rule: a plan that needs more memory or disk than is free, or more than `DAYS` days, is refused; one that needs more
 than a day is begun with a warning. The figures are estimates: bytes follow from the model's configuration and the
@@ -156,7 +156,7 @@ def require(needs: Needs, *, check: bool = True, say: Callable[[str], None] = la
     Parameters
     ----------
     check : False: say it, and go on.
-    say : is told what only warns.
+    say : called with every warning.
     """
     wrong = []
     free = free_memory()
@@ -178,7 +178,7 @@ def require(needs: Needs, *, check: bool = True, say: Callable[[str], None] = la
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory that are available, within the limit of a control group; None where nobody says."""
+    """Return the bytes of memory that are available, within the limit of a control group; None if unknown."""
     found = []
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -191,11 +191,11 @@ def free_memory() -> int | None:
 
 
 def free_disk(folder: Path) -> int | None:
-    """Return the bytes that are free where a folder is, or will be; None where nobody says."""
-    for place in (folder, *folder.absolute().parents):
+    """Return the bytes that are free where a folder is, or will be; None if unknown."""
+    for existing in (folder, *folder.absolute().parents):
         with suppress(OSError, ValueError):
-            if place.exists():
-                return shutil.disk_usage(place).free
+            if existing.exists():
+                return shutil.disk_usage(existing).free
     return None
 
 

@@ -40,9 +40,9 @@ class Reading:
     tokens: int
 
     def nbytes(self) -> int:
-        """Bytes of all tensors, of those included that managers computed from the views and left there."""
-        held = [tensor for view in self.views for tensor in view.tensors(memo=True).values()]
-        return sum(t.numel() * t.element_size() for t in held)
+        """Return the bytes of all tensors, also of those that managers computed from the views (`LayerView.memo`)."""
+        tensors = [tensor for view in self.views for tensor in view.tensors(memo=True).values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class Readings(Protocol):

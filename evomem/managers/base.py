@@ -165,7 +165,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     @property
     def rule(self) -> Rule:
-        """How judgements become decisions; see `evomem.managers.decision`."""
+        """The rule that turns judgements into decisions (`evomem.managers.decision`)."""
         return Rule(self.options.budget, self.ends, self.allocation)
 
     @property
@@ -183,8 +183,7 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     def decide(self, view: LayerView) -> Decision:
         """Return the decision about one layer, composed by `Rule.decide`. No manager overrides this.
 
-        A fresh token that `admit` gives log-odds below zero is not stored, whatever its score; its place goes to the
-        next best.
+        A fresh token whose log-odds of `admit` are below zero is not stored; the next best slot is kept instead.
 
         Raises
         ------

@@ -80,7 +80,7 @@ def _twin(module: Module, device: torch.device, copies: _Copies, prefix: str, ma
 
 
 def _moved(tensor: Tensor, device: torch.device, copies: _Copies, name: str) -> Tensor:
-    """Return a tensor on the device: the copy of before if the numbers are those of before."""
+    """Return a tensor on the device: the kept copy, as long as the numbers have not changed."""
     graded = tensor.requires_grad and torch.is_grad_enabled()
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     # Numbers on another accelerator are not compared, for which the processor would have to wait; they are copied anew.

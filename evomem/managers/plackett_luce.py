@@ -23,7 +23,7 @@ def log_probs(scores: Tensor, ranking: Tensor, n: Tensor | int | None = None) ->
     """Return log P of every pick of a ranking, given those before it: (..., slots), differentiable in the scores.
 
     P(ranking) = Π_j exp(s_j) / Σ_{i picked at j or later} exp(s_i). The sum over the first n picks is the likelihood of
-    an ordered selection: what comes after them is not distinguished.
+    an ordered selection: the order of later picks does not count.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Model: whether what was loaded is exactly the model of its folder: every weight from its files, once, and a number.
 
-`transformers` fills what a folder lacks with random numbers and leaves out what the model has no place for, each with a
-line in a log. Two processes would then hold two models under one digest. Here both are errors.
+`transformers` fills weights that a folder lacks with random numbers and ignores weights that the model does not have,
+each with a line in a log. Two processes would then hold two models under one digest. Here both are errors.
 """
 
 from __future__ import annotations

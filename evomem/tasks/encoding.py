@@ -42,7 +42,7 @@ class TextEncoder:
         return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
 
     def following(self, text: str) -> list[int]:
-        """Return the ids of a text that goes on after another one."""
+        """Return the ids of a text that follows another one."""
         if not self._before or not text:
             return self._plain(text)
         ids = self._plain(_BREAK + text)
@@ -53,7 +53,7 @@ class TextEncoder:
         return self.beginning(sample.context) if sample.head is None else self._plain(sample.head + sample.context)
 
     def head(self, sample: Sample) -> list[int]:
-        """Return the ids that stand before a sample's context, whatever it is."""
+        """Return the ids before a sample's context: a chat template's head, or the prefix."""
         return list(self.prefix) if sample.head is None else self._plain(sample.head)
 
     def without_context(self, sample: Sample) -> list[int]:

@@ -40,7 +40,7 @@ class UnitCounts:
         return count
 
     def following(self, text: str) -> int:
-        """Return the count of a text that goes on after another one, such as an answer."""
+        """Return the count of a text that follows another one, such as an answer."""
         return len(self.encoder.following(text))
 
     def from_start(self, text: str) -> int:

@@ -73,7 +73,7 @@ def _row_of(view: LayerView, row: int) -> tuple[LayerView, int]:
 
 
 class Replaying:
-    """Carries out decisions that were made before, and counts in how many slots the policy agrees with them."""
+    """Repeats recorded decisions, and counts the slots in which the policy agrees with them."""
 
     def __init__(self, policy: CachePolicy, events: Mapping[int, list[Event]]) -> None:
         self.policy, self.events = policy, events
@@ -87,11 +87,11 @@ class Replaying:
         return needs_all_layers(self.policy)
 
     def decide(self, view: LayerView) -> Decision:
-        """Return the decision that was made at this place; the slots must be those that it was made about."""
+        """Return the recorded decision; the slots must be those that it was made about."""
         return self._replayed(view, self.policy.decide(view))
 
     def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
-        """As `decide`, about all layers."""
+        """Return the recorded decisions about all layers; see `decide`."""
         return [self._replayed(view, own) for view, own in zip(views, decide_all(self.policy, views), strict=True)]
 
     def _replayed(self, view: LayerView, own: Decision) -> Decision:

@@ -36,7 +36,7 @@ class Backend:
         return False
 
     def manual_seed_all(self, seed: int) -> None:
-        """Nothing: numbers come from the processor's generator."""
+        """Do nothing: numbers come from the processor's generator."""
 
     def current_device(self) -> int:
         """Return 0: there is no current device to choose."""
@@ -62,7 +62,7 @@ class Backend:
             devices.log.syncs.append("synchronize")
 
     def empty_cache(self) -> None:
-        """Nothing: freed memory is free at once."""
+        """Do nothing: freed memory is free at once."""
 
     def mem_get_info(self, device: Any = 0) -> tuple[int, int]:
         """Return free and total memory in bytes."""

@@ -77,8 +77,8 @@ class Event:
 class Tracing:
     """A policy that does what another does, and writes every decision down.
 
-    ``spoil`` overwrites what the decision evicts with NaN, at the moment of the decision: whatever still depends on it
-    shows.
+    ``spoil`` overwrites evicted keys and values with NaN when a decision is made: logits that still depend on them
+    become NaN.
     """
 
     policy: CachePolicy
@@ -249,7 +249,7 @@ def explicit_logits(model: PreTrainedModel, batch: Batch, biases: list[Tensor], 
 def explicit_pass(
     model: PreTrainedModel, batch: Batch, biases: list[Tensor], **inputs: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """As `explicit_logits`, and per layer the attention and the queries.
+    """Return the logits of `explicit_logits`, and per layer the attention and the queries.
 
     Returns
     -------

@@ -81,7 +81,7 @@ class Objective(ABC):
 
     @property
     def feeds(self) -> frozenset[str]:
-        """What of a `evomem.drivers.base.Fitness` there is besides the values: the measured costs always."""
+        """Parts of `evomem.drivers.base.Fitness` that the objective gives besides the values; always the costs."""
         parts = {"per_head": self.headwise, "rollouts": self.rollout_measurement is not None}
         return frozenset({"costs", *(name for name, available in parts.items() if available)})
 
@@ -106,7 +106,7 @@ def make(name: str) -> Objective:
 
     Raises
     ------
-    UnknownNameError : nobody knows it.
+    UnknownNameError : no objective has that name.
     ConfigError : its class does not say what it measures.
     """
     kind = objectives.get(name)

@@ -80,10 +80,10 @@ class Answers(Measure):
 
 
 def _batches(evaluator: Evaluator, managers: Sequence[MemoryManager]) -> list[list[int]]:
-    """Numbers of the managers that are rows of one batch: all; in ``streaming`` those that observe the same.
+    """Return the indices of the managers of each batch: all together; in ``streaming`` those that observe the same.
 
-    There the cache goes on recording, and a row must neither pay for nor be delayed by what only others look at. Nor do
-    managers that decide layer by layer wait for the end of a pass because others do.
+    In ``streaming`` the cache goes on recording, so a row must not pay for observations that only others need.
+    Managers that decide layer by layer are also kept apart from those that wait for the end of a pass.
     """
     if evaluator.protocol.kind == "compress_once":
         return [list(range(len(managers)))] if managers else []

@@ -95,8 +95,8 @@ def record(
     mode : whether the question is part of what is read (`EvaluationProtocol`).
     features : see `evomem.managers.features`; what their neighbourhoods are of is stored.
     limit : bytes of the folder at most; the recording ends before the sample that would exceed it.
-    say : is told the estimate beforehand, and what is recorded again because it is damaged.
-    progress : is called with samples done and samples in all.
+    say : called with the estimate beforehand, and with every damaged file that is recorded again.
+    progress : called with samples done and samples in all.
     plan_check : refuse what needs more memory, disk or time than there is (`evomem.evaluation.needs`).
 
     Raises
@@ -181,7 +181,7 @@ def _record(
 
 @torch.no_grad()
 def _trace(evaluator: Evaluator, header: TraceHeader, sample: Sample, name: str) -> tuple[TraceFile, bytes]:
-    """Let the model read a sample; nothing of it stays in memory."""
+    """Let the model read a sample, and return its trace file; the reading leaves memory."""
     observes = required(header.features)
     tokens = evaluator.tokens(sample)
     key = sample_key(tokens)

@@ -33,7 +33,7 @@ class ExpectedAttention(MemoryManager):
 
         z_i = k_iᵀ R̄ μ / √d + k_iᵀ R̄ Σ R̄ᵀ k_i / (2 d),    s_i = (mean_G softmax_i(z) + ε) ‖v_i‖₂.
 
-    The sinks are kept and take no part in the softmax: they would leave nothing of it to the others.
+    The sinks are kept and take no part in the softmax: they would take nearly all of it.
     """
 
     Options = ExpectedAttentionOptions

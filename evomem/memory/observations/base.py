@@ -33,7 +33,7 @@ PER_SLOT: Axes = ("batch", "kv_heads", "slots")
 
 @dataclass(frozen=True)
 class Moment:
-    """What a decision is about to look at: the slots held now, and how their layer attends.
+    """A layer at the moment of a decision: its slots, and how it attends.
 
     Attributes
     ----------
@@ -100,7 +100,7 @@ class Observation(ABC):
     takes : letter for the number that its name ends with, as in ``window_attention:W``; empty: it takes none.
     every_query : `attended` is to be called with the attention of all queries, not only of the last few.
     needs_past : it cannot begin in the middle of a text that was read without it.
-    looks_back : what a query added cannot be told apart afterwards, so that no query can be cropped away.
+    looks_back : the contribution of one query cannot be removed from its state, so the cache cannot be cropped.
     """
 
     argument: int = 0
@@ -118,7 +118,7 @@ class Observation(ABC):
 
     @property
     def newest_queries(self) -> int:
-        """How many of the newest queries the recorder must hold for it."""
+        """How many of the newest queries the recorder keeps for it."""
         return 0
 
     def axes(self) -> dict[str, Axes]:
@@ -173,7 +173,14 @@ class Observation(ABC):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a saved layer: rows, KV heads, slots held, head_dim, tokens read, and the token recording began with."""
+    """Sizes of a saved layer.
+
+    Attributes
+    ----------
+    batch, kv_heads, slots, head_dim : axes of its keys.
+    seen : tokens read.
+    since : per row, the index of the token that recording began with.
+    """
 
     batch: int
     kv_heads: int
@@ -245,7 +252,7 @@ class Wanted:
 
     @property
     def queries(self) -> int:
-        """How many of the newest queries must be held."""
+        """How many of the newest queries the recorder keeps."""
         return max((one.newest_queries for one in self.observations), default=0)
 
     @property
@@ -260,5 +267,5 @@ class Wanted:
 
     @property
     def looks_back(self) -> bool:
-        """Whether what a query added cannot be told apart afterwards from what other queries added."""
+        """Whether the contribution of one query cannot be removed from the state of some observation."""
         return any(one.looks_back for one in self.observations)

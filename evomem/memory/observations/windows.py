@@ -1,4 +1,4 @@
-"""Memory: what the newest queries pay to the slots that are held now; nothing but the queries is kept for it."""
+"""Memory: the attention that the newest queries pay to the slots held now; only the queries are kept for it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class WindowStatistics(WindowObservation):
 
 @register_observation("window_peak")
 class WindowPeak(WindowObservation):
-    """Of each of the last W queries the largest attention of a head of the group, summed (KVP, arXiv 2602.10238)."""
+    """Sum over the last W queries of the largest attention in the group of heads (KVP, arXiv 2602.10238)."""
 
     def of(self, window: Window) -> Tensor:
         """Return (batch, kv_heads, slots)."""
@@ -71,7 +71,7 @@ class WindowPeak(WindowObservation):
 
 @register_observation("window_next_use")
 class WindowNextUse(WindowObservation):
-    """Which of the last W queries (0 is the first) is the first to pay the slot at least 1/64; W if none does."""
+    """Index of the first of the last W queries that pays the slot at least 1/64; W if none does."""
 
     def of(self, window: Window) -> Tensor:
         """Return (batch, kv_heads, slots) fp32."""

@@ -44,8 +44,7 @@ def stamp(path: Path) -> list[int]:
 def cached_sha256(path: Path) -> str:
     """Return `sha256` of ``path``, remembered under the cache folder until the file changes.
 
-    That it does is seen in its size, its modification time, and in the time of its last change of any kind, which
-    nobody can set back.
+    A change shows in the file's size, its modification time, or its inode's change time, which cannot be set back.
     """
     real = path.resolve()
     memo = cache_root() / "sha256" / (hashlib.sha256(str(real).encode()).hexdigest()[:32] + ".json")

@@ -1,7 +1,7 @@
 """Task: act at the end of an episode that was read (models: `evomem.models.architectures.decision_transformer`).
 
 The context is the episode so far, three words a step: return-to-go, observation, action. The question is the next
-return-to-go and observation, the answer the action of somebody who knows. Needs ``gymnasium``.
+return-to-go and observation, the answer the expert's action. Needs ``gymnasium``.
 """
 
 from __future__ import annotations

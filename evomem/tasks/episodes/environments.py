@@ -1,4 +1,4 @@
-"""Task: two gymnasium environments in which one must remember, who acts in them, and episodes of theirs.
+"""Task: two gymnasium environments in which one must remember, their experts, and episodes of the experts.
 
 `Maze`: doors of several colours, each with an arrow, are passed among distractions; at the end junctions ask for the
 newest arrow of a colour. `cart`: CartPole-v1 whose velocities are hidden, so that they must be had from what was seen

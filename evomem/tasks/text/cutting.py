@@ -8,7 +8,7 @@ from typing import Any
 from evomem.tasks.base import Tokenizer
 
 _SLACK = 8
-"""Tokens that may be one where two parts of a text meet: what is kept never has so many more than it seems to have."""
+"""Tokens that may merge where two parts of a text meet: a shortened text has at most so many fewer than its parts."""
 
 
 def token_ends(tokenizer: Tokenizer, text: str) -> list[int] | None:
@@ -42,7 +42,7 @@ def cut_middle(tokenizer: Tokenizer, text: str, fits: Callable[[str], bool], max
 
     Parameters
     ----------
-    fits : whether a text is short enough; it decides, whatever the tokens seem to be.
+    fits : whether a text is short enough; the estimate of the tokens only starts the search.
     max_tokens : tokens that a text may have at most.
     """
     ends = token_ends(tokenizer, text)
@@ -61,7 +61,10 @@ def cut_middle(tokenizer: Tokenizer, text: str, fits: Callable[[str], bool], max
 
 
 def cut_end(tokenizer: Tokenizer, text: str, fits: Callable[[str], bool], max_tokens: int) -> str | None:
-    """Return the longest beginning of a text that fits; None if nothing of it does. As `cut_middle`."""
+    """Return the longest beginning of a text that fits; None if nothing of it does.
+
+    Parameters as of `cut_middle`.
+    """
     cuts = token_ends(tokenizer, text) or list(range(len(text) + 1))
     n = _largest(min(len(cuts) - 1, max_tokens + _SLACK), lambda n: fits(text[: cuts[n]]))
     return text[: cuts[n]] if n else None

@@ -77,7 +77,7 @@ def draw_facts(random: Random, split: Split, n: int, values: Callable[[int], Seq
 
 
 def stated(facts: Iterable[Fact]) -> str:
-    """Return what facts state, whatever their order: the text whose hash says which split they belong to."""
+    """Return the facts as one text, independent of their order; its hash says which split they belong to."""
     return "; ".join(sorted(fact.pair for fact in facts))
 
 
