@@ -159,7 +159,7 @@ def measure(
                 if evaluations is None:
                     evaluations = on_sample(entrants, scenario, sample, exact)
                     require_numbers([entrant.name for entrant in entrants], scenario, sample, evaluations)
-                    file.put(number, sample.id, evaluations)
+                    file.append(number, sample.id, evaluations)
                 for entrant, evaluation in zip(entrants, evaluations, strict=True):
                     key = (scenario.model, scenario.task, entrant.name, entrant.budget)
                     results.setdefault(key, []).append(evaluation)

@@ -165,10 +165,10 @@ class PopulationPolicy:
         for number, group in enumerate(self.groups):
             with full_precision(views[0].keys):
                 if all_layers and group.template.whole_model:
-                    found = _decide(self._groups_on(views[0].slots.device)[number], views, whole=True)
+                    found = _decide(self._groups_on(views[0].slots.device)[number], views, all_layers=True)
                 else:
                     placed = [self._groups_on(view.slots.device)[number] for view in views]
-                    found = [_decide(own, [view], whole=False)[0] for own, view in zip(placed, views, strict=True)]
+                    found = [_decide(own, [view], all_layers=False)[0] for own, view in zip(placed, views, strict=True)]
             for layer, part in zip(parts, found, strict=True):
                 layer.append(part)
         return [self._merged(view, layer) for view, layer in zip(views, parts, strict=True)]
@@ -213,24 +213,24 @@ class _WholeModel(nn.Module):
         return decide_all(self.manager, views)
 
 
-def _decide(group: _Group, views: Sequence[LayerView], *, whole: bool) -> list[_Part]:
+def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> list[_Part]:
     """Return a group's decisions about one layer, or about all layers for managers that need all."""
     count, shared = len(group.members), views[0].keys.shape[0] == 1
     views = views if shared else [_rows(view, group.members) for view in views]
     if not group.parameters or (count == 1 and shared):
-        made = decide_all(group.template, views) if whole else [group.template.decide(views[0])]
+        made = decide_all(group.template, views) if all_layers else [group.template.decide(views[0])]
         return [
             (_repeated(one.keep, count), None if one.decay is None else _repeated(one.decay, count)) for one in made
         ]
 
     fades: list[bool] = []
 
-    def one(parameters: dict[str, Tensor], tensors: list[dict[TensorName, Tensor]] | None) -> tuple[Tensor, ...]:
+    def decide_one(parameters: dict[str, Tensor], tensors: list[dict[TensorName, Tensor]] | None) -> tuple[Tensor, ...]:
         seen = views
         if tensors is not None:
             seen = [view.with_tensors(_as_rows(own)) for view, own in zip(views, tensors, strict=True)]
         made: list[Decision]
-        if whole:
+        if all_layers:
             named = {f"manager.{name}": value for name, value in parameters.items()}
             made = functional_call(_WholeModel(group.template), named, (seen,))
         else:
@@ -240,9 +240,9 @@ def _decide(group: _Group, views: Sequence[LayerView], *, whole: bool) -> list[_
         return (*(decision.keep[0] for decision in made), *decays)
 
     if shared:
-        out = vmap(one, in_dims=(0, None), randomness="error")(group.parameters, None)
+        out = vmap(decide_one, in_dims=(0, None), randomness="error")(group.parameters, None)
     else:
-        out = vmap(one, in_dims=(0, 0), randomness="error")(group.parameters, [view.tensors() for view in views])
+        out = vmap(decide_one, in_dims=(0, 0), randomness="error")(group.parameters, [view.tensors() for view in views])
     decays = iter(out[len(views) :])
     return [(kept, next(decays) if faded else None) for kept, faded in zip(out, fades, strict=False)]
 

@@ -71,7 +71,7 @@ class SampleFile:
         """Return the evaluations of a sample that is finished, or None."""
         return self._known.get((scenario, sample))
 
-    def put(self, scenario: int, sample: str, evaluations: Sequence[Evaluation]) -> None:
+    def append(self, scenario: int, sample: str, evaluations: Sequence[Evaluation]) -> None:
         """Keep a finished sample."""
         if self._file is not None:
             self._write({"place": scenario, "sample": sample, "evaluations": [e.to_json() for e in evaluations]})

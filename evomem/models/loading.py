@@ -60,8 +60,8 @@ class LoadedModel:
         return devices_of(self.model)
 
     @property
-    def kind(self) -> str:
-        """The kind of devices that it computes on: ``cpu``, ``cuda``, … (`evomem.devices.kind_of`)."""
+    def device_type(self) -> str:
+        """The type of the devices that it computes on: ``cpu``, ``cuda``, … (`evomem.devices.kind_of`)."""
         return kind_of(self.devices)
 
     @property

@@ -115,7 +115,7 @@ def model_bench(config: ExperimentConfig) -> Bench:
 
     loaded = [load_model(model) for model in config.all_models]
     if any(map(why_not_shareable, loaded)):  # spread over devices, or quantised: every worker loads its own
-        shared = WorkerBench(dict, partial(spread_bench, [one.kind for one in loaded]))
+        shared = WorkerBench(dict, partial(spread_bench, [one.device_type for one in loaded]))
     else:
         shared = WorkerBench(partial(_dismantled, loaded), shared_bench)
     limit = config.store_bytes
@@ -142,10 +142,10 @@ def spread_bench(kinds: Sequence[str], config: ExperimentConfig, parts: Mapping[
     """
     loaded = [load_model(model) for model in config.all_models]
     for one, kind in zip(loaded, kinds, strict=True):
-        if one.kind != kind:
+        if one.device_type != kind:
             raise ModelError(
-                f"model {one.name!r}: the search runs on {kind}, this worker on {one.kind}. Give every worker what the "
-                "search has (--gpus-per-worker), or search on the processor (--device cpu)"
+                f"model {one.name!r}: the search runs on {kind}, this worker on {one.device_type}. Give every worker "
+                "what the search has (--gpus-per-worker), or search on the processor (--device cpu)"
             )
     return _bench(config, loaded, readings)
 
@@ -225,7 +225,7 @@ def _reading(config: ExperimentConfig, loaded: LoadedModel, evaluator: Evaluator
 def _how(loaded: LoadedModel) -> dict[str, Any]:
     """Return how a model computes, as far as numbers depend on it."""
     quantised = {"quantization": loaded.quantization} if loaded.quantization is not None else {}
-    return {"dtype": loaded.dtype, "device": loaded.kind, **quantised}
+    return {"dtype": loaded.dtype, "device": loaded.device_type, **quantised}
 
 
 def traces_of(config: ExperimentConfig, loaded: LoadedModel) -> KnownSamples | None:

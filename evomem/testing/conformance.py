@@ -146,9 +146,9 @@ def check_row_alone(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any
             single = batch.row(row)
             alone = _cache(model, manager)
             wanted = read(model, alone, single, [single.ids.shape[1] - 4, 1, 1, 1, 1])
-            what = f"row {row} in a batch against alone"
-            same_kept_tokens(what, kept_tokens(together, row), kept_tokens(alone, 0))
-            same_logits(what, logits[row : row + 1, -single.ids.shape[1] :], wanted)
+            label = f"row {row} in a batch against alone"
+            same_kept_tokens(label, kept_tokens(together, row), kept_tokens(alone, 0))
+            same_logits(label, logits[row : row + 1, -single.ids.shape[1] :], wanted)
 
 
 def check_chunks(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = None) -> None:
@@ -200,7 +200,7 @@ def check_continuation(manager: CachePolicy, model: PreTrainedModel, tokenizer: 
             _follows("forward against generate", model, _cache(model, manager), batch, wanted)
 
 
-def _follows(what: str, model: PreTrainedModel, cache: SlotCache, batch: Batch, tokens: Tensor) -> None:
+def _follows(label: str, model: PreTrainedModel, cache: SlotCache, batch: Batch, tokens: Tensor) -> None:
     """Raise `ConformanceError` unless tokens (batch, new) are what calling the model step by step would append.
 
     In fp16 and bf16 a token's logit must be the largest up to `logit_tolerance`.
@@ -211,14 +211,14 @@ def _follows(what: str, model: PreTrainedModel, cache: SlotCache, batch: Batch, 
             logits[:, stops] = -torch.inf
         said = tokens[:, step : step + 1]
         if is_exact(model.dtype):
-            same_tensors(f"{what}: token {step}", logits.argmax(-1, keepdim=True), said)
+            same_tensors(f"{label}: token {step}", logits.argmax(-1, keepdim=True), said)
         else:
             scores = logits.float()
             scale = scores.masked_fill(scores.isinf(), 0.0).abs().amax().clamp(min=1)
             short = scores.amax(-1) - scores.gather(-1, said)[:, 0]
             if not float(short.max() / scale) <= logit_tolerance(model.dtype):
                 row = int(short.argmax())
-                raise ConformanceError(f"{what}: row {row}: token {step} is {float(short[row]):.3g} below the best")
+                raise ConformanceError(f"{label}: row {row}: token {step} is {float(short[row]):.3g} below the best")
         ids = torch.cat((batch.ids, tokens[:, : step + 1]), 1)
         real = torch.cat((batch.real, torch.ones(len(ids), step + 1, dtype=torch.bool)), 1)
         grown = Batch(ids, real, (real.long().cumsum(1) - 1).clamp(min=0))

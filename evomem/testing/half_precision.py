@@ -92,20 +92,22 @@ class Replaying:
 
     def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
         """Return the recorded decisions about all layers; see `decide`."""
-        return [self._replayed(view, own) for view, own in zip(views, decide_all(self.policy, views), strict=True)]
+        return [
+            self._replayed(view, decision) for view, decision in zip(views, decide_all(self.policy, views), strict=True)
+        ]
 
-    def _replayed(self, view: LayerView, own: Decision) -> Decision:
+    def _replayed(self, view: LayerView, decision: Decision) -> Decision:
         number = self.made.get(view.layer, 0)
         self.made[view.layer] = number + 1
         event = self.events[view.layer][number]
         same_tensors(f"slots of layer {view.layer} at decision {number}", view.slots, event.slots)
-        mine, theirs = own.keep & view.valid, event.keep & view.valid
+        mine, theirs = decision.keep & view.valid, event.keep & view.valid
         self.kept, self.agreed = self.kept + int(theirs.sum()), self.agreed + int((mine & theirs).sum())
         return Decision(event.keep, event.decay)
 
-    def require_agreement(self, what: str) -> None:
+    def require_agreement(self, label: str) -> None:
         """Raise `ConformanceError` unless the policy would have kept `AGREEMENT` of the slots itself."""
         if self.agreed < AGREEMENT * self.kept:
             raise ConformanceError(
-                f"{what}: of {self.kept} slots that are kept when all is read at once, only {self.agreed} are kept"
+                f"{label}: of {self.kept} slots that are kept when all is read at once, only {self.agreed} are kept"
             )

@@ -424,8 +424,8 @@ def folder(tmp_path_factory):
 
 def test_a_model_has_the_checkpoints_type_on_an_accelerator_and_float32_on_the_processor(folder, devices):
     here, there = load(str(folder)), load(str(folder), device="pretend:1")
-    assert (here.dtype, here.kind, here.devices) == ("float32", "cpu", [torch.device("cpu")])
-    assert (there.dtype, there.kind, there.devices) == ("bfloat16", "pretend", [torch.device("pretend:1")])
+    assert (here.dtype, here.device_type, here.devices) == ("float32", "cpu", [torch.device("cpu")])
+    assert (there.dtype, there.device_type, there.devices) == ("bfloat16", "pretend", [torch.device("pretend:1")])
     assert load(str(folder), device="pretend:0", dtype="float32").dtype == "float32"
     assert load(str(folder), dtype="auto").dtype == "bfloat16"
     assert load(str(folder), dtype=torch.float16).dtype == "float16"

@@ -210,7 +210,7 @@ def test_a_comparison_of_samples_with_odd_ids_goes_on(tmp_path):
     what = {"managers": ["one"], "samples": "x"}
     with SampleFile(tmp_path / "p.jsonl", what) as file:
         for name in names:
-            file.put(0, name, [evaluation(name)])
+            file.append(0, name, [evaluation(name)])
     with SampleFile(tmp_path / "p.jsonl", what) as file:
         assert [file.get(0, name) for name in names] == [[evaluation(name)] for name in names]
 
@@ -219,7 +219,7 @@ def test_a_comparison_of_other_samples_is_refused_and_a_changed_line_is_measured
     path, what = tmp_path / "p.jsonl", {"managers": ["one"], "samples": "x"}
     with SampleFile(path, what) as file:
         for name in "abc":
-            file.put(0, name, [evaluation(name)])
+            file.append(0, name, [evaluation(name)])
     with pytest.raises(ConfigError, match="its samples"), SampleFile(path, {**what, "samples": "y"}):
         pass
     lines = path.read_text().splitlines(keepends=True)
