@@ -20,6 +20,7 @@ from evomem.evaluation.population import Deciding, Recording
 from evomem.evaluation.reference import evaluate_plainly, loglik_without_context
 from evomem.evaluation.sample_tokens import Reach, SampleEncoder, Tokens, positions_needed
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
+from evomem.managers.allocation.probed import on_model
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
 from evomem.memory.kv.cache import CachePolicy
@@ -99,7 +100,9 @@ class Evaluator:
         -------
         One `Evaluation` a manager, in order.
         """
-        return run_measures(self, managers, sample, task, measurement, draws or Draws())
+        model = self.loaded.model
+        draws = (draws or Draws()).for_model(model)
+        return run_measures(self, on_model(managers, model), sample, task, measurement, draws)
 
     def answer(
         self, policy: Deciding, tokens: Tokens, sample: Sample, task: Task, measurement: Measurement

@@ -18,6 +18,8 @@ from evomem.registry import Registry
 from evomem.tasks.base import Sample, Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from evomem.evaluation.evaluator import Evaluator
 
 
@@ -35,6 +37,11 @@ class Draws:
     seeds: Sequence[int] = ()
     behaviour: StochasticManager | None = None
     reference: StochasticManager | None = None
+
+    def for_model(self, model: PreTrainedModel) -> Draws:
+        """Return the same with policies as they are on a model, see `MemoryManager.for_model`."""
+        behaviour, reference = (p and p.for_model(model) for p in (self.behaviour, self.reference))
+        return replace(self, behaviour=behaviour, reference=reference)
 
 
 class Measure(ABC):

@@ -33,7 +33,7 @@ def evaluate_plainly(
     """
     exact = "exact" in measurement
     begin = time.perf_counter()
-    tokens, manager = evaluator.tokens(sample), evaluator.scheduled(manager)
+    tokens, manager = evaluator.tokens(sample), evaluator.scheduled(manager).for_model(evaluator.loaded.model)
     streaming = evaluator.protocol.kind == "streaming"
     texts: list[str] | None = None
     generated = 0

@@ -3,10 +3,13 @@
 from evomem.managers.allocation import (
     Allocation,
     EmergentAllocation,
+    HeadProbes,
     LayerAllocation,
     ModelAllocation,
+    ProbedAllocation,
     allocations,
     build_allocation,
+    head_probes,
     register_allocation,
 )
 from evomem.managers.allocation.per_head_shares import PerHeadShares
@@ -43,6 +46,7 @@ __all__ = [
     "ExpectedAttention",
     "FeatureScorer",
     "Full",
+    "HeadProbes",
     "KNorm",
     "KVPolicy",
     "KeyDiff",
@@ -53,6 +57,7 @@ __all__ = [
     "ModelAllocation",
     "ObservedAttention",
     "PerHeadShares",
+    "ProbedAllocation",
     "PyramidKV",
     "Random",
     "Schedule",
@@ -62,6 +67,7 @@ __all__ = [
     "allocations",
     "build",
     "build_allocation",
+    "head_probes",
     "managers",
     "names",
     "parse",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evomem.bounds import NEIGHBOURS
 from evomem.errors import ConfigError, PluginError
 from evomem.managers.allocation import Allocation, ModelAllocation, Threshold, Uniform, build_allocation, settle
+from evomem.managers.allocation.probed import measured_buffers, on_model
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.options import ManagerOptions, Schedule, check_budget
 from evomem.managers.placement import follows_view, on_device
@@ -204,6 +205,18 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
 
     # ---- use ------------------------------------------------------------------------------------------------------
 
+    def for_model(self, model: PreTrainedModel) -> Self:
+        """Return the manager as it decides on ``model``: itself, or a twin that knows what this model's heads do.
+
+        Only an allocation that looks at what heads do needs that (`ProbedAllocation`). Caches and evaluations ask for
+        it; it takes seconds, once a model. The twin shares everything else, parameters too.
+
+        Raises
+        ------
+        UnsupportedModelError, ModelError : the heads' behaviour cannot be measured.
+        """
+        return on_model([self], model)[0]
+
     def on(self, device: torch.device) -> Self:
         """Return the manager with its tensors on ``device``: itself if they lie there, else a twin.
 
@@ -245,13 +258,19 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         state = self.state_dict()
         with outside_inference_mode():
             other = type(self)(**{**self.options.model_dump(), **changes})
-            shapes = {name: tensor.shape for name, tensor in state.items()}
-            new_shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
-            if differing := {name for name in shapes | new_shapes if shapes.get(name) != new_shapes.get(name)}:
+            others = other.state_dict()
+            measured = measured_buffers(self) | measured_buffers(other)  # of a model, whatever the options are
+            differing = {
+                name
+                for name in (state.keys() | others.keys()) - measured
+                if name not in state or name not in others or state[name].shape != others[name].shape
+            }
+            if differing:
                 raise ConfigError(
                     f"manager {self.name!r}: with {', '.join(changes)} changed it has other parameters "
                     f"({', '.join(sorted(differing))}); build another manager and search for its parameters"
                 )
+            state = {name: state.get(name, value) for name, value in others.items()}
             retype(other, {name: tensor.dtype for name, tensor in state.items()})
             other.load_state_dict(state)
         other.provenance, other.pictures = self.provenance, self.pictures

@@ -28,6 +28,7 @@ from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.files.reading import is_folder, is_there, user_path
 from evomem.files.strict_json import shown, to_json
 from evomem.managers import MemoryManager, managers
+from evomem.managers.allocation.probed import ProbedAllocation, measured_buffers
 from evomem.modes import outside_inference_mode
 from evomem.plugins.card import render_card
 from evomem.plugins.hub import download
@@ -211,9 +212,9 @@ def to_manager(
     ------
     PluginError : the configuration contradicts itself, or the tensors are not those that it asks for.
     """
-    expected = _expected(path, config)
+    expected, measured = _expected(path, config)
     tensors = read()
-    check_tensors(tensors_path, config["manager"], tensors, expected)
+    check_tensors(tensors_path, config["manager"], tensors, expected, measured)
     # Only now is anything of the size that the options ask for: it is the size of the file.
     with outside_inference_mode(), torch.device("cpu"):
         manager = _build(path, config)
@@ -221,8 +222,11 @@ def to_manager(
     return manager
 
 
-def _expected(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors that the configuration asks for, without memory behind them, having checked it all."""
+def _expected(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Return the tensors that the configuration asks for, without memory behind them, having checked it all.
+
+    Also the names of those that were measured on a model, whose first axis it leaves open.
+    """
     with torch.device("meta"):
         manager = _build(path, config)
     found = describe_manager(manager)
@@ -231,7 +235,7 @@ def _expected(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
             raise PluginError(
                 f"{path}: {field}: {shown(config[field])} contradicts the options, which give {shown(found[field])}"
             )
-    return manager.state_dict()
+    return manager.state_dict(), measured_buffers(manager, ProbedAllocation.SIZED)
 
 
 def _build(path: Path, config: Mapping[str, Any]) -> MemoryManager:

@@ -110,10 +110,11 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
     # ---- what kvpress calls ---------------------------------------------------------------------------------------
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Find the model's rotary embeddings, which queries are turned by.
+        """Find the model's rotary embeddings, which queries are turned by, and what its heads do, if that is asked for.
 
         Raises `UnsupportedModelError` for a model whose heads are split over processes, if the manager compares heads.
         """
+        self.manager = self.manager.for_model(model)
         check_parallel(model, self.manager, model.config.get_text_config(decoder=True).num_hidden_layers)
         if self.manager.observes:
             self._rotaries = find_rotaries(model, model.config.get_text_config(decoder=True).num_hidden_layers)

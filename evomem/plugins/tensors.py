@@ -6,7 +6,7 @@ floating-point tensors have in the file are those that they have again, whatever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from evomem.errors import PluginError
+from evomem.errors import ConfigError, PluginError
 from evomem.files.strict_json import shown
 from evomem.managers import MemoryManager
+from evomem.managers.allocation.probed import check_probes
 from evomem.managers.base import retype
 
 
@@ -54,15 +55,27 @@ def to_bytes(manager: MemoryManager, where: str) -> bytes:
         ) from None
 
 
-def check_tensors(path: Path, name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    path: Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    measured: Collection[str] = (),
+) -> None:
     """Raise `PluginError` unless the tensors of a file are those that manager ``name`` has.
 
     Every floating-point type stands for every other; all other types must be the expected ones.
+
+    Parameters
+    ----------
+    measured : tensors whose first axis may have any length: they were measured on a model, and are as large as it is.
     """
     for field, tensor in expected.items():
         if field not in tensors:
             raise PluginError(f"{path}: {field}: is missing")
-        if tensors[field].shape != tensor.shape:
+        rank = tensor.dim() if field in measured else None
+        fits = tensors[field].dim() == rank and tensors[field].shape[1:] == tensor.shape[1:]
+        if tensors[field].shape != tensor.shape and not fits:
             raise PluginError(
                 f"{path}: {field}: has shape {tuple(tensors[field].shape)}, {tuple(tensor.shape)} is expected"
             )
@@ -93,10 +106,15 @@ def set_tensors(manager: MemoryManager, tensors: Mapping[str, Tensor], path: Pat
 
     Raises
     ------
-    PluginError : two names of one tied parameter have different values in the file.
+    PluginError : two names of one tied parameter have different values in the file; what was measured on a model
+        contradicts itself.
     """
     retype(manager, {name: tensor.dtype for name, tensor in tensors.items()})
     manager.load_state_dict(dict(tensors))
+    try:
+        check_probes(manager)
+    except ConfigError as error:
+        raise PluginError(f"{path}: {error}") from None
     for name, value in manager.state_dict().items():
         if value.dtype != tensors[name].dtype or not torch.equal(_bits(value), _bits(tensors[name])):
             raise PluginError(f"{path}: {name}: is tied to another tensor, which has other values or another type")

@@ -12,6 +12,7 @@ from evomem.errors import ConfigError, ModelError
 from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.evaluation.measures import Draws
 from evomem.files.strict_json import as_float
+from evomem.managers.allocation.probed import keep_probes
 from evomem.managers.base import MemoryManager
 from evomem.models.identity import tokenizer_digest
 from evomem.runs.config import ExperimentConfig
@@ -274,12 +275,15 @@ def check_chance(
 def calibrate_manager(manager: MemoryManager, chosen: Sequence[tuple[Any, Sequence[Sample]]]) -> None:
     """Set the statistics of a manager that has some from contexts that models read with everything kept.
 
-    A manager without statistics is left as it is (`MemoryManager.calibrates`).
+    A manager without statistics is left as it is (`MemoryManager.calibrates`). An allocation that looks at what heads
+    do keeps the probes of the first model (`ProbedAllocation`).
 
     Parameters
     ----------
     chosen : evaluators, and samples that each of them reads; all are pooled.
     """
+    if chosen:
+        keep_probes(manager, chosen[0][0].loaded.model)
     if not manager.calibrates:
         return
     readings = (

@@ -48,6 +48,7 @@ SPECS = (
     "kv_policy(actions=[store, forget])",
     "keydiff(allocation=per_head_shares(layers=2, heads=2))",
     "snapkv(window=6, allocation=per_head_shares(points=2, heads=2))",
+    "keydiff(allocation=probe_shares(power=1))",
 )
 
 

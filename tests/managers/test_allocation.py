@@ -35,6 +35,7 @@ from evomem.memory.observations import parse_observation
 from evomem.search_space.space import SearchSpace, SpaceConfig
 from tests.managers.test_features import view_of
 from tests.managers.test_heuristics import HEADS, SPECS, make_view
+from tests.support.probes import with_made_up_probes
 
 LOGS = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=5)
 OVER_LAYERS = st.one_of(
@@ -64,6 +65,12 @@ ANY = {
     "lava": st.builds(
         lambda window, safeguard: {"name": "lava", "options": {"window": window, "safeguard": safeguard}},
         st.integers(1, 9), st.floats(0, 1),
+    ),
+    "probe_shares": st.builds(
+        lambda probe, power, least: {
+            "name": "probe_shares", "options": {"probe": probe, "power": power, "least": least},
+        },
+        st.sampled_from(["induction", "retrieval"]), st.floats(0, 4), st.integers(0, 9),
     ),
 }  # fmt: skip
 """Some of every registered allocation that promises a total. A new one is tried as soon as it is written down here."""
@@ -112,6 +119,7 @@ def test_the_total_is_the_budget_whatever_binds(name, data):
     views = full_views(layers, read, (0, data.draw(st.integers(1, 7))), heads)
     views = with_observations(views, allocation.observes)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    with_made_up_probes(allocation, layers, heads, data.draw(st.integers(0, 9)))
     for parameter in allocation.parameters():  # what is learned may be anything
         parameter.data = 3 * torch.randn(parameter.shape, generator=generator)
     scores = [torch.randn(view.slots.shape, generator=generator) * (1 + view.layer) for view in views]

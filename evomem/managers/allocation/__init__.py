@@ -24,8 +24,12 @@ from evomem.managers.allocation.lava import Lava
 from evomem.managers.allocation.over_heads import AcrossHeads
 from evomem.managers.allocation.over_layers import DepthShares, Pyramid, Uniform
 from evomem.managers.allocation.per_head_shares import PerHeadShares
+from evomem.managers.allocation.probe_shares import ProbeShares
+from evomem.managers.allocation.probed import ProbedAllocation
+from evomem.managers.allocation.probes import PROBES, HeadProbes, head_probes
 
 __all__ = [
+    "PROBES",
     "AcrossHeads",
     "Allocation",
     "AllocationOptions",
@@ -34,10 +38,13 @@ __all__ = [
     "DepthShares",
     "EmergentAllocation",
     "Everything",
+    "HeadProbes",
     "Lava",
     "LayerAllocation",
     "ModelAllocation",
     "PerHeadShares",
+    "ProbeShares",
+    "ProbedAllocation",
     "Pyramid",
     "Threshold",
     "Uniform",
@@ -45,6 +52,7 @@ __all__ = [
     "build_allocation",
     "clamped_shares",
     "depth_limits",
+    "head_probes",
     "interpolated",
     "limits_by_weight",
     "pyramid_budget",

@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from evomem.bounds import UNITS
-from evomem.managers.allocation.arithmetic import clamped_shares, interpolated
+from evomem.managers.allocation.arithmetic import interpolated
 from evomem.managers.allocation.base import AllocationOptions, ModelAllocation, register_allocation
+from evomem.managers.allocation.by_weight import limits_by_weight
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 
@@ -62,22 +63,11 @@ class PerHeadShares(ModelAllocation):
         shares: Tensor | None = None,
     ) -> list[Tensor]:
         """Return the slots of every head, as a list of (batch, kv_heads, 1) int64, each on its view's device."""
-        device = views[0].slots.device
-        counts = [view.slots.shape[1] for view in views]
-        weights = torch.softmax(self._logs(counts, device).double(), 0)[:, None, None, None]
-        mean = means[0].to(device)
-        # Slots that a head may keep, as parts of one row: (heads of all layers, batch, 1, 1).
-        usable = torch.cat([(s != -torch.inf).sum(-1).to(device) for s in scores], 1).transpose(0, 1)[..., None, None]
-        heads = sum(counts)
-        enough = usable.sum(0) >= mean * heads  # else every head keeps all that it holds
-        floor = mean.clamp(max=ends.floor).expand(usable.shape)
-        least = torch.where(enough, torch.minimum(floor, usable), usable)
-        most = torch.where(enough, usable, usable + mean * heads)
-        rest = clamped_shares(weights, torch.zeros_like(least), most - least, mean * heads - least.sum(0))
-        parts = torch.split((rest + least)[..., 0].transpose(0, 1), counts, 1)
-        return [part.to(view.slots.device) for part, view in zip(parts, views, strict=True)]
+        logs = self.log_shares_of([view.slots.shape[1] for view in views], views[0].slots.device)
+        weights = torch.softmax(logs.double(), 0)[:, None]
+        return limits_by_weight(weights, views, means[0], scores, means[0].clamp(max=ends.floor))
 
-    def _logs(self, counts: Sequence[int], device: torch.device) -> Tensor:
+    def log_shares_of(self, counts: Sequence[int], device: torch.device) -> Tensor:
         """Return θ for a model whose layers have so many heads: (heads of all layers,), layer by layer."""
         knots = torch.nan_to_num(self.log_shares.float().to(device))
         logs = knots if knots.shape[0] == len(counts) else interpolated(knots, len(counts))

@@ -122,7 +122,11 @@ class SlotCache(Cache):
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, policy: CachePolicy) -> SlotCache:
-        """Return an empty cache for ``model``; raises `UnsupportedModelError`."""
+        """Return an empty cache for ``model``; raises `UnsupportedModelError`.
+
+        A policy that decides otherwise on another model (a method ``for_model``) is asked what it is on this one.
+        """
+        policy = policy.for_model(model) if hasattr(policy, "for_model") else policy
         from evomem.memory.kv.attach import check_supported
         from evomem.memory.kv.parallel import check_parallel
 

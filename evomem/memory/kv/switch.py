@@ -71,8 +71,29 @@ def implementation_of(config: Any) -> str | None:
     return named if switch is None else switch.previous
 
 
+class _Counting(threading.local):
+    """Whether forward passes of this thread count as use."""
+
+    off = False
+
+
+_counting = _Counting()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Run the model on our own account: passes of this thread inside the block count for no open block."""
+    before, _counting.off = _counting.off, True
+    try:
+        yield
+    finally:
+        _counting.off = before
+
+
 def note_pass(module: nn.Module, *, managed: bool) -> None:
     """Note for the open blocks that a decoder runs, with or without a cache of slots; ``module`` is its attention."""
+    if _counting.off:
+        return
     switch = _switched.get(id(getattr(module, "config", None)))
     for usage in switch.blocks if switch is not None else ():
         usage.managed += managed
