@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from evomem.errors import PluginError
+from evomem.managers.allocation import ProbedAllocation, allocations
 from evomem.plain_text import plain
 from evomem.plugins.hub import REPOSITORY
 from evomem.statistics import verdict
@@ -65,6 +66,7 @@ def render_card(
         return environment.get_template(_TEMPLATE).render(
             name=provenance.get("experiment") or name,
             config=config,
+            probed=_looks_at_probes(config.get("allocation")),
             models=_models(provenance),
             # The hub refuses a card whose base models are not repositories: an alias or a folder is none.
             base_models=[model for model, _ in _models(provenance) if REPOSITORY.fullmatch(model)],
@@ -79,6 +81,12 @@ def render_card(
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise PluginError(f"{name}: provenance: no model card can be made from it: {error}") from None
+
+
+def _looks_at_probes(described: Any) -> bool:
+    """Whether an allocation, as ``config.json`` describes it, looks at what the model's heads do."""
+    name = described.get("name") if isinstance(described, Mapping) else None
+    return isinstance(name, str) and name in allocations and issubclass(allocations.get(name), ProbedAllocation)
 
 
 def _caption(file: str) -> str:

@@ -7,6 +7,9 @@
 | ``options`` | all its options, defaults included |
 | ``allocation`` | how layers and heads share the budget: name and options; from version 2 on |
 | ``observes``, ``schedule``, ``budget`` | what follows from the options, for others; checked when loaded |
+
+What an allocation knows of a model's heads (`ProbedAllocation`) is no option: it lies in ``model.safetensors``, as
+``allocation.probes``, ``allocation.layer_heads`` and ``allocation.measured_on`` (the model's fingerprint).
 """
 
 from __future__ import annotations

@@ -49,15 +49,17 @@ def entries(section: Listing) -> Entries:
 
 def _allocations() -> Entries:
     """Return allocations by name, with their options: how layers and heads share a manager's budget."""
-    from evomem.managers.allocation import allocations
+    from evomem.managers.allocation import ProbedAllocation, allocations
 
     listed = _registered(allocations)
     for name in listed:
         try:
-            fields = allocations.get(name).Options.model_fields
+            kind = allocations.get(name)
         except ConfigError:
             continue
-        if fields:
+        if issubclass(kind, ProbedAllocation):
+            listed[name] += " What the heads do is measured once per model, by itself."
+        if fields := kind.Options.model_fields:
             listed[name] += " Options: " + "; ".join(f"{key}: {field.description}" for key, field in fields.items())
     return listed
 
