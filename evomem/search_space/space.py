@@ -6,6 +6,7 @@ A search space is a YAML file of `search_spaces/`::
     weights: all                      # or none, or [{match: "hidden.*", scale: 0.5}, ...]
     options:                          # options of the manager that vary too
       recent: {kind: integer, low: 0, high: 16}
+      allocation.beta: {kind: log, low: 1, high: 50}   # of the allocation that the manager is given
     start: {heuristic: keydiff}       # or zeros, initial, {vector: FILE or [..]}, {plugin: FOLDER}, {parameters: ..}
     sigma: 0.3
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,22 +26,19 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from evomem.bounds import LARGE, SMALL, VALUE
 from evomem.errors import ConfigError
-from evomem.files.reading import is_file, read_bytes, user_path
-from evomem.files.strict_json import shown
+from evomem.files.reading import is_file, user_path
 from evomem.managers.base import MemoryManager, managers
+from evomem.search_space.option_paths import changed_options, flattened, option_value, require_disjoint
 from evomem.search_space.option_ranges import Categorical, Option, Variable
+from evomem.search_space.vector_file import read_vector
 from evomem.validation import Settings, merge, read_yaml, validate
 
 Array = NDArray[np.float64]
-
-_VECTOR = 256 << 20
-"""Bytes of a file of numbers, at most."""
-
 
 Number = Annotated[float, Field(ge=-VALUE, le=VALUE, allow_inf_nan=False)]
 
@@ -96,6 +93,11 @@ class SpaceConfig(Settings):
     start: Literal["initial", "zeros"] | Start = "initial"
     sigma: float = Field(default=0.3, ge=SMALL, le=LARGE, allow_inf_nan=False)
 
+    @field_validator("options", mode="before")
+    @classmethod
+    def _paths(cls, options: Any) -> Any:
+        return flattened(options) if isinstance(options, Mapping) else options
+
 
 def load_space(name: str, changes: Mapping[str, Any] | None = None) -> SpaceConfig:
     """Return the search space of a file or of a name in `search_spaces/`, with ``changes`` merged over it.
@@ -136,12 +138,9 @@ class SearchSpace:
         self.sigma = config.sigma
         self.template = build_manager(config.manager)
         self._options = dict(config.options)
-        known = set(type(self.template.options).model_fields)
-        for name in self._options.keys() - known:
-            raise ConfigError(
-                f"search space: options.{name}: manager {config.manager.name!r} has no such option; it has: "
-                f"{', '.join(sorted(known))}"
-            )
+        require_disjoint(self._options)
+        for path in self._options:
+            option_value(self.template, path)
         self._weights = self._varying_weights()
         self._numbers = sum(parameter.numel() for parameter in self._parameters(self.template).values())
         self.dim = self._numbers + sum(option.width for option in self._options.values())
@@ -223,7 +222,8 @@ class SearchSpace:
         for name, option in self._options.items():
             values[name] = option.decode(vector[place : place + option.width])
             place += option.width
-        manager = self.template.with_options(**values) if values else copy.deepcopy(self.template)
+        changes = changed_options(self.template, values)
+        manager = self.template.with_options(**changes) if changes else copy.deepcopy(self.template)
         place = 0
         with torch.no_grad():
             for name, parameter in self._parameters(manager).items():
@@ -250,7 +250,7 @@ class SearchSpace:
                     f"search space: weights {name} are {tuple(parameter.shape)} in this manager and "
                     f"{tuple(own[name].shape)} in the space"
                 )
-        return self._encode(manager, {name: getattr(manager.options, name) for name in self._options})
+        return self._encode(manager, {name: option_value(manager, name) for name in self._options})
 
     def gradient(self, by_parameter: Array) -> Array:
         """Return the gradient in a vector (dim,) from that in all parameters, in the order of registration.
@@ -277,12 +277,16 @@ class SearchSpace:
     def _encode_option(self, name: str, option: Option, value: Any) -> Array:
         if isinstance(option, Categorical) and value not in option.choices:
             # A manager keeps some options in another form than a person writes: an allocation's whole description.
-            options = (getattr(self.template.with_options(**{name: choice}).options, name) for choice in option.choices)
+            options = (self._kept(name, choice) for choice in option.choices)
             value = next((one for one, kept in zip(option.choices, options, strict=True) if kept == value), value)
         try:
             return option.encode(value)
         except ValueError as error:
             raise ConfigError(f"search space: options.{name}: {error}") from None
+
+    def _kept(self, path: str, value: Any) -> Any:
+        """Return an option's value in the form in which a manager keeps it."""
+        return option_value(self.template.with_options(**changed_options(self.template, {path: value})), path)
 
     def _checked(self, vector: Array) -> Array:
         vector = np.asarray(vector, dtype=np.float64)
@@ -300,7 +304,7 @@ class SearchSpace:
     def _option_start(self, name: str, option: Option) -> Any:
         if option.start is not None:
             return option.start
-        value = getattr(self.template.options, name)
+        value = option_value(self.template, name)
         return option.default() if value is None else value
 
     def _set_start(self) -> Array | None:
@@ -316,7 +320,7 @@ class SearchSpace:
             elif start.parameters is not None:
                 self._fill(start.parameters)
             elif start.vector is not None:
-                vector = self._checked(_read_vector(start.vector))
+                vector = self._checked(read_vector(start.vector))
                 self.template = self.decode(vector)
                 if not start.noise:
                     return vector
@@ -380,21 +384,3 @@ def start_from_heuristic(manager: MemoryManager, heuristic: str) -> MemoryManage
         )
     made: MemoryManager = hook(heuristic, **manager.options.model_dump())
     return made.requires_grad_(False)
-
-
-def _read_vector(source: str | list[float]) -> Array:
-    if not isinstance(source, str):
-        return np.asarray(source, dtype=np.float64)
-    where = f"search space: start.vector: {shown(source)}"
-    content = read_bytes(user_path(source), _VECTOR, ConfigError)
-    try:
-        return np.asarray(np.load(io.BytesIO(content), allow_pickle=False), dtype=np.float64)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        EOFError,
-        ArithmeticError,
-        MemoryError,
-    ) as error:  # headers say anything
-        raise ConfigError(f"{where}: cannot be read as a .npy vector: {shown(str(error), 200)}") from None
