@@ -23,9 +23,9 @@ from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.managers.allocation.probed import on_model
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
-from evomem.memory.kv.cache import CachePolicy
 from evomem.memory.kv.due import decisions, turns
 from evomem.memory.kv.parallel import degree
+from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.positions import beyond, position_limit
 from evomem.memory.kv.versions import passed
 from evomem.models import LoadedModel

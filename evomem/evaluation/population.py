@@ -100,10 +100,6 @@ class _Group:
         return _Group(self.template.on(device), parameters, self.members.to(device))
 
 
-_Part = tuple[Tensor, Tensor | None]
-"""What a group decides about a layer: masks and log-decays (members, kv_heads, slots)."""
-
-
 class PopulationPolicy:
     """A population as one cache policy: row c of the cache is decided by manager c.
 
@@ -161,7 +157,7 @@ class PopulationPolicy:
         return self._decided(views, True)
 
     def _decided(self, views: Sequence[LayerView], all_layers: bool) -> list[Decision]:
-        parts: list[list[_Part]] = [[] for _ in views]
+        parts: list[list[Decision]] = [[] for _ in views]
         for number, group in enumerate(self.groups):
             with full_precision(views[0].keys):
                 if all_layers and group.template.whole_model:
@@ -173,19 +169,24 @@ class PopulationPolicy:
                 layer.append(part)
         return [self._merged(view, layer) for view, layer in zip(views, parts, strict=True)]
 
-    def _merged(self, view: LayerView, parts: Sequence[_Part]) -> Decision:
+    def _merged(self, view: LayerView, parts: Sequence[Decision]) -> Decision:
         """Return one layer's decisions, those of every group in the rows of its members."""
         shape = (self.size, *view.slots.shape[1:])
         keep = torch.zeros(shape, dtype=torch.bool, device=view.slots.device)
         decay: Tensor | None = None
-        for group, (kept, faded) in zip(self.groups, parts, strict=True):
+        evicted: Tensor | None = None
+        for group, part in zip(self.groups, parts, strict=True):
             members = group.members.to(keep.device)
-            keep[members] = kept.to(keep.device)
-            if faded is not None:
+            keep[members] = part.keep.to(keep.device)
+            if part.decay is not None:
                 decay = torch.zeros(shape, device=keep.device, dtype=torch.float32) if decay is None else decay
-                decay[members] = faded.to(keep.device)
+                decay[members] = part.decay.to(keep.device)
                 self._fades[view.layer] = self.fades(view.layer).index_fill(0, group.members, True)
-        return Decision(keep, decay)
+            if part.evicted is not None:
+                if evicted is None:
+                    evicted = torch.zeros(self.size, view.layers, device=keep.device, dtype=torch.int64)
+                evicted[members] = part.evicted.to(keep.device)
+        return Decision(keep, decay, evicted)
 
 
 def _grouped(managers: Sequence[MemoryManager]) -> list[_Group]:
@@ -213,17 +214,15 @@ class _WholeModel(nn.Module):
         return decide_all(self.manager, views)
 
 
-def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> list[_Part]:
+def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> list[Decision]:
     """Return a group's decisions about one layer, or about all layers for managers that need all."""
     count, shared = len(group.members), views[0].keys.shape[0] == 1
     views = views if shared else [_rows(view, group.members) for view in views]
     if not group.parameters or (count == 1 and shared):
         made = decide_all(group.template, views) if all_layers else [group.template.decide(views[0])]
-        return [
-            (_repeated(one.keep, count), None if one.decay is None else _repeated(one.decay, count)) for one in made
-        ]
+        return [one.map(lambda part: _repeated(part, count)) for one in made]
 
-    fades: list[bool] = []
+    fields: list[tuple[bool, bool]] = []
 
     def decide_one(parameters: dict[str, Tensor], tensors: list[dict[TensorName, Tensor]] | None) -> tuple[Tensor, ...]:
         seen = views
@@ -235,16 +234,19 @@ def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> l
             made = functional_call(_WholeModel(group.template), named, (seen,))
         else:
             made = [functional_call(group.template, parameters, (seen[0],))]
-        fades[:] = [decision.decay is not None for decision in made]
-        decays = [decision.decay[0] for decision in made if decision.decay is not None]
-        return (*(decision.keep[0] for decision in made), *decays)
+        fields[:] = [(decision.decay is not None, decision.evicted is not None) for decision in made]
+        parts = [(decision.keep, decision.decay, decision.evicted) for decision in made]
+        return tuple(part[0] for decision in parts for part in decision if part is not None)
 
     if shared:
         out = vmap(decide_one, in_dims=(0, None), randomness="error")(group.parameters, None)
     else:
         out = vmap(decide_one, in_dims=(0, 0), randomness="error")(group.parameters, [view.tensors() for view in views])
-    decays = iter(out[len(views) :])
-    return [(kept, next(decays) if faded else None) for kept, faded in zip(out, fades, strict=False)]
+    parts = iter(out)
+    return [
+        Decision(next(parts), next(parts) if fades else None, next(parts) if counts else None)
+        for fades, counts in fields
+    ]
 
 
 def _repeated(mask: Tensor, count: int) -> Tensor:

@@ -169,7 +169,8 @@ class RolloutPolicy:
         if decision.decay is not None:
             self._fades.add(view.layer)
         shape = (self.size, *view.slots.shape[1:])
-        return Decision(decision.keep.expand(shape), decision.decay)
+        evicted = None if decision.evicted is None else decision.evicted.expand(self.size, -1)
+        return Decision(decision.keep.expand(shape), decision.decay, evicted)
 
     def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
         """Return the decisions of all rollouts about all layers: one after the other, as every layer is drawn for."""

@@ -174,6 +174,11 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
         """Whether a decision needs all layers' views, so that `decide_all` must be asked and not `decide`."""
         return isinstance(self.allocation, ModelAllocation)
 
+    @property
+    def counts_evicted(self) -> bool:
+        """Whether its decisions count what they take from every layer; see `Rule.counts_evicted`."""
+        return self.rule.counts_evicted(self.shares())
+
     @follows_view
     def judge(self, view: LayerView) -> Judgement:
         """Return what the manager says about the slots; overridden only to compute the parts together."""

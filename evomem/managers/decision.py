@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evomem.errors import ConfigError
 from evomem.managers.allocation import AcrossHeads, Allocation, EmergentAllocation, LayerAllocation, ModelAllocation
-from evomem.managers.selection import Ends, best, slots_of_budget
+from evomem.managers.selection import Ends, best, slots_of_budget, tokens_read
 from evomem.memory.view import Decision, LayerView
 
 
@@ -70,10 +70,15 @@ class Rule:
         if isinstance(self.allocation, EmergentAllocation):
             kept = self.allocation.keep(judgement.scores, view, held, self.ends, self.budget)
             return Decision(kept, judgement.decay)
-        n = self.layer_limit(view, judgement.shares)
+        evicted: Tensor | None = None
+        if self.counts_evicted(judgement.shares):
+            layers = self.layer_limits(view, judgement.shares)
+            n, evicted = layers[view.layer], evicted_after(view, layers)
+        else:
+            n = self.layer_limit(view, judgement.shares)
         marked = self.ends.mark(judgement.scores, view, held, n)
         limits = self._by_layer().head_limits(marked, view, held, n)
-        return Decision(_kept(marked, limits, held), judgement.decay)
+        return Decision(_kept(marked, limits, held), judgement.decay, evicted)
 
     def decide_all(self, judgements: Sequence[Judgement], views: Sequence[LayerView]) -> list[Decision]:
         """Return the decisions about all layers, the first first."""
@@ -104,6 +109,20 @@ class Rule:
             return mean
         return self.allocation.layer_limit(view, mean, self.ends, shares)
 
+    def counts_evicted(self, shares: Tensor | None = None) -> bool:
+        """Whether every layer's limit depends on what decisions took from all layers (`LayerView.evicted`).
+
+        So it is where layers get different parts that may grow from decision to decision: parts of a share of a growing
+        text, or by ``shares`` that are drawn. Other parts of a fixed number of slots grow only where a layer holds all.
+        """
+        allocation = self.allocation
+        grows = isinstance(self.budget, float) or (self.budget is not None and shares is not None)
+        return grows and isinstance(allocation, LayerAllocation) and allocation.by_depth
+
+    def layer_limits(self, view: LayerView, shares: Tensor | None = None) -> Tensor:
+        """Return `layer_limit` of every layer: (layers, batch, 1, 1) int64, of an allocation that is by depth."""
+        return self._by_layer().layer_limits(view, slots_of_budget(self.budget, view), self.ends, shares)
+
     def protected(self, view: LayerView, shares: Tensor | None = None) -> Tensor:
         """Slots that are kept whatever their score is: (batch, kv_heads, slots) bool."""
         if isinstance(self.allocation, EmergentAllocation):
@@ -123,6 +142,15 @@ class Rule:
         ------
         ConfigError : there is a budget, and the heads' numbers of slots depend on the scores, or on all layers.
         """
+        self.require_rankings()
+        held = self.held(view, stored)
+        n = self.layer_limit(view, shares)
+        safe = held & self.ends.safe(view, n)
+        picks = (n - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
+        return torch.where(held & ~safe, scores, -torch.inf), picks
+
+    def require_rankings(self) -> None:
+        """Raise `ConfigError` unless rankings can be drawn, see `open`."""
         emerges = isinstance(self.allocation, EmergentAllocation)
         depends = not isinstance(self.allocation, LayerAllocation) or isinstance(self.allocation, AcrossHeads)
         if emerges or (depends and self.budget is not None):
@@ -131,11 +159,6 @@ class Rule:
                 "slots a head has, and here that depends on all scores; train with uniform, pyramid or depth_shares, "
                 "or search by evolution, which draws nothing"
             )
-        held = self.held(view, stored)
-        n = self.layer_limit(view, shares)
-        safe = held & self.ends.safe(view, n)
-        picks = (n - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
-        return torch.where(held & ~safe, scores, -torch.inf), picks
 
     def _by_layer(self) -> LayerAllocation:
         if not isinstance(self.allocation, LayerAllocation):
@@ -144,6 +167,15 @@ class Rule:
                 "or read through a cache of slots, which does"
             )
         return self.allocation
+
+
+def evicted_after(view: LayerView, limits: Tensor) -> Tensor:
+    """Return what decisions have taken from every layer after one by these limits (layers, batch, 1, 1).
+
+    (batch, layers) int64. Tokens that are refused are not known of other layers, and count as held.
+    """
+    gone = (tokens_read(view) - limits).clamp(min=0)[..., 0, 0].transpose(0, 1)
+    return gone if view.evicted is None else torch.maximum(gone, view.evicted)
 
 
 def _kept(marked: Tensor, limits: Tensor, held: Tensor) -> Tensor:

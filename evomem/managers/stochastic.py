@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evomem.errors import ConfigError
 from evomem.managers.base import MemoryManager
 from evomem.managers.decision import Judgement
 from evomem.managers.hashing import mixed_seed
@@ -109,6 +110,18 @@ class StochasticManager(MemoryManager):
     on_view_device: ClassVar[frozenset[str]] = MemoryManager.on_view_device | {
         "draw", "carry_out", "judgement_of", "log_decays", "log_prob", "log_probs", "choices",
     }  # fmt: skip
+
+    def require_draws(self) -> None:
+        """Raise `ConfigError` if decisions cannot be drawn with this allocation; asked before a search begins.
+
+        By default one that decides about all layers at once cannot: layers are drawn one by one. A manager that ranks
+        also needs `Rule.require_rankings`.
+        """
+        if self.whole_model:
+            raise ConfigError(
+                f"allocation {self.allocation.name!r} needs the views of all layers at once, and decisions are drawn "
+                "layer by layer; take uniform, pyramid or depth_shares, or search by evolution, which draws nothing"
+            )
 
     @abstractmethod
     def draw(self, view: LayerView, noise: Noise) -> Action:

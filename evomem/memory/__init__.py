@@ -9,7 +9,8 @@ from evomem.memory.kv.attach import attached, check_supported
 from evomem.memory.view import Decision, LayerView, layer_view, masked_mean
 
 if TYPE_CHECKING:
-    from evomem.memory.kv.cache import CachePolicy, SlotCache
+    from evomem.memory.kv.cache import SlotCache
+    from evomem.memory.kv.policy import CachePolicy
 
 __all__ = [
     "CachePolicy",

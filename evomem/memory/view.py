@@ -28,6 +28,8 @@ class LayerView:
     seen : number of tokens read so far, padding included: the newest token has index ``seen - 1``.
     fresh : number of tokens that arrived since the last decision.
     layer, layers : which layer this is, of how many.
+    evicted : (batch, layers) int64, slots a head that decisions have taken from every layer so far; a layer can hold
+        at most as many as tokens were read less these. None: none, or nobody counts (see `Decision.evicted`).
     recorded : observations that the cache recorded because the manager asked for them, by name (see
         `evomem.memory.observations`); slot-aligned ones have the slots on axis 2.
     columns : features of the slots that were worked out before, by name: (batch, kv_heads, slots) fp32. A trace has
@@ -48,6 +50,7 @@ class LayerView:
     """Values computed from this view once and shared by all candidates that look at it; see `once`."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     source: str = ""
+    evicted: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -132,10 +135,18 @@ class Decision:
     ----------
     keep : (batch, kv_heads, slots) bool; slots that are False leave memory. Empty slots are always False.
     decay : (batch, kv_heads, slots) float or None: log-decay to be added to the slots' attention logits (<= 0).
+    evicted : (batch, layers) int64, what `LayerView.evicted` becomes: every layer's, for a layer decides before the
+        others have read. None: it stays as it is.
     """
 
     keep: Tensor
     decay: Tensor | None = None
+    evicted: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Decision:
+        """Return a decision with every tensor changed; the batch is axis 0 of each."""
+        decay, evicted = (None if part is None else change(part) for part in (self.decay, self.evicted))
+        return Decision(change(self.keep), decay, evicted)
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
@@ -156,6 +167,7 @@ def layer_view(
     fresh: int | None = None,
     layer: int = 0,
     layers: int = 1,
+    evicted: Tensor | None = None,
 ) -> LayerView:
     """Return the view of a layer whose keys and values another engine holds; no transformers needed.
 
@@ -173,6 +185,7 @@ def layer_view(
     seen : tokens read so far; None: up to the newest slot's.
     fresh : tokens that arrived since the last decision; None: all of them.
     layer, layers : which layer this is, of how many.
+    evicted : (batch, layers), what the layer's last decision said (`Decision.evicted`); None at the first one.
 
     Raises
     ------
@@ -195,7 +208,12 @@ def layer_view(
     start = torch.zeros(shape[0], dtype=torch.int64, device=keys.device) if start is None else start
     if start.shape != shape[:1]:
         raise CacheError(f"start has shape {tuple(start.shape)}; give one index a row: ({shape[0]},)")
-    return LayerView(keys, values, slots, start, seen, seen if fresh is None else fresh, layer, layers, recorded)
+    if evicted is not None and evicted.shape != (shape[0], layers):
+        raise CacheError(
+            f"evicted has shape {tuple(evicted.shape)}; give one number a row and layer: {shape[0], layers}"
+        )
+    fresh = seen if fresh is None else fresh
+    return LayerView(keys, values, slots, start, seen, fresh, layer, layers, recorded, evicted=evicted)
 
 
 def _expanded(positions: Tensor | None, keys: Tensor) -> Tensor:

@@ -67,6 +67,13 @@ def check_heads(config: ExperimentConfig, space: SearchSpace, bench: Bench) -> N
             )
 
 
+def check_policies(config: ExperimentConfig, space: SearchSpace) -> None:
+    """`check_policy` of every driver whose turn will come, before contexts are read for a calibration."""
+    for stage in config.plan():
+        if drivers.uses(stage.driver.name, "rollouts"):
+            check_policy(config, space, [stage])
+
+
 def check_policy(config: ExperimentConfig, space: SearchSpace, stages: Sequence[Stage]) -> None:
     """Raise `ConfigError` if a policy gradient cannot search this space by these stages' objectives."""
     name = config.space.manager.name
@@ -83,6 +90,15 @@ def check_policy(config: ExperimentConfig, space: SearchSpace, stages: Sequence[
                 f"objective {stage.fitness.objective!r} has no gradient; take objective expected_cost, which has an "
                 "exact one for every manager that scores, or manager kv_policy"
             )
+        if isinstance(space.template, StochasticManager) and not (objective.exact_gradient or objective.compares_draws):
+            for budget in stage.budgets or (space.template.options.budget,):
+                try:
+                    space.template.with_options(budget=budget).require_draws()
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"driver {driver.name!r}: stage {stage.name!r}: objective {stage.fitness.objective!r} draws "
+                        f"decisions of manager {name!r}, and cannot: {error}"
+                    ) from None
         rollouts = driver.population or 8
         if objective.compares_draws and (
             driver.options.get("estimator") == "grpo" or (config.chunk or rollouts) < rollouts

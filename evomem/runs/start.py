@@ -13,7 +13,7 @@ from evomem.runs.bench import Bench
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.folder_reading import read_numbers, read_state
 from evomem.runs.inputs import check_unchanged
-from evomem.runs.plan_checks import check_heads
+from evomem.runs.plan_checks import check_heads, check_policies
 from evomem.runs.samples import Samples
 from evomem.search_space.space import SearchSpace
 from evomem.tasks.base import Split
@@ -30,7 +30,8 @@ def prepare_start(folder: Path, config: ExperimentConfig, bench: Bench, samples:
     Raises
     ------
     RunError : what the folder holds does not fit the experiment, or its inputs were exchanged while they were read.
-    ConfigError : a driver is to search head by head, and the space has other heads than the model.
+    ConfigError : a driver is to search head by head, and the space has other heads than the model; or a policy gradient
+        cannot search the space.
     """
     path, state = folder / "start" / "vector.npy", folder / STATE
     if path.exists():
@@ -42,6 +43,7 @@ def prepare_start(folder: Path, config: ExperimentConfig, bench: Bench, samples:
         return space, vector
     space = SearchSpace(config.space)
     check_unchanged(config, start=True)
+    check_policies(config, space)
     check_heads(config, space, bench)
     vector = space.start
     if bench.calibrate is not None:

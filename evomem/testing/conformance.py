@@ -36,8 +36,8 @@ from transformers import DynamicCache, PreTrainedModel
 from evomem.managers.base import MemoryManager
 from evomem.managers.decision import Judgement
 from evomem.memory import CachePolicy, Decision, LayerView, SlotCache, attached
-from evomem.memory.kv.cache import SchedulePolicy
 from evomem.memory.kv.due import needs_all_layers
+from evomem.memory.kv.policy import SchedulePolicy
 from evomem.memory.kv.versions import passed
 from evomem.testing.comparing import (
     ConformanceError,

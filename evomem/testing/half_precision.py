@@ -103,7 +103,7 @@ class Replaying:
         same_tensors(f"slots of layer {view.layer} at decision {number}", view.slots, event.slots)
         mine, theirs = decision.keep & view.valid, event.keep & view.valid
         self.kept, self.agreed = self.kept + int(theirs.sum()), self.agreed + int((mine & theirs).sum())
-        return Decision(event.keep, event.decay)
+        return Decision(event.keep, event.decay, decision.evicted)
 
     def require_agreement(self, label: str) -> None:
         """Raise `ConformanceError` unless the policy would have kept `AGREEMENT` of the slots itself."""

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from evomem.memory import CachePolicy, Decision, LayerView
-from evomem.memory.kv.cache import SchedulePolicy
 from evomem.memory.kv.due import decide_all, needs_all_layers
+from evomem.memory.kv.policy import SchedulePolicy
 
 REFERENCE = "evomem_reference"
 """Name under which the explicit attention is registered with transformers while a reference runs."""

@@ -39,11 +39,35 @@ def test_where_nothing_is_shared_adakv_is_what_is_inside(options):
         )
         around = around.with_options(budget=10)
         around.inner.load_state_dict(inside.state_dict())
-        # Of the first row, whose heads hold enough: what a head cannot fill, the others get.
-        assert torch.equal(around.decide(view).keep[0], inside.decide(view).keep[0])
+        # Also of the second row, whose heads cannot fill their slots: nothing is shared, so nothing is handed on.
+        assert torch.equal(around.decide(view).keep, inside.decide(view).keep)
+        assert inside.decide(view).keep[1].sum() < 10 * HEADS
         assert inside.decide(view).keep[0].sum(-1).tolist() == [10] * HEADS
         stored = inside.rule.held(view, inside.judge(view).stored)
         assert torch.equal(inside.decide(view).keep.sum(-1), stored.sum(-1).clamp(max=10))
+
+
+@pytest.mark.parametrize("safeguard", [0.0, 0.3, 0.5, 0.95, 1.0])
+def test_what_a_head_cannot_fill_is_shared_if_anything_is(safeguard):
+    """One head stores two tokens, the others all: they get the rest, unless the safeguard is 1."""
+
+    class Choosy(type(build("keydiff"))):
+        def admit(self, view):
+            few = torch.where(view.age < 2, 1.0, -1.0).expand(view.slots.shape).clone()
+            few[:, 1:] = 1.0
+            return few
+
+    view = looked_at()
+    view = replace(view.map(lambda part: part[:1]), fresh=view.seen)
+    for allocation in ("uniform", "depth_shares(log_shares=[0.0])"):
+        spec = f"across_heads(layers={allocation}, safeguard={safeguard})"
+        keep = Choosy(budget=8, allocation=spec).decide(view).keep[0].sum(-1).tolist()
+        assert min(2, int(safeguard * 8)) <= keep[0] <= 2
+        assert min(keep[1:]) >= int(safeguard * 8)
+        assert keep == [2] + [8] * (HEADS - 1) if safeguard == 1 else sum(keep) == 8 * HEADS
+        if safeguard == 1:
+            alone = Choosy(budget=8, allocation=allocation).decide(view).keep
+            assert torch.equal(Choosy(budget=8, allocation=spec).decide(view).keep, alone)
 
 
 def test_a_refused_token_is_refused_also_at_a_protected_end_and_leaves_its_place():
@@ -181,3 +205,14 @@ def test_rollouts_where_heads_share_are_refused():
     assert policy.decide(view).keep.any()
     with pytest.raises(ConfigError, match="drawn head by head"):
         policy.draw(view, Noise.of([(1, 0)] * view.slots.shape[0], view))
+    for allocation, message in (
+        ("across_heads", "drawn head by head"), ("threshold", "drawn head by head"),
+        ("per_head_shares(layers=3,heads=2)", "drawn head by head"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            made(("evict",), 0, budget=9, allocation=allocation).require_draws()
+    with pytest.raises(ConfigError, match="all layers at once"):
+        made(("store",), 0, budget=9, allocation="per_head_shares(layers=3,heads=2)").require_draws()
+    for allocation in (None, 4, "pyramid", "depth_shares(log_shares=[1, -1])"):
+        made(("evict",), 0, budget=9, allocation=allocation).require_draws()
+    made(("store",), 0, budget=9, allocation="across_heads").require_draws()

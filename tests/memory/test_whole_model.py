@@ -218,6 +218,40 @@ def test_a_pass_that_leaves_layers_out_is_refused(left: list[int]) -> None:
     assert not policy.asked
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("every", [None, 8])
+def test_a_model_that_leaves_early_is_noticed_where_the_block_or_the_reading_ends(every: int | None) -> None:
+    """Nothing was decided, and no further pass may ever come to say so."""
+    policy, model = Unequal(every), tiny("llama")
+    whole, cache = model.model.layers, SlotCache.for_model(model, policy)
+    model.model.layers, model.config.num_hidden_layers = whole[:2], 2
+    with pytest.raises(CacheError, match="did not run all layers"), build("full").attach(model):
+        model(tokens(20), past_key_values=cache)
+    cache.reset()
+    with build("full").attach(model), pytest.raises(CacheError, match="did not run all layers"), cache.reading():
+        model(tokens(20), past_key_values=cache)
+    # Said once; and an error inside the block is not replaced by this one.
+    cache.reset()
+
+    def interrupted() -> None:
+        with build("full").attach(model):
+            model(tokens(20), past_key_values=cache)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    # A manager that decides layer by layer has decided about the layers that ran.
+    single = build("keydiff(budget=8)")
+    with single.attach(model) as used:
+        model(tokens(20), past_key_values=used)
+    assert not policy.asked
+    model.model.layers, model.config.num_hidden_layers = whole, 3
+    cache.reset()
+    with build("full").attach(model):
+        model(tokens(20), past_key_values=cache)
+    assert len(policy.asked) == 1
+
+
 @pytest.mark.parametrize("kind", ["compress_once", "streaming"])
 def test_the_evaluator_equals_the_plain_way(kind: str, model: Any) -> None:
     """Managers of one kind through vmap, one with another scorer, and one that decides layer by layer."""

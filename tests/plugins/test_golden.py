@@ -114,6 +114,17 @@ def test_what_was_wrong_is_right_or_refused(folder, views, name):
             assert not torch.equal(keep, before), case
 
 
+@pytest.mark.parametrize("name", ["adakv_expected_attention", "adakv_kv_policy_store"])
+def test_with_a_safeguard_of_1_nothing_is_shared(folder, views, name):
+    """The manager inside decides, also where a head cannot fill its slots."""
+    loaded = plugins.load(folder / name)
+    for budget in (7, 12, 20, 0.5, None):
+        for which in views:
+            keep, _ = decided(loaded.with_options(budget=budget), views[which])
+            alone, _ = decided(loaded.inner.with_options(budget=budget), views[which])
+            assert torch.equal(keep, alone), (budget, which)
+
+
 # ---- with a model ------------------------------------------------------------------------------------------------
 
 

@@ -144,6 +144,7 @@ def test_every_part_of_the_state_is_saved_or_follows_from_what_is(model, batch: 
         "_sums",
         "decides_now",
         "owing",  # then nothing is saved
+        "refused",  # nor then
     }  # of manager and model; of one pass
     assert whole <= {"layer_class_to_replicate", "offloading", "only_non_sliding", "prefetch_stream"}
     assert set(vars(cache.layers[0].recorder)) == {"wanted", "slotwise", "rowwise", "window", "begin"}

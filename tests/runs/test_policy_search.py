@@ -147,6 +147,21 @@ def test_managers_that_draw_nothing_learn_from_exact_gradients_only(name, tmp_pa
     assert not np.array_equal(run.space.encode(run.winner), start) or run.result.winner == "start"
 
 
+@pytest.mark.parametrize("allocation", ["across_heads", "threshold", "per_head_shares(layers=4, heads=2)"])
+def test_what_cannot_be_drawn_is_said_before_anything_runs(allocation, tmp_path, monkeypatch):
+    """Also where only a later stage draws, and where the features are to be calibrated first."""
+
+    def never(*_, **__):
+        raise AssertionError("something ran")
+
+    monkeypatch.setattr(Evaluator, "evaluate", never)
+    monkeypatch.setattr(Evaluator, "reading", never)
+    options = {"features": FEATURES, "budget": 12, "allocation": allocation, "scale": "model"}
+    config = configured(space={"manager": {"name": "kv_policy", "options": options}})
+    with pytest.raises(ConfigError, match=r"stage 'rollouts'.*'loglik' draws decisions.*search by evolution"):
+        search(config, tmp_path / "run", model_bench)
+
+
 def test_several_models_share_one_policy(tmp_path):
     models = ["zoo-gpt-neox", "zoo-qwen3"]
     config = configured(model="zoo-gpt-neox", models=models, stages=[{**STAGES[0], "generations": 2}])

@@ -4,7 +4,14 @@ An allocation that depends on the input is one more file here: a `LayerAllocatio
 `ModelAllocation` if at all of them.
 """
 
-from evomem.managers.allocation.arithmetic import clamped_shares, depth_limits, interpolated, pyramid_budget, water_fill
+from evomem.managers.allocation.arithmetic import (
+    clamped_shares,
+    depth_limits,
+    interpolated,
+    pyramid_budget,
+    slots_at_most,
+    water_fill,
+)
 from evomem.managers.allocation.base import (
     Allocation,
     AllocationOptions,
@@ -59,5 +66,6 @@ __all__ = [
     "recorded_for",
     "register_allocation",
     "settle",
+    "slots_at_most",
     "water_fill",
 ]

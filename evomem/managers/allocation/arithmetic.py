@@ -54,8 +54,17 @@ def pyramid_budget(mean: Tensor, read: Tensor, layer: int, layers: int, beta: fl
     return upper if 2 * layer < layers - 1 else 2 * mean - upper
 
 
+def slots_at_most(view: LayerView) -> Tensor:
+    """Return the slots that a head of every layer can hold: (layers or 1, batch, 1, 1) int64.
+
+    These are the tokens read less what decisions took; what left at one decision cannot be held at a later one.
+    """
+    read = tokens_read(view)[None]
+    return read if view.evicted is None else read - view.evicted.transpose(0, 1)[..., None, None]
+
+
 def depth_limits(log_shares: Tensor, view: LayerView, mean: Tensor, floor: int) -> Tensor:
-    """Return the slots per head of the view's layer, whose share of the budget is exp(g(depth)).
+    """Return the slots per head of every layer, whose share of the budget is exp(g(depth)).
 
     Shares are rounded by their running sum, so that the layers' slots add up to N times the mean.
 
@@ -67,7 +76,7 @@ def depth_limits(log_shares: Tensor, view: LayerView, mean: Tensor, floor: int) 
 
     Returns
     -------
-    (batch, 1, 1) int64.
+    (layers, batch, 1, 1) int64.
     """
     layers = view.layers
     logs = torch.nan_to_num(interpolated(log_shares.transpose(0, 1), layers))
@@ -75,7 +84,7 @@ def depth_limits(log_shares: Tensor, view: LayerView, mean: Tensor, floor: int) 
     until = (weights.cumsum(0) * layers)[..., None, None]
     rounded = torch.round(mean * until).long()
     own = torch.diff(rounded, dim=0, prepend=torch.zeros_like(rounded[:1]))
-    return water_fill(own, weights[..., None, None], mean, floor, tokens_read(view))[view.layer]
+    return water_fill(own, weights[..., None, None], mean, floor, slots_at_most(view))
 
 
 def interpolated(knots: Tensor, layers: int) -> Tensor:
@@ -99,10 +108,10 @@ def _between(count: int, layers: int, device: torch.device) -> tuple[Tensor, Ten
         return torch.tensor(low, dtype=torch.int64, device=device), weights[0], weights[1]
 
 
-def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, read: Tensor) -> Tensor:
-    """Return whole slots of every layer that add up to layers x mean and respect a floor and what was read.
+def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, most: Tensor) -> Tensor:
+    """Return whole slots of every layer that add up to layers x mean and respect a floor and what can be held.
 
-    Where no bound binds in a row, that is ``own``. Else layer l gets clamp(λ w_l, floor, read) with the λ that makes
+    Where no bound binds in a row, that is ``own``. Else layer l gets clamp(λ w_l, floor, most_l) with the λ that makes
     the sum right: what a floor takes and a ceiling leaves is shared by the others as before. Found at the kinks of
     Σ_l clamp(λ w_l, …), which is piecewise linear in λ; rounded by the running sum, in whole numbers.
 
@@ -111,20 +120,33 @@ def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, read: Ten
     own : (layers, batch or 1, 1, 1) int64 whose sum is layers x mean.
     weights : the same shape, float64 >= 0.
     mean : (batch or 1, 1, 1) int64.
-    floor : a floor above the mean counts as the mean.
-    read : (batch or 1, 1, 1) int64; fewer than the mean count as the mean.
+    floor : a floor above the mean, or above what can be held, counts as that.
+    most : ([layers or 1,] batch or 1, 1, 1) int64, see `slots_at_most`. Where the layers together can hold fewer than
+        the budget, fewer than the mean count as the mean.
 
     Returns
     -------
     (layers, batch, 1, 1) int64.
     """
-    least, most = mean.clamp(max=floor), torch.maximum(mean, read)
+    layers = own.shape[0]
+    most = most.expand(layers, *most.shape[-3:])
+    total = mean * layers
+    most = torch.where(most.sum(0) >= total, most, torch.maximum(mean, most))
+    least = torch.minimum(mean.clamp(max=floor), most)
     bound = ((own < least) | (own > most)).any(0)
-    return torch.where(bound, clamped_shares(weights, least, most, mean * own.shape[0]), own)
+    return torch.where(bound, clamped_shares(weights, least, most, total), own)
+
+
+_BITS = 4
+_BRANCHES = 1 << _BITS
+"""Kinks that are tried at once: fewer steps than by halves, whose cost is that of calling at all."""
 
 
 def clamped_shares(weights: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Tensor:
     """Return whole numbers that add up to a total: clamp(λ w, least, most) with the λ that makes the sum right.
+
+    The sum is piecewise linear in λ and bends where a part meets a bound. O(parts log parts): the bends are sorted, and
+    the one below the total is searched for.
 
     Parameters
     ----------
@@ -138,11 +160,25 @@ def clamped_shares(weights: Tensor, least: Tensor, most: Tensor, total: Tensor) 
     """
     low, high, w = least.double(), most.double(), weights.clamp(min=1e-200)
     target = (total + torch.zeros_like(weights[0])).double()
+
+    def parts(scales: Tensor) -> Tensor:
+        """Return clamp(λ w, low, high) for several λ (scales, batch, 1, 1): (scales, parts, batch, 1, 1)."""
+        return torch.minimum(torch.maximum(scales[:, None] * w, low), high)
+
     kinks = torch.cat([low / w, high / w, torch.zeros_like(target)[None], torch.full_like(target, 1e300)[None]])
-    sums = torch.minimum(torch.maximum(kinks[:, None] * w, low), high).sum(1)
-    below = torch.where(sums <= target, kinks, 0.0).amax(0)
-    above = torch.where(sums >= target, kinks, 1e300).amin(0)
-    small, large = (torch.minimum(torch.maximum(end * w, low), high) for end in (below, above))
+    kinks = torch.sort(kinks, dim=0).values
+    last = kinks.shape[0] - 1
+    # The last kink at which the sum, which never falls, is at most the total: a search in steps of _BRANCHES.
+    below = torch.zeros_like(target, dtype=torch.int64)
+    ahead = torch.arange(1, _BRANCHES, device=w.device).reshape(-1, *[1] * below.dim())
+    stride = _BRANCHES ** ((last.bit_length() - 1) // _BITS)
+    while stride:
+        tried = kinks.gather(0, (below + ahead * stride).clamp(max=last))
+        reached = (parts(tried).sum(1) <= target).sum(0)
+        below = (below + reached * stride).clamp(max=last)
+        stride //= _BRANCHES
+    ends = torch.stack([below, (below + 1).clamp(max=last)])
+    small, large = parts(kinks.gather(0, ends)).unbind(0)
     gap = (large - small).sum(0)
     share = torch.where(gap > 0, (target - small.sum(0)) / gap, 0.0).clamp(0, 1)
     # In units of 2^-20 slots everything is exact, and a sum of parts that are within the bounds rounds within them.

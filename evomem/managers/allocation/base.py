@@ -9,9 +9,11 @@ A budget is the *mean* number of slots per KV head. An allocation is an option o
 | `ModelAllocation` | every layer's view, before any slot leaves | the same |
 | `EmergentAllocation` | one layer's view | emerges from the scores; a cap bounds it |
 
-The total is exact also where protected ends, or the number of tokens read, bind: see `water_fill`. It is a total of
-limits. A layer-wise allocation does not know what other layers hold: where slots left at an earlier decision that a
-later, larger limit would have room for (a share of a growing text, with ends that bound first), fewer are held.
+The total is exact also where protected ends, or the number of tokens read, bind: see `water_fill`. Where slots left at
+an earlier decision that a later, larger limit would have room for (a share of a growing text, with ends that bound
+first), other layers hold them: every layer counts what decisions took from all layers (`LayerView.evicted`), which it
+can, for layers' limits follow from depth and tokens read, and from no score. Tokens that `admit` refuses are not made
+up for by other layers.
 """
 
 from __future__ import annotations
@@ -92,7 +94,14 @@ class LayerAllocation(Allocation):
 
     Over the layers, `layer_limit` adds up to layers x mean; over a layer's heads, `head_limits` to heads x
     `layer_limit`.
+
+    Class attributes
+    ----------------
+    by_depth : layers get different parts, and any layer can say what all of them get (`layer_limits`). Then a layer's
+        limits respect what the layers can still hold, see `slots_at_most`.
     """
+
+    by_depth: ClassVar[bool] = False
 
     @abstractmethod
     def layer_limit(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:
@@ -104,6 +113,15 @@ class LayerAllocation(Allocation):
         ends : what the scorer protects; every layer gets room for it where the mean allows.
         shares : (batch or 1, points of depth) log-shares in place of the allocation's own: drawn, or the manager's.
         """
+
+    def layer_limits(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:
+        """Return `layer_limit` of every layer: (layers, batch, 1, 1) int64; asked where the allocation is `by_depth`.
+
+        Raises
+        ------
+        ConfigError : it is not.
+        """
+        raise ConfigError(f"allocation {self.name!r}: says nothing of other layers; set by_depth if it does")
 
     def head_limits(self, marked: Tensor, view: LayerView, held: Tensor, n: Tensor) -> Tensor:
         """Return the slots of every head: (batch, kv_heads or 1, 1) int64; by default ``n``.

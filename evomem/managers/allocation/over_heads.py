@@ -46,12 +46,18 @@ class AcrossHeads(LayerAllocation):
 
     With n slots per head given by ``layers`` and H heads, the layer keeps n H slots (or all that it holds). Every head
     keeps its ⌊safeguard n⌋ best for certain, the rest goes to the best of the layer. What the scorer protects comes
-    before all others. Equal scores rank by position, then by head.
+    before all others. Equal scores rank by position, then by head. What a head cannot fill of its ⌊safeguard n⌋ is
+    shared with the rest. With a safeguard of 1 nothing is shared: that is ``layers`` alone.
     """
 
     Options = AcrossHeadsOptions
     options: AcrossHeadsOptions
     layers: LayerAllocation
+
+    @property
+    def by_depth(self) -> bool:  # type: ignore[override]
+        """Whether the allocation over the layers is by depth."""
+        return self.layers.by_depth
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -84,8 +90,14 @@ class AcrossHeads(LayerAllocation):
         """Return what the allocation over the layers gives."""
         return self.layers.layer_limit(view, mean, ends, shares)
 
+    def layer_limits(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:
+        """Return what the allocation over the layers gives every layer."""
+        return self.layers.layer_limits(view, mean, ends, shares)
+
     def head_limits(self, marked: Tensor, view: LayerView, held: Tensor, n: Tensor) -> Tensor:
         """Return how many of the layer's n H best are each head's: (batch, kv_heads, 1) int64."""
+        if self.options.safeguard == 1:  # also where a head cannot fill its slots, the others do not get them
+            return n
         return heads_by_ranking(marked, view, held, n * view.slots.shape[1], self.options.safeguard)
 
 

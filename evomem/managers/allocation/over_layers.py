@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evomem.bounds import LARGE, TOKENS, UNITS
 from evomem.errors import ConfigError
-from evomem.managers.allocation.arithmetic import depth_limits, pyramid_budget, water_fill
+from evomem.managers.allocation.arithmetic import depth_limits, pyramid_budget, slots_at_most, water_fill
 from evomem.managers.allocation.base import AllocationOptions, LayerAllocation, register_allocation
 from evomem.managers.selection import Ends, tokens_read
 from evomem.memory.view import LayerView
@@ -45,17 +45,24 @@ class Pyramid(LayerAllocation):
 
     Options = PyramidOptions
     options: PyramidOptions
+    by_depth = True
 
     def layer_limit(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:
-        """Return b_l of `pyramid_budget`; where ends need more than it gives, see `water_fill`."""
-        read, beta, window = tokens_read(view), self.options.beta, self.options.window
+        """Return b_l of `pyramid_budget`; where bounds bind, see `water_fill`."""
+        if ends.floor <= 1 and view.evicted is None:  # no bound binds, so this layer's part is all that is needed
+            return self._part(view.layer, view, mean, ends)
+        return self.layer_limits(view, mean, ends, shares)[view.layer]
+
+    def layer_limits(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:
+        """Return b_l of every layer: (layers, batch, 1, 1)."""
+        parts = torch.stack([self._part(layer, view, mean, ends) for layer in range(view.layers)])
+        return water_fill(parts, parts.double(), mean, ends.floor, slots_at_most(view))
+
+    def _part(self, layer: int, view: LayerView, mean: Tensor, ends: Ends) -> Tensor:
+        window = self.options.window
         if window is None:
             window = ends.recent if isinstance(ends.recent, int) else 0
-        if ends.floor <= 1:  # no end binds, so this layer's part is all that is needed
-            return pyramid_budget(mean, read, view.layer, view.layers, beta, window)
-        parts = [pyramid_budget(mean, read, layer, view.layers, beta, window) for layer in range(view.layers)]
-        whole = torch.stack(parts)
-        return water_fill(whole, whole.double(), mean, ends.floor, read)[view.layer]
+        return pyramid_budget(mean, tokens_read(view), layer, view.layers, self.options.beta, window)
 
 
 class DepthSharesOptions(AllocationOptions):
@@ -85,6 +92,7 @@ class DepthShares(LayerAllocation):
     Options = DepthSharesOptions
     options: DepthSharesOptions
     log_shares: Tensor | None
+    by_depth = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -108,7 +116,11 @@ class DepthShares(LayerAllocation):
         return taken
 
     def layer_limit(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:
-        """Return the layer's share, rounded by the running sum over the layers."""
+        """Return the layer's share."""
+        return self.layer_limits(view, mean, ends, shares)[view.layer]
+
+    def layer_limits(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:
+        """Return every layer's share, rounded by the running sum over the layers: (layers, batch, 1, 1)."""
         logs = self.shares() if shares is None else shares
         if logs is None:
             raise ConfigError("allocation 'depth_shares': its log-shares were handed over, and nobody gives them")

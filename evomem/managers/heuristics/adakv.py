@@ -48,7 +48,7 @@ class AdaKV(MemoryManager):
 
     Another name for ``snapkv(allocation=across_heads)``: ``adakv(snapkv)`` keeps as many slots a layer as ``snapkv``
     would, and protects the same tokens; a head may get more or fewer of them, but at least ⌊safeguard n⌋. What a
-    head cannot hold goes to the layer's other heads. What the
+    head cannot hold goes to the layer's other heads, unless the safeguard is 1, with which nothing is shared. What the
     inner manager gives its layers, a pyramid or learned shares, stays as it is. Raises `ConfigError` for an inner
     manager that does not rank to a budget (``full``, thresholds), or shares it among heads already (``adakv``).
     """

@@ -247,6 +247,12 @@ class KVPolicy(StochasticManager):
         decay = None if rates is None else self.log_decays(view, rates)
         return Judgement(scores, None if odds is None else odds >= 0, decay, self.shares())
 
+    def require_draws(self) -> None:
+        """Raise `ConfigError` if decisions cannot be drawn with this allocation."""
+        if "evict" in self.options.actions:
+            self.rule.require_rankings()
+        super().require_draws()
+
     def draw(self, view: LayerView, noise: Noise) -> Action:
         """Return a random action."""
         outputs = self.outputs(view)

@@ -150,6 +150,7 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Usa
     Raises
     ------
     UnsupportedModelError : a family without a managed attention, or one that computes something else under it.
+    CacheError : on leaving, when a pass left out layers of a manager that decides about all of them.
     ModelError : inside the block, where a model would read beyond its table of positions
     (`evomem.memory.kv.positions`).
     """
@@ -171,5 +172,6 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Usa
     try:
         with switched(configurations, IMPLEMENTATION) as usage, within_positions(model):
             yield usage
+            usage.require_finished()
     finally:
         handover.clear()  # left over where a forward pass was interrupted

@@ -144,7 +144,7 @@ def managed_attention(
     if layer is None:
         return _stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if layer.index == 0:
-        note_pass(module, managed=True)
+        note_pass(module, layer.cache)
         if not layer.cache.is_for(module):
             raise CacheError(
                 f"the cache that {type(module).__name__} was given belongs to another model; make one for this model: "
@@ -252,7 +252,7 @@ def _require_not_lost(module: nn.Module) -> None:
         return
     before, handover.reading = handover.reading, None
     if index == 0:
-        note_pass(module, managed=False)
+        note_pass(module, None)
         lost = given_cache(module)
     else:  # a pass that began over a cache of slots goes on over it, one attention a layer
         lost = before[0]() if before is not None and before[1] in (index - 1, index) else None

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from torch import Tensor, nn
@@ -17,54 +17,16 @@ from evomem.errors import CacheError, UnsupportedModelError
 from evomem.memory.kv.attention import IMPLEMENTATION, full_precision
 from evomem.memory.kv.callers import Generating, generating
 from evomem.memory.kv.due import decide_all, fell_due, needs_all_layers
+from evomem.memory.kv.evicted import count_evicted, rows_cropped
 from evomem.memory.kv.layer import SlotLayer
+from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.positions import beyond, position_limit
 from evomem.memory.kv.rotary import Rotary, find_rotaries
 from evomem.memory.observations import Recorder, Wanted
-from evomem.memory.view import Decision, LayerView
+from evomem.memory.view import LayerView
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
-
-
-class SchedulePolicy(Protocol):
-    """When to decide: every so many tokens, or once (None)."""
-
-    @property
-    def every(self) -> int | None:
-        """Tokens between decisions; None: once after the context."""
-        ...
-
-
-class CachePolicy(Protocol):
-    """What the cache needs of a manager."""
-
-    @property
-    def observes(self) -> frozenset[str]:
-        """Names of the observations to record."""
-        ...
-
-    @property
-    def schedule(self) -> SchedulePolicy:
-        """When to ask for a decision."""
-        ...
-
-    def decide(self, view: LayerView) -> Decision:
-        """Decide about one layer, as soon as it has read."""
-        ...
-
-
-class ModelPolicy(CachePolicy, Protocol):
-    """What the cache needs of a manager that decides about all layers at once, when all have read."""
-
-    @property
-    def whole_model(self) -> bool:
-        """True: `decide_all` is asked; where it is False or missing, `decide` is."""
-        ...
-
-    def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
-        """Decide about all layers, the first first; nothing has left any of them since the last decision."""
-        ...
 
 
 class SlotCache(Cache):
@@ -112,6 +74,7 @@ class SlotCache(Cache):
         self.decides_now = False  # the forward pass that runs ends with the manager's decision
         self.undecided = False  # the first chunks of a prompt were read, and no decision about them was made yet
         self.owing = False  # a decision about all layers fell due, and was not made yet
+        self.refused = False  # layers have read different tokens, and an error has said so
         self.awaiting: int | None = None  # layer whose new keys no attention has read yet
         self._model = None if model is None else ref(model)
         self._limit = None if model is None else position_limit(model)
@@ -176,11 +139,28 @@ class SlotCache(Cache):
                 "the decision that was due at the end of the last forward pass was not made, because of an error; make "
                 "it with cache.decide(), or reset() the cache and read the context again"
             )
-        if len({layer.seen for layer in self.layers}) > 1:
+        if self._uneven():
+            self.refused = True
             raise CacheError(
                 "a forward pass over this cache was cut short, so some layers read tokens that others did not; "
                 "reset() it and read the context again"
             )
+
+    def require_finished(self) -> None:
+        """Raise `CacheError` when the last pass left out layers that the manager decides about, and nobody has said so.
+
+        Asked at the end of a `reading` and of the block in which the model is attached: a model that leaves early never
+        runs the last layer, at which a decision about all layers is made.
+        """
+        if self.whole_model and not self.refused and self._uneven():
+            self.refused = True
+            raise CacheError(
+                "the last forward pass over this cache did not run all layers, so the manager, which decides about all "
+                "layers at once, has not decided; reset() the cache, and read with the whole model"
+            )
+
+    def _uneven(self) -> bool:
+        return len({layer.seen for layer in self.layers}) > 1
 
     def require_attended(self) -> None:
         """Raise `UnsupportedModelError` when keys were given to a layer and no managed attention read them."""
@@ -238,6 +218,7 @@ class SlotCache(Cache):
         self.decides_after_forward = self.decides_now = self.undecided = False
         try:
             yield
+            self.require_finished()
             if once and stopped and self.get_seq_length() == begin:
                 raise CacheError("nothing was read inside the block, so there is nothing to decide by")
         except BaseException:
@@ -266,7 +247,8 @@ class SlotCache(Cache):
 
     def end_pass(self, tokens: int) -> None:
         """Make the decision about all layers that fell due in the forward pass of ``tokens`` tokens that ends here."""
-        if len({layer.seen for layer in self.layers}) > 1:
+        if self._uneven():
+            self.refused = True
             raise CacheError(
                 "a forward pass ran its last layer and not all the others, so the manager, which decides about all "
                 "layers at once, cannot; reset() the cache, and read with the whole model"
@@ -303,6 +285,18 @@ class SlotCache(Cache):
         """Evict by one mask a layer (batch, kv_heads, slots)."""
         for layer, mask in zip(self.layers, masks, strict=True):
             layer.keep(mask)
+        if getattr(self.policy, "counts_evicted", False):
+            count_evicted(self.layers)
+
+    def crop(self, max_length: int) -> None:
+        """Forget tokens at the end of every layer, see `SlotLayer.crop`."""
+        counting = any(layer.evicted is not None for layer in self.layers)
+        length = self.layers[0].length_after_crop(max_length)
+        rows = rows_cropped(self.layers, length) if counting else None
+        for layer in self.layers:
+            layer.crop(max_length)
+        if rows is not None:
+            count_evicted(self.layers, rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, evicted ones and padding included."""
@@ -314,7 +308,7 @@ class SlotCache(Cache):
             layer.reset()
         self._sums = {}
         self.bytes_peak = 0
-        self.awaiting, self.owing = None, False
+        self.awaiting, self.owing, self.refused = None, False, False
         self.decides_after_forward, self.decides_now, self.undecided = True, False, False
 
     # ---- measurements ---------------------------------------------------------------------------------------------
@@ -389,7 +383,7 @@ class SlotCache(Cache):
         other = SlotCache(self.depth, self.policy, rotaries=self.rotaries)
         other._model, other.bytes_peak, other._limit = self._model, self.bytes_peak, self._limit
         other.decides_after_forward, other.undecided = self.decides_after_forward, self.undecided
-        other.owing = self.owing
+        other.owing, other.refused = self.owing, self.refused
         for mine, copy in zip(self.layers, other.layers, strict=True):
             state = {k: v for k, v in vars(mine).items() if k not in ("cache", "_cache", "recorder", "storage")}
             vars(copy).update(state)

@@ -12,7 +12,7 @@ from evomem.errors import CacheError
 from evomem.memory.view import Decision, LayerView
 
 if TYPE_CHECKING:
-    from evomem.memory.kv.cache import CachePolicy
+    from evomem.memory.kv.policy import CachePolicy
 
 
 def turns(begin: int, count: int, starts: Sequence[int], every: int | None) -> Iterator[tuple[int, list[bool]]]:

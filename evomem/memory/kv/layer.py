@@ -32,6 +32,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     storage : the slots' tensors; `keys`, `values`, `slots` and `decays` are theirs.
     recorder : what the manager observes, in step with the slots.
     start : (batch,) int64, first real token of every row.
+    evicted : (batch, layers) int64, slots a head that decisions took from every layer of the model, as far as this one
+        has decided (see `LayerView.evicted`); None while nobody counts.
     seen : tokens read, padding included.
     """
 
@@ -101,6 +103,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.storage = SlotStorage()
         self.start: Tensor = None  # type: ignore[assignment]
         self.starts: tuple[int, ...] = ()
+        self.evicted: Tensor | None = None
         self.turned: Tensor | None = None  # tokens read at every row's last decision, where rows had different turns
         self.seen = 0
         self.ahead = 0  # tokens stored after the one that was read last, while a long input is cut
@@ -166,8 +169,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.storage.select_rows(index, self.recorder)
         self.start = self.start.index_select(0, index)
         self.starts = tuple(self.start.tolist())
+        if self.evicted is not None:
+            self.evicted = self.evicted.index_select(0, index)
         if self.turned is not None:
             self.turned = self.turned.index_select(0, index)
+
+    def length_after_crop(self, max_length: int) -> int:
+        """Return how many tokens count as read after ``crop(max_length)``, if that is fewer than were."""
+        max_length = int(max_length)  # transformers also gives tensors
+        return max(self.seen + max_length, 0) if max_length <= 0 else max_length
 
     def crop(self, max_length: int) -> None:
         """Forget tokens at the end: -n the last n, 0 none, n all from index n on. What was evicted does not come back.
@@ -175,8 +185,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         A recorded ``attention_sum`` keeps what cropped queries added. Raises `CacheError` while another observation is
         recorded: the windows and frames that cropped queries entered cannot be taken back.
         """
-        max_length = int(max_length)  # transformers also gives tensors
-        length = max(self.seen + max_length, 0) if max_length <= 0 else max_length
+        length = self.length_after_crop(max_length)
         if not self.seen or length >= self.seen:
             return
         if not self.is_croppable:
@@ -211,7 +220,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )  # fmt: skip
         return LayerView(
             keys, values, slots, self.start, self.seen, self._fresh(),
-            self.index, self.cache.depth, recorded,
+            self.index, self.cache.depth, recorded, evicted=self.evicted,
         )  # fmt: skip
 
     def _fresh(self) -> int:
@@ -232,6 +241,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.storage = SlotStorage.of_view(view, rows)
         self.start = view.start.expand(rows)
         self.starts = tuple(self.start.tolist())
+        self.evicted = None if view.evicted is None else view.evicted.expand(rows, -1)
         self.seen = self.decided = view.seen
         self.is_initialized = True
 
@@ -240,6 +250,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.storage.expand(rows, self.recorder)
         self.start, self.starts = self.start.expand(rows), self.starts * rows
         self.turned = None if self.turned is None else self.turned.expand(rows)
+        self.evicted = None if self.evicted is None else self.evicted.expand(rows, -1)
 
     def observe_again(self) -> None:
         """Record from now on; nobody has looked at the slots held yet."""
@@ -257,7 +268,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def apply(self, decision: Decision, rows: Tensor | None = None) -> None:
         """Carry out a decision about the slots held now; ``rows`` (batch,) bool limits it to some rows."""
-        keep, decay = decision.keep, decision.decay
+        keep, decay, evicted = decision.keep, decision.decay, decision.evicted
         if self.ahead and keep.shape[2] == self.slots.shape[2] - self.ahead:  # what is not read yet stays
             keep = F.pad(keep, (0, self.ahead), value=True)
             decay = None if decay is None else F.pad(decay, (0, self.ahead))
@@ -267,6 +278,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             old = self.decays if self.decays is not None else torch.zeros_like(decay)
             new = decay.float() if rows is None else torch.where(rows[:, None, None], decay.float(), old)
             self.storage.decays = new
+        if evicted is not None:
+            before = self.evicted if self.evicted is not None else torch.zeros_like(evicted)
+            self.evicted = evicted if rows is None else torch.where(rows[:, None], evicted, before)
         self.keep(keep)
         if rows is None:
             self.decided, self.turned = self.seen, None
@@ -279,16 +293,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         held, device = self.slots >= 0, self.slots.device
         turned = self.turned if self.turned is not None else torch.full_like(self.start, self.decided)
         rows = [torch.tensor(turn, device=device) for turn in turns]
-        keep, decays = held, [one.decay for one in decisions]
+        keep, decays, evicted = held, [one.decay for one in decisions], self.evicted
         decay = None if all(one is None for one in decays) else self.decays
         if decay is None and any(one is not None for one in decays):
             decay = torch.zeros(held.shape, device=device, dtype=torch.float32)
         for decision, turn in zip(decisions, rows, strict=True):
             keep = torch.where(turn[:, None, None], decision.keep, keep)
             turned = torch.where(turn, self.seen, turned)
+            if decision.evicted is not None:
+                before = evicted if evicted is not None else torch.zeros_like(decision.evicted)
+                evicted = torch.where(turn[:, None], decision.evicted, before)
             if decay is not None and decision.decay is not None:
                 decay = torch.where(turn[:, None, None], decision.decay.float(), decay)
-        self.apply(Decision(keep, decay))
+        self.apply(Decision(keep, decay, evicted))
         if not bool(torch.stack(rows).any(0).all()):
             self.turned = turned
 

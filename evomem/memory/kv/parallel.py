@@ -16,7 +16,7 @@ from evomem.memory.view import Decision, LayerView
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from evomem.memory.kv.cache import CachePolicy
+    from evomem.memory.kv.policy import CachePolicy
 
 _SLOTS = 1 << 14
 """Slots of a head of the probe, at most."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evomem.errors import CacheError
 from evomem.memory.kv.cache import SlotCache
+from evomem.memory.kv.evicted import count_evicted
 from evomem.memory.kv.layer import SlotLayer
 from evomem.memory.observations import Recorder, Sizes, Wanted
 from evomem.memory.observations.base import State
@@ -23,7 +24,7 @@ from evomem.memory.observations.base import State
 COUNTS = ("seen", "decided", "bytes_peak", "_read")
 NUMBERS = ("scale", "_byte_tokens")
 MAYBE = ("softcap", "window")
-TENSORS = ("start", "turned")
+TENSORS = ("start", "turned", "evicted")
 """Attributes of a `SlotLayer` that are its state: whole numbers, numbers, numbers or none, tensors.
 
 ``starts`` follows from ``start``, ``is_initialized`` from ``seen``; ``pending`` and ``ahead`` exist within a pass only.
@@ -99,6 +100,8 @@ def put(snapshot: Snapshot, cache: SlotCache, devices: Sequence[torch.device]) -
         setattr(cache, name, facts[name])
     for layer, own, tensors, device in zip(cache.layers, layers, named, devices, strict=True):
         _fill(layer, own, {name: tensor.to(device) for name, tensor in tensors.items()}, cache.wanted)
+    if getattr(cache.policy, "counts_evicted", False) and all(layer.evicted is None for layer in cache.layers):
+        count_evicted(cache.layers)  # written before decisions counted
 
 
 def check(snapshot: Snapshot, cache: SlotCache) -> list[dict[str, Tensor]]:
@@ -124,7 +127,8 @@ def check(snapshot: Snapshot, cache: SlotCache) -> list[dict[str, Tensor]]:
         named[int(number)][rest] = tensor
     for layer, own, tensors in zip(cache.layers, layers, named, strict=True):
         _check_facts(layer.index, own)
-        _check_tensors(layer.index, own, tensors, cache.wanted if own["observing"] else Wanted())
+        wanted = cache.wanted if own["observing"] else Wanted()
+        _check_tensors(layer.index, own, tensors, wanted, cache.depth)
     first = (layers[0]["seen"], None if "keys" not in named[0] else named[0]["keys"].shape[0])
     for index, (own, tensors) in enumerate(zip(layers, named, strict=True)):
         here = (own["seen"], None if "keys" not in tensors else tensors["keys"].shape[0])
@@ -188,7 +192,9 @@ def _check_facts(index: int, facts: Any) -> None:
         _require(facts[name] <= facts["seen"], f"{where}: {name}", "is after the last token that was read")
 
 
-def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
+def _check_tensors(
+    index: int, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Wanted, layers: int
+) -> None:
     """Check a layer's tensors: their names, types and shapes, and that the slots are those of so many tokens."""
     seen = facts["seen"]
     if not seen:
@@ -209,6 +215,7 @@ def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, T
         "start": ((batch,), torch.int64),
         "decays": ((batch, heads, held), torch.float32),
         "turned": ((batch,), torch.int64),
+        "evicted": ((batch, layers), torch.int64),
     }
     _check_shape(f"{index}.slots", slots, *shapes["slots"])
     _check_shape(f"{index}.start", start, *shapes["start"])
@@ -221,7 +228,11 @@ def _check_tensors(index: int, facts: Mapping[str, Any], tensors: Mapping[str, T
     for name, tensor in tensors.items():
         _require(name in shapes, f"{index}.{name}", "is nothing that this manager's cache holds")
         _check_shape(f"{index}.{name}", tensor, *shapes[name])
-    for name in shapes.keys() - tensors.keys() - {"decays", "turned"}:
+    evicted = tensors.get("evicted")
+    if evicted is not None:
+        _check_shape(f"{index}.evicted", evicted, *shapes["evicted"])
+        _require(bool(((evicted >= 0) & (evicted <= seen)).all()), f"{index}.evicted", "is outside of what was read")
+    for name in shapes.keys() - tensors.keys() - {"decays", "turned", "evicted"}:
         raise CacheError(f"{index}.{name}: is missing")
     rising = (slots[..., 1:] > slots[..., :-1]) | (slots[..., :-1] == -1)
     within = bool(((slots >= -1) & (slots < seen)).all()) and bool(rising.all())

@@ -6,12 +6,16 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from torch import nn
 
 from evomem.errors import CacheError
 from evomem.memory.kv.versions import argument
+
+if TYPE_CHECKING:
+    from evomem.memory.kv.cache import SlotCache
 
 _lock = threading.RLock()
 
@@ -24,10 +28,12 @@ class Usage:
     ----------
     managed : forward passes over a cache of slots.
     unmanaged : forward passes of a decoder without one.
+    caches : the caches of slots that exist still.
     """
 
     managed: int = 0
     unmanaged: int = 0
+    caches: WeakSet[SlotCache] = field(default_factory=WeakSet)
 
     def require_managed(self) -> None:
         """Raise `CacheError` when a decoder ran and no cache of slots read anything."""
@@ -38,6 +44,11 @@ class Usage:
                 "generate; if it was passed, something between took it away (PEFT's prefix tuning brings a cache of "
                 "its own). To run a model without a manager, leave the block"
             )
+
+    def require_finished(self) -> None:
+        """Raise `CacheError` when a manager that decides about all layers could not; see `SlotCache`."""
+        for cache in list(self.caches):
+            cache.require_finished()
 
 
 @dataclass
@@ -90,14 +101,17 @@ def uncounted() -> Iterator[None]:
         _counting.off = before
 
 
-def note_pass(module: nn.Module, *, managed: bool) -> None:
+def note_pass(module: nn.Module, cache: SlotCache | None) -> None:
     """Note for the open blocks that a decoder runs, with or without a cache of slots; ``module`` is its attention."""
     if _counting.off:
         return
     switch = _switched.get(id(getattr(module, "config", None)))
     for usage in switch.blocks if switch is not None else ():
-        usage.managed += managed
-        usage.unmanaged += not managed
+        if cache is None:
+            usage.unmanaged += 1
+        else:
+            usage.managed += 1
+            usage.caches.add(cache)
 
 
 @contextmanager

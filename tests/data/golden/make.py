@@ -242,6 +242,10 @@ def wrong(manager, seen):
         return "adakv does not know the layers' shares, which are only in the inner manager's select() or decide()"
     if inner is not None and inner.name == "kv_policy" and "store" in inner.options.actions:
         return "adakv(kv_policy) leaves the places of refused tokens empty; kv_policy gives them to the next best"
+    if inner is not None and manager.options.safeguard == 1:
+        alone = inner.with_options(budget=manager.options.budget)
+        if any(not torch.equal(alone.decide(view).keep, manager.decide(view).keep) for view in seen):
+            return "a safeguard of 1 shares nothing, and the other heads get what a head cannot fill"
     found = [limits(manager, view) for view in seen]
     if any(limit is None for limit in found):
         return None
