@@ -202,7 +202,7 @@ def test_exact_gradients_then_evolution(tmp_path, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as broken:
-        broken.setattr(Evaluator, "answered", stop)  # the exact phase lets nothing be answered
+        broken.setattr(Evaluator, "answer", stop)  # the exact phase lets nothing be answered
         with pytest.raises(Stop):
             search(config, tmp_path / "run", model_bench)
     assert len(open_run(tmp_path / "run").generations()) == 3
