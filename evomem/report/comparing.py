@@ -300,7 +300,8 @@ def budgets_of(conditions: Conditions, subjects: Sequence[Subject]) -> Sequence[
         if subject.budgets:
             return subject.budgets
     raise ConfigError(
-        f"--budgets: {subjects[0].name} has no budget of its own; give slots per head, for example --budgets 64,128"
+        f"--budgets: {subjects[0].name} has no budget of its own; give slots per head, for example --budgets 64,128 "
+        "(from Python: budgets=[64, 128])"
     )
 
 
@@ -317,7 +318,10 @@ def make_scenarios(conditions: Conditions, subjects: Sequence[Subject]) -> list[
     models: Sequence[str | LoadedModel] = conditions.models or searched
     tasks = [TaskConfig(spec=spec) for spec in conditions.tasks] or list(searched_tasks(subjects))
     if not tasks:
-        raise ConfigError("--task: say what to measure on, e.g. --task multikey_1:length=500 (evomem list tasks)")
+        raise ConfigError(
+            "--task: say what to measure on, e.g. --task multikey_1:length=500 (evomem list tasks; from Python: "
+            'tasks="multikey_1:length=500")'
+        )
     default = next((subject.protocol for subject in subjects if subject.protocol), EvaluationProtocol())
     protocol = parse_protocol(conditions.protocol, conditions.mode, default)
     if conditions.models and not conditions.tasks:  # the user's models do what others did in the search

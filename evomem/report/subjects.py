@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evomem.errors import RunError
+from evomem.errors import ConfigError, RunError
 from evomem.evaluation.compare import NamedManager
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.rows import Budget
@@ -154,11 +154,27 @@ def budget_of(manager: MemoryManager) -> tuple[Budget, ...]:
 
 
 def resolve_all(sources: Source | Sequence[Source]) -> list[Subject]:
-    """Return the subjects that sources name; those of the same name (seeds) are called what the user wrote."""
+    """Return the subjects that sources name; those of the same name (seeds) are called what the user wrote.
+
+    Raises
+    ------
+    ConfigError : there are none, or two cannot be told apart.
+    RunError, PluginError : see `resolve`.
+    """
     listed = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
+    if not listed:
+        raise ConfigError("subjects: there are none; give at least one run, plug-in or manager")
     subjects = [resolve(source) for source in listed]
     names = [subject.name for subject in subjects]
-    return [replace(s, name=s.source) if names.count(s.name) > 1 else s for s in subjects]
+    subjects = [replace(s, name=s.source) if names.count(s.name) > 1 else s for s in subjects]
+    names = [subject.name for subject in subjects]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"two managers of a comparison are called {twice!r}; leave one out, or name them: "
+            "evomem.evaluation.compare.NamedManager(name, manager)"
+        )
+    return subjects
 
 
 def searched_tasks(subjects: Sequence[Subject]) -> tuple[TaskConfig, ...]:

@@ -199,7 +199,9 @@ def test_python_compares_like_the_command(world, tmp_path):
 @pytest.mark.parametrize(
     ("subjects", "options", "message"),
     [
+        ([], {}, "at least one run"),
         ("keydif", {}, "'keydif'"),
+        ([evomem.build("keydiff"), evomem.build("keydiff")], {"budgets": 8}, r"two managers.*are called 'keydiff"),
         ("keydiff", {}, "no budget of its own"),
         ("keydiff", {"budgets": 8}, "say what to measure on"),
         ("keydiff", {"budgets": True}, "budget"),
