@@ -75,7 +75,9 @@ def resolve(source: Source) -> Subject:
     if isinstance(source, NamedManager):
         return Subject(source.name, source.name, source.manager, budgets=budget_of(source.manager))
     if isinstance(source, MemoryManager):
-        return Subject(source.name, repr(source), source, budgets=budget_of(source))
+        options = source.extra_repr()
+        written = f"{source.name}({options})" if options else source.name
+        return Subject(source.name, written, source, budgets=budget_of(source))
     return _of_name(str(source))
 
 
