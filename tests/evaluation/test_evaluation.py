@@ -49,6 +49,8 @@ SPECS = (
     "keydiff(allocation=per_head_shares(layers=2, heads=2))",
     "snapkv(window=6, allocation=per_head_shares(points=2, heads=2))",
     "keydiff(allocation=probe_shares(power=1))",
+    "keydiff(allocation=slots(window=6, total=[0.5, 2]))",
+    "snapkv(window=6, allocation=slots(window=8, per_head=per_head_shares(layers=2, heads=2)))",
 )
 
 

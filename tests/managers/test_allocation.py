@@ -66,6 +66,10 @@ ANY = {
         lambda window, safeguard: {"name": "lava", "options": {"window": window, "safeguard": safeguard}},
         st.integers(1, 9), st.floats(0, 1),
     ),
+    "slots": st.builds(
+        lambda window, per_head: {"name": "slots", "options": {"window": window, "per_head": per_head}},
+        st.integers(1, 9), st.sampled_from([None, "per_head_shares(points=2, heads=2)"]),
+    ),
     "probe_shares": st.builds(
         lambda probe, power, least: {
             "name": "probe_shares", "options": {"probe": probe, "power": power, "least": least},

@@ -34,6 +34,7 @@ from evomem.managers.allocation.per_head_shares import PerHeadShares
 from evomem.managers.allocation.probe_shares import ProbeShares
 from evomem.managers.allocation.probed import ProbedAllocation
 from evomem.managers.allocation.probes import PROBES, HeadProbes, head_probes
+from evomem.managers.allocation.slots import Slots
 
 __all__ = [
     "PROBES",
@@ -53,6 +54,7 @@ __all__ = [
     "ProbeShares",
     "ProbedAllocation",
     "Pyramid",
+    "Slots",
     "Threshold",
     "Uniform",
     "allocations",
