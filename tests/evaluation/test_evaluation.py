@@ -51,6 +51,8 @@ SPECS = (
     "keydiff(allocation=probe_shares(power=1))",
     "keydiff(allocation=slots(window=6, total=[0.5, 2]))",
     "snapkv(window=6, allocation=slots(window=8, per_head=per_head_shares(layers=2, heads=2)))",
+    "cake(window=8)",
+    "lava(window=8)",
 )
 
 

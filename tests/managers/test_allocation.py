@@ -76,6 +76,20 @@ ANY = {
         },
         st.sampled_from(["induction", "retrieval"]), st.floats(0, 4), st.integers(0, 9),
     ),
+    "razor": st.builds(
+        lambda induction, echo, compression: {
+            "name": "razor", "options": {"induction": induction, "echo": echo, "compression": compression},
+        },
+        st.floats(0, 1), st.floats(0, 1), st.floats(1, 20),
+    ),
+    "duo": st.builds(
+        lambda retrieval, streaming: {"name": "duo", "options": {"retrieval": retrieval, "streaming": streaming}},
+        st.floats(0, 1), st.integers(1, 20) | st.floats(0, 1),
+    ),
+    "headkv": st.builds(
+        lambda beta, power: {"name": "headkv", "options": {"beta": beta, "power": power}},
+        st.floats(1, 10), st.floats(0, 3),
+    ),
 }  # fmt: skip
 """Some of every registered allocation that promises a total. A new one is tried as soon as it is written down here."""
 EMERGENT = {"threshold"}

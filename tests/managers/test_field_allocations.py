@@ -14,6 +14,7 @@ from evomem.errors import ConfigError
 from evomem.evaluation import EvaluationProtocol, Evaluator
 from evomem.evaluation.measurement import EXACT
 from evomem.managers import allocations, build, build_allocation
+from evomem.managers.allocation import PROBES, HeadProbes, head_probes
 from evomem.managers.allocation.by_weight import ends_at
 from evomem.managers.selection import Ends, slots_of_budget
 from evomem.memory import LayerView
@@ -28,6 +29,7 @@ from tests.support import field_allocations as slow
 WINDOW, SEEN, DIM = 5, 30, 4
 ENDS = (Ends(), Ends(2, 3), Ends(recent=WINDOW, recent_share=0.5), Ends(3, 0.25))
 OBSERVING = ("cake", "lava")
+PROBED = ("razor", "duo", "headkv")
 
 
 def made_views(seed: int, held: list[list[list[int]]], starts: tuple[int, ...] = (0, 4)) -> list[LayerView]:
@@ -135,6 +137,92 @@ def test_lava_gives_layers_their_entropy_and_heads_their_ranks(case: Any, safegu
             assert [int(x) for x in limit[row]] == [sum(one[3] == head for one in kept) for head in range(heads)]
 
 
+# ---- by what heads do on synthetic text -----------------------------------------------------------------------------
+
+
+def probed(spec: str, values: torch.Tensor, heads: int) -> Any:
+    """An allocation that knows (heads of all layers, probes)."""
+    allocation = build_allocation(spec)
+    allocation.keep_probes(HeadProbes(values, (heads,) * (len(values) // heads), "ab" * 32))
+    return allocation
+
+
+def limits_of(allocation: Any, case: Any) -> tuple[list[list[int]], list[list[int]], list[int], list[int]]:
+    """Per row: limits and slots held, of all heads, layer by layer; the mean, and what ends take at it."""
+    views, ends, mean, scores = case
+    limits = allocation.limits(views, [mean] * len(views), scores, ends)
+    rows = range(2)
+    found = [[int(x) for limit in limits for x in limit[row, :, 0]] for row in rows]
+    held = [[int(x) for view in views for x in view.valid[row].sum(-1)] for row in rows]
+    return found, held, mean.flatten().tolist(), ends_at(ends, mean).flatten().tolist()
+
+
+def random_probes(count: int, seed: int) -> torch.Tensor:
+    values = torch.rand(count, len(PROBES), generator=torch.Generator().manual_seed(seed))
+    return torch.round(values * 4) / 4  # with equal ones
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), seed=st.integers(0, 99), induction=st.floats(0, 1), echo=st.floats(0, 1), c=st.floats(1, 9))
+def test_razor_gives_retrieval_heads_c_times_as_much(
+    case: Any, seed: int, induction: float, echo: float, c: float
+) -> None:
+    views = case[0]
+    heads = views[0].slots.shape[1]
+    values = random_probes(heads * len(views), seed)
+    options = {"induction": induction, "echo": echo, "compression": c}
+    allocation = probed({"name": "razor", "options": options}, values, heads)
+    kept = set(slow.first(values[:, PROBES.index("induction")].tolist(), induction))
+    kept |= set(slow.first(values[:, PROBES.index("echo")].tolist(), echo))
+    for found, held, n, sure in zip(*limits_of(allocation, case), strict=True):
+        assert sum(found) == n * len(held)
+        weights = [1.0 if head in kept else 1 / c for head in range(len(held))]
+        ideal = slow.shared(weights, [min(sure, u) for u in held], held, n * len(held))
+        assert close(found, ideal)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), seed=st.integers(0, 99), retrieval=st.floats(0, 1), streaming=st.integers(1, 20) | st.floats(0, 1))
+def test_duo_gives_streaming_heads_a_fixed_number(case: Any, seed: int, retrieval: float, streaming: float) -> None:
+    views = case[0]
+    heads = views[0].slots.shape[1]
+    values = random_probes(heads * len(views), seed)
+    options = {"retrieval": retrieval, "streaming": streaming}
+    allocation = probed({"name": "duo", "options": options}, values, heads)
+    kept = set(slow.first(values[:, PROBES.index("beyond_window")].tolist(), retrieval))
+    for found, held, n, sure in zip(*limits_of(allocation, case), strict=True):
+        assert sum(found) == n * len(held)
+        few = min(streaming, n) if isinstance(streaming, int) else int(streaming * n + 1e-6)
+        least = [min(u, sure if head in kept else max(sure, few)) for head, u in enumerate(held)]
+        # Retrieval heads share all that is left; what they cannot use, the others.
+        most = [u if head in kept else low for head, (u, low) in enumerate(zip(held, least, strict=True))]
+        if sum(most) >= n * len(held):
+            ideal = slow.shared([float(head in kept) for head in range(len(held))], least, most, n * len(held))
+        else:
+            ideal = slow.shared([float(head not in kept) for head in range(len(held))], most, held, n * len(held))
+        assert close([min(x, u) for x, u in zip(found, held, strict=True)], [*map(min, ideal, held)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), seed=st.integers(0, 99), beta=st.floats(1, 10), power=st.floats(0, 3))
+def test_headkv_shares_a_pool_by_scores(case: Any, seed: int, beta: float, power: float) -> None:
+    views = case[0]
+    heads = views[0].slots.shape[1]
+    values = random_probes(heads * len(views), seed)
+    allocation = probed({"name": "headkv", "options": {"beta": beta, "power": power}}, values, heads)
+    scores = [x**power for x in values[:, PROBES.index("retrieval")].tolist()]
+    count = len(scores)
+    parts = [x / sum(scores) if sum(scores) else 1 / count for x in scores]
+    for found, held, n, sure in zip(*limits_of(allocation, case), strict=True):
+        assert sum(found) == n * count
+        b = n - sure
+        published = [sure + b - b / beta + part * count * b / beta for part in parts]
+        if all(x <= u for x, u in zip(published, held, strict=True)):
+            assert close(found, published)
+        weights = [1 - 1 / beta + part * count / beta for part in parts]
+        assert close(found, slow.shared(weights, [min(sure, u) for u in held], held, n * count))
+
+
 # ---- their own scorers ----------------------------------------------------------------------------------------------
 
 
@@ -184,7 +272,8 @@ def model() -> Any:
 
 
 def spec(name: str, options: str = "") -> str:
-    return f"keydiff(budget=8,{options}allocation={name}(window=4))"
+    window = "(window=4)" if name in OBSERVING else ""
+    return f"keydiff(budget=8,{options}allocation={name}{window})"
 
 
 @pytest.mark.parametrize("kind", ["compress_once", "streaming"])
@@ -193,10 +282,11 @@ def test_the_evaluator_equals_the_plain_way(kind: str, model: Any) -> None:
     evaluator = Evaluator(
         LoadedModel("llama", model, tiny_tokenizer(), "llama"), EvaluationProtocol(kind=kind, every=16)
     )
-    population = [build(spec(name)) for name in OBSERVING] + [build(f"{name}(window=4,budget=8)") for name in OBSERVING]
+    population = [build(spec(name)) for name in (*OBSERVING, *PROBED)]
+    population += [build(f"{name}(window=4,budget=8)") for name in OBSERVING]
     for seed in range(2):
-        for name in OBSERVING:
-            scorer = build(f"feature_scorer(features=[keydiff,age],budget=8,allocation={name}(window=4))")
+        for name in (*OBSERVING, "razor"):
+            scorer = build(spec(name).replace("keydiff(", "feature_scorer(features=[keydiff,age],"))
             scorer.weights.data = torch.randn(scorer.weights.shape, generator=torch.Generator().manual_seed(seed))
             population.append(scorer)
     sample = make_sample()
@@ -210,12 +300,12 @@ def test_the_evaluator_equals_the_plain_way(kind: str, model: Any) -> None:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("made", ["cake(window=4,budget=8,every=16)", spec("lava", "every=16,")])
+@pytest.mark.parametrize("made", ["cake(window=4,budget=8,every=16)", spec("lava", "every=16,"), spec("duo")])
 def test_conformance(check: str, made: str, model: Any) -> None:
-    run_check(check, build(made), model)
+    run_check(check, build(made).for_model(model), model)
 
 
-@pytest.mark.parametrize("name", OBSERVING)
+@pytest.mark.parametrize("name", [*OBSERVING, *PROBED])
 def test_plugins_carry_them_to_models_of_other_shapes(name: str, tmp_path: Any) -> None:
     made = build(spec(name))
     save(made, tmp_path / "plugin")
@@ -231,7 +321,28 @@ def test_plugins_carry_them_to_models_of_other_shapes(name: str, tmp_path: Any) 
 
 
 def test_their_options_are_checked() -> None:
-    for wrong in ("cake(tau1=0)", "lava(kernel=4)", "lava(safeguard=2)", "cake(window=0)"):
+    wrongs = "cake(tau1=0)", "lava(kernel=4)", "lava(safeguard=2)", "cake(window=0)"
+    for wrong in (*wrongs, "razor(compression=0)", "duo(streaming=true)", "duo(probe=sinks)", "headkv(beta=0.5)"):
         with pytest.raises(ConfigError, match="allocation"):
             build(f"keydiff(allocation={wrong})")
-    assert {*OBSERVING} <= set(allocations.names())
+    assert {*OBSERVING, *PROBED} <= set(allocations.names())
+
+
+def test_heads_are_told_apart_by_the_models_own_probes(model: Any) -> None:
+    """Retrieval heads of this model hold more than its others, and another model has others."""
+    ids = torch.randint(5, 120, (1, 60), generator=torch.Generator().manual_seed(1))
+    for seed in (0, 1):
+        other = tiny("llama", seed=seed, layers=4)
+        induction = head_probes(other)["induction"]
+        manager = build("streaming_llm(budget=12,allocation=razor(induction=0.3,echo=0,compression=4))")
+        with manager.attach(other) as cache, torch.no_grad():
+            other(ids, past_key_values=cache)
+        held = torch.cat([count[0] for count in cache.slots_held()])
+        kept = induction.argsort(descending=True, stable=True)[:3]  # ⌈.3 of 8⌉
+        assert held.sum() == 12 * 8
+        assert held[kept].min() > 5 + max(int(x) for i, x in enumerate(held) if i not in kept)
+        # What stays is the beginning and the newest tokens, as many as the head gets.
+        for layer in cache.layers:
+            for row in layer.slots[0]:
+                tokens = [int(t) for t in row if t >= 0]
+                assert tokens == [*range(4), *range(60 - (len(tokens) - 4), 60)]

@@ -26,7 +26,9 @@ from evomem.managers.allocation.base import (
 from evomem.managers.allocation.by_weight import limits_by_weight
 from evomem.managers.allocation.cake import Cake
 from evomem.managers.allocation.composing import settle
+from evomem.managers.allocation.duo import Duo
 from evomem.managers.allocation.emergent import Dense, Everything, Threshold
+from evomem.managers.allocation.headkv import HeadKV
 from evomem.managers.allocation.lava import Lava
 from evomem.managers.allocation.over_heads import AcrossHeads
 from evomem.managers.allocation.over_layers import DepthShares, Pyramid, Uniform
@@ -34,6 +36,7 @@ from evomem.managers.allocation.per_head_shares import PerHeadShares
 from evomem.managers.allocation.probe_shares import ProbeShares
 from evomem.managers.allocation.probed import ProbedAllocation
 from evomem.managers.allocation.probes import PROBES, HeadProbes, head_probes
+from evomem.managers.allocation.razor import Razor
 from evomem.managers.allocation.slots import Slots
 
 __all__ = [
@@ -44,8 +47,10 @@ __all__ = [
     "Cake",
     "Dense",
     "DepthShares",
+    "Duo",
     "EmergentAllocation",
     "Everything",
+    "HeadKV",
     "HeadProbes",
     "Lava",
     "LayerAllocation",
@@ -54,6 +59,7 @@ __all__ = [
     "ProbeShares",
     "ProbedAllocation",
     "Pyramid",
+    "Razor",
     "Slots",
     "Threshold",
     "Uniform",

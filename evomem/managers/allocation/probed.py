@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from evomem.errors import ConfigError
 from evomem.managers.allocation.base import Allocation
 from evomem.managers.allocation.probes import PROBES, HeadProbes, fingerprint, head_probes
+from evomem.memory.view import LayerView
 from evomem.modes import outside_inference_mode
 
 if TYPE_CHECKING:
@@ -73,6 +74,14 @@ class ProbedAllocation(Allocation):
                 f"these views are of one that has {_shape(heads)}; take manager.for_model(model)"
             )
         return self.probes.float().to(device)
+
+    def probe(self, name: str, views: Sequence[LayerView]) -> Tensor:
+        """Return one probe of the model that the views are of: (heads of all layers,) fp32, on the first view's device.
+
+        Raises `ConfigError` as `head_values` does. ``name`` is one of `PROBES`.
+        """
+        heads = [view.slots.shape[1] for view in views]
+        return self.head_values(heads, views[0].slots.device)[:, PROBES.index(name)]
 
     @property
     def model_fingerprint(self) -> str | None:
