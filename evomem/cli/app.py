@@ -10,7 +10,7 @@ import typer
 import evomem
 from evomem.cli.compare import compare, evaluate, transfer
 from evomem.cli.runs import export, import_namm, list_, models, track
-from evomem.cli.search import TRAIN, evolve, trace
+from evomem.cli.search import TRAIN, allocate, evolve, trace
 
 app = typer.Typer(
     name="evomem",
@@ -56,6 +56,7 @@ def _root(
 app.command()(evolve)
 app.command("train", help=TRAIN)(evolve)
 app.command()(trace)
+app.command()(allocate)
 app.command()(compare)
 app.command()(transfer)
 app.command()(evaluate)

@@ -1,4 +1,4 @@
-"""CLI: the words for finding managers: ``evolve``, ``train``, ``trace``."""
+"""CLI: the words for finding managers: ``evolve``, ``train``, ``trace``, ``allocate``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evomem.cli.errors import guarded
-from evomem.cli.options import DeviceOption, DtypeOption, PlanCheck, QuestionMode, Splits
+from evomem.cli.options import Check, DeviceOption, DtypeOption, PlanCheck, QuestionMode, Splits
 
 TRAIN = """Train a memory policy: `evolve` under the name that is expected of policy gradients, with the same options.
 
@@ -161,4 +161,62 @@ def trace(
         command.trace(
             model, task, out, samples=samples, seed=seed, split=split.value, mode=mode.value, features=features,
             limit=limit, dtype=dtype and dtype.value, device=device, plan_check=plan_check,
+        )  # fmt: skip
+
+
+def allocate(
+    manager: Annotated[
+        str,
+        typer.Argument(
+            metavar="MANAGER", help="Heuristic, plug-in, run, hub id, or space:NAME: what a search space starts from."
+        ),
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="Alias, folder or hub id.")],
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Task with options, e.g. multikey_1:length=500, file:mine.jsonl.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the plug-in.")],
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Contexts that are measured.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the contexts.")] = 0,
+    split: Annotated[Splits, typer.Option(help="Samples that are measured.")] = Splits.train,
+    mode: Annotated[
+        QuestionMode, typer.Option(help="Whether the question comes after the decision or is part of what is read.")
+    ] = QuestionMode.query_agnostic,
+    points: Annotated[int, typer.Option(min=1, max=512, help="Pieces of a curve, dense where budgets are small.")] = 64,
+    budget: Annotated[
+        str | None, typer.Option(help="Slots per head (64) or share (0.25) that the plug-in has. \\[default: its own]")
+    ] = None,
+    shares: Annotated[
+        bool, typer.Option("--shares", help="Write learned shares per head that begin at the solution, for a search.")
+    ] = False,
+    traces: Annotated[
+        list[str] | None, typer.Option(help="Folder of traces, for managers that score by features; repeatable.")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    check: Check = True,
+    plan_check: PlanCheck = True,
+) -> None:
+    """Solve for how much memory every head gets under a manager's ranking, and write the manager with it (LU-KV).
+
+    What a slot more is worth to every head is measured on contexts of a task: the attention that question and answer
+    pay. The plug-in serves any budget. With --shares it is a start for a search: space.start={plugin: FOLDER}.
+
+    [bold]Examples[/bold]
+
+      evomem allocate keydiff -m smollm2-135m -t multikey_1:length=500 --out keydiff-lukv
+
+      evomem compare keydiff-lukv --against keydiff --budgets 32,64
+
+      evomem allocate keydiff -m smollm2-135m -t multikey_1:length=500 --budget 64 --shares --out start
+    """
+    import sys
+
+    with guarded(shlex.join(["evomem", *sys.argv[1:]]) if sys.argv[1:2] == ["allocate"] else "the same command"):
+        from evomem.cli.commands import allocate as command
+
+        command.allocate(
+            manager, model, task, out, samples=samples, seed=seed, split=split.value, mode=mode.value, points=points,
+            budget=budget, shares=shares, traces=traces or [], dtype=dtype and dtype.value, device=device, check=check,
+            plan_check=plan_check,
         )  # fmt: skip

@@ -8,10 +8,12 @@ from evomem.drivers.base import Array, Driver, Fitness, Population, Stage, drive
 from evomem.drivers.block_cmaes import BlockCMAES
 from evomem.drivers.cmaes import CMAES
 from evomem.drivers.cmaes_library import LRACMA, CatCMA
+from evomem.drivers.evolkv import EvolKV
 from evomem.drivers.evotorch_searchers import CEM, PGPE, SNES, XNES, EvoTorchCMAES
 from evomem.drivers.nsga2 import NSGA2
 from evomem.drivers.policy_gradient import PolicyGradient
 from evomem.drivers.random_search import RandomSearch
+from evomem.drivers.subspace import SubspaceDriver
 from evomem.drivers.warm import WarmStart
 
 __all__ = [
@@ -27,11 +29,13 @@ __all__ = [
     "CatCMA",
     "Driver",
     "EvoTorchCMAES",
+    "EvolKV",
     "Fitness",
     "PolicyGradient",
     "Population",
     "RandomSearch",
     "Stage",
+    "SubspaceDriver",
     "WarmStart",
     "build",
     "drivers",

@@ -45,7 +45,7 @@ _FIRST = 1e4
 
 
 @dataclass(frozen=True)
-class _Context:
+class KnownContext:
     """The views and the future attention that costs follow from, and how many tokens the model read for them."""
 
     views: tuple[LayerView, ...]
@@ -89,7 +89,7 @@ def ranking_costs(
         return []
     begin = time.perf_counter()
     managers = [evaluator.scheduled(manager) for manager in managers]
-    context = _context(evaluator, sample, frozenset().union(*(m.observes for m in managers)) | observes)
+    context = context_of(evaluator, sample, frozenset().union(*(m.observes for m in managers)) | observes)
     if how == "drawn":
         tables, steps = _drawn(managers, seeds, sample, context)
     else:
@@ -157,17 +157,18 @@ def _values(table: Tensor, oracle: Mapping[str, float]) -> dict[str, float | Tab
     return {"head_cost": tuple(tuple(round(value, 5) for value in row) for row in table.tolist()), **oracle}
 
 
-def _context(evaluator: Evaluator, sample: Sample, observes: frozenset[str]) -> _Context:
+def context_of(evaluator: Evaluator, sample: Sample, observes: frozenset[str]) -> KnownContext:
+    """Return a sample's context and what comes after it: from traces if they hold it, else by the model."""
     tokens = evaluator.tokens(sample)
     key = sample_key(tokens)
     known = evaluator.traces.get(key) if evaluator.traces is not None else None
     if known is not None:
-        return _Context(known.views, known.future, 0)
+        return KnownContext(known.views, known.future, 0)
     misses = evaluator.store.misses
     reading = evaluator.reading(tokens.read, observes)
     read = reading.tokens if evaluator.store.misses > misses else 0
     answering = 0 if key in evaluator.future.known else tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
-    return _Context(reading.views, evaluator.future.of(evaluator, tokens, key, observes), read + answering)
+    return KnownContext(reading.views, evaluator.future.of(evaluator, tokens, key, observes), read + answering)
 
 
 class _Score(nn.Module):
@@ -182,7 +183,7 @@ class _Score(nn.Module):
         return torch.where(_protected(self.manager, view), _FIRST, scores).clamp(-_FIRST, _FIRST)
 
 
-def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bool) -> tuple[Tensor, Step]:
+def _scored(manager: MemoryManager, context: KnownContext, how: How, *, gradient: bool) -> tuple[Tensor, Step]:
     """Return the costs (layers, kv_heads), and the step with the exact gradient if it is asked for."""
     named = _Score(manager).named_parameters()
     # Copies, because a manager may have been made in inference mode.
@@ -212,7 +213,7 @@ def _scored(manager: MemoryManager, context: _Context, how: How, *, gradient: bo
 
 
 def _drawn(
-    managers: Sequence[MemoryManager], seeds: Sequence[int], sample: Sample, context: _Context
+    managers: Sequence[MemoryManager], seeds: Sequence[int], sample: Sample, context: KnownContext
 ) -> tuple[list[Tensor], list[Step]]:
     """Return costs and steps of rankings of all slots, drawn by the first manager; it stands for all of them."""
     policy, count = managers[0], len(managers)
@@ -261,7 +262,7 @@ def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
     return rule.protected(view, manager.shares())
 
 
-def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float | None]:
+def _sizes(manager: MemoryManager, context: KnownContext) -> tuple[float, float | None]:
     """Return the slots per head and the bytes that the manager's decision leaves, computed: nothing is evicted here.
 
     From a trace, which has no keys, the bytes are not known: None.
@@ -275,7 +276,7 @@ def _sizes(manager: MemoryManager, context: _Context) -> tuple[float, float | No
     return float(stacked(counts).mean()), size if known else None
 
 
-def _oracle(manager: MemoryManager, context: _Context) -> Mapping[str, float]:
+def _oracle(manager: MemoryManager, context: KnownContext) -> Mapping[str, float]:
     found: dict[str, list[Tensor]] = {name: [] for name in ORACLE}
     module = _Score(manager)
     decisions = manager.decide_all(context.views)

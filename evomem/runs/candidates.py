@@ -23,9 +23,11 @@ from evomem.runs.fitness import (
     TaskValues,
     baseline_scale,
     combine,
+    mean_of_finite,
     measurement_of,
     objective_of,
     rollouts_of,
+    weighted_mean,
     worth,
 )
 from evomem.runs.journaled_pool import JournaledPool
@@ -168,11 +170,14 @@ class Judge:
         objective = objective_of(plan.stage.fitness)
         baselines = self._baselines(plan)
         values: list[list[list[Vectors]]] = [[[] for _ in samples] for samples in plan.samples]
+        by_budget: dict[str, list[tuple[float, float]]] = {}
         total = sum(task.weight for task in plan.stage.tasks)
         groups: list[Rollouts] = []
-        for (task, sample, _), row in zip(plan.measurements(), rows, strict=True):
+        for (task, sample, budget), row in zip(plan.measurements(), rows, strict=True):
             value = worth(row.evaluations, plan.stage.fitness, *baselines[task][sample])
             values[task][sample].append(value)
+            weight = plan.stage.tasks[task].weight / len(plan.samples[task])
+            by_budget.setdefault(f"mean_at_{budget}", []).append((mean_of_finite(value), weight))
             if plan.rollouts is not None:
                 share = plan.stage.tasks[task].weight / total / len(plan.samples[task])
                 share /= len(plan.stage.budgets or (None,))
@@ -187,6 +192,7 @@ class Judge:
             per_head=by_head(rows, objective) if objective.headwise and one_model else None,
             costs=by_bytes(rows),
             rollouts=tuple(groups),
+            by_budget={name: weighted_mean(pairs) for name, pairs in by_budget.items() if len(by_budget) > 1},
         )
 
     def _baselines(self, plan: Plan) -> list[list[tuple[float | None, float]]]:

@@ -168,9 +168,11 @@ class ExperimentConfig(Settings):
         With several models, a task that is for all of them becomes one for each.
         """
         stages, begin, driver, since = [], 0, self.driver, 0
+        searches: tuple[str, ...] | None = None
         for place, stage in enumerate(self.stages or [StageConfig(generations=self.generations)]):
-            if stage.driver is not None:
-                driver, since = stage.driver, begin
+            if stage.driver is not None or stage.searches is not None:
+                driver, since = stage.driver or driver, begin
+                searches = None if stage.searches is None else tuple(stage.searches)
             tasks = self.tasks if stage.tasks is None else stage.tasks
             if stage.length is not None:
                 tasks = [task.model_copy(update={"length": stage.length}) for task in tasks]
@@ -190,6 +192,7 @@ class ExperimentConfig(Settings):
                     fitness=stage.fitness or self.fitness,
                     driver=driver,
                     since=since,
+                    searches=searches,
                 )
             )
             begin += stage.generations
@@ -233,7 +236,8 @@ class ExperimentConfig(Settings):
 class Stage(Settings):
     """A stage with everything filled in; it covers the generations from ``begin`` to before ``end``.
 
-    Its driver began at generation ``since``, at or before the stage's own beginning.
+    Its driver began at generation ``since``, at or before the stage's own beginning, and searches what ``searches``
+    names; None: everything.
     """
 
     place: int = Field(ge=0, le=LISTED)
@@ -247,6 +251,7 @@ class Stage(Settings):
     fitness: FitnessConfig
     driver: DriverConfig
     since: int = Field(ge=0, le=LISTED * GENERATIONS)
+    searches: tuple[str, ...] | None = None
 
 
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}

@@ -13,6 +13,7 @@ from evomem.errors import ConfigError
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.fitness import objective_of
 from evomem.runs.plan_checks import check_policy
+from evomem.runs.searched_part import searched_blocks, searched_coordinates, searched_variables
 from evomem.search_space.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def make_driver(
     }
     if drivers.uses(chosen.name, "rollouts"):
         check_policy(config, space, turn)
+    searched = searched_coordinates(space, stage)
     if "blocks" in kind.takes:
-        options["blocks"] = space.blocks()
+        options["blocks"] = searched_blocks(space, searched)
     if "variables" in kind.takes:
-        options["variables"] = space.variables()
+        options["variables"] = searched_variables(space, searched)
     wanted = options.pop("warm_start", None)
     if wanted is not None:
         if "warm" not in kind.takes:
@@ -66,9 +68,17 @@ def make_driver(
                 f"stage {stage.name!r}: driver.options.warm_start: this driver begins where the one before it ended; "
                 "leave it out"
             )
+        if stage.searches is not None:
+            raise ConfigError(
+                f"stage {stage.name!r}: driver.options.warm_start: the other run searched whole vectors, and this "
+                "stage searches a part of them; leave one out"
+            )
         from evomem.runs.warm_start import warm_start  # it runs another run's driver again, which is made here
 
         options["warm"] = warm_start(wanted, chosen.name, space.dim, folder)
     # Two drivers of one kind must not draw the same candidates around their starts.
     seed = int(np.random.SeedSequence([config.seed, stage.since]).generate_state(1)[0]) if stage.since else config.seed
-    return drivers.build(chosen.name, space.dim, start, seed, **options)
+    if stage.searches is None:
+        return drivers.build(chosen.name, space.dim, start, seed, **options)
+    inner = drivers.build(chosen.name, len(searched), np.asarray(start)[searched], seed, **options)
+    return drivers.SubspaceDriver(inner, searched, start)

@@ -144,6 +144,13 @@ class StageConfig(Settings):
     Everything that is left out is as in the experiment. ``length`` is given to every task of the stage. The driver's
     whole state is carried on, unless ``driver`` names one for this stage (and for those after it that name none): it
     begins anew at the mean of the one before it.
+
+    Attributes
+    ----------
+    searches : patterns of names (shell style) of the weights and options that this stage searches, such as
+        ``allocation.*``; all others stay as the stage before it left them. The driver begins anew with it. It holds for
+        the stages after this one, up to the next that names a driver or what it searches; by default everything that
+        the space lets vary.
     """
 
     name: str | None = None
@@ -155,6 +162,7 @@ class StageConfig(Settings):
     train_contexts: int | None = Field(default=None, ge=1, le=CONTEXTS)
     fitness: FitnessConfig | None = None
     driver: DriverConfig | None = None
+    searches: list[str] | None = Field(default=None, min_length=1, max_length=LISTED)
 
     _driver = field_validator("driver", mode="before")(by_name)
     _tasks = field_validator("tasks", mode="before")(task_list)

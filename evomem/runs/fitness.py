@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,17 @@ _SMALLEST_BASELINE = 0.1
 
 _PLAIN = make("loglik")
 """Reckons noise as most objectives do."""
+
+
+def mean_of_finite(values: Array) -> float:
+    """Return the mean of what is finite, NaN if nothing is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else math.nan
+
+
+def weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the mean of (value, weight) pairs; NaN if a value is."""
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
 
 
 def objective_of(config: FitnessConfig) -> Objective:
@@ -72,9 +83,11 @@ class MeasuredFitness(Fitness):
     values : (candidates,) weighted mean over tasks of the mean over samples; NaN where any value was not finite.
     noise : standard error of a candidate's fitness relative to the others', from the samples' paired differences, root
         mean square over candidates; NaN when a task has one sample only.
+    by_budget : the candidates' mean at each budget, as ``mean_at_32``, where they are measured at several.
     """
 
     noise: float = math.nan
+    by_budget: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def failed(self) -> int:

@@ -12,6 +12,7 @@ from evomem.managers.stochastic import StochasticManager
 from evomem.runs.config import ExperimentConfig, Stage
 from evomem.runs.fitness import objective_of
 from evomem.runs.front import check_bytes_may_vary
+from evomem.runs.searched_part import searched_coordinates, searched_options
 from evomem.search_space.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def check_policy(config: ExperimentConfig, space: SearchSpace, stages: Sequence[
     name = config.space.manager.name
     for stage in stages:
         driver, objective = stage.driver, objective_of(stage.fitness)
-        if config.space.options:
+        if options := searched_options(space, searched_coordinates(space, stage)):
             raise ConfigError(
-                f"driver {driver.name!r}: space.options: {', '.join(config.space.options)} vary, and options have "
+                f"driver {driver.name!r}: space.options: {', '.join(options)} vary, and options have "
                 "no gradient; leave them out, or take a driver of evolution"
             )
         if not objective.exact_gradient and not isinstance(space.template, StochasticManager):

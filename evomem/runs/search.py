@@ -287,7 +287,13 @@ class Search:
             fitness, _ = judge.judge(plan, population.vectors, population.seeds)
             self._check(fitness, generation, stage)
             self._tell(driver, population, fitness, generation)
-            self._record(generation, stage, fitness, driver, self._look(driver, judge, stage, generation))
+            self._record(
+                generation,
+                stage,
+                fitness,
+                driver,
+                {**self._look(driver, judge, stage, generation), **fitness.by_budget},
+            )
             generation += 1
             self._checkpoint(driver, generation, asked=False)
             units.forget(generation - 1)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -199,6 +199,27 @@ class SearchSpace:
                     parts.setdefault(number, []).append(np.arange(begin, begin + width))
             place += parameter.numel()
         return [np.concatenate(parts[number]) for number in sorted(parts)]
+
+    def coordinates(self, patterns: Sequence[str]) -> NDArray[np.int64]:
+        """Return the places, ascending, of the weights and options whose names match one of the patterns (shell style).
+
+        Raises
+        ------
+        ConfigError : a pattern matches nothing that varies.
+        """
+        widths = {name: parameter.numel() for name, parameter in self._parameters(self.template).items()}
+        widths |= {name: option.width for name, option in self._options.items()}
+        for pattern in patterns:
+            if not fnmatch.filter(widths, pattern):
+                raise ConfigError(
+                    f"search space: nothing that varies matches {pattern!r}; there are: {', '.join(widths)}"
+                )
+        parts, begin = [], 0
+        for name, width in widths.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                parts.append(np.arange(begin, begin + width))
+            begin += width
+        return np.concatenate(parts)
 
     def variables(self) -> list[Variable]:
         """Return what the options' coordinates stand for; every other coordinate is a weight, an unbounded number."""

@@ -25,7 +25,7 @@ class GenerationRecord:
     failed : candidates without a finite fitness.
     sigma : step size of the driver after the generation, NaN if it has none.
     evaluations, tokens, seconds : spent by the run so far, finished units only.
-    diagnostics : further numbers by name: of the driver's step, and of a look at the oracle.
+    diagnostics : further numbers by name: of the driver's step, of a look at the oracle, and the mean at each budget.
     """
 
     generation: int

@@ -18,6 +18,7 @@ from evomem.errors import ConfigError
 from evomem.evaluation import PopulationPolicy
 from evomem.managers import allocations, build, build_allocation, names
 from evomem.managers.allocation import (
+    LUKV,
     AcrossHeads,
     EmergentAllocation,
     LayerAllocation,
@@ -90,6 +91,12 @@ ANY = {
         lambda beta, power: {"name": "headkv", "options": {"beta": beta, "power": power}},
         st.floats(1, 10), st.floats(0, 3),
     ),
+    "layer_budgets": st.builds(
+        lambda layers: {"name": "layer_budgets", "options": {"layers": layers}}, st.integers(1, 7)
+    ),
+    "lukv": st.builds(
+        lambda points: {"name": "lukv", "options": {"layers": 3, "heads": 2, "points": points}}, st.integers(1, 9)
+    ),
 }  # fmt: skip
 """Some of every registered allocation that promises a total. A new one is tried as soon as it is written down here."""
 EMERGENT = {"threshold"}
@@ -130,6 +137,10 @@ def test_the_total_is_the_budget_whatever_binds(name, data):
     """Over layers and heads, in every row: limits add up to the budget, and that is what is kept of what was read."""
     allocation = build_allocation(data.draw(ANY[name]))
     layers, heads, read = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3)), data.draw(st.integers(8, 40))
+    if isinstance(allocation, LUKV):  # is of one model
+        layers, heads = allocation.options.layers, allocation.options.heads
+        slopes = torch.rand(allocation.marginal.shape, generator=torch.Generator().manual_seed(read))
+        allocation.set_curves(allocation.knots, slopes.sort(-1, descending=True).values)
     ends = Ends(
         data.draw(st.integers(0, 6)), data.draw(st.integers(0, 8) | st.floats(0, 1)), data.draw(st.floats(0, 1))
     )

@@ -2,6 +2,7 @@
 
 from evomem.evaluation.objectives.attention import Attention
 from evomem.evaluation.objectives.base import Objective, make, objectives, register_objective
+from evomem.evaluation.objectives.evolkv import EvolKVLikelihood, EvolKVScore
 from evomem.evaluation.objectives.exact import Exact
 from evomem.evaluation.objectives.expected_cost import ExpectedCost
 from evomem.evaluation.objectives.loglik import Loglik
@@ -9,6 +10,8 @@ from evomem.evaluation.objectives.trace_cost import TraceCost
 
 __all__ = [
     "Attention",
+    "EvolKVLikelihood",
+    "EvolKVScore",
     "Exact",
     "ExpectedCost",
     "Loglik",

@@ -30,6 +30,8 @@ from evomem.managers.allocation.duo import Duo
 from evomem.managers.allocation.emergent import Dense, Everything, Threshold
 from evomem.managers.allocation.headkv import HeadKV
 from evomem.managers.allocation.lava import Lava
+from evomem.managers.allocation.layer_budgets import LayerBudgets
+from evomem.managers.allocation.lukv import LUKV
 from evomem.managers.allocation.over_heads import AcrossHeads
 from evomem.managers.allocation.over_layers import DepthShares, Pyramid, Uniform
 from evomem.managers.allocation.per_head_shares import PerHeadShares
@@ -40,6 +42,7 @@ from evomem.managers.allocation.razor import Razor
 from evomem.managers.allocation.slots import Slots
 
 __all__ = [
+    "LUKV",
     "PROBES",
     "AcrossHeads",
     "Allocation",
@@ -54,6 +57,7 @@ __all__ = [
     "HeadProbes",
     "Lava",
     "LayerAllocation",
+    "LayerBudgets",
     "ModelAllocation",
     "PerHeadShares",
     "ProbeShares",
