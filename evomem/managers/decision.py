@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evomem.errors import ConfigError
 from evomem.managers.allocation import AcrossHeads, Allocation, EmergentAllocation, LayerAllocation, ModelAllocation
-from evomem.managers.selection import Ends, best, slots_of_budget, tokens_read
+from evomem.managers.selection import Ends, best, finite, slots_of_budget, tokens_read
 from evomem.memory.view import Decision, LayerView
 
 
@@ -86,7 +86,9 @@ class Rule:
         if not isinstance(allocation, ModelAllocation):
             return [self.decide(judgement, view) for judgement, view in zip(judgements, views, strict=True)]
         held = [self.held(view, judgement.stored) for judgement, view in zip(judgements, views, strict=True)]
-        scores = [torch.where(h, judgement.scores, -torch.inf) for h, judgement in zip(held, judgements, strict=True)]
+        # A score of -inf is one like others here: it must not read as a slot that may not stay.
+        finite_scores = [finite(judgement.scores) for judgement in judgements]
+        scores = [torch.where(h, s, -torch.inf) for h, s in zip(held, finite_scores, strict=True)]
         means = [slots_of_budget(self.budget, view) for view in views]
         limits = allocation.limits(views, means, scores, self.ends, judgements[0].shares)
         decisions = []
@@ -100,9 +102,10 @@ class Rule:
         return view.valid if stored is None else view.valid & (stored | ~arrived(view))
 
     def layer_limit(self, view: LayerView, shares: Tensor | None = None) -> Tensor:
-        """Return the slots that a head of the layer has on average, by which ends are measured: (batch, 1, 1) int64.
+        """Return the slots that a head of the layer has on average: (batch, 1, 1) int64.
 
-        Without a layer-wise allocation that is the budget; without a budget there is nothing to share out.
+        Ends are measured by it, except under a `ModelAllocation`, where each head's ends are measured by its own slots.
+        Without a layer-wise allocation it is the budget; without a budget there is nothing to share out.
         """
         mean = slots_of_budget(self.budget, view)
         if self.budget is None or not isinstance(self.allocation, LayerAllocation):

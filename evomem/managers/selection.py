@@ -44,6 +44,12 @@ def share_of(share: float, n: Tensor) -> Tensor:
     return torch.floor(n.double() * share + 1e-6).long()
 
 
+def finite(scores: Tensor) -> Tensor:
+    """Scores whose order is the same and none of which is infinite; NaN becomes the smallest number."""
+    limits = torch.finfo(scores.dtype)
+    return torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
+
+
 @dataclass(frozen=True)
 class Ends:
     """Tokens at both ends of a row that are kept before all others.
@@ -87,7 +93,5 @@ class Ends:
         Protected slots get +inf, and slots that are no ``candidates`` get -inf. All others become finite (NaN and -inf
         the smallest number, +inf the largest), so that a slot that may stay always comes before one that may not.
         """
-        limits = torch.finfo(scores.dtype)
-        scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
-        scores = torch.where(candidates, scores, -torch.inf)
+        scores = torch.where(candidates, finite(scores), -torch.inf)
         return torch.where(self.safe(view, n) & candidates, torch.inf, scores)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -46,9 +46,11 @@ class Threshold(EmergentAllocation):
         """Return the keep-mask: scores >= 0, of these the best up to the cap, protected tokens before all."""
         cap = budget if self.options.cap is None else self.options.cap
         n = slots_of_budget(cap, view)
-        marked = _newest_marked(scores, view, held, ends, n)
-        kept = marked >= 0
-        return (kept if cap is None else kept & best(marked, n)) & held
+        marked, newest = ends.mark(scores, view, held, n), held & (view.age == 0)
+        kept = (marked >= 0) & held
+        if cap is not None:  # the newest token has its slot before all others, protected ones too
+            kept = kept & best(torch.where(newest, -torch.inf, marked), n - newest.sum(-1, keepdim=True))
+        return kept | newest
 
 
 class Dense(EmergentAllocation):
@@ -62,7 +64,8 @@ class Dense(EmergentAllocation):
 
     def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
         """Return the keep-mask."""
-        marked = _newest_marked(scores, view, held, ends, tokens_read(view))
+        marked = ends.mark(scores, view, held, tokens_read(view))
+        marked = torch.where(held & (view.age == 0), torch.inf, marked)
         most = (marked >= 0).sum(-1).amax()
         return best(marked, most) & held
 
@@ -75,10 +78,3 @@ class Everything(EmergentAllocation):
     def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
         """Return ``held``."""
         return held
-
-
-def _newest_marked(scores: Tensor, view: LayerView, held: Tensor, ends: Ends, n: Tensor) -> Tensor:
-    """`Ends.mark`, with the newest token protected in any case."""
-    if not ends.recent:
-        ends = replace(ends, recent=1)
-    return ends.mark(scores, view, held, n)
