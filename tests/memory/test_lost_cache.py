@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import DynamicCache, Phi3Config, Phi3ForCausalLM
 from evomem.errors import CacheError
 from evomem.managers import build
 from evomem.memory import attached
+from evomem.memory.kv.versions import NEW, OLD, given, passed
 from evomem.testing.comparing import greedy, random_rows
 from evomem.testing.models import tiny
 
@@ -37,16 +40,20 @@ class Wrapper(nn.Module):
         self.model, self.exchange = model, exchange
 
     def forward(self, ids: Tensor, **more: Any) -> Any:
-        cache = self.exchange(more.pop("past_key_values"))
-        return self.model(ids, past_key_values=cache, **more)
+        return self.model(ids, **self.exchanged(more, self.model))
+
+    def exchanged(self, more: dict[str, Any], model: Any = None) -> dict[str, Any]:
+        """Keyword arguments with the cache exchanged, by the name that this version of transformers gives it."""
+        others = {name: value for name, value in more.items() if name not in (OLD, NEW)}
+        return {**others, **passed(self.exchange(given(more)), model)}
 
     def generate(self, *args: Any, **more: Any) -> Any:
         """As PEFT's prefix tuning: the base model generates with inputs that the wrapper prepares."""
         prepare = self.model.prepare_inputs_for_generation
 
-        def prepared(*args: Any, past_key_values: Any = None, **more: Any) -> dict[str, Any]:
-            inputs: dict[str, Any] = prepare(*args, past_key_values=past_key_values, **more)
-            return {**inputs, "past_key_values": self.exchange(past_key_values)}
+        @functools.wraps(prepare)  # generate asks for the names of its parameters
+        def prepared(*args: Any, **more: Any) -> dict[str, Any]:
+            return self.exchanged(prepare(*args, **more))
 
         self.model.prepare_inputs_for_generation = prepared
         try:
@@ -60,26 +67,30 @@ def test_wrapper_that_exchanges_the_cache(model: Any, exchange: Callable[[Any], 
     wrapper, ids = Wrapper(model, exchange), text(model, 12)
     with MANAGER.attach(model) as cache, torch.no_grad():
         with pytest.raises(CacheError, match="exchanged or dropped"):
-            wrapper(ids, past_key_values=cache)
+            wrapper(ids, **passed(cache))
         with pytest.raises(CacheError, match="exchanged or dropped"):
-            wrapper.generate(ids, past_key_values=cache, max_new_tokens=3)
+            wrapper.generate(ids, **passed(cache), max_new_tokens=3)
         greedy(model, cache, ids, 3)
         with pytest.raises(CacheError, match="exchanged or dropped"):  # in the middle of a conversation too
-            wrapper(ids, past_key_values=cache)
+            wrapper(ids, **passed(cache))
 
 
 def test_gradient_checkpointing(model: Any) -> None:
     model.train()
     model.gradient_checkpointing_enable()  # its later name is not in the oldest transformers that we take
-    with MANAGER.attach(model) as cache, torch.no_grad():
+    with MANAGER.attach(model) as cache:  # with gradients: without, transformers keeps the cache from 5.24 on
         with pytest.raises(CacheError, match=r"layer 0 .*gradient checkpointing"):
-            model(text(model, 12), past_key_values=cache)
+            model(text(model, 12), **passed(cache))
         model.model.layers[0].gradient_checkpointing = False
         with pytest.raises(CacheError, match=r"layer 1 .*gradient checkpointing"):
-            model(text(model, 12), past_key_values=cache)
+            model(text(model, 12), **passed(cache))
+        cache.reset()
+        with torch.no_grad(), suppress(CacheError):
+            model(text(model, 12), **passed(cache))
+            assert all(layer.slots.shape[-1] == 6 for layer in cache.layers)
         cache.reset()
         model.train(False)
-        model(text(model, 12), past_key_values=cache)
+        model(text(model, 12), **passed(cache))
 
 
 def test_long_rope_drops_the_cache_when_a_text_crosses_its_limit() -> None:
@@ -101,7 +112,7 @@ def test_long_rope_drops_the_cache_when_a_text_crosses_its_limit() -> None:
                 greedy(model, cache, prompt, 6)
         cache.reset()
         with cache.reading():  # what the message advises
-            model(long[:, :-1], past_key_values=cache)
+            model(long[:, :-1], **passed(cache))
         got = greedy(model, cache, long, 6)
     assert torch.equal(got, greedy(model, None, long, 6))
 
@@ -125,9 +136,9 @@ def test_calls_without_the_cache_on_purpose_are_legal(model: Any) -> None:
     with MANAGER.attach(model), MANAGER.attach(model) as cache:  # the outer block's cache reads nothing
         greedy(model, cache, ids, 4)
         assert torch.equal(greedy(model, None, ids, 4), stock)
-        model(ids, past_key_values=DynamicCache())
+        model(ids, **passed(DynamicCache()))
         greedy(model, MANAGER.new_cache(model), ids, 3, guidance_scale=1.5)
-        Wrapper(model, copy.deepcopy)(ids, past_key_values=cache)
+        Wrapper(model, copy.deepcopy)(ids, **passed(cache))
     with build("full").attach(model) as cache, attached(assistant):
         assert torch.equal(greedy(model, cache, ids, 4, assistant_model=assistant), stock)
         assert torch.equal(greedy(model, build("full").new_cache(model), ids, 4, assistant_early_exit=1), stock)
