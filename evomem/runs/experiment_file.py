@@ -64,6 +64,17 @@ def _resolve_space(space: Any, where: str) -> Any:
     return space
 
 
+def as_stored(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain values as they come back from `to_yaml`: tuples as lists."""
+    return {key: _as_stored(value) for key, value in data.items()}
+
+
+def _as_stored(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return as_stored(value)
+    return [_as_stored(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def to_yaml(data: Mapping[str, Any]) -> str:
     """Return plain values as YAML, in the order in which the models declare them."""
     text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=120)

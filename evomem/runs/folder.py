@@ -22,12 +22,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import filelock
-import yaml
 
 from evomem.errors import ConfigError, RunError
 from evomem.files.atomic import disk_errors, is_temporary, sweep, write_atomically
 from evomem.runs.config import ExperimentConfig
-from evomem.runs.experiment_file import to_yaml
+from evomem.runs.experiment_file import as_stored, to_yaml
 from evomem.runs.folder_reading import read_config, read_object
 from evomem.runs.inputs import START, changes
 from evomem.runs.journal import Journal
@@ -193,11 +192,10 @@ def check_same_config(stored: Path, resolved: dict[str, Any]) -> dict[str, Any]:
     The inputs' digests are compared elsewhere; memory for contexts and where relative paths began may be others.
     """
     before = read_config(stored)
-    # Through YAML and back, so that only differences in value count.
     filled = _with_defaults(before)
     # How much memory contexts get moves no result.
     free: dict[str, Any] = {"inputs": {}, "store_bytes": None, "base": None}
-    lines = difference({**filled, **free}, yaml.safe_load(to_yaml({**resolved, **free})))
+    lines = difference({**filled, **free}, as_stored({**resolved, **free}))
     if lines:
         raise RunError(
             f"{stored.parent}: this run has another configuration (run -> now):\n  "
@@ -214,7 +212,6 @@ def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         config = resolve_paths(validate(ExperimentConfig, stored, "run"))  # an earlier evomem left them relative
-        filled: dict[str, Any] = yaml.safe_load(to_yaml(config.resolved()))
+        return as_stored(config.resolved())
     except ConfigError:
         return stored
-    return filled

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
 import time
 
 import numpy as np
@@ -21,6 +18,7 @@ from evomem.search_space.space import SearchSpace
 from evomem.testing.models import tiny, tiny_tokenizer
 from tests.evaluation.test_evaluation import TASK, make_sample
 from tests.runs.test_runs import outcome, same
+from tests.support.processes import forkserver
 from tests.support.synthetic_search import experiment
 
 NAMES = ["keydiff", "value_norm", "age"]
@@ -95,10 +93,8 @@ def without_tokens(found):
     return found
 
 
-def test_two_stages_killed_and_resumed_end_the_same(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["test_block_search", "cma"])
+def test_two_stages_killed_and_resumed_end_the_same(tmp_path):
+    processes = forkserver()
 
     def begin(folder, pause=0.0):
         process = processes.Process(target=run, args=(folder, pause))

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import sys
 import time
 
 from evomem.runs import search
 from evomem.runs.journal import read_journal
 from tests.runs.test_runs import outcome, same
+from tests.support.processes import forkserver
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory, run
 
 SETTINGS = ("generations=6", "train_contexts=20", "fitness.normalise=full", "driver.options.diagonal=true")
 KILLS = 10
 
 
-def test_kill_9_at_random_moments(tmp_path, monkeypatch):
+def test_kill_9_at_random_moments(tmp_path):
     search(experiment(*SETTINGS), tmp_path / "undisturbed", factory(ToyEvaluator()))
     expected = outcome(tmp_path / "undisturbed")
-    # A server that has imported everything once; every process that it forks is a real one.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.support.synthetic_search", "cma"])
+    processes = forkserver()  # every process that it forks is a real one
     rng, kills, rounds, places = random.Random(0), 0, 0, set()
     while kills < KILLS:
         rounds += 1

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import sys
 import time
 
 import numpy as np
@@ -24,6 +21,7 @@ from evomem.workers import WorkerOptions
 from tests.runs.test_block_search import lines, without_tokens
 from tests.runs.test_runs import outcome, same
 from tests.support.policy_search import FEATURES, STAGES, configured, run
+from tests.support.processes import forkserver
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +65,8 @@ def test_stages_measure_what_they_say_and_the_journal_has_the_diagnostics(whole)
     assert generations[4].fitness == generations[3].fitness != generations[5].fitness
 
 
-def test_killed_between_and_inside_generations_it_ends_the_same(whole, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.support.policy_search"])
+def test_killed_between_and_inside_generations_it_ends_the_same(whole, tmp_path):
+    processes = forkserver()
     folder, total = tmp_path / "run", lines(whole[0])
     for at in (total // 5, total // 2, total // 2 + 3):
         process = processes.Process(target=run, args=(folder, 0.05))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -33,6 +34,7 @@ from evomem.report.subjects import resolve
 from evomem.report.tables import read_rows
 from evomem.runs import checkpoint as checkpoints
 from evomem.runs import open_run, search
+from evomem.runs.experiment_file import as_stored, to_yaml
 from evomem.runs.folder_reading import read_config, read_json, read_numbers, read_state
 from evomem.runs.front import read_front
 from evomem.runs.pools import limited_threads
@@ -146,6 +148,13 @@ def cut_or_changed(content):
         lambda at, size, new: content[:at] + new + content[at + size :],
         places, st.sampled_from([0, 1, 2, 7, 50, len(content)]), st.binary(max_size=9),
     )  # fmt: skip
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.text(max_size=6), VALUE | st.tuples(VALUE, VALUE), max_size=4))
+def test_what_comes_back_from_a_configuration_is_known_without_writing_it(data):
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    assert repr(as_stored(data)) == repr(yaml.safe_load(to_yaml(lists)))
 
 
 def tried(read):
