@@ -65,13 +65,15 @@ def _resolve_space(space: Any, where: str) -> Any:
 
 
 def as_stored(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain values as they come back from `to_yaml`: tuples as lists."""
-    return {key: _as_stored(value) for key, value in data.items()}
+    """Return plain values as they come back from `to_yaml`: tuples as lists, some ends of lines as blanks."""
+    return {_as_stored(key): _as_stored(value) for key, value in data.items()}
 
 
 def _as_stored(value: Any) -> Any:
     if isinstance(value, Mapping):
         return as_stored(value)
+    if isinstance(value, str):
+        return value if value.isprintable() else yaml.safe_load(to_yaml({"text": value}))["text"]
     return [_as_stored(part) for part in value] if isinstance(value, list | tuple) else value
 
 

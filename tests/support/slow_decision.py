@@ -251,7 +251,7 @@ def decide(
     name, options, layers = allocation["name"], allocation["options"], len(heads)
     mean = slots_of(budget, read)
     if name == "threshold":
-        cap = mean if options["cap"] is None else min(slots_of(options["cap"], read), mean)
+        cap = slots_of(options["cap"] if budget is None else budget, read)
         return [[threshold(head, cap, ends, read) for head in layer] for layer in heads]
     if name == "per_head_shares":
         counts = per_head(heads, logs, mean, ends)
@@ -261,7 +261,7 @@ def decide(
         ]
     kept, means = [], over_layers(name, options, mean, read, layers, ends, logs)
     for layer, n in zip(heads, means, strict=True):
-        if name == "across_heads":
+        if name == "across_heads" and options["safeguard"] < 1:  # 1 shares nothing
             kept.append(across_heads(layer, n, options["safeguard"], ends, read))
         else:
             kept.append([set(order(head, ends.of(head, n, read))[:n]) for head in layer])
