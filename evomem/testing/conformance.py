@@ -362,9 +362,13 @@ CHECKS: tuple[str, ...] = tuple(_BY_NAME)
 
 
 def run_check(name: str, manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = None) -> None:
-    """Run one of `CHECKS`; raise `ConformanceError` with what differs."""
+    """Run one of `CHECKS`; raise `ConformanceError` with what differs.
+
+    A manager that decides otherwise on another model (a method ``for_model``) is asked what it is on this one.
+    """
     if name not in _BY_NAME:
         raise ConformanceError(f"unknown check {name!r}; there are {', '.join(CHECKS)}")
+    manager = manager.for_model(model) if hasattr(manager, "for_model") else manager
     _BY_NAME[name](manager, model, tokenizer)
 
 

@@ -14,6 +14,7 @@ from evomem.managers.decision import Judgement, Rule
 from evomem.managers.selection import Ends
 from evomem.memory import LayerView
 from evomem.search_space.space import SearchSpace, load_space
+from evomem.testing.conformance import CHECKS, run_check
 from evomem.testing.models import tiny
 from tests.support.probes import made_up, with_made_up_probes
 
@@ -174,6 +175,16 @@ def test_log_shares_of_single_heads_come_on_top():
 def test_what_means_nothing_is_refused(spec):
     with pytest.raises(ConfigError, match=r"total|per_head|window"):
         build_allocation(spec)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_conformance(check):
+    spec = "snapkv(budget=8, window=4, every=16, allocation=slots(window=4, total=[0.5, 2]))"
+    manager, generator = build(spec), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in manager.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) / 4)
+    run_check(check, manager, tiny("llama"))
 
 
 def test_the_search_space_has_fourteen_numbers_and_begins_at_induction():
