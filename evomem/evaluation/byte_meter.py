@@ -34,9 +34,8 @@ class Meter:
         """
         by_row = cache.bytes_by_row().double().cpu()
         for layer in cache.layers:
-            if layer.decays is not None:
-                longest = (layer.slots >= 0).sum(-1).amax(-1).cpu()
-                cost = longest * layer.slots.shape[1] * layer.decays.element_size()
+            if "decays" in layer.storage.even:
+                cost = layer.storage.counts().sum(-1).cpu() * torch.float32.itemsize
                 by_row = by_row - torch.where(self._policy.fades(layer.index), 0, cost)
         return by_row
 

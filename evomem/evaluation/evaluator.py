@@ -207,7 +207,7 @@ class Evaluator:
         shared = min(self.protocol.every, length)
         self._feed(tokens.read[:, :shared], cache, 1, policy, meter)
         for layer in cache.layers:
-            if layer.slots.shape[0] < policy.size:  # no decision was due
+            if len(layer.starts) < policy.size:  # no decision was due
                 layer.expand(policy.size)
         if shared < length:
             rest = tokens.read[:, shared:].expand(policy.size, -1)
@@ -260,13 +260,13 @@ class Evaluator:
             made = policy.decide_all(views)
             del views
             for layer, decision in zip(cache.layers, made, strict=True):
-                if layer.slots.shape[0] < policy.size:
+                if len(layer.starts) < policy.size:
                     layer.expand(policy.size)
                 layer.apply(decision)
             return
         for layer in cache.layers:
             view = layer.view()
-            if layer.slots.shape[0] < policy.size:
+            if len(layer.starts) < policy.size:
                 layer.expand(policy.size)
             layer.apply(policy.decide(view))
 
@@ -281,7 +281,7 @@ class Evaluator:
                 f"{beyond(self.loaded.model, positions)}; ask for fewer"
             )
         cache.policy = policy  # decides while it answers
-        rows = cache.layers[0].slots.shape[0]
+        rows = len(cache.layers[0].starts)
         following = self.forward_in_pieces(tokens.prompt.expand(rows, -1), cache, 1)[:, -1].argmax(-1)
         fed = tokens.prompt.shape[1]
         done = torch.zeros(rows, dtype=torch.bool, device=following.device)

@@ -285,9 +285,9 @@ def check_evicted_values(manager: CachePolicy, model: PreTrainedModel, tokenizer
         cache = _cache(model, manager)
         first = read(model, cache, batch, pieces[:2])
         for layer in cache.layers:
-            storage = layer.storage
-            empty = (storage.slots < 0)[..., None]
-            storage.keys, storage.values = storage.keys.masked_fill(empty, 1e3), storage.values.masked_fill(empty, -1e3)
+            held = layer.storage.even
+            empty = (held["slots"] < 0)[..., None]
+            held["keys"], held["values"] = held["keys"].masked_fill(empty, 1e3), held["values"].masked_fill(empty, -1e3)
         rest = read(model, cache, batch, pieces[2:], at=sum(pieces[:2]))
         same_tensors("empty slots filled: logits", torch.cat((first, rest), 1), wanted)
 

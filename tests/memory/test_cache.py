@@ -272,9 +272,9 @@ def test_clone_goes_on_by_itself(model) -> None:
 def tensors_of(cache: SlotCache) -> list[torch.Tensor]:
     found = []
     for layer in cache.layers:
-        held = [*vars(layer).values(), *vars(layer.storage).values()]
-        found += [v for v in held if isinstance(v, torch.Tensor)]
-        found += [*layer.recorder.slotwise.values(), *layer.recorder.rowwise.values()]
+        found += [v for v in vars(layer).values() if isinstance(v, torch.Tensor)]
+        states = (layer.recorder.slotwise, layer.recorder.rowwise, layer.recorder.flat)
+        found += [v for held in (layer.storage.even, layer.storage.flat, *states) for v in held.values()]
     return found
 
 

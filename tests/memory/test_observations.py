@@ -53,7 +53,7 @@ def test_an_observation_has_the_axes_and_the_state_that_it_says(spec: str) -> No
     named = {n: tuple(sizes[a] if isinstance(a, str) else a for a in axes) for n, axes in observation.axes().items()}
     assert {name: tuple(tensor.shape) for name, tensor in view.recorded.items()} == named
     assert {n: tuple(t.shape) for n, t in observation.example(sizes, torch.Generator()).items()} == named
-    recorder = layer.recorder
+    recorder = layer.recorder.whole(layer.storage.layout)
     tensors = {f"slotwise.{n}": t for n, t in recorder.slotwise.items()}
     tensors |= {f"rowwise.{n}": t for n, t in recorder.rowwise.items() if n not in ("queries", "visible")}
     says = observation.state(tensors, Sizes(rows, heads, slots, size, view.seen, layer.starts))

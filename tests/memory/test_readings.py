@@ -77,8 +77,9 @@ def test_passes_of_a_loop_and_turns_of_a_chat_are_readings(model: Any, batch: Ba
 
 
 def tensors(layer: Any) -> int:
+    """Bytes of the tokens that have a slot."""
     held = [layer.keys, layer.values, layer.slots, *([] if layer.decays is None else [layer.decays])]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return int((layer.slots >= 0).sum()) * sum(t.shape[3:].numel() * t.element_size() for t in held)
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv(window=4)", "expected_attention", "feature_scorer"])

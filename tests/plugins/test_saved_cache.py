@@ -26,7 +26,7 @@ from evomem.errors import CacheError, EvomemError, PluginError
 from evomem.evaluation.population import Recording
 from evomem.managers import build
 from evomem.memory import SlotCache, attached
-from evomem.memory.kv.snapshot import COUNTS, FLAGS, MAYBE, NUMBERS, SLOT_TENSORS, TENSORS
+from evomem.memory.kv.snapshot import COUNTS, MAYBE, NUMBERS, TENSORS
 from evomem.plugins import load_cache, save_cache, saved_cache
 from evomem.testing.comparing import greedy, random_rows, read
 from evomem.testing.models import tiny
@@ -121,7 +121,7 @@ def test_every_part_of_the_state_is_saved_or_follows_from_what_is(model, batch: 
     with build("h2o(budget=14)").attach(model) as cache:
         read(model, cache, batch)
     layer = set(vars(cache.layers[0])) - {*COUNTS, *MAYBE, *NUMBERS, *TENSORS, "recorder", "storage"}
-    assert set(vars(cache.layers[0].storage)) == {*FLAGS, *SLOT_TENSORS}
+    assert set(vars(cache.layers[0].storage)) == {"even", "flat", "layout", "dense", "padded"}
     assert layer <= {
         "index",
         "_cache",
@@ -147,7 +147,7 @@ def test_every_part_of_the_state_is_saved_or_follows_from_what_is(model, batch: 
         "refused",  # nor then
     }  # of manager and model; of one pass
     assert whole <= {"layer_class_to_replicate", "offloading", "only_non_sliding", "prefetch_stream"}
-    assert set(vars(cache.layers[0].recorder)) == {"wanted", "slotwise", "rowwise", "window", "begin"}
+    assert set(vars(cache.layers[0].recorder)) == {"wanted", "slotwise", "rowwise", "window", "begin", "flat"}
 
 
 SCRIPT = """
@@ -241,10 +241,21 @@ def test_what_no_file_can_hold_is_refused(model, batch: Batch, tmp_path: Path, m
 
 
 @pytest.fixture(scope="module")
-def good(model, batch: Batch, tmp_path_factory) -> Path:
+def good(model, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "context.safetensors"
     with build("feature_scorer(budget=14, every=16)").attach(model) as cache:
-        read(model, cache, batch, [50])
+        read(model, cache, Batch.of(random_rows(model, [50, 50], 5)), [50])
+        save_cache(cache, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ragged(model, tmp_path_factory) -> Path:
+    """Of heads that hold differently many slots, and two tokens that came after."""
+    path = tmp_path_factory.mktemp("saved") / "ragged.safetensors"
+    with build("adakv(feature_scorer, budget=14, every=16)").attach(model) as cache:
+        read(model, cache, Batch.of(random_rows(model, [50, 41], 5)), [48, 1, 1])
+        assert all(layer.storage.layout is not None for layer in cache.layers)
         save_cache(cache, path)
     return path
 
@@ -298,7 +309,6 @@ FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "layer 1: scale: is no finite number": _layer("scale", "1"),
     "layer 1: dense: is no truth value": _layer("dense", 1),
     "layer 1: decided: is after": _layer("decided", 51),
-    "aligned says no": _layer("aligned", True),
     "dense says so": _layer("dense", True),
     "1.keys: is no": _tensor("1.keys", lambda t: t[0]),
     "1.values: has shape": _tensor("1.values", lambda t: t[:1]),
@@ -319,9 +329,29 @@ FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("message", FORGERIES)
-def test_contradictions_are_named(message: str, good: Path, model, tmp_path: Path) -> None:
-    path = forged(good, tmp_path / "forged", FORGERIES[message])
+FLAT_FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
+    "0.lengths: is missing": lambda f, t: t.pop("0.lengths"),
+    "0.lengths: has shape": _tensor("0.lengths", lambda t: t[:1]),
+    "0.lengths: are not those of tokens": _tensor("0.lengths", lambda t: t - 60),
+    "1.flat.keys: is missing": lambda f, t: t.pop("1.flat.keys"),
+    "1.flat.keys: has shape": _tensor("1.flat.keys", lambda t: t[1:]),
+    "1.flat.values: has shape": _tensor("1.flat.values", lambda t: t.double()),
+    "0.flat.slotwise.attention_sum: is missing": lambda f, t: t.pop("0.flat.slotwise.attention_sum"),
+    "0.flat.start: is nothing that": lambda f, t: t.update({"0.flat.start": t["0.start"].clone()}),
+    "0.flat.slots: are of no token": _tensor("0.flat.slots", lambda t: t + 50),
+    "0.flat.slots: are not the ascending": _tensor("0.flat.slots", lambda t: t.flip(0)),
+    "0.slots: are not the ascending indices after": _tensor("0.slots", lambda t: t - 40),
+    "have empty ones, and aligned says no": _layer("aligned", True),
+    "are not all tokens, and dense": _layer("dense", True),
+}
+
+
+ALL_FORGERIES = FORGERIES | FLAT_FORGERIES
+
+
+@pytest.mark.parametrize("message", ALL_FORGERIES)
+def test_contradictions_are_named(message: str, good: Path, ragged: Path, model, tmp_path: Path) -> None:
+    path = forged(ragged if message in FLAT_FORGERIES else good, tmp_path / "forged", ALL_FORGERIES[message])
     with pytest.raises((CacheError, PluginError), match=rf"forged: .*{message}"):
         load_cache(path, model)
 

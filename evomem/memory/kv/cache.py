@@ -358,7 +358,7 @@ class SlotCache(Cache):
 
     def slots_held(self) -> list[Tensor]:
         """Slots that hold a token, per layer: (batch, kv_heads)."""
-        return [(layer.slots >= 0).sum(-1) for layer in self.layers]
+        return [layer.storage.counts() for layer in self.layers]
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -391,6 +391,6 @@ class SlotCache(Cache):
             for name in ("wanted", "window", "begin"):
                 setattr(copy.recorder, name, getattr(mine.recorder, name))
             # Recorded sums are added to in place, so they are the one thing that must be copied.
-            copy.recorder.slotwise = {k: v.clone() for k, v in mine.recorder.slotwise.items()}
-            copy.recorder.rowwise = {k: v.clone() for k, v in mine.recorder.rowwise.items()}
+            for name in ("slotwise", "rowwise", "flat"):
+                setattr(copy.recorder, name, {k: v.clone() for k, v in getattr(mine.recorder, name).items()})
         return other

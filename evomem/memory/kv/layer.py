@@ -64,22 +64,22 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
         """Keys, (batch, kv_heads, slots, head_dim), or None before the first token."""
-        return self.storage.keys
+        return self.storage.whole("keys") if self.storage.even else None  # type: ignore[return-value]
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
         """Values, as `keys`."""
-        return self.storage.values
+        return self.storage.whole("values") if self.storage.even else None  # type: ignore[return-value]
 
     @property
     def slots(self) -> Tensor:
         """Token index that every slot holds, (batch, kv_heads, slots) int64, ascending; -1 = empty."""
-        return self.storage.slots
+        return self.storage.whole("slots")
 
     @property
     def decays(self) -> Tensor | None:
         """Log-decay of every slot, (batch, kv_heads, slots) fp32, or None while nothing fades."""
-        return self.storage.decays
+        return self.storage.whole("decays") if "decays" in self.storage.even else None
 
     @property
     def dense(self) -> bool:
@@ -213,7 +213,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.ahead:
             keys, values, slots = (held[:, :, : -self.ahead] for held in (keys, values, slots))
             decays = None if decays is None else decays[:, :, : -self.ahead]
-        recorded = self.recorder.recorded(
+        recorded = self.recorder.whole(self.storage.layout).recorded(
             keys, slots, self.start, self.seen,
             scale=self.scale, decays=decays, window=self.window, softcap=self.softcap,
             rotary=self.cache.rotaries[self.index],
@@ -256,8 +256,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Record from now on; nobody has looked at the slots held yet."""
         self.recorder = Recorder(self.cache.wanted, begin=self.seen)
         if self.seen:
-            batch, kv_heads, held = self.slots.shape
-            self.recorder.append(batch, kv_heads, held, self.keys)
+            self.recorder.append(*self.storage.shape, self.storage.even["keys"])
+            self.recorder.take_over(self.recorder, self.storage.layout)
 
     def decide(self, rows: Tensor | None = None) -> None:
         """Let the policy decide about this layer now; ``rows`` (batch,) bool limits it to some rows."""
@@ -269,7 +269,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def apply(self, decision: Decision, rows: Tensor | None = None) -> None:
         """Carry out a decision about the slots held now; ``rows`` (batch,) bool limits it to some rows."""
         keep, decay, evicted = decision.keep, decision.decay, decision.evicted
-        if self.ahead and keep.shape[2] == self.slots.shape[2] - self.ahead:  # what is not read yet stays
+        if self.ahead and keep.shape[2] == self.storage.shape[2] - self.ahead:  # what is not read yet stays
             keep = F.pad(keep, (0, self.ahead), value=True)
             decay = None if decay is None else F.pad(decay, (0, self.ahead))
         if rows is not None:
@@ -277,7 +277,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if decay is not None:
             old = self.decays if self.decays is not None else torch.zeros_like(decay)
             new = decay.float() if rows is None else torch.where(rows[:, None, None], decay.float(), old)
-            self.storage.decays = new
+            self.storage.set_decays(new)
         if evicted is not None:
             before = self.evicted if self.evicted is not None else torch.zeros_like(evicted)
             self.evicted = evicted if rows is None else torch.where(rows[:, None], evicted, before)
@@ -332,7 +332,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         (keys, values), self.pending = self.pending, None
         self.cache.awaiting = None
         batch, count, begin = query.shape[0], query.shape[2], self.seen
-        if begin and (keys.shape[:2] != self.keys.shape[:2] or keys.shape[3] != self.keys.shape[3]):
+        held = tuple(self.storage.even["keys"].shape) if begin else ()
+        if begin and (*keys.shape[:2], keys.shape[3]) != (*held[:2], held[3]):
             raise CacheError(
                 f"the input's keys are {tuple(keys.shape)} (rows, KV heads, tokens, size), the cache holds "
                 f"{tuple(self.keys.shape)}; for several questions about one context repeat its row in a clone: "
@@ -373,6 +374,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 if self.cache.policy.schedule.every is None:
                     self.recorder.stop()  # until the next reading
             at = end
+        self.storage.settle(self.recorder)
         if self.cache.whole_model and self.index == self.cache.depth - 1:
             self.cache.end_pass(count)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -428,15 +430,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.seen:
             return 0
         recorded = sum(t.shape[3:].numel() * t.element_size() for t in self.recorder.slotwise.values())
-        return self.slots.shape[1] * (self.storage.bytes_per_slot() + recorded)
+        return self.storage.shape[1] * (self.storage.bytes_per_slot() + recorded)
 
     def bytes_by_row(self) -> Tensor:
-        """Bytes that every row would hold in a cache of its own: (batch,) int64.
-
-        A batch pads every row to the longest head of all rows; alone, a row pays for its own longest head only.
-        """
+        """Bytes that every row holds, as it would in a cache of its own: (batch,) int64."""
         rest = sum(t.shape[1:].numel() * t.element_size() for t in self.recorder.rowwise.values())
-        return (self.slots >= 0).sum(-1).amax(-1) * self.bytes_per_token() + rest
+        return self.storage.counts().sum(-1) * (self.bytes_per_token() // self.storage.shape[1]) + rest
 
     def _account(self, before: int, tokens: int) -> None:
         """Note that ``tokens`` arrived since ``before`` bytes were held; pieces do not matter."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -25,6 +25,7 @@ class Visibility:
     padding: Tensor | None = None
     window: int | None = None
     explicit: Tensor | None = None
+    _known: dict[tuple[tuple[int, ...], str], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Visibility:
         """Return the same on another device."""
@@ -36,6 +37,19 @@ class Visibility:
         if self.explicit is None:
             return self
         return Visibility(self.padding, self.window, self.explicit[:, :, queries])
+
+    def hides_padding_only(self, starts: tuple[int, ...]) -> bool:
+        """Whether ``padding`` hides what comes before every row's first real token, and nothing else.
+
+        Worked out once a pass, for the layers of one device share this object, and ``starts`` is the same for all.
+        """
+        if self.padding is None:
+            return True
+        if (starts, "hides") not in self._known:
+            first = torch.tensor(starts, device=self.padding.device)[:, None]
+            real = torch.arange(self.padding.shape[1], device=self.padding.device) >= first
+            self._known[starts, "hides"] = torch.equal(self.padding.bool(), real)
+        return self._known[starts, "hides"]
 
     def seeing_themselves(self) -> Visibility:
         """Return the same, but that a query which an explicit mask lets look at nothing looks at itself."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evomem.memory.kv.attention import attention_probabilities, autocasts, grouped_attention, mixed
 from evomem.memory.kv.masks import Visibility, hides, slot_mask
+from evomem.memory.kv.ragged_attention import ragged_attention
 from evomem.memory.kv.storage import SlotStorage
 from evomem.memory.observations import Recorder
 from evomem.memory.observations.spectrum import HOP
@@ -67,55 +68,81 @@ def attend(storage: SlotStorage, queries: Queries, recorder: Recorder) -> Tensor
 
 def _unobserved(storage: SlotStorage, queries: Queries) -> Tensor:
     query, visibility, scale, softcap = queries.query, queries.visibility, queries.scale, queries.softcap
-    count, slots = query.shape[2], storage.keys.shape[2]
-    padding, window = visibility.padding, visibility.window
+    count, slots = query.shape[2], storage.shape[2]
     old = slots - count
-    far = window is not None and queries.end > window
-    plain = visibility.explicit is None and storage.aligned and storage.decays is None and not far
-    plain = plain and (padding is None or not hides(storage.slots, padding))
+    far = visibility.window is not None and queries.end > visibility.window
+    plain = visibility.explicit is None and not storage.padded and "decays" not in storage.even and not far
+    plain = plain and not _hides(storage, queries)
+    if (
+        plain
+        and storage.layout is not None
+        and (output := ragged_attention(storage, query, scale, softcap)) is not None
+    ):
+        return output
+    keys, values = storage.whole("keys"), storage.whole("values")
+    if plain and storage.layout is not None and count * keys[..., 0].numel() <= BLOCK_ELEMENTS:
+        new = slots - storage.layout.longest
+        triangle = torch.ones(count, new, dtype=torch.bool, device=query.device).tril(new - count)
+        older = storage.layout.filled[:, :, None].expand(-1, -1, count, -1)
+        mask = torch.cat((older, triangle.expand(*older.shape[:2], -1, -1)), 3)
+        return grouped_attention(query, keys, values, scale, mask=mask, softcap=softcap)
+    plain = plain and storage.layout is None
     if plain and (count == 1 or old == 0):
-        return grouped_attention(query, storage.keys, storage.values, scale, causal=count > 1, softcap=softcap)
+        return grouped_attention(query, keys, values, scale, causal=count > 1, softcap=softcap)
     if plain and count * slots <= BLOCK_ELEMENTS:
         triangle = torch.ones(count, slots, dtype=torch.bool, device=query.device).tril(old)[None, None]
-        return grouped_attention(query, storage.keys, storage.values, scale, mask=triangle, softcap=softcap)
+        return grouped_attention(query, keys, values, scale, mask=triangle, softcap=softcap)
     outputs = [
-        grouped_attention(query[:, :, part], keys, values, scale, mask=mask, softcap=softcap)
-        for part, keys, values, mask in _blocks(storage, queries, storage.keys.shape[1])
+        grouped_attention(
+            query[:, :, part], keys[:, :, :reach], values[:, :, :reach], scale, mask=mask, softcap=softcap
+        )
+        for part, reach, mask in _blocks(storage, queries, storage.shape[1])
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _observed(storage: SlotStorage, queries: Queries, recorder: Recorder) -> Iterator[tuple[Tensor, Tensor]]:
+def _hides(storage: SlotStorage, queries: Queries) -> bool:
+    """Whether the padding mask of this call hides a token that has a slot."""
+    visibility = queries.visibility
+    if visibility.padding is None or visibility.hides_padding_only(queries.starts):
+        return False
+    return hides(storage.whole("slots"), visibility.padding)
+
+
+def _observed(storage: SlotStorage, queries: Queries, shared: Recorder) -> Iterator[tuple[Tensor, Tensor]]:
     """Let the recorder see the attention of all queries, block by block.
 
     Yields the block's probabilities (batch, kv_heads, group, queries, slots) and the slots' values.
     """
     query, real = queries.query, queries.real
-    for part, keys, values, mask in _blocks(storage, queries, query.shape[1]):
-        attention = attention_probabilities(query[:, :, part], keys, queries.scale, mask, queries.softcap)
+    keys, values, recorder = storage.whole("keys"), storage.whole("values"), shared.whole(storage.layout)
+    for part, reach, mask in _blocks(storage, queries, query.shape[1]):
+        attention = attention_probabilities(query[:, :, part], keys[:, :, :reach], queries.scale, mask, queries.softcap)
         if queries.visibility.explicit is not None:
             attention = attention.nan_to_num(nan=0.0)  # of a query that may look at nothing
         seen = attention.detach().mean(2)
         if real is not None:
             seen = seen * real[:, None, part, None]
         recorder.attended(seen, queries.first + part.start, queries.starts)
-        yield attention, values
+        yield attention, values[:, :, :reach]
+    shared.take_over(recorder, storage.layout)
 
 
-def _blocks(storage: SlotStorage, queries: Queries, heads: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _blocks(storage: SlotStorage, queries: Queries, heads: int) -> Iterator[tuple[slice, int, Tensor]]:
     """Cut the queries into blocks whose masks, or probabilities of ``heads`` heads, stay small.
 
-    Yields the block's queries, and the keys, values and mask (see `slot_mask`) of the slots that they may look at.
+    Yields the block's queries, how many of the slots, in their padded form, they may look at, and the mask of these.
     """
     query, visibility, real, first = queries.query, queries.visibility, queries.real, queries.first
-    count, slots, explicit, decays = query.shape[2], storage.keys.shape[2], visibility.explicit, storage.decays
-    block = max(HOP, min(count, BLOCK_ELEMENTS // (query.shape[0] * heads * slots) // HOP * HOP))
+    count, slots, explicit = query.shape[2], storage.whole("slots"), visibility.explicit
+    decays, width = storage.whole("decays") if "decays" in storage.even else None, slots.shape[2]
+    block = max(HOP, min(count, BLOCK_ELEMENTS // (query.shape[0] * heads * width) // HOP * HOP))
     for at in range(0, count, block):
         part = slice(at, min(at + block, count))
         # Later slots belong to later queries, unless a mask lets tokens look ahead.
-        reach = slots - count + part.stop if explicit is None else slots
+        reach = width - count + part.stop if explicit is None else width
         mask = slot_mask(
-            storage.slots[:, :, :reach],
+            slots[:, :, :reach],
             torch.arange(first + part.start, first + part.stop, device=query.device),
             uniform=storage.aligned and storage.dense,
             decays=None if decays is None else decays[:, :, :reach],
@@ -124,4 +151,4 @@ def _blocks(storage: SlotStorage, queries: Queries, heads: int) -> Iterator[tupl
             real=None if real is None else real[:, part],
             explicit=None if explicit is None else explicit[:, :, part],
         )
-        yield part, storage.keys[:, :, :reach], storage.values[:, :, :reach], mask
+        yield part, reach, mask

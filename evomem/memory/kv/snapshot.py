@@ -18,6 +18,7 @@ from evomem.errors import CacheError
 from evomem.memory.kv.cache import SlotCache
 from evomem.memory.kv.evicted import count_evicted
 from evomem.memory.kv.layer import SlotLayer
+from evomem.memory.kv.ragged import RaggedLayout
 from evomem.memory.observations import Recorder, Sizes, Wanted
 from evomem.memory.observations.base import State
 
@@ -30,8 +31,10 @@ TENSORS = ("start", "turned", "evicted")
 ``starts`` follows from ``start``, ``is_initialized`` from ``seen``; ``pending`` and ``ahead`` exist within a pass only.
 """
 FLAGS = ("dense", "aligned")
-SLOT_TENSORS = ("keys", "values", "slots", "decays")
-"""Attributes of its `SlotStorage`: truths, tensors."""
+"""Truths about its `SlotStorage`. Its tensors are those of ``even`` by their names, those of ``flat`` with ``flat.``
+before them, and ``lengths`` of the layout; what is recorded has ``slotwise.``, ``flat.slotwise.`` and ``rowwise.``.
+"""
+EVEN = ("keys", "values", "slots", "decays")
 _LARGEST = 2**53
 """Whole numbers up to which JSON and floats are exact."""
 
@@ -43,7 +46,7 @@ class Snapshot:
     Attributes
     ----------
     facts : JSON-serialisable.
-    tensors : by ``LAYER.NAME``, ``LAYER.slotwise.NAME`` and ``LAYER.rowwise.NAME``; those of the cache, not copies.
+    tensors : by ``LAYER.NAME``; those of the cache, not copies.
     """
 
     facts: dict[str, Any]
@@ -67,11 +70,16 @@ def take(cache: SlotCache) -> Snapshot:
         facts |= {name: getattr(storage, name) for name in FLAGS}
         recorded = {"recorded_window": recorder.window, "recorded_from": recorder.begin}
         layers.append(facts | {"observing": recorder.wanted == cache.wanted} | recorded)
-        named = {name: getattr(layer, name) for name in TENSORS}
-        named |= {name: getattr(storage, name) for name in SLOT_TENSORS}
-        tensors |= {f"{layer.index}.{name}": tensor for name, tensor in named.items() if tensor is not None}
-        for group, states in (("slotwise", recorder.slotwise), ("rowwise", recorder.rowwise)):
-            tensors.update({f"{layer.index}.{group}.{name}": state for name, state in states.items()})
+        named = {name: getattr(layer, name) for name in TENSORS if getattr(layer, name) is not None}
+        groups = {
+            "": storage.even, "flat.": storage.flat, "flat.slotwise.": recorder.flat,
+            "slotwise.": recorder.slotwise, "rowwise.": recorder.rowwise,
+        }  # fmt: skip
+        for group, parts in groups.items():
+            named |= {f"{group}{name}": tensor for name, tensor in parts.items()}
+        if storage.layout is not None:
+            named["lengths"] = storage.layout.lengths
+        tensors |= {f"{layer.index}.{name}": tensor for name, tensor in named.items()}
     return Snapshot(
         {
             "decides_after_forward": cache.decides_after_forward,
@@ -139,23 +147,27 @@ def check(snapshot: Snapshot, cache: SlotCache) -> list[dict[str, Tensor]]:
 def _fill(layer: SlotLayer, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
     for name in (*COUNTS, *NUMBERS, *MAYBE):
         setattr(layer, name, facts[name])
-    for name in FLAGS:
-        setattr(layer.storage, name, facts[name])
-    for name in (*TENSORS, *SLOT_TENSORS):
+    for name in TENSORS:
         if name in tensors:
-            setattr(layer if name in TENSORS else layer.storage, name, tensors[name])
+            setattr(layer, name, tensors[name])
     layer.is_initialized = layer.seen > 0
     layer.starts = tuple(layer.start.tolist()) if layer.seen else ()
-    parts = {
-        group: {n.removeprefix(f"{group}."): t for n, t in tensors.items() if n.startswith(f"{group}.")}
-        for group in ("slotwise", "rowwise")
-    }
-    layer.recorder = Recorder(
-        wanted, parts["slotwise"], parts["rowwise"], facts["recorded_window"], facts["recorded_from"]
+    storage = layer.storage
+    storage.dense = facts["dense"]
+    storage.even = {name: tensors[name] for name in EVEN if name in tensors}
+    storage.flat = {name: tensors[f"flat.{name}"] for name in EVEN if f"flat.{name}" in tensors}
+    if "lengths" in tensors:
+        storage.layout = RaggedLayout(tensors["lengths"].cpu(), tensors["slots"].device)
+    storage.padded = bool(storage.even) and not bool((storage.even["slots"] >= 0).all())
+    slotwise, rowwise, flat = (
+        {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
+        for group in ("slotwise.", "rowwise.", "flat.slotwise.")
     )
+    layer.recorder = Recorder(wanted, slotwise, rowwise, facts["recorded_window"], facts["recorded_from"], flat)
     if not facts["observing"]:
         layer.recorder.stop()
         layer.recorder.window = facts["recorded_window"]
+    storage.settle(layer.recorder)  # a file of a version that padded shorter heads
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -217,6 +229,8 @@ def _check_tensors(
         "turned": ((batch,), torch.int64),
         "evicted": ((batch, layers), torch.int64),
     }
+    flat = {name: tensors[name] for name in tensors if name == "lengths" or name.startswith("flat.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in flat}
     _check_shape(f"{index}.slots", slots, *shapes["slots"])
     _check_shape(f"{index}.start", start, *shapes["start"])
     _require(bool(((start >= 0) & (start <= seen)).all()), f"{index}.start", "is outside of what was read")
@@ -234,12 +248,42 @@ def _check_tensors(
         _require(bool(((evicted >= 0) & (evicted <= seen)).all()), f"{index}.evicted", "is outside of what was read")
     for name in shapes.keys() - tensors.keys() - {"decays", "turned", "evicted"}:
         raise CacheError(f"{index}.{name}: is missing")
+    if flat:
+        _check_flat(index, facts, flat, tensors)
     rising = (slots[..., 1:] > slots[..., :-1]) | (slots[..., :-1] == -1)
     within = bool(((slots >= -1) & (slots < seen)).all()) and bool(rising.all())
     _require(within, f"{index}.slots", "are not the ascending indices of tokens that were read")
-    _require(not facts["aligned"] or bool((slots >= 0).all()), f"{index}.slots", "have empty ones, and aligned says no")
-    whole = held == seen and bool((slots == torch.arange(held, device=slots.device)).all())
+    aligned = not flat and bool((slots >= 0).all())
+    _require(not facts["aligned"] or aligned, f"{index}.slots", "have empty ones, and aligned says no")
+    whole = not flat and held == seen and bool((slots == torch.arange(held, device=slots.device)).all())
     _require(not facts["dense"] or whole, f"{index}.slots", "are not all tokens, and dense says so")
+
+
+def _check_flat(index: int, facts: Mapping[str, Any], flat: Mapping[str, Tensor], even: Mapping[str, Tensor]) -> None:
+    """Check the older slots of heads of different lengths: there are so many, and they come before the even ones."""
+    shared = {name: tensor for name, tensor in even.items() if name in EVEN or name.startswith("slotwise.")}
+    for name in sorted({"lengths", *(f"flat.{name}" for name in shared)} ^ set(flat)):
+        trouble = "is nothing that this manager's cache holds" if name in flat else "is missing"
+        raise CacheError(f"{index}.{name}: {trouble}")
+    lengths, slots = flat["lengths"], flat["flat.slots"].cpu()
+    _check_shape(f"{index}.lengths", lengths, tuple(even["slots"].shape[:2]), torch.int64)
+    within = bool(((lengths >= 0) & (lengths <= facts["seen"])).all())
+    _require(within, f"{index}.lengths", "are not those of tokens that were read")
+    layout = RaggedLayout(lengths.cpu(), torch.device("cpu"))
+    for name, like in shared.items():
+        _check_shape(f"{index}.flat.{name}", flat[f"flat.{name}"], (layout.total, *like.shape[3:]), like.dtype)
+    _require(
+        bool(((slots >= 0) & (slots < facts["seen"])).all()), f"{index}.flat.slots", "are of no token that was read"
+    )
+    first = torch.zeros(layout.total + 1, dtype=torch.bool)
+    first[layout.bounds] = True  # where a head begins, what comes before is another head's
+    rising = bool(((slots[1:] > slots[:-1]) | first[1:-1]).all())
+    _require(rising, f"{index}.flat.slots", "are not the ascending indices of tokens that were read")
+    if even["slots"].shape[2] and layout.total:
+        some = lengths.flatten() > 0
+        last = slots[layout.bounds[1:][some] - 1]
+        following = even["slots"].flatten(0, 1)[some.to(even["slots"].device), 0].cpu()
+        _require(bool((last < following).all()), f"{index}.slots", "are not the ascending indices after the flat ones")
 
 
 def _recorded_shapes(

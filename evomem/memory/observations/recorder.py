@@ -6,9 +6,10 @@ is computed in blocks of queries; a (heads, tokens, tokens) tensor never exists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from evomem.memory.kv.attention import attention_probabilities
 from evomem.memory.kv.masks import Visibility, causal_rows, joined_rows, slot_mask
 from evomem.memory.kv.rotary import Rotary
 from evomem.memory.observations.base import Moment, Wanted, Window
+
+if TYPE_CHECKING:
+    from evomem.memory.kv.ragged import RaggedLayout
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Recorder:
     window: int | None = None
     begin: int = 0
     """Tokens that had been read when recording began."""
+    flat: dict[str, Tensor] = field(default_factory=dict)
+    """What of ``slotwise`` belongs to older slots of heads that hold differently many (`evomem.memory.kv.storage`)."""
 
     def append(self, batch: int, kv_heads: int, count: int, like: Tensor) -> None:
         """Make room for ``count`` new slots: nobody has looked at them yet."""
@@ -111,25 +117,44 @@ class Recorder:
         mask = slot_mask(moment.slots, indices, decays=moment.decays, window=moment.window, explicit=visible)
         return Window(attention_probabilities(query, moment.keys, moment.scale, mask, moment.softcap), real, width)
 
-    def gather(self, index: Tensor) -> None:
-        """Follow a compaction: index (batch, kv_heads, kept) into the slots."""
-        for name, state in self.slotwise.items():
-            wide = index.view(*index.shape, *([1] * (state.dim() - 3)))
-            self.slotwise[name] = state.gather(2, wide.expand(*index.shape, *state.shape[3:]))
+    def change(self, change: Callable[[Tensor | None, Tensor], tuple[Tensor | None, Tensor]]) -> None:
+        """Follow what becomes of the slots: replace the flat part (None: there is none) and the even part of states."""
+        for name in list(self.slotwise):
+            flat, self.slotwise[name] = change(self.flat.pop(name, None), self.slotwise[name])
+            if flat is not None:
+                self.flat[name] = flat
+
+    def whole(self, layout: RaggedLayout | None) -> Recorder:
+        """Return a recorder whose ``slotwise`` states are of all slots, padded; this one where all slots are even.
+
+        ``rowwise`` is shared. What the recorder learns of slots is taken over by `take_over`.
+        """
+        if layout is None:
+            return self
+        joined = {name: torch.cat((layout.pad(self.flat[name]), state), 2) for name, state in self.slotwise.items()}
+        return replace(self, slotwise=joined, flat={})
+
+    def take_over(self, whole: Recorder, layout: RaggedLayout | None) -> None:
+        """Hold what `whole` returned, or another recorder of all slots, in a flat and an even part."""
+        if layout is None:
+            self.slotwise = whole.slotwise
+            return
+        older = slice(layout.longest)
+        self.flat = {name: layout.flatten(state[:, :, older]) for name, state in whole.slotwise.items()}
+        self.slotwise = {name: state[:, :, layout.longest :].clone() for name, state in whole.slotwise.items()}
 
     def rows(self, index: Tensor) -> None:
-        """Follow a selection, repetition or reordering of the rows."""
-        for states in (self.slotwise, self.rowwise):
-            for name, state in states.items():
-                states[name] = state.index_select(0, index.to(state.device))
+        """Follow a selection, repetition or reordering of the rows; slot-aligned states follow by `change`."""
+        for name, state in self.rowwise.items():
+            self.rowwise[name] = state.index_select(0, index.to(state.device))
 
     def stop(self) -> None:
         """Record nothing more, and let go of everything recorded."""
-        self.wanted, self.slotwise, self.rowwise = Wanted(), {}, {}
+        self.wanted, self.slotwise, self.rowwise, self.flat = Wanted(), {}, {}, {}
 
     def tensors(self) -> list[Tensor]:
         """Everything held, for counting bytes."""
-        return [*self.slotwise.values(), *self.rowwise.values()]
+        return [*self.slotwise.values(), *self.rowwise.values(), *self.flat.values()]
 
 
 def writable(state: Tensor) -> Tensor:
