@@ -137,6 +137,24 @@ def test_lava_gives_layers_their_entropy_and_heads_their_ranks(case: Any, safegu
             assert [int(x) for x in limit[row]] == [sum(one[3] == head for one in kept) for head in range(heads)]
 
 
+@pytest.mark.parametrize("budget", [6, 9])
+def test_layers_of_more_heads_get_more(budget: int) -> None:
+    """Of two layers that are alike, the one of three heads has three times the slots of the one of a head."""
+    views = made_views(7, [[[26] * 3, [26] * 3], [[26], [26]], [[26] * 3, [26] * 3]])
+    for view in views:
+        for tensor in view.recorded.values():
+            tensor.fill_(0.25)
+        view.values.fill_(1.0)
+    scores = [torch.randn(view.slots.shape, generator=torch.Generator().manual_seed(1)) for view in views]
+    mean = torch.full((2, 1, 1), budget)
+    for name in OBSERVING:
+        allocation = build_allocation({"name": name, "options": {"window": WINDOW}})
+        limits = allocation.limits(views, [mean] * 3, scores, Ends())
+        totals = torch.stack([limit.sum((1, 2)) for limit in limits])
+        assert totals.sum(0).tolist() == [7 * budget] * 2
+        assert ((totals - torch.tensor([3, 1, 3])[:, None] * budget).abs() <= 1).all()
+
+
 # ---- by what heads do on synthetic text -----------------------------------------------------------------------------
 
 
