@@ -23,7 +23,7 @@ from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.managers.allocation.probed import on_model
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
-from evomem.memory.kv.due import decisions, turns
+from evomem.memory.kv.due import check_heads, decisions, turns
 from evomem.memory.kv.parallel import degree
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.positions import beyond, position_limit
@@ -255,6 +255,7 @@ class Evaluator:
         return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
 
     def _decide(self, cache: SlotCache, policy: Deciding) -> None:
+        check_heads(policy, (layer.slots.shape[1] for layer in cache.layers))
         if policy.whole_model:
             views = [layer.view() for layer in cache.layers]
             made = policy.decide_all(views)

@@ -121,6 +121,7 @@ class PopulationPolicy:
         self.schedule: Schedule = schedules.pop()
         self.groups = list(_grouped(managers))
         self.whole_model = any(manager.whole_model for manager in managers)
+        self.layers_differ = any(manager.layers_differ for manager in managers)
         self._fades: dict[int, Tensor] = {}
         self._placed: dict[torch.device, list[_Group]] = {}
 

@@ -142,6 +142,11 @@ class RolloutPolicy:
         return len(self.seeds)
 
     @property
+    def layers_differ(self) -> bool:
+        """Whether the policy gives layers different parts of its budget by their depth."""
+        return self.manager.layers_differ
+
+    @property
     def observes(self) -> frozenset[str]:
         """What the policies look at."""
         others = [one.observes for one in (self.behaviour, self.reference) if one is not None]

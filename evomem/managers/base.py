@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from evomem.bounds import NEIGHBOURS
 from evomem.errors import ConfigError, PluginError
-from evomem.managers.allocation import Allocation, ModelAllocation, Threshold, Uniform, build_allocation, settle
+from evomem.managers.allocation import (
+    Allocation,
+    LayerAllocation,
+    ModelAllocation,
+    Threshold,
+    Uniform,
+    build_allocation,
+    settle,
+)
 from evomem.managers.allocation.probed import measured_buffers, on_model
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.options import ManagerOptions, Schedule, check_budget
@@ -173,6 +181,11 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
     def whole_model(self) -> bool:
         """Whether a decision needs all layers' views, so that `decide_all` must be asked and not `decide`."""
         return isinstance(self.allocation, ModelAllocation)
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether layers get different parts of the budget, each of which is worked out from the layer's depth."""
+        return isinstance(self.allocation, LayerAllocation) and self.allocation.by_depth
 
     @property
     def counts_evicted(self) -> bool:

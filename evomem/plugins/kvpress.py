@@ -21,6 +21,7 @@ from evomem.errors import ConfigError
 from evomem.managers import MemoryManager
 from evomem.managers.allocation import LayerAllocation, Uniform
 from evomem.memory import LayerView, layer_view
+from evomem.memory.kv.due import check_heads
 from evomem.memory.kv.parallel import check_parallel
 from evomem.memory.kv.recompute import recomputed
 from evomem.memory.kv.rotary import Rotary, find_rotaries, rotate_half
@@ -86,6 +87,7 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
         if compression_ratio is not None:
             self.compression_ratio = compression_ratio
         self._rotaries: tuple[Rotary | None, ...] = ()
+        self._heads: int | None = None  # KV heads of the first layer
 
     def __repr__(self) -> str:
         return f"EvoMemPress({self.manager!r}, compression_ratio={self._ratio})"
@@ -164,6 +166,8 @@ class EvoMemPress(ScorerPress):  # type: ignore[misc]
     def _view(self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, kwargs: Any) -> LayerView:
         """Return what the manager sees of the layer, its observations computed again from the hidden states."""
         _require_whole(module, kwargs.get("attention_mask"), hidden_states.shape[1])
+        self._heads = keys.shape[1] if not module.layer_idx else self._heads or keys.shape[1]
+        check_heads(self.manager, (self._heads, keys.shape[1]))
         if not hidden_states.shape[1] == keys.shape[2] == kwargs["position_embeddings"][0].shape[1]:
             raise ConfigError(
                 f"{keys.shape[2]} keys of {hidden_states.shape[1]} tokens read: EvoMemPress judges whole contexts, and "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from evomem.errors import CacheError
+from evomem.errors import CacheError, UnsupportedModelError
 from evomem.memory.view import Decision, LayerView
 
 if TYPE_CHECKING:
@@ -43,8 +43,32 @@ def needs_all_layers(policy: object) -> bool:
     return bool(getattr(policy, "whole_model", False))
 
 
+def check_heads(policy: object, counts: Iterable[int]) -> None:
+    """Raise `UnsupportedModelError` where layers with different numbers of heads get different parts of a budget.
+
+    Such a policy (``layers_differ``) works out every layer's slots per head from its depth, as if all layers had
+    as many heads. Where they have not, the slots of all heads would not add up to the budget.
+
+    Parameters
+    ----------
+    counts : KV heads of the layers, as far as they are known.
+    """
+    heads = sorted(set(counts))
+    if len(heads) > 1 and getattr(policy, "layers_differ", False):
+        name = getattr(policy, "name", type(policy).__name__)
+        raise UnsupportedModelError(
+            f"manager {name!r} gives layers different parts of its budget by their depth, and layers of this model "
+            f"have {' and '.join(map(str, heads))} KV heads, so that the slots of all heads would not add up to the "
+            "budget; take allocation=uniform, across_heads, or one that sees all layers: per_head_shares, cake, lava"
+        )
+
+
 def decisions(policy: CachePolicy, views: Sequence[LayerView]) -> Iterable[Decision]:
-    """Return the decisions about all layers: one after the other as they are asked for, or all at once."""
+    """Return the decisions about all layers: one after the other as they are asked for, or all at once.
+
+    Raises `UnsupportedModelError`, see `check_heads`.
+    """
+    check_heads(policy, (view.slots.shape[1] for view in views))
     return decide_all(policy, views) if needs_all_layers(policy) else map(policy.decide, views)
 
 

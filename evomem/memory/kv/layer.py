@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from evomem.errors import CacheError
 from evomem.memory.kv.attention import full_precision, handover, refuse_tracing, uncompiled
-from evomem.memory.kv.due import turns
+from evomem.memory.kv.due import check_heads, turns
 from evomem.memory.kv.masks import Visibility
 from evomem.memory.kv.slot_attention import Queries, attend
 from evomem.memory.kv.storage import SlotStorage
@@ -260,8 +260,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.recorder.take_over(self.recorder, self.storage.layout)
 
     def decide(self, rows: Tensor | None = None) -> None:
-        """Let the policy decide about this layer now; ``rows`` (batch,) bool limits it to some rows."""
+        """Let the policy decide about this layer now; ``rows`` (batch,) bool limits it to some rows.
+
+        Raises `UnsupportedModelError`, see `check_heads`.
+        """
         view = self.view()
+        check_heads(self.cache.policy, (layer.slots.shape[1] for layer in self.cache.layers if layer.seen))
         with full_precision(view.keys):
             decision = self.cache.policy.decide(view)
         self.apply(decision, rows)
