@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -121,7 +122,27 @@ def faults(error: ValidationError, model: type[BaseModel], whole: str = "setting
     ----------
     whole : what a fault is of that is of no field.
     """
-    return list(dict.fromkeys(_explain(fault, model, whole) for fault in error.errors()))
+    alternatives: dict[tuple[str, str], list[Any]] = {}
+    for number, fault in enumerate(error.errors()):
+        location = tuple(str(part) for part in fault["loc"])
+        if location and _BRANCH.fullmatch(location[-1]):  # one value, no alternative of which it is
+            alternatives.setdefault((".".join(location[:-1]), repr(fault["input"])), []).append(fault)
+        else:
+            alternatives[(".".join(location), str(number))] = [fault]
+    return list(dict.fromkeys(_explain(_joined(same), model, whole) for same in alternatives.values()))
+
+
+_BRANCH = re.compile(r"(constrained-)?(int|float|str|bool|none)|(dict|list|tuple|set)\[.*\]")
+"""How pydantic names an alternative of a field (``int | dict | None``) in a location; no name that a user gave."""
+
+
+def _joined(same: list[Any]) -> Any:
+    """Return the faults of a field's alternatives as one, whose message has all of theirs."""
+    if len(same) == 1 and not (same[0]["loc"] and _BRANCH.fullmatch(str(same[0]["loc"][-1]))):
+        return same[0]
+    first, *others = dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in same)
+    more = "".join(f", or {message.removeprefix('Input should be ')}" for message in others)
+    return {**same[0], "loc": same[0]["loc"][:-1], "msg": first + more}
 
 
 def _explain(fault: Any, model: type[BaseModel], whole: str) -> str:
