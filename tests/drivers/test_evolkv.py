@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,9 +14,6 @@ from evomem.errors import ConfigError
 from evomem.evaluation.measurement import Evaluation
 from evomem.evaluation.objectives import make
 from evomem.evaluation.objectives.evolkv import cache_score
-from evomem.managers.allocation import LayerBudgets
-from evomem.managers.selection import Ends
-from tests.managers.test_allocation import full_views
 from tests.support.gaussian_policy import sphere, tell
 
 
@@ -64,21 +60,3 @@ def test_fitness_is_score_times_one_plus_the_bonus(slots, score):
     assert make("evolkv_loglik").value(found) == pytest.approx(math.exp(-2) * (1 + 0.3 * score))
     for missing in ({"target_slots": 64.0}, {"exact": 1.0, "loglik": 0.0}):
         assert math.isnan(make("evolkv").value(Evaluation("s", missing, slots)))
-
-
-@given(factors=st.lists(st.floats(0.0625, 4, width=32), min_size=2, max_size=30), target=st.integers(4, 64))
-def test_completed_budgets_are_the_papers_within_a_slot_and_exact_in_all(factors, target):
-    layers = len(factors)
-    views = full_views(layers, 2000, (0,), 1)
-    found = {}
-    for complete in (True, False):
-        allocation = LayerBudgets(layers=layers, complete=complete)
-        allocation.factors.data = torch.tensor(factors)
-        found[complete] = [int(allocation.layer_limit(v, torch.tensor([[[target]]]), Ends())) for v in views]
-    k = [target * x for x in factors]
-    whole = sum(k)
-    paper = [math.ceil(one + one / whole * (target * layers - whole) - 1e-6) for one in k]
-    assert sum(found[True]) == target * layers <= sum(paper) + 1e-6
-    # A floor of one slot takes from the others where a layer would have none.
-    assert all(abs(b - p) <= 1 for b, p in zip(found[True], paper, strict=True) if min(paper) > 1)
-    assert all(abs(b - max(one, 1)) <= 0.51 for b, one in zip(found[False], k, strict=True))

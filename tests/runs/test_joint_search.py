@@ -133,10 +133,12 @@ def model_bench(loaded, evaluators=None):
 SCORER = {"name": "feature_scorer", "options": {
     "features": NAMES, "allocation": SHARES, "sinks": 1, "recent": 2, "budget": 10}}  # fmt: skip
 POLICY = {"name": "kv_policy", "options": {"features": NAMES, "hidden": 2, "allocation": SHARES, "budget": 10}}
+SLOTS = "slots(window=4, per_head=per_head_shares(layers=2, heads=2))"
 SPACES = {
     "keydiff": {"manager": {"name": "keydiff", "options": {"budget": 10, "allocation": SHARES}}},
     "feature_scorer": {"manager": SCORER},
     "kv_policy": {"manager": POLICY},
+    "slots": {"manager": {**SCORER, "options": {**SCORER["options"], "allocation": SLOTS}}},
 }
 
 
@@ -145,7 +147,8 @@ def test_shares_of_heads_are_searched_with_any_scorer(tmp_path, loaded, name):
     """In one vector; what is deployed at the end holds what was measured."""
     settings = ("driver={name: cmaes, population: 5, options: {diagonal: true}}", "generations=2", "budgets=[8, 12]")
     config = experiment(*SETTINGS, *settings, space=SPACES[name])
-    assert SearchSpace(config.space).coordinates(["allocation.log_shares"]).size == 4
+    expected = 4 + (14 if name == "slots" else 0)
+    assert SearchSpace(config.space).coordinates(["allocation.*"]).size == expected
     result = search(config, tmp_path / "run", model_bench(loaded))
     manager = open_run(tmp_path / "run").winner
     assert manager.whole_model
