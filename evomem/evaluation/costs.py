@@ -272,7 +272,7 @@ def _sizes(manager: MemoryManager, context: KnownContext) -> tuple[float, float 
     for view, decision in zip(context.views, manager.decide_all(context.views), strict=True):
         kept = decision.keep.sum(-1).float()
         counts.append(kept.mean())
-        size += float(kept.amax()) * float(slot_bytes(view, torch.tensor(decision.decay is not None)))
+        size += float(kept.sum()) * float(slot_bytes(view, torch.tensor(decision.decay is not None)))
     return float(stacked(counts).mean()), size if known else None
 
 

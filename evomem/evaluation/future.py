@@ -113,9 +113,9 @@ def sample_key(tokens: Tokens) -> str:
 
 
 def slot_bytes(view: LayerView, fades: Tensor) -> Tensor:
-    """Return the bytes of a kept slot, over all KV heads, in the shape of ``fades`` (bool).
+    """Return the bytes of a slot that one KV head keeps, float64 in the shape of ``fades`` (bool).
 
     A slot that may fade holds its log-decay too.
     """
     size = (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size() + view.slots.element_size()
-    return view.keys.shape[1] * (size + fades.float() * torch.float32.itemsize)
+    return size + fades.double() * torch.float32.itemsize

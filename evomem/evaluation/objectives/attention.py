@@ -81,7 +81,7 @@ def retained_attention(
     key = sample_key(tokens)
     first = key not in evaluator.future.known
     future = evaluator.future.of(evaluator, tokens, key, observes)
-    shares, kept, sizes = [], [], torch.zeros(len(managers), dtype=torch.float32)
+    shares, kept, sizes = [], [], torch.zeros(len(managers), dtype=torch.float64)
     for view, paid, decision in zip(reading.views, future.paid, decisions(policy, reading.views), strict=True):
         keep = decision.keep
         total = paid.sum(-1)
@@ -90,7 +90,7 @@ def retained_attention(
         shares.append(share)
         counts = keep.sum(-1)
         kept.append(counts.float().mean(-1))
-        sizes = sizes + counts.amax(-1).float().cpu() * slot_bytes(view, policy.fades(view.layer))
+        sizes = sizes + counts.sum(-1).double().cpu() * slot_bytes(view, policy.fades(view.layer))
     table = stacked(shares, 1).double().cpu()
     slots = stacked(kept, 1).mean(1).tolist()
     seconds = (time.perf_counter() - begin) / len(managers)
