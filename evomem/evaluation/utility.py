@@ -115,7 +115,8 @@ def utility_curves(
 
     Raises
     ------
-    ConfigError : another protocol, no samples, a manager that does not rank, or that cannot score from traces.
+    ConfigError : another protocol, no samples, a manager that does not rank, or that cannot score from traces; a model
+        whose layers have different numbers of KV heads.
     """
     if evaluator.protocol.kind != "compress_once":
         raise ConfigError("utility curves need the protocol compress_once: one decision about a whole context")
@@ -133,6 +134,12 @@ def utility_curves(
         progress(number, len(samples))
         context = context_of(evaluator, sample, manager.observes)
         _require_scores(manager, context.views)
+        counts = sorted({view.slots.shape[1] for view in context.views})
+        if len(counts) > 1:
+            raise ConfigError(
+                f"utility curves: layers of {' and '.join(map(str, counts))} KV heads; they are for models whose "
+                "layers have the same number"
+            )
         pairs = zip(context.views, context.future.peak, strict=True)
         curves.append(torch.stack([_curve(manager, view, peak, grid) for view, peak in pairs]))
         slots += int(context.views[0].seen)

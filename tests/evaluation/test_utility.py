@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from evomem import plugins
 from evomem.cli.app import app
 from evomem.errors import ConfigError
-from evomem.evaluation import EvaluationProtocol, Evaluator
+from evomem.evaluation import EvaluationProtocol, Evaluator, utility
+from evomem.evaluation.costs import KnownContext
 from evomem.evaluation.future import sample_key
 from evomem.evaluation.traces.store import Traces
 from evomem.evaluation.utility import solve, utility_curves, with_curves, with_shares
@@ -20,6 +21,7 @@ from evomem.managers import build
 from evomem.managers.allocation import LUKV, PerHeadShares
 from tests.evaluation.test_ranking_costs import policy
 from tests.evaluation.test_traces import FEATURES, Words, load, recorded
+from tests.managers.test_allocation import full_views
 
 SAMPLES = Words().samples("train", 2, 0)
 
@@ -101,6 +103,13 @@ def test_what_has_no_curves_is_refused(evaluator):
     for spec in ("pyramidkv(window=4)", "adakv(snapkv(window=4))"):
         with pytest.raises(ConfigError, match="allocation"):
             with_curves(build(spec, budget=8), found)
+
+
+def test_layers_of_different_heads_are_refused(evaluator, monkeypatch):
+    views = (*full_views(2, 20, (0,), 2)[:1], *full_views(2, 20, (0,), 3)[1:])
+    monkeypatch.setattr(utility, "context_of", lambda *_: KnownContext(views, None, 0))
+    with pytest.raises(ConfigError, match="2 and 3 KV heads"):
+        utility_curves(evaluator, build("keydiff"), SAMPLES)
 
 
 @pytest.mark.parametrize("make", [with_curves, lambda m, c: with_shares(m, c, 8)])
