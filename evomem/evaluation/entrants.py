@@ -274,7 +274,9 @@ def _fingerprint(
     def digest(manager: MemoryManager) -> str:
         state = sha256()
         for name, tensor in manager.state_dict().items():
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy has no bfloat16
+            content = (
+                tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+            )  # numpy has no bfloat16
             state.update(name.encode() + content.numpy().tobytes())
         return state.hexdigest()[:16]
 

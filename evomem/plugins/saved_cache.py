@@ -196,8 +196,10 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
         place = plain.untyped_storage().data_ptr()
-        if place in storages or plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
-            plain = plain.clone()
+        part = plain.untyped_storage().nbytes() != plain.numel() * plain.element_size()
+        # One number counts as contiguous whatever its stride is, and then its bytes cannot be looked at.
+        if place in storages or part or plain.reshape(-1).stride() != (1,):
+            plain = plain.clone(memory_format=torch.contiguous_format)
         storages.add(plain.untyped_storage().data_ptr())
         found[name] = plain
     return found

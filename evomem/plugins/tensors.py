@@ -122,4 +122,4 @@ def set_tensors(manager: MemoryManager, tensors: Mapping[str, Tensor], path: Pat
 
 def _bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes, which can be compared whatever its type."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)

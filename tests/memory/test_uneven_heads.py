@@ -22,8 +22,12 @@ BY_DEPTH = (
     "keydiff(budget=10,allocation=across_heads(layers=pyramid))",
     "feature_scorer(budget=10,allocation=3)",
     "kv_policy(budget=10,allocation=3)",
+    "keydiff(budget=10,allocation=layer_budgets(layers=4))",
 )
-OTHERS = ("uniform", "across_heads", "cake", "lava", "probe_shares", "per_head_shares(layers=4,heads=2)")
+OTHERS = (
+    "uniform", "across_heads", "cake", "lava", "probe_shares", "per_head_shares(layers=4,heads=2)", "razor", "duo",
+    "headkv", "slots",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

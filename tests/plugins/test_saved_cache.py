@@ -417,3 +417,28 @@ def test_slots_come_back_onto_the_devices_of_their_layers(model, batch: Batch, t
         with loaded.policy.attach(spread, self_check=False):
             logits = spread(batch.ids[:1, 40:].to("pretend:0"), past_key_values=loaded).logits
         assert torch.equal(logits.cpu(), wanted)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 1), (2, 3), (0,), ()])
+def test_tensors_of_any_stride_are_saved(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """A tensor of one number counts as contiguous whatever its stride is; saving one failed with torch's own error."""
+    numbers = torch.arange(200).double()
+    odd = torch.as_strided(numbers, shape, tuple(24 + axis for axis in range(len(shape))), 5)
+    alone = torch.empty_strided((1,), (24,), dtype=torch.float64).fill_(5.0)
+    plain = saved_cache._plain({"odd": odd, "again": odd, "alone": alone})
+    for name, wanted in (("odd", odd), ("again", odd), ("alone", alone)):
+        assert bytes(saved_cache._bytes(plain[name])) == wanted.numpy().tobytes()
+        assert saved_cache._sum(plain[name])[1] == list(wanted.shape)
+
+
+def test_a_cache_whose_heads_differ_is_saved_after_few_tokens(model, tmp_path: Path) -> None:
+    """Heads of a few slots make tensors of one number, at the ends of larger ones."""
+    ids = torch.randint(3, 60, (1, 24), generator=torch.Generator().manual_seed(0))
+    for cut in range(5, 9):
+        manager = build("expected_attention(budget=0.5, every=5, allocation=headkv)")
+        with torch.no_grad(), manager.attach(model) as cache:
+            model(input_ids=ids[:, :cut], past_key_values=cache)
+            save_cache(cache, tmp_path / "cache")
+            loaded = load_cache(tmp_path / "cache", model)
+            ahead = [model(input_ids=ids[:, cut:], past_key_values=one).logits for one in (cache, loaded)]
+        assert torch.equal(*ahead)
