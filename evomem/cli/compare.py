@@ -14,6 +14,7 @@ from evomem.cli.options import (
     DeviceOption,
     DtypeOption,
     Exact,
+    Heads,
     Json,
     Mode,
     Model,
@@ -49,6 +50,13 @@ def compare(
         bool,
         typer.Option("--oracle", help="Also the decision that knows what will be attended to: a mark, no manager."),
     ] = False,
+    heads: Heads = False,
+    plots: Annotated[
+        str | None,
+        typer.Option(
+            "--plots", metavar="FOLDER", help="Draw memory.png (score against bytes) and heads.png (a heat map) there."
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     plan_check: PlanCheck = True,
@@ -65,6 +73,8 @@ def compare(
 
       evomem compare runs/demo --budgets 32,64,128 --against keydiff,snapkv --no-exact
 
+      evomem compare runs/demo "adakv(keydiff)" --against none --budgets 16,32,64 --heads --plots pictures
+
       evomem compare my-plugin --model ./other-model --task file:questions.jsonl --json rows.json
 
       evomem compare "adakv(keydiff)" --task multikey_1:length=1000 --budgets 0.25 --protocol streaming:512
@@ -72,7 +82,9 @@ def compare(
     with guarded(_again(context, json)):
         from evomem.cli.commands import compare as command
 
-        command.compare(subjects, against, _conditions(context), json, check=check, oracle=oracle)
+        command.compare(
+            subjects, against, _conditions(context), json, check=check, oracle=oracle, heads=heads, plots=plots
+        )
 
 
 def transfer(
@@ -154,6 +166,7 @@ def evaluate(
     samples: Samples = None,
     exact: Exact = True,
     check: Check = True,
+    heads: Heads = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     plan_check: PlanCheck = True,
@@ -172,7 +185,7 @@ def evaluate(
     with guarded(_again(context, json)):
         from evomem.cli.commands import compare as command
 
-        command.evaluate(subject, _conditions(context), json, check=check)
+        command.evaluate(subject, _conditions(context), json, check=check, heads=heads)
 
 
 def _conditions(context: typer.Context) -> Conditions:

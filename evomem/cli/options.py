@@ -105,6 +105,10 @@ Exact = Annotated[
     bool,
     typer.Option("--exact/--no-exact", help="Also generate text, for the exact score (slower)."),
 ]
+Heads = Annotated[
+    bool,
+    typer.Option("--heads", help="Also the slots and KiB of every layer: least, mean and most of its heads."),
+]
 Check = Annotated[
     bool,
     typer.Option("--check/--no-check", help="Refuse a task at which the full cache is no better than no context."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evomem.evaluation.measurement import Table
 from evomem.evaluation.population import Deciding
 from evomem.memory import SlotCache
 
@@ -39,6 +40,20 @@ class Meter:
                 by_row = by_row - torch.where(self._policy.fades(layer.index), 0, cost)
         return by_row
 
+    def bytes_by_head(self, cache: SlotCache) -> list[Tensor]:
+        """Return per layer the bytes of every row's KV heads now: (rows, kv_heads) float64.
+
+        They are those of `bytes_by_row`, without the observations that belong to a row and to none of its slots.
+        """
+        by_layer = []
+        for layer in cache.layers:
+            held = layer.bytes_by_head().double().cpu()
+            if "decays" in layer.storage.even:
+                cost = layer.storage.counts().cpu() * torch.float32.itemsize
+                held = held - torch.where(self._policy.fades(layer.index)[:, None], 0, cost)
+            by_layer.append(held)
+        return by_layer
+
     def add(self, before: Tensor, after: Tensor, tokens: int) -> None:
         """Add ``tokens`` tokens during which the rows grew evenly from ``before`` to ``after`` bytes."""
         self.peak = torch.maximum(self.peak, after)
@@ -49,3 +64,14 @@ class Meter:
     def mean(self) -> Tensor:
         """(rows,) float64, mean over the tokens that arrived; NaN before the first."""
         return self._total / self._tokens if self._tokens else torch.full_like(self._total, torch.nan)
+
+
+def head_memory(cache: SlotCache, meter: Meter) -> list[dict[str, float | Table]]:
+    """Return what every row holds now by layer and KV head: its values ``head_slots`` and ``head_bytes``."""
+    slots = [held.tolist() for held in cache.slots_held()]
+    sizes = [held.tolist() for held in meter.bytes_by_head(cache)]
+    return [{"head_slots": _of_row(slots, row), "head_bytes": _of_row(sizes, row)} for row in range(len(slots[0]))]
+
+
+def _of_row(by_layer: list[list[list[float]]], row: int) -> Table:
+    return tuple(tuple(map(float, layer[row])) for layer in by_layer)

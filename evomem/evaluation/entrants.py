@@ -16,7 +16,7 @@ import torch
 from evomem.devices import CURES, out_of_memory
 from evomem.errors import ConfigError, EvaluationError, OutOfMemoryError
 from evomem.evaluation.evaluator import Evaluator, Reach
-from evomem.evaluation.measurement import EXACT, LOGLIK, Evaluation
+from evomem.evaluation.measurement import EXACT, HEAD_MEMORY, LOGLIK, Evaluation
 from evomem.evaluation.oracle import evaluate_oracle
 from evomem.evaluation.results import SampleFile
 from evomem.evaluation.rows import Budget, Role, budget_size
@@ -210,7 +210,7 @@ def pools_of(scenarios: Sequence[Scenario], count: int, split: Split, seed: int,
 def on_sample(entrants: Sequence[Entrant], scenario: Scenario, sample: Sample, exact: bool) -> list[Evaluation]:
     """Evaluate all entrants on one sample: the context is read once, the batches hold rows of about the same size."""
     observes = frozenset[str]().union(*(entrant.manager.observes for entrant in entrants))
-    measurement = (EXACT if exact else LOGLIK).observing(observes)
+    measurement = (EXACT if exact else LOGLIK).also(HEAD_MEMORY).observing(observes)
     by_entrant: dict[int, Evaluation] = {}
     for index, entrant in enumerate(entrants):
         if entrant.role == "oracle":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evomem.devices import devices_of, stacked
 from evomem.errors import TaskError, UnsupportedModelError
-from evomem.evaluation.byte_meter import Meter
+from evomem.evaluation.byte_meter import Meter, head_memory
 from evomem.evaluation.future import FutureAttention, KnownSamples
 from evomem.evaluation.likelihood import mean_loglik
 from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol, Measurement
@@ -117,6 +117,7 @@ class Evaluator:
         else:
             cache, tokens_shared, tokens_each = self._stream(policy, tokens, meter)
         slots = stacked([counts.float().mean(-1) for counts in cache.slots_held()]).mean(0).tolist()
+        memory = head_memory(cache, meter) if "head_memory" in measurement else [{}] * policy.size
         texts: list[str] | None = None
         # A row of a file may be of likelihood only.
         generates = "exact" in measurement and task.has_exact and sample.max_new_tokens > 0
@@ -134,7 +135,9 @@ class Evaluator:
         return [
             Evaluation(
                 sample=sample.id,
-                values={"loglik": loglik[i]} | ({} if texts is None else {"exact": task.score(sample, texts[i])}),
+                values={"loglik": loglik[i]}
+                | ({} if texts is None else {"exact": task.score(sample, texts[i])})
+                | memory[i],
                 slots=slots[i],
                 bytes_peak=float(meter.peak[i]),
                 bytes_mean=float(meter.mean[i]),

@@ -185,6 +185,9 @@ LOGLIK = Measurement.of("loglik")
 EXACT = Measurement.of("loglik", "exact")
 """The answer's log-likelihood, and the task's exact metric of what is generated."""
 
+HEAD_MEMORY = Measurement.of("head_memory")
+"""What every layer and KV head holds when the context has been read."""
+
 Table = tuple[tuple[float, ...], ...]
 """One number a layer and KV head."""
 
@@ -204,6 +207,8 @@ class Evaluation:
         ``head_attention``: per layer and KV head, the share of the attention paid to the context by question and answer
         that falls on the kept slots (larger is better);
         ``head_cost``: per layer and KV head, what the manager's ranking costs (smaller is better);
+        ``head_slots``, ``head_bytes``: per layer and KV head, the slots that hold a token and the bytes that the head
+        costs, when reading has ended;
         ``rank_correlation``, ``good_decisions``, ``sorted_cost``: how the decision compares with one that knows the
         future.
     slots : slots per KV head that the decision left, mean over layers and heads; None: no result.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 from evomem.errors import EvomemError
-from evomem.evaluation.measurement import Evaluation
+from evomem.evaluation.measurement import Evaluation, Table
 from evomem.files.strict_json import as_float
 from evomem.statistics import bootstrap_mean, paired_bootstrap, recovered_share
 
@@ -44,6 +44,8 @@ class Row:
     remark : what else a reader must know of the samples: how few there are, how a small file was divided.
     longest, positions : tokens of the longest sample, and the fewer positions that a rotary model was made for; both
         None where it was made for all of them.
+    head_slots, head_bytes : per layer, one number a KV head: the slots that hold a token and the bytes that the head
+        costs when the context has been read, means over samples. None: not measured.
     dtype, device : type of the model's weights, and where they lay (`evomem.devices.named`); None if that is not known.
     """
 
@@ -75,6 +77,8 @@ class Row:
     positions: int | None = None
     dtype: str | None = None
     device: str | None = None
+    head_slots: list[list[float]] | None = None
+    head_bytes: list[list[float]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, numbers that are not finite as None."""
@@ -209,11 +213,21 @@ def _row(
         positions=one.positions,
         dtype=one.dtype,
         device=one.device,
+        head_slots=_mean_table([e.table("head_slots") for e in evaluations]),
+        head_bytes=_mean_table([e.table("head_bytes") for e in evaluations]),
     )
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _mean_table(tables: Sequence[Table | None]) -> list[list[float]] | None:
+    """Return the mean of tables of one number a layer and KV head; None if one was not measured (earlier versions)."""
+    measured = [table for table in tables if table is not None]
+    if len(measured) < len(tables):
+        return None
+    return [[_mean(values) for values in zip(*heads, strict=True)] for heads in zip(*measured, strict=True)]
 
 
 def _mean_loglik(evaluations: Sequence[Evaluation]) -> float:

@@ -25,6 +25,7 @@ _CAPTIONS = {
     "comparison": "Log-likelihood against the measured size of the cache; bars are 95 % intervals",
     "fitness": "Fitness by generation",
     "diagnostics": "What the search said of its own steps",
+    "heads": "Slots of every layer and KV head after the context, on average over the samples",
     "front": "The front: score against measured bytes",
     "transfer": "Advantage over the best heuristic of each model; bars are 95 % intervals",
 }

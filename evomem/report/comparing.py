@@ -21,6 +21,7 @@ from evomem.models import LoadedModel
 from evomem.report.evolving import scenarios_of
 from evomem.report.outputs import claim
 from evomem.report.packages import require_for
+from evomem.report.pictures import claim_folder, draw_comparison
 from evomem.report.subjects import Source, Subject, resolve, resolve_all, searched_tasks
 from evomem.report.tables import keep_rows, partial_file, samples_file
 from evomem.runs.experiment_parts import TaskConfig
@@ -95,6 +96,7 @@ def compare(
     device: str | None = None,
     plan_check: bool = True,
     out: str | Path | None = None,
+    plots: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Compare managers with the field on the same samples at the same budgets.
@@ -124,6 +126,8 @@ def compare(
     dtype, device : of the models that are loaded.
     plan_check : refuse what needs more memory, disk or time than there is.
     out : JSON file for the rows, with the samples beside it; a comparison that was killed goes on there.
+    plots : folder for pictures: score against bytes (``memory.png``), and a heat map of the slots of every layer and KV
+        head (``heads.png``).
     progress : called with (samples done, samples in all).
 
     Returns
@@ -153,11 +157,14 @@ def compare(
     if str(out) == "-":
         raise ConfigError("out: - is no file; the rows are returned")
     path = claim_rows("out", None if out is None else str(out))
+    folder = claim_folder("plots", plots)
     rows = compare_subjects(
         subjects, against, conditions, oracle=oracle, check=check, keep=partial_file(path), progress=progress
     )
     if path is not None:
         keep_rows(rows, Path(path))
+    if folder is not None:
+        draw_comparison(folder, rows)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from evomem.managers import names
 from evomem.models import LoadedModel
 from evomem.report.diagnostics import diagnostics_plot
 from evomem.report.packages import require_for_search
-from evomem.report.plots import fitness_plot, front_plot, memory_plot
+from evomem.report.pictures import draw_comparison
+from evomem.report.plots import fitness_plot, front_plot
 from evomem.report.tables import keep_rows, markdown, partial_file, read_rows, sentences
 from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
 from evomem.runs.bench import load_model
@@ -189,18 +191,17 @@ def _write_report(run: Run, result: RunResult, rows: Sequence[Row]) -> None:
     drawn = run.folder / "plots" / "diagnostics.png"
     if diagnostics_plot(drawn, run.generations(), f"{name}: diagnostics"):
         pictures[drawn.name] = drawn
-    places = list(dict.fromkeys((row.model, row.task) for row in rows))
-    for number, (model, task) in enumerate(places):
-        here = [row for row in rows if (row.model, row.task) == (model, task)]
-        title = f"{task} on {model}, {here[0].samples} {here[0].split} samples"
-        file = "memory.png" if len(places) == 1 else f"memory-{number + 1}.png"
-        memory_plot(run.folder / "plots" / file, here, title)
-        pictures[file.replace("memory", "comparison")] = run.folder / "plots" / file
+    for path in draw_comparison(run.folder / "plots", rows):
+        pictures[path.name.replace("memory", "comparison")] = path
     if plugins.is_plugin(run.plugin):
         known = dict(plugins.read(run.plugin).provenance)
     else:
         raise RunError(f"{run.plugin}: the winner's plug-in is missing; delete result.json and resume the run")
-    provenance = {**known, "comparison": [row.to_json() for row in rows], "sentences": sentences(rows)}
+    # What the field's heads hold is in the run's rows and in the picture; a plug-in stays a few kilobytes.
+    told = [
+        (row if row.role == "subject" else replace(row, head_slots=None, head_bytes=None)).to_json() for row in rows
+    ]
+    provenance = {**known, "comparison": told, "sentences": sentences(rows)}
     if provenance != known:
         shown = {name: path.read_bytes() for name, path in list(pictures.items())[: plugins.PICTURE_COUNT]}
         plugins.save(run.winner, run.plugin, provenance, pictures=shown)

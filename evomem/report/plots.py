@@ -187,7 +187,9 @@ def _oracle_line(axes: Any, rows: Sequence[Row]) -> tuple[float, float, str, str
 
 def _named(rows: Sequence[Row]) -> dict[str, str]:
     """Colours of the managers that are drawn in colour."""
-    subjects = list(dict.fromkeys(row.manager for row in rows if row.role == "subject"))
+    # The first subject is the one that differences are taken of: it has none itself.
+    ordered = sorted((row for row in rows if row.role == "subject"), key=lambda row: row.difference is not None)
+    subjects = list(dict.fromkeys(row.manager for row in ordered))
     colours = dict.fromkeys(subjects[:1], _SUBJECT)
     budgets = {row.budget for row in rows if row.role == "field"}
     best = [best_heuristic([row for row in rows if row.budget == budget]) for budget in sorted(budgets, key=str)]

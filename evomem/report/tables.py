@@ -22,7 +22,7 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 FEW = 10
 """Samples below which a bootstrap interval is not to be trusted: it can only be made of the values that are there."""
 
-_COLUMNS = ("manager", "loglik", "advantage", "exact", "slots", "KiB", "recovered")
+_COLUMNS = ("manager", "loglik", "advantage", "exact", "slots", "min-max", "total", "KiB", "recovered")
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -77,7 +77,19 @@ def checked_row(row: AnyRow) -> AnyRow:
     for span in spans:
         if span is not None and not (isinstance(span, list) and len(span) == 2 and all(map(_is_number, span))):
             raise TypeError("an interval is two numbers")
+    for heads in (row.head_slots, row.head_bytes):
+        if heads is not None and not _is_table(heads):
+            raise TypeError("heads have a number each, layer by layer")
     return row
+
+
+def _is_table(value: object) -> bool:
+    """Whether a value is a list of layers, each a list of one number a head."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(layer, list) and bool(layer) and all(map(_is_number, layer)) for layer in value)
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -89,7 +101,7 @@ def _is_number(value: object) -> bool:
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Return one table per model and task, a section per budget, the best first, the subject highlighted."""
     found = []
-    for (model, task), group in _by_scenario(rows):
+    for (model, task), group in by_scenario(rows):
         first = group[0]
         table = Table(
             title=f"{task} on {model}, {first.protocol}, {first.samples} {first.split} samples",
@@ -114,15 +126,18 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """Return what a reader of the table must know: what the columns mean, and whose memory is not equal."""
     found = []
     if any(row.difference is not None for row in rows):
-        subject = next(row.manager for row in rows if row.role == "subject")
+        # The others' differences are from the first subject; further subjects have differences themselves.
+        subject = next(row.manager for row in rows if row.role == "subject" and row.difference is None)
         spread = "95 % paired bootstrap" if any(row.interval is not None for row in rows) else "of one sample"
         text = f"loglik: nats per answer token. advantage: of {subject} over the row, {spread}."
         if any(row.recovered is not None for row in rows):
             text += " recovered: share of what random eviction loses."
+        if any(row.head_slots is not None for row in rows):
+            text += " slots: mean per KV head; total: of all heads, after the context."
         found.append(text)
     for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
         found.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
-    for (model, task), group in _by_scenario(rows):
+    for (model, task), group in by_scenario(rows):
         remarks, count = [group[0].remark] if group[0].remark else [], group[0].samples
         if count == 1:
             remarks.append("of 1 sample there is no interval")
@@ -151,7 +166,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     """Return one sentence per model, task and budget: whether it beats the best heuristic of equal memory."""
     found = []
     several = len({(row.model, row.task) for row in rows}) > 1
-    for (model, task), group in _by_scenario(rows):
+    for (model, task), group in by_scenario(rows):
         for _, section in groupby(group, key=lambda row: row.budget):
             text = _sentence(list(section))
             if text is not None:
@@ -215,7 +230,7 @@ def markdown(rows: Sequence[Row], title: str = "Comparison") -> str:
     lines = [f"# {title}", ""]
     for sentence in sentences(rows):
         lines += [sentence, ""]
-    for (model, task), group in _by_scenario(rows):
+    for (model, task), group in by_scenario(rows):
         first = group[0]
         lines += [f"## {task} on {model}, {first.protocol}, {first.samples} {first.split} samples", ""]
         headings = _headings(group)
@@ -235,7 +250,8 @@ def budget_text(budget: Budget) -> str:
     return "-" if budget is None else str(budget)
 
 
-def _by_scenario(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]]:
+def by_scenario(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]]:
+    """Yield the rows of every model and task: ((model, task), rows)."""
     for place, group in groupby(rows, key=lambda row: (row.model, row.task)):
         yield place, list(group)
 
@@ -246,6 +262,8 @@ def _headings(rows: Sequence[Row]) -> list[str]:
         "advantage": all(row.difference is None for row in rows),
         "exact": all(row.score is None for row in rows),
         "recovered": all(row.recovered is None for row in rows),
+        "min-max": not any(_heads_differ(row) for row in rows),
+        "total": all(row.head_slots is None for row in rows),
     }
     interval = " [95 %]" if any(row.interval is not None for row in rows) else ""
     return [name + interval * (name == "advantage") for name in _COLUMNS if not empty.get(name, False)]
@@ -260,6 +278,8 @@ def _cells(row: Row, headings: Sequence[str]) -> list[str]:
         "advantage": "" if row.difference is None else f"{row.difference:+.3f} {_span(row.interval)}".rstrip(),
         "exact": "" if row.score is None else f"{row.score:.3f}",
         "slots": f"{row.slots:.1f}",
+        "min-max": _range(row),
+        "total": "" if row.head_slots is None else f"{sum(map(sum, row.head_slots)):,.0f}",
         "KiB": _kib(row.bytes_mean) + mark,
         "recovered": "" if row.recovered is None else f"{row.recovered:.2f}",
     }
@@ -268,6 +288,19 @@ def _cells(row: Row, headings: Sequence[str]) -> list[str]:
 
 def _span(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
+def _heads_differ(row: Row) -> bool:
+    return len({count for layer in row.head_slots or () for count in layer}) > 1
+
+
+def _range(row: Row) -> str:
+    """Return the slots of the head with the fewest and of the one with the most."""
+    counts = [count for layer in row.head_slots or () for count in layer]
+    if not counts:
+        return ""
+    least, most = f"{min(counts):.0f}", f"{max(counts):.0f}"
+    return least if least == most else f"{least}-{most}"
 
 
 def _kib(size: float) -> str:

@@ -92,7 +92,7 @@ def test_a_search_leaves_everything_in_its_folder(world):
     folder, said = world / "run", (world / "said").read_text()
     for name in ("config.yaml", "journal.jsonl", "result.json", "comparison.json", "comparison.md"):
         assert (folder / name).stat().st_size > 0
-    for name in ("fitness.png", "memory.png"):
+    for name in ("fitness.png", "memory.png", "heads.png"):
         assert (folder / "plots" / name).read_bytes().startswith(b"\x89PNG")
     rows = json.loads((folder / "comparison.json").read_text())
     assert {(row["manager"], row["budget"]) for row in rows} == {
@@ -103,13 +103,15 @@ def test_a_search_leaves_everything_in_its_folder(world):
         values = [line["evaluations"][place]["loglik"] for line in lines]
         assert next(r["loglik"] for r in rows if r["manager"] == row) == pytest.approx(np.mean(values))
     provenance = json.loads((folder / "winner" / "plugin" / "provenance.json").read_text())
-    assert provenance["comparison"] == rows
+    assert all(np.shape(row["head_slots"]) == (2, 2) for row in rows)
+    bare = {"head_slots": None, "head_bytes": None}  # a plug-in has its own heads' numbers, the run has all
+    assert provenance["comparison"] == [row if row["role"] == "subject" else {**row, **bare} for row in rows]
     assert {"model_digest", "space", "driver", "seed", "generations", "spent", "fitness_curve", "evomem_code"} <= set(
         provenance
     )
     card = (folder / "winner" / "plugin" / "README.md").read_text()
     assert "**small**" in card
-    for name, plot in (("fitness.png", "fitness.png"), ("comparison.png", "memory.png")):
+    for name, plot in (("fitness.png", "fitness.png"), ("comparison.png", "memory.png"), ("heads.png", "heads.png")):
         assert f"](assets/{name})" in card
         assert (folder / "winner/plugin/assets" / name).read_bytes() == (folder / "plots" / plot).read_bytes()
     assert "3 sealed samples" in said

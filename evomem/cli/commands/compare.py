@@ -14,6 +14,8 @@ from evomem.errors import ConfigError
 from evomem.evaluation.rows import Budget, Row
 from evomem.managers.base import check_budget
 from evomem.report.comparing import Conditions, claim_rows, compare_subjects, evaluate_subject
+from evomem.report.heads import head_notes, head_tables
+from evomem.report.pictures import claim_folder, draw_comparison
 from evomem.report.tables import keep_rows, notes, partial_file, rows_json, sentences, tables
 from evomem.spec import split
 from evomem.terminal import wide_console
@@ -27,9 +29,15 @@ def compare(
     *,
     check: bool = True,
     oracle: bool = False,
+    heads: bool = False,
+    plots: str | None = None,
 ) -> None:
-    """Compare subjects with the field, print tables, and write rows; with ``check``, refuse tasks at chance."""
+    """Compare subjects with the field, print tables, and write rows; with ``check``, refuse tasks at chance.
+
+    ``heads`` also prints what every layer's heads hold; ``plots`` is a folder for pictures.
+    """
     output = claim_rows("--json", output)
+    folder = claim_folder("--plots", plots)
     with ProgressBar("comparing") as bar:
         rows = compare_subjects(
             sources,
@@ -41,17 +49,21 @@ def compare(
             progress=bar.report,
             say=say_yellow,
         )
-    deliver(rows, output)
+    deliver(rows, output, heads=heads)
+    if folder is not None:
+        draw_comparison(folder, rows)
 
 
-def evaluate(source: str, conditions: Conditions, output: str | None, *, check: bool = True) -> None:
+def evaluate(
+    source: str, conditions: Conditions, output: str | None, *, check: bool = True, heads: bool = False
+) -> None:
     """Evaluate one subject, print its table, and write rows; with ``check``, refuse tasks at chance."""
     output = claim_rows("--json", output)
     with ProgressBar("evaluating") as bar:
         rows = evaluate_subject(
             source, conditions, check=check, keep=partial_file(output), progress=bar.report, say=say_yellow
         )
-    deliver(rows, output)
+    deliver(rows, output, heads=heads)
 
 
 def say_yellow(text: str) -> None:
@@ -90,21 +102,25 @@ def split_specs(text: str | None) -> list[str] | None:
 # ---- what comes out ------------------------------------------------------------------------------------------------
 
 
-def deliver(rows: Sequence[Row], output: str | None) -> None:
+def deliver(rows: Sequence[Row], output: str | None, *, heads: bool = False) -> None:
     """Print tables, and write rows where the user wants them; samples lie beside them."""
     if output == "-":
-        show(rows, wide_console(stderr=True))
+        show(rows, wide_console(stderr=True), heads=heads)
         sys.stdout.write(rows_json(rows))
         return
     if output is not None:
         keep_rows(rows, Path(output))
-    show(rows, wide_console())
+    show(rows, wide_console(), heads=heads)
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Print tables, then what they say."""
+def show(rows: Sequence[Row], console: Console, *, heads: bool = False) -> None:
+    """Print tables, with ``heads`` also those of layers and heads, then what they say."""
     for table in tables(rows):
         console.print(table)
+    for table in head_tables(rows) if heads else ():
+        console.print(table)
+    for note in head_notes(rows) if heads else ():
+        console.print(Text(note, style="dim"))
     for note in notes(rows):
         console.print(Text(note, style="dim"))
     for sentence in sentences(rows):

@@ -39,11 +39,12 @@ class Loglik(Objective):
 @register_measure("loglik")
 @register_measure("exact")
 @register_measure("rollout")
+@register_measure("head_memory")
 class Answers(Measure):
     """Lets the model answer: ``loglik``, ``exact``; of drawn decisions, with their gradients, if ``rollout`` is asked.
 
-    ``loglik`` is given whichever of them is asked for. The option ``listens`` of ``rollout`` also notes how likely what
-    is read between decisions is (`Step.reward`).
+    ``head_memory`` adds ``head_slots`` and ``head_bytes``. ``loglik`` is given whichever of them is asked for. The
+    option ``listens`` of ``rollout`` also notes how likely what is read between decisions is (`Step.reward`).
     """
 
     option_types: ClassVar = {"rollout": {"listens": bool}}

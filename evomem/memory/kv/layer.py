@@ -439,7 +439,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def bytes_by_row(self) -> Tensor:
         """Bytes that every row holds, as it would in a cache of its own: (batch,) int64."""
         rest = sum(t.shape[1:].numel() * t.element_size() for t in self.recorder.rowwise.values())
-        return self.storage.counts().sum(-1) * (self.bytes_per_token() // self.storage.shape[1]) + rest
+        return self.bytes_by_head().sum(-1) + rest
+
+    def bytes_by_head(self) -> Tensor:
+        """Bytes of the slots of every KV head: (batch, kv_heads) int64.
+
+        Observations that belong to a row, and to none of its slots, are in `bytes_by_row` only.
+        """
+        return self.storage.counts() * (self.bytes_per_token() // self.storage.shape[1])
 
     def _account(self, before: int, tokens: int) -> None:
         """Note that ``tokens`` arrived since ``before`` bytes were held; pieces do not matter."""

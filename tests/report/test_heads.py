@@ -1,0 +1,177 @@
+"""Report: tables, columns and pictures of what every layer and KV head holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import evomem
+from evomem.errors import ConfigError
+from evomem.evaluation.rows import Row
+from evomem.models import LoadedModel
+from evomem.report import heads as module
+from evomem.report import plots
+from evomem.report.heads import alike, head_notes, head_plot, head_tables
+from evomem.report.pictures import draw_comparison
+from evomem.report.tables import markdown, notes
+from evomem.testing.models import tiny, tiny_tokenizer
+
+LAYERS, HEADS = 4, 3
+
+
+def row(manager, budget, slots, role="field", task="t"):
+    slots = np.broadcast_to(np.asarray(slots, float), (LAYERS, HEADS)).tolist() if slots is not None else None
+    return Row(
+        model="m", task=task, manager=manager, budget=budget, protocol="p", split="sealed", role=role, samples=9,
+        score=None, loglik=-1.0, bytes_peak=9.0, bytes_mean=9.0, slots=9.0, seconds=1.0, head_slots=slots,
+        head_bytes=None if slots is None else (100 * np.asarray(slots)).tolist(),
+    )  # fmt: skip
+
+
+UNEVEN = 2.0 ** np.arange(LAYERS * HEADS).reshape(LAYERS, HEADS)
+
+
+@pytest.fixture
+def rows():
+    return [
+        row("mine", 8, UNEVEN, "subject"),
+        row("keydiff", 8, 8),
+        row("h2o", 8, 8),
+        row("mine", 16, 2 * UNEVEN, "subject"),
+        row("keydiff", 16, 16),
+        row("full", None, 500, "full"),
+    ]
+
+
+def text(table):
+    console = Console(width=200, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_managers_that_hold_the_same_stand_together_and_nothing_is_lost(rows):
+    groups = alike(rows)
+    assert [(one.budget, one.managers) for one in groups] == [
+        (8, ("mine",)), (8, ("keydiff", "h2o")), (16, ("mine",)), (16, ("keydiff",)), (None, ("full",)),
+    ]  # fmt: skip
+    assert [one.total_slots for one in groups] == [2**12 - 1, 96, 2**13 - 2, 192, 6000]
+    assert all(one.total_bytes == 100 * one.total_slots for one in groups)
+    share, count = alike([row("keydiff", 1.0, 8), row("keydiff", 1, 8)])
+    assert (type(share.budget), type(count.budget)) == (float, int)
+
+
+def test_a_table_tells_least_mean_and_most_of_every_layer_and_the_totals(rows):
+    first, second, last = map(text, head_tables(rows))
+    lines = first.splitlines()
+    for layer in range(LAYERS):
+        least, mean, most = UNEVEN[layer].min(), UNEVEN[layer].mean(), UNEVEN[layer].max()
+        (line,) = (one for one in lines if one.strip("│┃ ").split(" ")[0] == str(layer))
+        assert f"{least:.0f} / {mean:.0f} / {most:.0f}" in line
+        assert f" {8 * HEADS * 100 / 1024:,.0f} " in line
+    (total,) = (one for one in lines if "total" in one)
+    assert "4,095" in total
+    assert f"{409500 / 1024:,.0f}" in total
+    assert "h2o" in first
+    assert "h2o" not in second
+    assert "6,000" in last
+    assert "0-3" in last  # layers that hold the same
+
+
+def test_columns_of_the_comparison_tell_the_range_and_the_total(rows):
+    told = markdown(rows)
+    assert "| slots | min-max | total | KiB |" in told
+    assert "| 1-2048 | 4,095 |" in told
+    assert "| 8 | 96 |" in told
+    even = markdown([one for one in rows if one.manager != "mine"])
+    assert "min-max" not in even
+    assert "| slots | total | KiB |" in even
+    old = markdown([replace(one, head_slots=None, head_bytes=None) for one in rows])
+    assert "total" not in old
+    assert "| slots | KiB |" in old
+
+
+def test_what_was_not_measured_by_head_is_named(rows):
+    some = [*rows, row("tova", 8, None)]
+    assert any("Not measured by head: tova." in note for note in head_notes(some))
+    assert not any("Not measured" in note for note in head_notes(rows))
+    assert len(head_tables(some)) == len(head_tables(rows))
+
+
+def test_the_note_and_the_colour_are_those_of_the_subject_that_differences_are_of(rows):
+    other = replace(row("best", 8, 8, "subject"), loglik=-0.5, difference=-0.5)
+    some = [other, rows[0], *(replace(one, difference=0.1) for one in rows[1:3])]
+    assert any("advantage: of mine over" in note for note in notes(some))
+    assert next(iter(plots._named(some))) == "mine"
+
+
+def drawn(monkeypatch, path, rows):
+    figures = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, _: figures.append(figure))
+    assert head_plot(path, rows, "title")
+    (figure,) = figures
+    return [axes for axes in figure.axes if axes.images], figure.axes[-1]
+
+
+def test_a_heat_map_has_a_panel_each_in_one_scale(monkeypatch, tmp_path, rows):
+    zero = UNEVEN.copy()
+    zero[0, 0] = 0
+    panels, bar = drawn(monkeypatch, tmp_path / "h.png", [*rows[:3], row("gone", 8, zero), *rows[3:]])
+    titles = [axes.get_title() for axes in panels]
+    assert [title.split("\n")[0] for title in titles] == ["mine", "keydiff", "gone", "mine", "keydiff"]
+    assert not any("full" in title for title in titles)
+    assert "h2o" in titles[1]
+    pictures = [np.ma.filled(axes.images[0].get_array(), 0) for axes in panels]
+    for shown, expected in zip(pictures, (UNEVEN, 8, zero, 2 * UNEVEN, 16), strict=True):
+        assert np.array_equal(shown, np.broadcast_to(expected, (LAYERS, HEADS)))
+    assert {(axes.images[0].norm.vmin, axes.images[0].norm.vmax) for axes in panels} == {(1.0, 2.0 * 2**11)}
+    assert panels[0].get_xlabel() == "KV head"
+    assert panels[0].get_ylabel() == "layer"
+    assert "slots" in bar.get_ylabel()
+    assert "grey: none" in bar.get_ylabel()
+
+
+def test_there_is_no_picture_of_nothing(tmp_path):
+    assert not head_plot(tmp_path / "h.png", [row("full", None, 9, "full"), row("old", 8, None)], "title")
+    assert not (tmp_path / "h.png").exists()
+
+
+def test_every_model_and_task_has_its_pictures(tmp_path, rows):
+    assert [path.name for path in draw_comparison(tmp_path / "one", rows)] == ["memory.png", "heads.png"]
+    several = [*rows, *(replace(one, task="u") for one in rows if one.manager == "keydiff")]
+    names = [path.name for path in draw_comparison(tmp_path / "two", several)]
+    assert names == ["memory-1.png", "memory-2.png", "heads-1.png", "heads-2.png"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(names)
+
+
+def test_a_comparison_measures_draws_and_keeps_heads(tmp_path):
+    loaded = LoadedModel("tiny", tiny("llama", layers=2), tiny_tokenizer(), "digest")
+    words = ["the", "cat", "dog", "bird", "tree", "house", "red", "black", "white", "big", "small", "sky", "blue"]
+    contexts = [" ".join(np.random.default_rng(seed).choice(words, 40)) for seed in range(2)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text(
+        "\n".join(
+            json.dumps({"context": context, "question": " what ?", "answers": ["red cat"], "split": "sealed"})
+            for context in contexts
+        )
+    )
+    conditions = {"models": loaded, "tasks": f"file:{file}", "budgets": [8, 16], "samples": 2, "check": False}
+    out, folder = tmp_path / "rows.json", tmp_path / "pictures"
+    found = evomem.compare(
+        ["adakv(keydiff)"], against=["keydiff"], exact=False, out=out, plots=folder, **conditions
+    )  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {"memory.png", "heads.png"}
+    kept = {(one["manager"], one["budget"]): one for one in json.loads(out.read_text())}
+    for one in found:
+        assert np.mean(one.head_slots) == pytest.approx(one.slots)
+        assert kept[one.manager, one.budget]["head_slots"] == one.head_slots
+        budget = one.budget or max(map(max, one.head_slots))
+        assert np.sum(one.head_slots) == pytest.approx(budget * np.size(one.head_slots))
+    even = {one.manager: np.ptp(one.head_slots) for one in found}
+    assert even["keydiff"] == even["full"] == 0 < even["adakv(keydiff)"]
+    with pytest.raises(ConfigError, match=r"plots .*rows\.json: is no folder"):
+        evomem.compare("keydiff", plots=out, **conditions)
