@@ -5,16 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from evomem.bounds import NEIGHBOURS
-from evomem.errors import ConfigError, PluginError
+from evomem.errors import ConfigError
 from evomem.managers.allocation import (
     Allocation,
     LayerAllocation,
@@ -28,6 +26,7 @@ from evomem.managers.allocation.probed import measured_buffers, on_model
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.options import ManagerOptions, Schedule, check_budget
 from evomem.managers.placement import follows_view, on_device
+from evomem.managers.pretrained import PretrainedMixin
 from evomem.managers.selection import Ends
 from evomem.memory import Decision, LayerView, attached
 from evomem.modes import outside_inference_mode
@@ -52,7 +51,7 @@ __all__ = [
 managers: Registry[type[MemoryManager]]
 
 
-class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
+class MemoryManager(nn.Module, PretrainedMixin, ABC):
     """Base of all managers.
 
     A manager is pure in its parameters: `score`, `admit` and `decay` are functions of (parameters, view), so that
@@ -293,86 +292,6 @@ class MemoryManager(nn.Module, PyTorchModelHubMixin, ABC):
             other.load_state_dict(state)
         other.provenance, other.pictures = self.provenance, self.pictures
         return other.to(next((t.device for t in state.values()), torch.device("cpu")))
-
-    # ---- to and from plug-ins: the methods of huggingface_hub's mixin ------------------------------------------------
-    # Its own would read config.json before anything is checked, take pickles, and write a configuration and a card that
-    # are not ours; what stays of it is how a folder is pushed.
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-        **options: Any,
-    ) -> Self:
-        """Return the manager of a plug-in: a folder, or a repository on the hub (``owner/name``).
-
-        Parameters
-        ----------
-        force_download, token, cache_dir, local_files_only, revision : for the hub, see `evomem.plugins.load`.
-        **options : options to change, for example ``budget=128``; see `with_options`.
-
-        Raises
-        ------
-        PluginError : there is none, it is damaged, or it holds another kind of manager than this class.
-        """
-        from evomem.plugins import load
-
-        manager = load(
-            pretrained_model_name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        if not isinstance(manager, cls):
-            raise PluginError(
-                f"{pretrained_model_name_or_path}: config.json: manager: {manager.name!r} is no {cls.__name__}; "
-                "MemoryManager.from_pretrained loads any kind"
-            )
-        return manager.with_options(**options).requires_grad_(False) if options else manager
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **hub: Any
-    ) -> str | None:
-        """Write the manager as a plug-in folder, with its provenance (`evomem.plugins.save` takes another).
-
-        Parameters
-        ----------
-        push_to_hub : also push it, to ``repo_id`` (by default named like the folder); ``hub`` is for `push_to_hub`.
-
-        Returns
-        -------
-        The commit's address if it was pushed.
-        """
-        from evomem.plugins import save
-
-        if hub.pop("config", None) is not None or hub.pop("model_card_kwargs", None) is not None:
-            raise ConfigError("save_pretrained: config and model_card_kwargs: a plug-in's are made from the manager")
-        save(self, save_directory)
-        return self.push_to_hub(repo_id or Path(save_directory).name, **hub) if push_to_hub else None
-
-    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
-        """Push the manager to a repository on the hub, which is made if there is none; return the commit's address.
-
-        Parameters
-        ----------
-        **hub : commit_message, private, token, branch, create_pr, … of ``huggingface_hub``'s ``push_to_hub``.
-
-        Raises
-        ------
-        PluginError : the hub refuses, or cannot be reached; the hub client's own error is its cause.
-        """
-        from evomem.plugins.hub import telling
-
-        with telling(repo_id):
-            return super().push_to_hub(repo_id, **hub)
 
     def describe(self) -> dict[str, Any]:
         """Return ``{"name": ..., "options": ...}``, JSON-serialisable: the record of an experiment."""

@@ -29,7 +29,7 @@ LAYERS = (
 
 EXCEPTIONS = {
     (
-        "evomem.managers.base",
+        "evomem.managers.pretrained",
         "evomem.plugins",
     ): "from_pretrained and save_pretrained, as in transformers",
 }
