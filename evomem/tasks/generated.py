@@ -80,6 +80,8 @@ class GeneratedTask(ABC, Generic[Opts]):
     Options : pydantic model of the options; ``task.options`` holds the validated values.
     has_exact : whether `score` means anything.
     immaterial : options that do not count in the hash.
+    added : options that earlier versions did not have. At their defaults they are in neither hash nor `describe`, so
+        that samples, runs and comparisons of those versions stay what they are.
     packages : that the task needs and the plain install does not have.
     divides : what `sample` itself divides over the splits with the functions of `evomem.tasks.splits`, in words. "",
         as long as a task does not say so: `samples` draws until the context belongs to the split.
@@ -87,6 +89,7 @@ class GeneratedTask(ABC, Generic[Opts]):
 
     name: ClassVar[str]
     Options: type[Opts]
+    added: ClassVar[frozenset[str]] = frozenset()
     packages: ClassVar[tuple[str, ...]] = ()
     divides: ClassVar[str] = ""
     immaterial: ClassVar[frozenset[str]] = frozenset({"length", "essay", "chat_template"})
@@ -125,7 +128,9 @@ class GeneratedTask(ABC, Generic[Opts]):
 
     def describe(self) -> dict[str, Any]:
         """Return the options that rebuild this task, JSON-serialisable; ``chat_template`` only where it is on."""
-        options = self.options.model_dump(mode="json", exclude=None if self.chat else {"chat_template"})
+        options = self.options.model_dump(
+            mode="json", exclude=self._unused() | (set() if self.chat else {"chat_template"})
+        )
         if options.get("essay"):  # wherever it is rebuilt
             options["essay"] = os.path.abspath(os.path.expanduser(options["essay"]))
         return options
@@ -159,9 +164,14 @@ class GeneratedTask(ABC, Generic[Opts]):
         return chat.with_id_check(as_turn(fit(length, as_turn, unit, self.counts, self.name, chat.size)))
 
     def _random(self, split: Split, seed: int, number: int) -> Random:
-        matter = self.options.model_dump(mode="json", exclude=set(self.immaterial))
+        matter = self.options.model_dump(mode="json", exclude=set(self.immaterial) | self._unused())
         key = json.dumps([self.name, matter, split, seed, number], sort_keys=True)
         return Random(int.from_bytes(blake2b(key.encode(), digest_size=16).digest(), "big"))
+
+    def _unused(self) -> set[str]:
+        """Options of `added` that are at their defaults."""
+        fields = type(self.options).model_fields
+        return {name for name in self.added if getattr(self.options, name) == fields[name].default}
 
     def _answer_budget(self, answer: str) -> int:
         """Tokens that the model may generate: the answer's and a few for a different wording."""

@@ -57,7 +57,7 @@ def whole(sample: Sample) -> Iterable[str]:
 
 PARTS: dict[str, Callable[[Sample], Iterable[str]]] = {
     **dict.fromkeys(("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3"), needle),
-    **dict.fromkeys(("multivalue", "multiquery"), needle),
+    **dict.fromkeys(("multivalue", "multiquery", "multikey_mix"), needle),
     **dict.fromkeys(("mqar", "forgetting_mqar"), recalled),
     **dict.fromkeys(("zoo_needle", "zoo_recall", "zoo_forgetting"), zoo_facts),
     "book": prose,

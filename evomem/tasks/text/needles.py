@@ -1,16 +1,17 @@
-"""Task: RULER's eight needle tasks (Hsieh et al. 2024), values to be found in a haystack of other text."""
+"""Task: RULER's eight needle tasks (Hsieh et al. 2024), and a mix of few and many needles, in other text."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from evomem.tasks.base import Sample, Split, tasks
+from evomem.tasks.amounts import amounts
+from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.generated import ChatOptions, GeneratedTask
 from evomem.tasks.text.prose import load_prose
 from evomem.tasks.text.words import draw_keys
@@ -90,7 +91,7 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
 
     def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
         """Return one sample; needles, distractors and their depths depend on its own generator only."""
-        kind = self.kind
+        kind = self._drawn_kind(random)
         used: set[str] = set()
         keys = [draw_key(random, kind.key, split, used) for _ in range(kind.keys)]
         needles = [Needle(key, draw_value(random, kind.value), kind.value) for key in keys for _ in range(kind.values)]
@@ -118,10 +119,19 @@ class NeedleTask(GeneratedTask[NeedleOptions]):
                 answer=answer,
                 references=tuple(values),
                 max_new_tokens=self._answer_budget(answer),
-                meta={"keys": queried, "depths": [round(depths[i], 3) for i in answers], "units": n},
+                meta={
+                    "keys": queried,
+                    "depths": [round(depths[i], 3) for i in answers],
+                    "units": n,
+                    **({} if kind is self.kind else {"needles": len(needles)}),
+                },
             )
 
         return self._fitted(sample, haystack.unit, answer_start)
+
+    def _drawn_kind(self, random: Random) -> NeedleKind:
+        """Return what a sample is: the same for all, where a task does not draw it."""
+        return self.kind
 
     def _depths(self, random: Random, n: int) -> list[float]:
         """Where the needles stand, 0 (before everything) to 1: distinct steps in an essay, anywhere in lines."""
@@ -238,3 +248,33 @@ class MultiQuery(NeedleTask):
 
     name = "multiquery"
     kind = NeedleKind("essay", keys=4, queries=4)
+
+
+class MultiKeyMixOptions(NeedleOptions):
+    """Options of the mix of few and many needles."""
+
+    needles: int = Field(default=8, ge=1, le=DEPTHS, description="keys hidden at most")
+    fewest_needles: int = Field(
+        default=1, ge=1, le=DEPTHS, description="keys hidden at least; samples have these, twice as many, ..., needles"
+    )
+
+
+@tasks.register("multikey_mix")
+class MultiKeyMix(NeedleTask):
+    """One to eight keys with a number each in prose of equal length; one is asked for.
+
+    Not of RULER: `multikey_1` with another number of keys in every sample, so that what must be remembered differs and
+    what is read does not.
+    """
+
+    name = "multikey_mix"
+    kind = NeedleKind("essay")
+    Options = MultiKeyMixOptions
+
+    def __init__(self, tokenizer: Tokenizer, length: int | None = None, **options: Any) -> None:
+        super().__init__(tokenizer, length, **options)
+        mine = cast(MultiKeyMixOptions, self.options)
+        self.amounts = amounts(self.name, "fewest_needles", mine.fewest_needles, mine.needles)
+
+    def _drawn_kind(self, random: Random) -> NeedleKind:
+        return replace(self.kind, keys=random.choice(self.amounts))

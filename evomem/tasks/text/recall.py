@@ -11,6 +11,7 @@ from pydantic import Field
 
 from evomem.bounds import LARGE, LENGTH
 from evomem.errors import TaskError
+from evomem.tasks.amounts import amounts, chance
 from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.generated import GeneratedTask, TaskOptions
 from evomem.tasks.text.words import words
@@ -30,6 +31,12 @@ class RecallOptions(TaskOptions):
     )
     pairs: int | None = Field(
         default=None, ge=1, le=LENGTH, description="key-value pairs; none: Zoology's number for the length"
+    )
+    fewest_pairs: int | None = Field(
+        default=None,
+        ge=1,
+        le=LENGTH,
+        description="samples of equal length with fewest_pairs, twice as many, ..., or pairs; none: all have pairs",
     )
     separator: Literal["comma", "none"] = Field(
         default="comma",
@@ -58,6 +65,7 @@ class _Recall(GeneratedTask[Any]):
     """
 
     divides = "words: keys, values and fillers"
+    added: ClassVar[frozenset[str]] = frozenset({"fewest_pairs"})
     packages: ClassVar[tuple[str, ...]] = ("wonderwords",)
     options: RecallOptions
 
@@ -65,7 +73,7 @@ class _Recall(GeneratedTask[Any]):
         super().__init__(tokenizer, length, **options)
         self._words: dict[Split, tuple[list[str], list[str], list[str]]] = {}
         self._comma = "," if self.options.separator == "comma" else ""
-        width = 2 + len(self._comma)  # tokens of a pair
+        self._width = width = 2 + len(self._comma)  # tokens of a pair
         stated = self.pairs + self._restated_keys
         prefix = len(self.counts.encoder.prefix)
         slots = (self.options.length - prefix) // width - stated
@@ -75,11 +83,12 @@ class _Recall(GeneratedTask[Any]):
                 f"queries; ask for a length of at least {prefix + width * (stated + self.pairs)} or fewer pairs"
             )
         self.slots = slots
-        self.uniform_chance = 1.0 / self.pairs
+        self.amounts = amounts(self.name, "fewest_pairs", self.options.fewest_pairs, self.pairs)
+        self.uniform_chance = chance(self.amounts)
 
     @cached_property
     def pairs(self) -> int:
-        """Number of keys."""
+        """Number of keys, at most where it differs between samples."""
         if self.options.pairs is not None:
             return self.options.pairs
         fitting = [pairs for length, pairs in GRID.items() if length <= self.options.length]
@@ -87,35 +96,49 @@ class _Recall(GeneratedTask[Any]):
 
     @property
     def _restated_keys(self) -> int:
+        """Number of keys that get a second value, at most where it differs between samples."""
+        return self._restated_of(self.pairs)
+
+    def _restated_of(self, pairs: int) -> int:
+        """Return how many of the keys of a sample get a second value."""
         return 0
 
     def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
         """Return one sample."""
         all_keys, all_values, fillers = self._vocabulary(split)
-        keys = random.sample(all_keys, self.pairs)
-        drawn = random.sample(all_values, self.pairs + self._restated_keys)
+        ranged = self.options.fewest_pairs is not None
+        pairs = random.choice(self.amounts) if ranged else self.pairs
+        keys = random.sample(all_keys, pairs)
+        drawn = random.sample(all_values, pairs + self._restated_of(pairs))
         newest = dict(zip(keys, drawn, strict=False))
-        order = random.sample(keys, self.pairs)  # of the queries; the last one is the question
+        order = random.sample(keys, pairs)  # of the queries; the last one is the question
         restated = self._restate(random, number, order)
-        statements = self._statements(random, newest, restated, drawn[self.pairs :])
-        newest.update(zip(restated, drawn[self.pairs :], strict=True))
+        statements = self._statements(random, newest, restated, drawn[pairs:])
+        newest.update(zip(restated, drawn[pairs:], strict=True))
 
         def blank() -> tuple[str, str]:
             return (".", ".") if self.options.filler == "dots" else (random.choice(fillers), random.choice(fillers))
 
-        queried = dict(zip(self._gaps(random), order, strict=True))
+        queried = dict(zip(self._gaps(random, pairs), order, strict=True))
+        if ranged:  # as long as the longest sample with the most pairs: blanks stand anywhere among the pairs
+            longest = self.pairs + self._restated_keys + self.slots
+            for _ in range(longest - len(statements) - max(queried)):
+                statements.insert(random.randint(0, len(statements)), blank())
         for gap in range(1, max(queried)):
             key = queried.get(gap)
             statements.append(blank() if key is None else (key, newest[key]))
         answer = " " + newest[order[-1]]
+        context = "".join(self._spelled(key, value) for key, value in statements)
+        if ranged:
+            self._require_length(context, len(statements))
         return Sample(
             id=identity,
-            context="".join(f" {key} {value}{self._comma}" for key, value in statements),
+            context=context,
             question=f" {order[-1]}",
             answer=answer,
             references=(newest[order[-1]],),
             max_new_tokens=1,
-            meta={"pairs": self.pairs, "gap": max(queried), "restated": order[-1] in restated},
+            meta={"pairs": pairs, "gap": max(queried), "restated": order[-1] in restated},
         )
 
     def score(self, sample: Sample, output: str) -> float:
@@ -137,12 +160,31 @@ class _Recall(GeneratedTask[Any]):
             found.insert(random.randint(stated + 1, len(found)), (key, value))
         return found
 
-    def _gaps(self, random: Random) -> list[int]:
+    def _spelled(self, key: str, value: str) -> str:
+        """Return a pair as it stands in the context, or a blank.
+
+        Some tokenizers make one token of a dot and a comma. Where lengths must be equal a blank is of dots only.
+        """
+        if key == "." and self.options.fewest_pairs is not None:
+            return " ." * self._width
+        return f" {key} {value}{self._comma}"
+
+    def _require_length(self, context: str, statements: int) -> None:
+        """Raise `TaskError` if a context has more or fewer tokens than every other with as many statements."""
+        expected = len(self.counts.encoder.prefix) + self._width * statements
+        length = self.counts.from_start(context)
+        if length != expected:
+            raise TaskError(
+                f"task {self.name}: fewest_pairs needs samples of equal length, and this tokenizer makes {length} "
+                f"tokens of a context in place of {expected}; try filler=words, or leave fewest_pairs out"
+            )
+
+    def _gaps(self, random: Random, pairs: int) -> list[int]:
         """Distinct gaps 1..slots in ascending order, p(g) ~ g^(a-1), without replacement."""
         # Efraimidis & Spirakis 2006: the largest u^(1/w) are a weighted sample without replacement.
         weights = ((gap, gap ** (self.options.power - 1)) for gap in range(1, self.slots + 1))
         marks = {gap: random.random() ** (1 / weight) for gap, weight in weights}
-        return sorted(sorted(marks, key=lambda gap: -marks[gap])[: self.pairs])
+        return sorted(sorted(marks, key=lambda gap: -marks[gap])[:pairs])
 
     def _tokens(self, word: str) -> list[int]:
         """Token ids of a word in the middle of a text."""
@@ -187,11 +229,10 @@ class ForgettingMqar(_Recall):
     Options = ForgettingOptions
     options: ForgettingOptions
 
-    @property
-    def _restated_keys(self) -> int:
-        return max(1, round(self.options.restated * self.pairs))
+    def _restated_of(self, pairs: int) -> int:
+        return max(1, round(self.options.restated * pairs))
 
     def _restate(self, random: Random, number: int, order: list[str]) -> list[str]:
         if number % 2 == 0:
-            return [order[-1], *random.sample(order[:-1], self._restated_keys - 1)]
-        return random.sample(order, self._restated_keys)
+            return [order[-1], *random.sample(order[:-1], self._restated_of(len(order)) - 1)]
+        return random.sample(order, self._restated_of(len(order)))

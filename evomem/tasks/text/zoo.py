@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from evomem.errors import TaskError
+from evomem.tasks.amounts import amounts, chance
 from evomem.tasks.base import Sample, Split, Tokenizer, tasks
 from evomem.tasks.fitting import fit
 from evomem.tasks.generated import FittedOptions, GeneratedTask
@@ -193,6 +194,12 @@ class ZooRecallOptions(FittedOptions):
     pairs: int | None = Field(
         default=None, ge=1, le=len(KEYS), description="key-value pairs; none: one for each 16 tokens of length"
     )
+    fewest_pairs: int | None = Field(
+        default=None,
+        ge=1,
+        le=len(KEYS),
+        description="samples of equal length with fewest_pairs, twice as many, ..., or pairs; none: all have pairs",
+    )
 
 
 @tasks.register("zoo_recall")
@@ -201,17 +208,20 @@ class ZooRecall(_ZooTask):
 
     name: ClassVar[str] = "zoo_recall"
     Options = ZooRecallOptions
+    added: ClassVar[frozenset[str]] = frozenset({"fewest_pairs"})
     options: ZooRecallOptions
 
     def __init__(self, tokenizer: Tokenizer, length: int | None = None, **options: Any) -> None:
         super().__init__(tokenizer, length, **options)
         pairs, length = self.options.pairs, self.options.length
         self.pairs = pairs if pairs is not None else min(len(KEYS), max(2, length // 16))
-        self.uniform_chance = 1 / self.pairs
+        self.amounts = amounts(self.name, "fewest_pairs", self.options.fewest_pairs, self.pairs)
+        self.uniform_chance = chance(self.amounts)
 
     def facts(self, random: Random, split: Split) -> tuple[list[Fact], list[str]]:
         """Return the pairs, a few of them in a line."""
-        found = pair_facts(random, split, self.pairs)
+        pairs = self.pairs if self.options.fewest_pairs is None else random.choice(self.amounts)
+        found = pair_facts(random, split, pairs)
         return found, lines(found)
 
     def question(self, random: Random, facts: list[Fact]) -> tuple[Fact, str]:
