@@ -153,7 +153,8 @@ def head_plot(path: Path, rows: Sequence[Row], title: str) -> bool:
     figure, panels = figure_with(
         "", rows=len(lines), ratios=[1.0] * across, size=(max(5.0, 1.6 * across + 1.2), height * len(lines) + 0.5)
     )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    wide = int(11 * figure.get_figwidth())  # characters that fit
+    figure.suptitle("\n".join(wrap(title, wide, break_on_hyphens=False)), x=0.01, ha="left", fontsize=11)
     norm, image = _scale(shown), None
     for place, axes in enumerate(panels):
         line, column = divmod(place, across)

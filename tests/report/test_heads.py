@@ -112,7 +112,7 @@ def test_the_note_and_the_colour_are_those_of_the_subject_that_differences_are_o
 def drawn(monkeypatch, path, rows):
     figures = []
     monkeypatch.setattr(module, "save_figure", lambda figure, _: figures.append(figure))
-    assert head_plot(path, rows, "title")
+    assert head_plot(path, rows, "a title that is wider than two panels " * 3)
     (figure,) = figures
     return [axes for axes in figure.axes if axes.images], figure.axes[-1]
 
@@ -130,6 +130,10 @@ def test_a_heat_map_has_a_panel_each_in_one_scale(monkeypatch, tmp_path, rows):
         assert np.array_equal(shown, np.broadcast_to(expected, (LAYERS, HEADS)))
     assert {(axes.images[0].norm.vmin, axes.images[0].norm.vmax) for axes in panels} == {(1.0, 2.0 * 2**11)}
     assert panels[0].get_xlabel() == "KV head"
+    figure = panels[0].figure
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
     assert panels[0].get_ylabel() == "layer"
     assert "slots" in bar.get_ylabel()
     assert "grey: none" in bar.get_ylabel()
