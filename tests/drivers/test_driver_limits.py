@@ -26,6 +26,7 @@ OPTIONS = {
     "pgpe": [{}, {"optimizer": "adam"}, {"optimizer": "sgd", "center_learning_rate": 1e6}, {"max_speed": 1e-300}],
     "cem": [{}, {"parents": 0.01}, {"parents": 0.99, "stdev_max_change": None}],
     "nsga2": [{}, {"tournament": POPULATION}, {"remeasure": False}, {"mutation": 1e-300, "crossover": 0}],
+    "evolkv": [{}, {"group": 2}, {"group": 3}, {"generations": 1}],
     "snes": [{}, {"stdev_learning_rate": 1e6}],
     "policy_gradient": [{}, {"estimator": "grpo", "clip_norm": 1e-300}, {"learning_rate": 1e6}],
 }  # fmt: skip

@@ -151,6 +151,7 @@ def expected(folder):
             values = {f"fitness/{name}": record[name] for name in ("best", "mean", "spread", "noise", "failed")}
             values |= {"driver/sigma": record["sigma"], "spent/seconds_per_generation": record["seconds"] - seconds}
             values |= {f"spent/{name}": record[name] for name in ("evaluations", "tokens", "seconds")}
+            values |= {f"diagnostics/{name}": value for name, value in record.get("diagnostics", {}).items()}
             found.append({name: value for name, value in values.items() if not isinstance(value, str)})
             seconds = record["seconds"]
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class SlotsOptions(AllocationOptions):
     """Options of `Slots`."""
 
     window: int = Field(default=32, ge=1, le=NEIGHBOURS, description="last queries whose attention is looked at")
-    total: tuple[float, float] | None = Field(
+    total: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=1, le=LARGEST)]] | None = Field(
         default=None,
         description="least and largest total, as shares of the budget, between which the input decides, e.g. [0.5, 2]; "
         "none: the total is the budget",
@@ -66,14 +66,6 @@ class SlotsOptions(AllocationOptions):
         if not isinstance(spec, str | Mapping):
             raise ValueError('give per_head_shares, e.g. "per_head_shares(layers=30, heads=3)"')
         return build_allocation(spec).describe()
-
-    @field_validator("total")
-    @classmethod
-    def _ascending(cls, total: tuple[float, float] | None) -> tuple[float, float] | None:
-        """Refuse bounds that leave the budget out."""
-        if total is not None and not 0 < total[0] <= 1 <= total[1] <= LARGEST:
-            raise ValueError(f"give a least share in (0, 1] and a largest in [1, {LARGEST:g}], e.g. [0.5, 2]")
-        return total
 
 
 @register_allocation("slots")
