@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from evomem.errors import CacheError
 from evomem.memory.kv.attention import full_precision, handover, refuse_tracing, uncompiled
 from evomem.memory.kv.due import check_heads, turns
+from evomem.memory.kv.layer_memory import LayerMemory
 from evomem.memory.kv.masks import Visibility
 from evomem.memory.kv.slot_attention import Queries, attend
 from evomem.memory.kv.storage import SlotStorage
@@ -24,17 +24,14 @@ if TYPE_CHECKING:
     from evomem.memory.kv.cache import SlotCache
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
     """One layer of a `SlotCache`.
 
     Attributes
     ----------
-    storage : the slots' tensors; `keys`, `values`, `slots` and `decays` are theirs.
-    recorder : what the manager observes, in step with the slots.
     start : (batch,) int64, first real token of every row.
     evicted : (batch, layers) int64, slots a head that decisions took from every layer of the model, as far as this one
         has decided (see `LayerView.evicted`); None while nobody counts.
-    seen : tokens read, padding included.
     """
 
     is_sliding = False
@@ -58,38 +55,6 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         raise CacheError(
             "a layer belongs to its cache and is not copied or pickled by itself: cache.clone() copies all"
         )
-
-    # ---- the slots' tensors, which transformers looks for here -----------------------------------------------------
-
-    @property
-    def keys(self) -> Tensor:  # type: ignore[override]
-        """Keys, (batch, kv_heads, slots, head_dim), or None before the first token."""
-        return self.storage.whole("keys") if self.storage.even else None  # type: ignore[return-value]
-
-    @property
-    def values(self) -> Tensor:  # type: ignore[override]
-        """Values, as `keys`."""
-        return self.storage.whole("values") if self.storage.even else None  # type: ignore[return-value]
-
-    @property
-    def slots(self) -> Tensor:
-        """Token index that every slot holds, (batch, kv_heads, slots) int64, ascending; -1 = empty."""
-        return self.storage.whole("slots")
-
-    @property
-    def decays(self) -> Tensor | None:
-        """Log-decay of every slot, (batch, kv_heads, slots) fp32, or None while nothing fades."""
-        return self.storage.whole("decays") if "decays" in self.storage.even else None
-
-    @property
-    def dense(self) -> bool:
-        """Whether nothing has left: slots are 0..seen-1 in every head of every row."""
-        return self.storage.dense
-
-    @property
-    def aligned(self) -> bool:
-        """Whether no head has an empty slot."""
-        return self.storage.aligned
 
     # ---- what transformers calls ----------------------------------------------------------------------------------
 
@@ -420,33 +385,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for cut, turn in cuts:
             yield cut, torch.tensor(turn, device=self.start.device) if any(turn) else None
 
-    # ---- bytes ----------------------------------------------------------------------------------------------------
-
-    def nbytes(self) -> int:
-        """Bytes of every tensor held now: keys, values, slot indices, decays, recorded observations."""
-        if not self.seen:
-            return 0
-        held = [*self.storage.tensors(), *self.recorder.tensors()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-    def bytes_per_token(self) -> int:
-        """Bytes that one more token costs in every row, over all KV heads."""
-        if not self.seen:
-            return 0
-        recorded = sum(t.shape[3:].numel() * t.element_size() for t in self.recorder.slotwise.values())
-        return self.storage.shape[1] * (self.storage.bytes_per_slot() + recorded)
-
-    def bytes_by_row(self) -> Tensor:
-        """Bytes that every row holds, as it would in a cache of its own: (batch,) int64."""
-        rest = sum(t.shape[1:].numel() * t.element_size() for t in self.recorder.rowwise.values())
-        return self.bytes_by_head().sum(-1) + rest
-
-    def bytes_by_head(self) -> Tensor:
-        """Bytes of the slots of every KV head: (batch, kv_heads) int64.
-
-        Observations that belong to a row, and to none of its slots, are in `bytes_by_row` only.
-        """
-        return self.storage.counts() * (self.bytes_per_token() // self.storage.shape[1])
+    # ---- measurements ---------------------------------------------------------------------------------------------
 
     def _account(self, before: int, tokens: int) -> None:
         """Note that ``tokens`` arrived since ``before`` bytes were held; pieces do not matter."""
