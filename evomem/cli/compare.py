@@ -39,6 +39,12 @@ def compare(
     model: Model = None,
     task: Task = None,
     against: Annotated[str | None, typer.Option(help="Heuristics, e.g. keydiff,snapkv(window=64); all; none.")] = None,
+    allocations: Annotated[
+        str | None,
+        typer.Option(
+            help="Also the first subject's scorer under other allocations, e.g. uniform,pyramid(beta=8),lava."
+        ),
+    ] = None,
     budgets: Budgets = None,
     protocol: ProtocolOption = None,
     mode: Mode = None,
@@ -75,6 +81,8 @@ def compare(
 
       evomem compare runs/demo "adakv(keydiff)" --against none --budgets 16,32,64 --heads --plots pictures
 
+      evomem compare runs/demo --allocations "uniform,lava,probe_shares(power=0.5)" --against none --heads
+
       evomem compare my-plugin --model ./other-model --task file:questions.jsonl --json rows.json
 
       evomem compare "adakv(keydiff)" --task multikey_1:length=1000 --budgets 0.25 --protocol streaming:512
@@ -83,7 +91,15 @@ def compare(
         from evomem.cli.commands import compare as command
 
         command.compare(
-            subjects, against, _conditions(context), json, check=check, oracle=oracle, heads=heads, plots=plots
+            subjects,
+            against,
+            _conditions(context),
+            json,
+            allocations=allocations,
+            check=check,
+            oracle=oracle,
+            heads=heads,
+            plots=plots,
         )
 
 

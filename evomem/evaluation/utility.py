@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from evomem.managers.allocation.lukv import LUKV
 from evomem.managers.allocation.per_head_shares import PerHeadShares
 from evomem.managers.base import MemoryManager, check_budget
 from evomem.managers.features import FeatureOptions
+from evomem.managers.reallocation import with_allocation
 from evomem.memory import LayerView
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample
@@ -231,29 +232,3 @@ def solve(curves: UtilityCurves, budget: int | float) -> Tensor:
     mean = min(slots, budget if isinstance(budget, int) else max(1, math.ceil(budget * slots - 1e-6)))
     usable = torch.full((1, layers * heads), slots, dtype=torch.int64)
     return allocation.solve(usable, torch.tensor([mean]), curves.floor, usable[:, 0]).reshape(layers, heads)
-
-
-def with_allocation(manager: MemoryManager, allocation: dict[str, Any]) -> MemoryManager:
-    """Return a manager that scores as this one, numbers included, and shares its budget otherwise.
-
-    Numbers of the old allocation are left behind.
-
-    Raises
-    ------
-    ConfigError : the manager's own allocation does the same job, or another part of it depends on the allocation.
-    """
-    options = {**manager.options.model_dump(), "allocation": allocation}
-    with outside_inference_mode():
-        other = type(manager)(**options)
-        state = manager.state_dict()
-        kept = {name: value for name, value in state.items() if name in other.state_dict()}
-        left = sorted(name for name in state.keys() - kept.keys() if not _of_allocation(name))
-        if left:
-            raise ConfigError(f"manager {manager.name!r}: {left[0]} depends on its allocation; build another manager")
-        kept = {name: value for name, value in kept.items() if not name.startswith("allocation.")}
-        other.load_state_dict(kept, strict=False)
-    return other.requires_grad_(False)
-
-
-def _of_allocation(name: str) -> bool:
-    return name.startswith("allocation.") or name == "log_shares"

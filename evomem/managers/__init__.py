@@ -33,6 +33,7 @@ from evomem.managers.learned.feature_scorer import FeatureScorer
 from evomem.managers.learned.kv_policy import KVPolicy
 from evomem.managers.learned.namm import NAMM
 from evomem.managers.options import ManagerOptions, Schedule
+from evomem.managers.reallocation import Reallocated, reallocate
 from evomem.managers.stochastic import StochasticManager
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "ProbedAllocation",
     "PyramidKV",
     "Random",
+    "Reallocated",
     "Schedule",
     "SnapKV",
     "StochasticManager",
@@ -71,6 +73,7 @@ __all__ = [
     "managers",
     "names",
     "parse",
+    "reallocate",
     "register",
     "register_allocation",
     "summary",

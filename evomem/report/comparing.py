@@ -24,6 +24,7 @@ from evomem.report.packages import require_for
 from evomem.report.pictures import claim_folder, draw_comparison
 from evomem.report.subjects import Source, Subject, resolve, resolve_all, searched_tasks
 from evomem.report.tables import keep_rows, partial_file, samples_file
+from evomem.report.variants import variants_of
 from evomem.runs.experiment_parts import TaskConfig
 from evomem.tasks.base import Split, at_hand
 from evomem.validation import validate
@@ -82,6 +83,7 @@ def compare(
     subjects: Source | Sequence[Source],
     *,
     against: str | Sequence[str] | None = None,
+    allocations: str | Sequence[str] = (),
     models: str | LoadedModel | Sequence[str | LoadedModel] = (),
     tasks: str | Sequence[str] = (),
     budgets: int | float | Sequence[Budget] = (),
@@ -113,6 +115,8 @@ def compare(
     subjects : one or several: a run, a plug-in, a hub repository, a manager's spec (`Source`). Differences are taken of
         the first one.
     against : the field, as specs; ``all`` or None: every heuristic; an empty list: none.
+    allocations : also the first subject's scorer under each of these, e.g. ``probe_shares(power=0.5)``: only how its
+        budget is shared out differs (`evomem.managers.reallocation`).
     models : aliases, folders or hub ids, or models that are loaded already.
     tasks : specs such as ``multikey_1:length=500`` or ``file:questions.jsonl``.
     budgets : slots per head (int) or shares of the tokens read (float).
@@ -159,7 +163,14 @@ def compare(
     path = claim_rows("out", None if out is None else str(out))
     folder = claim_folder("plots", plots)
     rows = compare_subjects(
-        subjects, against, conditions, oracle=oracle, check=check, keep=partial_file(path), progress=progress
+        subjects,
+        against,
+        conditions,
+        allocations=[allocations] if isinstance(allocations, str) else allocations,
+        oracle=oracle,
+        check=check,
+        keep=partial_file(path),
+        progress=progress,
     )
     if path is not None:
         keep_rows(rows, Path(path))
@@ -173,6 +184,7 @@ def compare_subjects(
     against: str | Sequence[str] | None,
     conditions: Conditions,
     *,
+    allocations: Sequence[str] = (),
     oracle: bool = False,
     check: bool = True,
     keep: Path | None = None,
@@ -184,16 +196,17 @@ def compare_subjects(
     Parameters
     ----------
     keep : file in which finished samples wait for the rest.
-    say : told of a plan that will take long.
+    say : told of a plan that will take long, and of allocations' numbers that are left out or were never searched.
     """
     check_tasks(conditions.tasks)
     subjects = resolve_all(sources)
+    variants = variants_of(subjects, allocations, say)
     budgets = budgets_of(conditions, subjects)
     field = field_of(against)  # before a model is loaded: a name may be wrong
-    managers = len(subjects) + len(field) + 1
+    managers = len(subjects) + len(variants) + len(field) + 1
     scenarios, count = _checked_scenarios(conditions, subjects, managers, budgets, say, check=check)
     comparison = compare_managers(
-        [NamedManager(subject.name, subject.manager) for subject in subjects],
+        [NamedManager(subject.name, subject.manager) for subject in subjects] + variants,
         scenarios,
         samples=count,
         budgets=budgets,

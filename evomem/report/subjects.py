@@ -169,14 +169,18 @@ def resolve_all(sources: Source | Sequence[Source]) -> list[Subject]:
     subjects = [resolve(source) for source in listed]
     names = [subject.name for subject in subjects]
     subjects = [replace(s, name=s.source) if names.count(s.name) > 1 else s for s in subjects]
-    names = [subject.name for subject in subjects]
+    require_distinct([subject.name for subject in subjects])
+    return subjects
+
+
+def require_distinct(names: Sequence[str]) -> None:
+    """Raise `ConfigError` if two managers of a comparison have the same name."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(
             f"two managers of a comparison are called {twice!r}; leave one out, or name them: "
             "evomem.evaluation.compare.NamedManager(name, manager)"
         )
-    return subjects
 
 
 def searched_tasks(subjects: Sequence[Subject]) -> tuple[TaskConfig, ...]:

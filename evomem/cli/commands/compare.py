@@ -27,6 +27,7 @@ def compare(
     conditions: Conditions,
     output: str | None,
     *,
+    allocations: str | None = None,
     check: bool = True,
     oracle: bool = False,
     heads: bool = False,
@@ -34,7 +35,8 @@ def compare(
 ) -> None:
     """Compare subjects with the field, print tables, and write rows; with ``check``, refuse tasks at chance.
 
-    ``heads`` also prints what every layer's heads hold; ``plots`` is a folder for pictures.
+    ``allocations`` are those under which the first subject's scorer is measured too. ``heads`` also prints what every
+    layer's heads hold; ``plots`` is a folder for pictures.
     """
     output = claim_rows("--json", output)
     folder = claim_folder("--plots", plots)
@@ -43,6 +45,7 @@ def compare(
             sources,
             split_specs(against),
             conditions,
+            allocations=split_specs(allocations) or [],
             oracle=oracle,
             check=check,
             keep=partial_file(output),
@@ -91,7 +94,7 @@ def parse_budgets(text: str | None) -> list[Budget]:
 
 
 def split_specs(text: str | None) -> list[str] | None:
-    """Split managers' specs at the commas that are outside of brackets and quotation marks."""
+    """Split specs of managers or allocations at the commas that are outside of brackets and quotation marks."""
     if text is None:
         return None
     if text.strip() in ("none", ""):

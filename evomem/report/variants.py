@@ -1,0 +1,57 @@
+"""Report: a subject beside itself under other allocations: the same scorer, its budget shared out otherwise."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from evomem.errors import ConfigError
+from evomem.evaluation.compare import NamedManager
+from evomem.managers.reallocation import reallocate
+from evomem.report.subjects import Subject, require_distinct
+from evomem.spec import format_call, parse_call
+
+
+def variants_of(subjects: Sequence[Subject], specs: Sequence[str], say: Callable[[str], None]) -> list[NamedManager]:
+    """Return the first subject's scorer under each of some allocations.
+
+    Parameters
+    ----------
+    subjects : all of a comparison; no variant may have the name of one of them.
+    specs : allocations such as ``lava`` or ``probe_shares(power=0.5)``.
+    say : told, once each, of numbers that are left out, and of numbers that were never searched.
+
+    Raises
+    ------
+    ConfigError : see `evomem.managers.reallocation.reallocate`; or two would have the same name.
+    """
+    subject = subjects[0]
+    variants: list[NamedManager] = []
+    remarks: list[str] = []
+    for spec in specs:
+        made = reallocate(subject.manager, spec)
+        name = variant_name(subject.name, spec)
+        variants.append(NamedManager(name, made.manager))
+        remarks += [made.loss(subject.name), made.doubt(name)]
+    require_distinct([one.name for one in subjects] + [one.name for one in variants])
+    for remark in filter(None, dict.fromkeys(remarks)):
+        say(remark)
+    return variants
+
+
+def variant_name(name: str, spec: str) -> str:
+    """Return what a subject under another allocation is called in tables: ``demo(allocation=lava)``.
+
+    A name that is a manager's spec becomes the spec with that option: ``snapkv(window=64, allocation=lava)``.
+    """
+    spec = spec.strip()
+    if re.fullmatch(r"[\w.-]+\(.+\)", name):
+        try:
+            call = parse_call(name, "manager", "", positional=None)
+            others = {key: value for key, value in call.options.items() if key != "allocation"}
+            name = format_call(call.name, others)
+        except ConfigError:  # a name that only looks like a spec
+            others = {}
+        if others:
+            return f"{name[:-1]}, allocation={spec})"
+    return f"{name}(allocation={spec})"
