@@ -109,15 +109,19 @@ def leave_one_out(rewards: Rewards) -> Rewards:
 
 Verdict = Literal["wins", "loses", "ties", "unknown"]
 
+DIGITS = 3
+"""Digits after the point with which advantages and their intervals are printed."""
+
 
 def verdict(interval: Sequence[float] | None) -> Verdict:
     """Return who wins by the interval ``(low, high)`` of an advantage.
 
-    ``wins`` and ``loses`` if it lies above or below zero, ``ties`` if zero is in it, ``unknown`` without one.
+    ``wins`` and ``loses`` if it lies above or below zero as it is printed, with `DIGITS` digits; ``ties`` if zero is in
+    it or a bound is printed as zero: nobody wins by ``[0.000, 0.000]``. ``unknown`` without an interval.
     """
     if interval is None:
         return "unknown"
-    low, high = interval
+    low, high = (round(bound, DIGITS) for bound in interval)
     return "wins" if low > 0 else "loses" if high < 0 else "ties"
 
 

@@ -27,7 +27,7 @@ from evomem.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from evomem.report.comparing import Conditions
+    from evomem.report.conditions import Conditions
 
 
 def compare(
@@ -56,6 +56,15 @@ def compare(
         bool,
         typer.Option("--oracle", help="Also the decision that knows what will be attended to: a mark, no manager."),
     ] = False,
+    price_per_megabyte: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-megabyte",
+            metavar="NATS",
+            help="Nats per 10^6 bytes of mean memory: also the net value, by which rows are ordered. Without --budgets "
+            "every manager that has a budget is measured at its own.",
+        ),
+    ] = None,
     heads: Heads = False,
     plots: Annotated[
         str | None,
@@ -83,6 +92,8 @@ def compare(
 
       evomem compare runs/demo --allocations "uniform,lava,probe_shares(power=0.5)" --against none --heads
 
+      evomem compare runs/adaptive runs/fixed --against none --price-per-megabyte 0.1 --json rows.json
+
       evomem compare my-plugin --model ./other-model --task file:questions.jsonl --json rows.json
 
       evomem compare "adakv(keydiff)" --task multikey_1:length=1000 --budgets 0.25 --protocol streaming:512
@@ -98,6 +109,7 @@ def compare(
             allocations=allocations,
             check=check,
             oracle=oracle,
+            price_per_megabyte=price_per_megabyte,
             heads=heads,
             plots=plots,
         )
@@ -207,7 +219,7 @@ def evaluate(
 def _conditions(context: typer.Context) -> Conditions:
     """Return what the options that all three commands share say about what is measured, and how."""
     from evomem.cli.commands.compare import parse_budgets
-    from evomem.report.comparing import Conditions
+    from evomem.report.conditions import Conditions
     from evomem.tasks.base import Split
 
     words = context.params

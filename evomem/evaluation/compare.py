@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from evomem.evaluation.entrants import (
 )
 from evomem.evaluation.measurement import Evaluation
 from evomem.evaluation.oracle import FutureOracle
-from evomem.evaluation.rows import Budget, Measured, Row, rows_of
+from evomem.evaluation.rows import Budget, Measured, Row, check_price, rows_of
 from evomem.managers import build, names
 from evomem.tasks.base import Split
 
@@ -52,7 +52,7 @@ class Comparison:
     Attributes
     ----------
     subject : name of the manager that the others are set against; None for a plain evaluation.
-    rows : by model, task and budget, the largest log-likelihood first.
+    rows : by model, task and budget, the largest log-likelihood (with a price: the largest net) first.
     evaluations : per row's key (model, task, manager, budget), its evaluations in the order of the samples.
     measured : what the rows were made of.
     """
@@ -96,7 +96,10 @@ def compare(
     seed: int = 0,
     exact: bool = True,
     oracle: bool = False,
+    price_per_megabyte: float | None = None,
+    own_budgets: Mapping[str, Sequence[Budget]] | None = None,
     keep: Path | None = None,
+    finished: Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Evaluate subjects, field and the full cache on the same samples.
@@ -112,20 +115,27 @@ def compare(
     exact : also generate, for the exact metric.
     oracle : at every budget also the decision that knows what question and answer will attend to (`FutureOracle`): no
         manager can know that, so it is a mark, and no competitor.
+    price_per_megabyte : nats per 10^6 bytes of mean memory, by which rows get a net value. What is measured does not
+        depend on it.
+    own_budgets : by name, the budgets that a manager is evaluated at in place of ``budgets``.
     keep : file to which every finished sample is appended; a comparison that was killed goes on from it.
+    finished : file of an earlier comparison, whose samples are taken over if it measured the same.
     progress : called with samples done and samples in all.
 
     Raises
     ------
-    ConfigError : two managers have the same name, or ``keep`` holds another comparison.
+    ConfigError : two managers have the same name, the price is none, or ``keep`` holds another comparison.
     TaskError : a split has no samples, or one is longer than a model can read.
     EvaluationError : a manager's likelihood, score or memory on a sample is NaN or infinite.
     """
+    check_price(price_per_megabyte)
+    own = {} if own_budgets is None else own_budgets
     scenarios, budgets = _distinct(scenarios, budgets)
+    _require_distinct([*budgets, *(budget for some in own.values() for budget in some)])
     field = field_of(against)
     names_taken = {subject.name for subject in subjects}
     field = [member for member in field if member.name not in names_taken]
-    entrants = entrants_of(subjects, "subject", budgets) + entrants_of(field, "field", budgets)
+    entrants = entrants_of(subjects, "subject", budgets, own) + entrants_of(field, "field", budgets, own)
     if "full" not in names_taken and field:
         entrants += entrants_of([NamedManager("full", build("full"))], "full", budgets)
     if oracle:
@@ -134,8 +144,11 @@ def compare(
         limits = dict.fromkeys(entrant.budget for entrant in entrants if entrant.budget is not None)
         entrants += [Entrant(FutureOracle.name, "oracle", budget, FutureOracle((), budget=budget)) for budget in limits]
     pools = pools_of(scenarios, samples, split, seed, exact=exact)
-    evaluations = measure(entrants, pools, split=split, seed=seed, exact=exact, keep=keep, progress=progress)
-    return _comparison(subjects[0].name, subjects[0].name, entrants, pools, evaluations, split)
+    evaluations = measure(
+        entrants, pools, split=split, seed=seed, exact=exact, keep=keep, finished=finished, progress=progress
+    )
+    first = subjects[0].name
+    return _comparison(first, first, entrants, pools, evaluations, split, price_per_megabyte)
 
 
 def evaluate(
@@ -165,9 +178,7 @@ def _distinct(scenarios: Sequence[Scenario], budgets: Sequence[Budget]) -> tuple
     ------
     ConfigError : 1 and 1.0, a slot and everything, which the rows could not tell apart.
     """
-    distinct = list({(type(budget), budget): budget for budget in budgets}.values())
-    if len(set(distinct)) < len(distinct):
-        raise ConfigError("budgets: 1 is one slot and 1.0 is everything; compare at one after the other")
+    distinct = _require_distinct(budgets)
     descriptions: dict[tuple[str, str], list[str]] = {}
     kept = []
     for scenario in scenarios:
@@ -184,6 +195,14 @@ def _distinct(scenarios: Sequence[Scenario], budgets: Sequence[Budget]) -> tuple
     return kept, distinct
 
 
+def _require_distinct(budgets: Sequence[Budget]) -> list[Budget]:
+    """Return budgets once each; raise `ConfigError` where 1 and 1.0 are among them."""
+    distinct = list({(type(budget), budget): budget for budget in budgets}.values())
+    if len(set(distinct)) < len(distinct):
+        raise ConfigError("budgets: 1 is one slot and 1.0 is everything; compare at one after the other")
+    return distinct
+
+
 def _comparison(
     subject: str | None,
     first: str,
@@ -191,6 +210,7 @@ def _comparison(
     pools: Sequence[Pool],
     evaluations: dict[ResultKey, list[Evaluation]],
     split: Split,
+    price_per_megabyte: float | None = None,
 ) -> Comparison:
     rows: list[Row] = []
     measured: list[Measured] = []
@@ -216,6 +236,6 @@ def _comparison(
             )
             for entrant in entrants
         ]
-        rows += rows_of(first, measured_here)
+        rows += rows_of(first, measured_here, price_per_megabyte)
         measured += measured_here
     return Comparison(subject, rows, evaluations, measured)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -103,8 +103,17 @@ class Entrant:
     manager: MemoryManager
 
 
-def entrants_of(members: Sequence[NamedManager], role: Role, budgets: Sequence[Budget]) -> list[Entrant]:
+def entrants_of(
+    members: Sequence[NamedManager],
+    role: Role,
+    budgets: Sequence[Budget],
+    own_budgets: Mapping[str, Sequence[Budget]] | None = None,
+) -> list[Entrant]:
     """Return every manager at every budget (None: its own); a manager that takes no budget is there once.
+
+    Parameters
+    ----------
+    own_budgets : by name, the budgets that stand in place of ``budgets``.
 
     Raises
     ------
@@ -112,13 +121,20 @@ def entrants_of(members: Sequence[NamedManager], role: Role, budgets: Sequence[B
     """
     entrants: list[Entrant] = []
     for member in members:
-        for budget in dict.fromkeys(budgets):
+        for budget in dict.fromkeys((own_budgets or {}).get(member.name, budgets)):
             entrants.append(_at_budget(member, role, budget))
     distinct = list({(entrant.name, entrant.budget): entrant for entrant in entrants}.values())
     twice = [name for name, count in Counter(member.name for member in members).items() if count > 1]
     if twice:
         raise ConfigError(f"two managers of a comparison are called {twice[0]!r}")
     return distinct
+
+
+def takes_budget(manager: MemoryManager) -> bool:
+    """Whether a manager can be given a budget; the full cache and scores with a threshold of their own cannot."""
+    if manager.options.budget is not None:
+        return True
+    return manager.name != "full" and _at_budget(NamedManager("", manager), "field", 1024).budget is not None
 
 
 def _at_budget(member: NamedManager, role: Role, budget: Budget) -> Entrant:
@@ -144,14 +160,18 @@ def measure(
     exact: bool,
     keep: Path | None,
     progress: Progress | None,
+    finished: Path | None = None,
 ) -> dict[ResultKey, list[Evaluation]]:
-    """Return every entrant's evaluations in every scenario, in the order of the samples."""
+    """Return every entrant's evaluations in every scenario, in the order of the samples.
+
+    ``keep`` and ``finished`` are those of `evomem.evaluation.results.SampleFile`.
+    """
     fingerprint = _fingerprint(entrants, [pool.scenario for pool in pools], split, seed, exact)
     digests = "".join(sample.digest for pool in pools for sample in pool.samples)
     fingerprint["samples"] = sha256(digests.encode()).hexdigest()[:16]
     results: dict[ResultKey, list[Evaluation]] = {}
     done, total = 0, sum(len(pool.samples) for pool in pools)
-    with SampleFile(keep, fingerprint) as file:
+    with SampleFile(keep, fingerprint, finished) as file:
         for number, pool in enumerate(pools):
             scenario = pool.scenario
             for sample in pool.samples:

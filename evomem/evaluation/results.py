@@ -12,6 +12,7 @@ from typing import IO, Any, Self
 
 from evomem.errors import ConfigError, EvomemError
 from evomem.evaluation.measurement import EXACT, Evaluation
+from evomem.files.atomic import write_atomically
 from evomem.files.checksummed_lines import LineChecks, checksummed, whole_lines
 from evomem.files.reading import open_regular
 from evomem.files.strict_json import to_json
@@ -31,14 +32,17 @@ class SampleFile:
     ----------
     path : None keeps nothing.
     fingerprint : what the measurements depend on.
+    finished : file of an earlier comparison. If it has this fingerprint, and there is nothing at ``path``, its samples
+        are taken over, with a warning that says so.
 
     Raises
     ------
     ConfigError : the file holds another comparison.
     """
 
-    def __init__(self, path: Path | None, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, fingerprint: Mapping[str, Any], finished: Path | None = None) -> None:
         self.path = path
+        self._finished = finished
         self._fingerprint = dict(fingerprint)
         self._checks = LineChecks()
         self._known: dict[tuple[int, str], list[Evaluation]] = {}
@@ -48,6 +52,8 @@ class SampleFile:
         if self.path is None:
             return self
         try:
+            if self._finished is not None and not os.path.lexists(self.path):
+                self._take_over(self._finished, self.path)
             good = self._read(self.path) if os.path.lexists(self.path) else 0
         except OSError as error:
             raise EvomemError(f"{self.path}: cannot be read: {error.strerror or error}") from None
@@ -106,10 +112,31 @@ class SampleFile:
             logger.warning("%s: %s; those samples are measured again", path, problem)
         return good
 
-    def _check_same(self, record: dict[str, Any] | None, path: Path) -> None:
-        expected = json.loads(to_json(self._fingerprint))
-        if record is not None and "samples" not in record:  # a file from before samples had a digest
+    def _take_over(self, finished: Path, path: Path) -> None:
+        """Copy the file of an earlier comparison to ``path`` if it measured the same."""
+        if not os.path.lexists(finished):
+            return
+        with open_regular(finished, EvomemError) as file:
+            first = next(iter(whole_lines(file, finished)), b"")
+        record = LineChecks().take(first)
+        if record is None or record != self._expected(record):
+            return
+        write_atomically(path, finished.read_bytes())
+        logger.warning(
+            "%s: samples that were measured before are taken over, because rows at another price need no others; "
+            "delete it to measure anew",
+            finished,
+        )
+
+    def _expected(self, record: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return what the first line must say; a file from before samples had a digest has none."""
+        expected: dict[str, Any] = json.loads(to_json(self._fingerprint))
+        if record is not None and "samples" not in record:
             expected.pop("samples", None)
+        return expected
+
+    def _check_same(self, record: dict[str, Any] | None, path: Path) -> None:
+        expected = self._expected(record)
         if record != expected:
             names = [] if record is None else [name for name in expected if record.get(name) != expected[name]]
             differs = "" if record is None else f" (its {', '.join(names)})"

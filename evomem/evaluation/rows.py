@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
-from evomem.errors import EvomemError
+from evomem.bounds import LARGE
+from evomem.errors import ConfigError, EvomemError
 from evomem.evaluation.measurement import Evaluation, Table
 from evomem.files.strict_json import as_float
 from evomem.statistics import bootstrap_mean, paired_bootstrap, recovered_share
@@ -47,6 +48,11 @@ class Row:
     head_slots, head_bytes : per layer, one number a KV head: the slots that hold a token and the bytes that the head
         costs when the context has been read, means over samples. None: not measured.
     dtype, device : type of the model's weights, and where they lay (`evomem.devices.named`); None if that is not known.
+    total_range : fewest and most slots of all layers and heads that one sample has when its context has been read.
+        None: not measured.
+    price_per_megabyte : nats per 10^6 bytes of mean memory; None: memory has no price, nor have the next three a value.
+    net : mean over samples of the log-likelihood minus the price of the sample's ``bytes_mean``.
+    net_difference, net_interval : as ``difference`` and ``interval``, of net, whose bytes are those of each sample.
     """
 
     model: str
@@ -79,6 +85,11 @@ class Row:
     device: str | None = None
     head_slots: list[list[float]] | None = None
     head_bytes: list[list[float]] | None = None
+    total_range: list[float] | None = None
+    price_per_megabyte: float | None = None
+    net: float | None = None
+    net_difference: float | None = None
+    net_interval: list[float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, numbers that are not finite as None."""
@@ -97,6 +108,14 @@ class Row:
     def equal_bytes(self) -> bool:
         """Whether this row's memory is within `BYTES_TOLERANCE` of the first subject's."""
         return self.bytes_ratio is not None and abs(self.bytes_ratio - 1) <= BYTES_TOLERANCE
+
+
+def check_price(price_per_megabyte: float | None) -> None:
+    """Raise `ConfigError` for a price that is none: NaN, below zero, or larger than a search may have."""
+    if price_per_megabyte is not None and not 0 <= price_per_megabyte <= LARGE:
+        raise ConfigError(
+            f"price_per_megabyte: {price_per_megabyte}; give nats per 10^6 bytes, from 0 to {LARGE:g}, for example 0.1"
+        )
 
 
 def budget_size(budget: Budget) -> float:
@@ -131,12 +150,18 @@ class Measured:
     device: str | None = None
 
 
-def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
+def rows_of(subject: str, measured: Sequence[Measured], price_per_megabyte: float | None = None) -> list[Row]:
     """Return the rows of one scenario (model and task): by budget, the best first, the full cache last.
 
-    A row is set against the subject at the same budget; a subject that takes no budget, against all of them; a row
-    without a budget (the full cache), against the subject's largest.
+    The best has the largest log-likelihood; where memory has a price, the largest net. What a row is set against:
+    `reference_budget`.
+
+    Raises
+    ------
+    ConfigError : the price is none, see `check_price`.
+    EvomemError : a manager has no evaluation.
     """
+    check_price(price_per_megabyte)
     evaluations = {(one.manager, one.budget): one.evaluations for one in measured}
     budgets = [one.budget for one in measured if one.manager == subject]
     rows = []
@@ -145,17 +170,32 @@ def rows_of(subject: str, measured: Sequence[Measured]) -> list[Row]:
             raise EvomemError(
                 f"{one.manager} on {one.task}, {one.model}: no sample was measured; there is no row of it"
             )
-        reference_budget = one.budget if one.budget in budgets else _nearest(one.budget, budgets)
-        control = evaluations.get(("random", one.budget))
-        rows.append(
-            _row(one, subject, evaluations[subject, reference_budget], control, evaluations.get(("full", None)))
-        )
-    return sorted(
-        rows, key=lambda row: (budget_size(row.budget), -row.loglik if math.isfinite(row.loglik) else math.inf)
-    )
+        reference = evaluations[subject, reference_budget(one.budget, budgets)]
+        row = _row(one, subject, reference, evaluations.get(("random", one.budget)), evaluations.get(("full", None)))
+        if price_per_megabyte is not None:
+            row = _priced(row, one.evaluations, None if one.manager == subject else reference, price_per_megabyte)
+        rows.append(row)
+
+    def order(row: Row) -> tuple[float, float]:
+        value = row.loglik if row.net is None else row.net
+        return budget_size(row.budget), -value if math.isfinite(value) else math.inf
+
+    return sorted(rows, key=order)
 
 
-def _nearest(budget: Budget, budgets: Sequence[Budget]) -> Budget:
+def reference_budget(budget: Budget, budgets: Sequence[Budget]) -> Budget:
+    """Return the subject's budget at which it is set against a row: the row's own, or else the nearest.
+
+    A subject that takes no budget is set against all rows; a row without a budget (the full cache), against the
+    subject's largest.
+
+    Parameters
+    ----------
+    budget : of the row.
+    budgets : of the subject.
+    """
+    if budget in budgets:
+        return budget
     sized = [b for b in budgets if b is not None]
     if not sized or None in budgets:
         return None
@@ -215,7 +255,26 @@ def _row(
         device=one.device,
         head_slots=_mean_table([e.table("head_slots") for e in evaluations]),
         head_bytes=_mean_table([e.table("head_bytes") for e in evaluations]),
+        total_range=_total_range([e.table("head_slots") for e in evaluations]),
     )
+
+
+def _priced(row: Row, evaluations: Sequence[Evaluation], reference: Sequence[Evaluation] | None, price: float) -> Row:
+    """Return a row with its net value; ``reference`` are the subject's evaluations, None for the subject itself."""
+    net = _nets(evaluations, price)
+    difference = None if reference is None else paired_bootstrap(_nets(reference, price), net)
+    return replace(
+        row,
+        price_per_megabyte=price,
+        net=_mean(net),
+        net_difference=difference.mean if difference else None,
+        net_interval=difference.bounds() if difference else None,
+    )
+
+
+def _nets(evaluations: Sequence[Evaluation], price: float) -> list[float]:
+    """Return log-likelihood minus the price of the mean bytes, as a search charges them (`evomem.runs.fitness`)."""
+    return [as_float(e.loglik) - price * as_float(e.bytes_mean) / 1e6 for e in evaluations]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -228,6 +287,12 @@ def _mean_table(tables: Sequence[Table | None]) -> list[list[float]] | None:
     if len(measured) < len(tables):
         return None
     return [[_mean(values) for values in zip(*heads, strict=True)] for heads in zip(*measured, strict=True)]
+
+
+def _total_range(tables: Sequence[Table | None]) -> list[float] | None:
+    """Return the least and the largest sum of a table; None if one was not measured (earlier versions)."""
+    totals = [sum(map(sum, table)) for table in tables if table is not None]
+    return [min(totals), max(totals)] if len(totals) == len(tables) else None
 
 
 def _mean_loglik(evaluations: Sequence[Evaluation]) -> float:

@@ -23,7 +23,8 @@ from evomem.report.diagnostics import diagnostics_plot
 from evomem.report.packages import require_for_search
 from evomem.report.pictures import draw_comparison
 from evomem.report.plots import fitness_plot, front_plot
-from evomem.report.tables import keep_rows, markdown, partial_file, read_rows, sentences
+from evomem.report.sentences import sentences
+from evomem.report.tables import keep_rows, markdown, partial_file, read_rows
 from evomem.runs import Bench, ExperimentConfig, Run, RunResult, load_experiment, model_bench, open_run, search
 from evomem.runs.bench import load_model
 from evomem.runs.experiment_parts import TaskConfig

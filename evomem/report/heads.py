@@ -15,7 +15,8 @@ from rich.text import Text
 
 from evomem.evaluation.rows import Budget, Row
 from evomem.report.plots import figure_with, save_figure
-from evomem.report.tables import budget_text, by_scenario
+from evomem.report.sentences import by_scenario
+from evomem.report.tables import budget_text
 
 _NAMED = 2
 """Managers that a panel's title names, at most, of those whose heads hold the same."""

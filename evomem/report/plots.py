@@ -15,7 +15,7 @@ from evomem.errors import EvomemError
 from evomem.evaluation.rows import Row
 from evomem.files.atomic import disk_errors, write_atomically
 from evomem.installing import require
-from evomem.report.tables import best_heuristic
+from evomem.report.sentences import best_heuristic
 from evomem.runs.front import Member
 from evomem.runs.result import RunResult
 from evomem.tracking.base import GenerationRecord

@@ -11,6 +11,7 @@ from typing import Any
 
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.compare import NamedManager
+from evomem.evaluation.entrants import takes_budget
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.rows import Budget
 from evomem.files.reading import is_folder, user_path
@@ -153,6 +154,36 @@ def _changes(source: str, tasks: Sequence[TaskConfig], provenance: Mapping[str, 
 def budget_of(manager: MemoryManager) -> tuple[Budget, ...]:
     """Return a manager's budget, if it has one."""
     return () if manager.options.budget is None else (manager.options.budget,)
+
+
+def own_budgets(
+    subjects: Sequence[Subject], variants: Sequence[NamedManager], field: Sequence[NamedManager]
+) -> dict[str, tuple[Budget, ...]]:
+    """Return by name at which budgets each is measured where memory has a price: its own.
+
+    Those that take a budget and have none are measured at all of the subjects', or else of the field's.
+
+    Parameters
+    ----------
+    variants : of the first subject (`evomem.report.variants`), which are measured at its budgets.
+
+    Raises
+    ------
+    ConfigError : nobody has a budget.
+    """
+    others = [*field, *variants]
+    managers = {one.name: one.manager for one in others} | {one.name: one.manager for one in subjects}
+    own = {one.name: budget_of(one.manager) for one in others} | {one.name: one.budgets for one in subjects}
+    own |= dict.fromkeys([one.name for one in variants], subjects[0].budgets)
+    known = [budget for subject in subjects for budget in subject.budgets] or [b for some in own.values() for b in some]
+    budgets: tuple[Budget, ...] = tuple(dict.fromkeys(known))
+    without = next((name for name, some in own.items() if not some and takes_budget(managers[name])), None)
+    if without is not None and not budgets:
+        raise ConfigError(
+            f"--budgets: neither {without} nor a subject has a budget of its own; give slots per head, for example "
+            "--budgets 64,128 (from Python: budgets=[64, 128])"
+        )
+    return {name: some or budgets or (None,) for name, some in own.items()}
 
 
 def resolve_all(sources: Source | Sequence[Source]) -> list[Subject]:

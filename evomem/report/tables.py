@@ -1,28 +1,37 @@
-"""Report: what a comparison says, as tables for a terminal, as Markdown, and as one sentence per budget."""
+"""Report: what a comparison measured, as tables for a terminal, as Markdown, and as a file of rows."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
 
 from rich.table import Table
 from rich.text import Text
 
+from evomem.errors import EvomemError
 from evomem.evaluation.rows import BYTES_TOLERANCE, Budget, Row
 from evomem.files.atomic import write_atomically
+from evomem.report.sentences import (
+    AnyRow,
+    best_heuristic,
+    best_on_net,
+    by_scenario,
+    first_subjects,
+    kib,
+    sentences,
+    signed_span,
+)
 from evomem.runs.folder_reading import of_shape, read_json
-from evomem.statistics import verdict
-
-AnyRow = TypeVar("AnyRow", bound=Row)
 
 FEW = 10
 """Samples below which a bootstrap interval is not to be trusted: it can only be made of the values that are there."""
 
-_COLUMNS = ("manager", "loglik", "advantage", "exact", "slots", "min-max", "total", "KiB", "recovered")
+_COLUMNS = (
+    "manager", "loglik", "advantage", "net", "net advantage", "exact", "slots", "min-max", "total", "KiB", "recovered",
+)  # fmt: skip
+_INTERVAL = " [95 %]"
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -38,6 +47,22 @@ def samples_file(path: Path) -> Path:
 def partial_file(output: str | None) -> Path | None:
     """Return the file in which finished samples wait for the rest."""
     return None if output is None or output == "-" else Path(f"{output}.partial.jsonl")
+
+
+def repriced_samples(output: str | None, price_per_megabyte: float | None) -> Path | None:
+    """Return the samples of a finished comparison whose rows have another price: they need not be measured again.
+
+    None where there are no rows, or rows of this very price: then a repetition is wanted.
+    """
+    if output is None or output == "-":
+        return None
+    path = Path(output)
+    try:
+        rows: list[Row] = read_rows(path) if path.exists() else []
+    except EvomemError:  # damaged rows are replaced
+        return None
+    other = any(row.price_per_megabyte != price_per_megabyte for row in rows)
+    return samples_file(path) if other else None
 
 
 def keep_rows(rows: Sequence[Row], path: Path) -> None:
@@ -68,8 +93,11 @@ def checked_row(row: AnyRow) -> AnyRow:
     """Return a row of a file; raise `TypeError` where a field is not of the kind that tables and pictures show."""
     texts = (row.model, row.task, row.manager, row.protocol, row.split, row.role)
     numbers = (row.loglik, row.bytes_peak, row.bytes_mean, row.slots, row.seconds)
-    maybe = (row.score, row.difference, row.difference_score, row.bytes_ratio, row.recovered, row.budget)
-    spans = (row.interval, row.interval_score, row.interval_loglik)
+    maybe = (
+        row.score, row.difference, row.difference_score, row.bytes_ratio, row.recovered, row.budget,
+        row.price_per_megabyte, row.net, row.net_difference,
+    )  # fmt: skip
+    spans = (row.interval, row.interval_score, row.interval_loglik, row.net_interval, row.total_range)
     if not all(isinstance(text, str) for text in texts) or type(row.samples) is not int:
         raise TypeError("names are texts, and samples a number")
     if not all(map(_is_number, numbers)) or not all(value is None or _is_number(value) for value in maybe):
@@ -112,7 +140,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             table.add_column(heading, justify="left" if heading == "manager" else "right", no_wrap=True)
         for budget, section in groupby(group, key=lambda row: row.budget):
             members = list(section)
-            best = best_heuristic(members)
+            best = best_heuristic(members) if members[0].net is None else best_on_net(members)
             for place, row in enumerate(members):
                 cells = [budget_text(budget) if place == 0 else "", *_cells(row, headings)]
                 style = "bold green" if row.role == "subject" else "cyan" if row is best else ""
@@ -126,14 +154,16 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """Return what a reader of the table must know: what the columns mean, and whose memory is not equal."""
     found = []
     if any(row.difference is not None for row in rows):
-        # The others' differences are from the first subject; further subjects have differences themselves.
-        subject = next(row.manager for row in rows if row.role == "subject" and row.difference is None)
+        subject = first_subjects(rows)[0].manager
         spread = "95 % paired bootstrap" if any(row.interval is not None for row in rows) else "of one sample"
         text = f"loglik: nats per answer token. advantage: of {subject} over the row, {spread}."
+        for price in dict.fromkeys(row.price_per_megabyte for row in rows if row.price_per_megabyte is not None):
+            text += f" net: loglik - {price:g} for every 10^6 bytes of the sample's mean memory."
         if any(row.recovered is not None for row in rows):
             text += " recovered: share of what random eviction loses."
         if any(row.head_slots is not None for row in rows):
-            text += " slots: mean per KV head; total: of all heads, after the context."
+            text += " slots: mean per KV head; min-max: over heads; total: of all heads, after the context"
+            text += " (fewest-most of a sample)." if any(_totals_differ(row) for row in rows) else "."
         found.append(text)
     for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
         found.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
@@ -162,69 +192,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
-    """Return one sentence per model, task and budget: whether it beats the best heuristic of equal memory."""
-    found = []
-    several = len({(row.model, row.task) for row in rows}) > 1
-    for (model, task), group in by_scenario(rows):
-        for _, section in groupby(group, key=lambda row: row.budget):
-            text = _sentence(list(section))
-            if text is not None:
-                found.append(f"{task} on {model}: {text}" if several else text)
-    return found
-
-
-def best_heuristic(rows: Sequence[AnyRow]) -> AnyRow | None:
-    """Return the row of the field with the largest log-likelihood that holds no more memory than the subject.
-
-    Where all hold more, the best of them.
-    """
-    field = [row for row in rows if row.role == "field" and math.isfinite(row.loglik)]
-    fair = [row for row in field if row.bytes_ratio is None or row.bytes_ratio <= 1 + BYTES_TOLERANCE]
-    return max(fair or field, key=lambda row: row.loglik, default=None)
-
-
-def _sentence(rows: Sequence[Row]) -> str | None:
-    # The others' differences are from the first subject; further subjects have differences themselves.
-    subject = next((row for row in rows if row.role == "subject" and row.difference is None), None)
-    best = best_heuristic(rows)
-    if subject is None or best is None or best.difference is None:
-        return None
-    size = f"{subject.slots:.0f} slots per head" if subject.budget is None else _budget_phrase(subject.budget)
-    where = f"on {best.samples} {best.split} samples at {size} ({_kib(subject.bytes_mean)} KiB measured)"
-    amount = f"{abs(best.difference):.3f} nats per answer token"
-    low, high = best.interval if best.interval is not None else (math.nan, math.nan)
-    span = f"[{low:.3f}, {high:.3f}]"
-    name = f"the best heuristic ({best.manager})"
-    who = verdict(best.interval)
-    if who == "unknown":
-        text = f"{subject.manager} is {best.difference:+.3f} nats per answer token from {name} {where}; too few samples"
-    elif who == "wins":
-        text = f"{subject.manager} beats {name} by {amount} {span} {where}"
-    elif who == "loses":
-        text = f"{subject.manager} loses to {name} by {amount} [{-high:.3f}, {-low:.3f}] {where}"
-    else:
-        text = (
-            f"{subject.manager} cannot be told from {name}: {best.difference:+.3f} nats per answer token {span} {where}"
-        )
-    if best.bytes_ratio is not None and not best.equal_bytes:
-        text += f"; {best.manager} holds {_more(best.bytes_ratio)} memory"
-    for row in rows:
-        # Honest about those that do better with more memory than their budget says: ragged caches are padded.
-        if row.role == "field" and row.loglik > best.loglik and row.bytes_ratio and row.difference is not None:
-            advantage = f"{row.difference:+.3f} {_span(row.interval)}".rstrip()
-            text += f"; against {row.manager}, which holds {_more(row.bytes_ratio)} memory: {advantage}"
-    return text + "."
-
-
-def _more(ratio: float) -> str:
-    return f"{abs(ratio - 1):.1%} {'more' if ratio > 1 else 'less'}"
-
-
-def _budget_phrase(budget: Budget) -> str:
-    return f"{budget:.0%} of the tokens" if isinstance(budget, float) else f"{budget} slots per head"
-
-
 def markdown(rows: Sequence[Row], title: str = "Comparison") -> str:
     """Return the tables, notes and sentences as Markdown."""
     lines = [f"# {title}", ""]
@@ -250,23 +217,19 @@ def budget_text(budget: Budget) -> str:
     return "-" if budget is None else str(budget)
 
 
-def by_scenario(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]]:
-    """Yield the rows of every model and task: ((model, task), rows)."""
-    for place, group in groupby(rows, key=lambda row: (row.model, row.task)):
-        yield place, list(group)
-
-
 def _headings(rows: Sequence[Row]) -> list[str]:
     """Return the columns in which any row says something; one sample has no interval."""
     empty = {
         "advantage": all(row.difference is None for row in rows),
+        "net": all(row.net is None for row in rows),
+        "net advantage": all(row.net_difference is None for row in rows),
         "exact": all(row.score is None for row in rows),
         "recovered": all(row.recovered is None for row in rows),
         "min-max": not any(_heads_differ(row) for row in rows),
         "total": all(row.head_slots is None for row in rows),
     }
-    interval = " [95 %]" if any(row.interval is not None for row in rows) else ""
-    return [name + interval * (name == "advantage") for name in _COLUMNS if not empty.get(name, False)]
+    interval = _INTERVAL if any(row.interval is not None for row in rows) else ""
+    return [name + interval * name.endswith("advantage") for name in _COLUMNS if not empty.get(name, False)]
 
 
 def _cells(row: Row, headings: Sequence[str]) -> list[str]:
@@ -275,19 +238,36 @@ def _cells(row: Row, headings: Sequence[str]) -> list[str]:
     cells = {
         "manager": row.manager,
         "loglik": f"{row.loglik:.3f}",
-        "advantage": "" if row.difference is None else f"{row.difference:+.3f} {_span(row.interval)}".rstrip(),
+        "advantage": _advantage(row.difference, row.interval),
+        "net": "" if row.net is None else f"{row.net:.3f}",
+        "net advantage": _advantage(row.net_difference, row.net_interval),
         "exact": "" if row.score is None else f"{row.score:.3f}",
         "slots": f"{row.slots:.1f}",
         "min-max": _range(row),
-        "total": "" if row.head_slots is None else f"{sum(map(sum, row.head_slots)):,.0f}",
-        "KiB": _kib(row.bytes_mean) + mark,
+        "total": _total(row),
+        "KiB": kib(row.bytes_mean) + mark,
         "recovered": "" if row.recovered is None else f"{row.recovered:.2f}",
     }
-    return [cells[heading.partition(" ")[0]] for heading in headings]
+    return [cells[heading.removesuffix(_INTERVAL)] for heading in headings]
 
 
-def _span(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+def _advantage(difference: float | None, interval: Sequence[float] | None) -> str:
+    return "" if difference is None else f"{difference:+.3f} {signed_span(interval)}".rstrip()
+
+
+def _total(row: Row) -> str:
+    """Return the slots of all heads, mean over samples, with the fewest and most of a sample where they differ."""
+    if row.head_slots is None:
+        return ""
+    mean = f"{sum(map(sum, row.head_slots)):,.0f}"
+    if not _totals_differ(row) or row.total_range is None:
+        return mean
+    fewest, most = row.total_range
+    return f"{mean} ({fewest:,.0f}-{most:,.0f})"
+
+
+def _totals_differ(row: Row) -> bool:
+    return row.total_range is not None and round(row.total_range[0]) != round(row.total_range[1])
 
 
 def _heads_differ(row: Row) -> bool:
@@ -301,7 +281,3 @@ def _range(row: Row) -> str:
         return ""
     least, most = f"{min(counts):.0f}", f"{max(counts):.0f}"
     return least if least == most else f"{least}-{most}"
-
-
-def _kib(size: float) -> str:
-    return f"{size / 1024:,.0f}"

@@ -14,7 +14,8 @@ from rich.text import Text
 from evomem.evaluation.compare import Comparison
 from evomem.evaluation.rows import Budget, Row, budget_size, rows_of
 from evomem.report.plots import figure_with, save_figure
-from evomem.report.tables import best_heuristic, budget_text
+from evomem.report.sentences import best_heuristic
+from evomem.report.tables import budget_text
 from evomem.statistics import Verdict, verdict
 
 

@@ -245,6 +245,19 @@ def test_compare_writes_rows_and_samples(world, tmp_path):
     assert "full" in shown
 
 
+def test_compare_prices_memory_without_measuring_again(world, tmp_path):
+    words = ["compare", world / "run", "keydiff(budget=4)", "--against", "none", "-n", 2, "--no-exact", "--no-check"]
+    found = [json.loads(run(*words, "--price-per-megabyte", price, "--json", "-").stdout) for price in (0, 30)]
+    for free, dear in zip(*(sorted(rows, key=lambda row: row["manager"]) for rows in found), strict=True):
+        assert free["net"] == free["loglik"]
+        assert dear["net"] == pytest.approx(dear["loglik"] - 30 * dear["bytes_mean"] / 1e6)
+    assert len({row["budget"] for row in found[0]}) == 2  # each at its own
+    shown = [run(*words, "--price-per-megabyte", price, "--json", tmp_path / "rows.json") for price in (0, 30)]
+    assert "At 30 nats per MB: " in " ".join(shown[1].stdout.split())
+    assert json.loads((tmp_path / "rows.json").read_text())[0]["price_per_megabyte"] == 30
+    assert "price_per_megabyte: nan" in error(*words, "--price-per-megabyte", "nan")
+
+
 def test_errors_name_what_was_wrong_and_end_with_2(world, tmp_path):
     model = ["--model", str(world / "model"), "--task", f"file:{world}/task.jsonl"]
     assert "Known: demo" in error("evolve", "nonesuch")
@@ -330,7 +343,7 @@ def test_train_is_evolve(world, tmp_path):
 
 def test_what_is_written_on_the_command_line_is_read_as_it_is_meant():
     from evomem.cli.commands.compare import parse_budgets, split_specs
-    from evomem.report.comparing import parse_protocol
+    from evomem.report.conditions import parse_protocol
 
     assert split_specs("adakv(snapkv, safeguard=0.3),h2o, x(a=[1,2])") == [
         "adakv(snapkv, safeguard=0.3)",

@@ -18,7 +18,8 @@ from evomem.evaluation.measurement import EXACT, Evaluation, EvaluationProtocol
 from evomem.evaluation.rows import Measured, Row, rows_of
 from evomem.managers import build, names
 from evomem.models import LoadedModel
-from evomem.report.tables import markdown, notes, read_rows, sentences, tables, write_rows
+from evomem.report.sentences import sentences
+from evomem.report.tables import markdown, notes, read_rows, tables, write_rows
 from evomem.statistics import bootstrap_mean, paired_bootstrap, recovered_share
 from evomem.tasks import build as build_task
 from evomem.testing.models import tiny, tiny_tokenizer

@@ -13,7 +13,7 @@ from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.oracle import evaluate_oracle
 from evomem.evaluation.traces.recording import record
 from evomem.managers import build
-from evomem.report.tables import best_heuristic
+from evomem.report.sentences import best_heuristic
 from evomem.runs import open_run, search
 from evomem.runs.bench import model_bench
 from evomem.tasks import Split

@@ -37,7 +37,7 @@ from evomem.managers import build, managers
 from evomem.managers.features import base_columns
 from evomem.models import load
 from evomem.models.exact import weight_shapes
-from evomem.report.comparing import parse_protocol
+from evomem.report.conditions import parse_protocol
 from evomem.runs.experiment_file import load_experiment, parse_experiment
 from evomem.search_space.space import SearchSpace, load_space
 from evomem.tasks import build as build_task

@@ -16,7 +16,7 @@ from evomem.evaluation import Evaluator
 from evomem.managers import build
 from evomem.models import load
 from evomem.report import evolving
-from evomem.report.comparing import Conditions
+from evomem.report.conditions import Conditions
 from evomem.report.tables import read_rows
 from evomem.report.transfer import TransferRow, cells, summary, transfer_markdown
 from evomem.statistics import paired_bootstrap

@@ -16,7 +16,7 @@ from evomem.errors import ConfigError, RunError
 from evomem.evaluation.measurement import Evaluation
 from evomem.evaluation.results import SampleFile
 from evomem.models.identity import tokenizer_digest
-from evomem.report.comparing import Conditions, make_scenarios
+from evomem.report.conditions import Conditions, make_scenarios
 from evomem.report.subjects import resolve, searched_tasks
 from evomem.runs import Bench, inputs, open_run, search
 from evomem.runs.experiment_file import load_experiment

@@ -21,7 +21,7 @@ from evomem.evaluation.utility import UtilityCurves, solve, utility_curves, with
 from evomem.files.reading import user_path
 from evomem.managers.base import MemoryManager
 from evomem.plugins.folder import check_replaceable
-from evomem.report.comparing import check_tasks, require_above_chance
+from evomem.report.conditions import check_tasks, require_above_chance
 from evomem.report.packages import require_for
 from evomem.report.subjects import resolve
 from evomem.search_space.space import SearchSpace, load_space

@@ -13,10 +13,12 @@ from evomem.cli.commands.progress import ProgressBar
 from evomem.errors import ConfigError
 from evomem.evaluation.rows import Budget, Row
 from evomem.managers.base import check_budget
-from evomem.report.comparing import Conditions, claim_rows, compare_subjects, evaluate_subject
+from evomem.report.comparing import claim_rows, compare_subjects, evaluate_subject
+from evomem.report.conditions import Conditions
 from evomem.report.heads import head_notes, head_tables
 from evomem.report.pictures import claim_folder, draw_comparison
-from evomem.report.tables import keep_rows, notes, partial_file, rows_json, sentences, tables
+from evomem.report.sentences import sentences
+from evomem.report.tables import keep_rows, notes, partial_file, rows_json, tables
 from evomem.spec import split
 from evomem.terminal import wide_console
 
@@ -30,6 +32,7 @@ def compare(
     allocations: str | None = None,
     check: bool = True,
     oracle: bool = False,
+    price_per_megabyte: float | None = None,
     heads: bool = False,
     plots: str | None = None,
 ) -> None:
@@ -47,8 +50,9 @@ def compare(
             conditions,
             allocations=split_specs(allocations) or [],
             oracle=oracle,
+            price_per_megabyte=price_per_megabyte,
             check=check,
-            keep=partial_file(output),
+            output=output,
             progress=bar.report,
             say=say_yellow,
         )

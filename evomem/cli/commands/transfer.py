@@ -21,7 +21,7 @@ from evomem.files.atomic import write_atomically
 from evomem.files.reading import is_folder, user_path
 from evomem.managers import build
 from evomem.managers.base import MemoryManager
-from evomem.report.comparing import Conditions, check_tasks, load, parse_protocol, require_room
+from evomem.report.conditions import Conditions, check_tasks, load, parse_protocol, require_room
 from evomem.report.evolving import scenarios_of
 from evomem.report.outputs import claim
 from evomem.report.packages import require_for
@@ -129,7 +129,7 @@ def _measured(plan: _Plan, scenario: Scenario, keep: Path | None, *, check: bool
     """Return the rows of all subjects on one scenario."""
     split, count = plan.conditions.split, plan.conditions.samples or _SAMPLES
     managers_at_once = len(plan.subjects) + len(field_of(plan.field)) + 1
-    require_room(plan.conditions, [scenario], count, managers_at_once, plan.budgets, say_yellow)
+    require_room(plan.conditions, [scenario], count, managers_at_once * max(1, len(plan.budgets)), say_yellow)
     if check and count > 1:
         samples = _samples(scenario, split, min(_CHECKED, count))
         if len(samples) > 1:
