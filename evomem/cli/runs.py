@@ -46,6 +46,12 @@ def export(
         float | None,
         typer.Option("--bytes", min=1, help="Of a run with a front: its largest member within so many bytes of cache."),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="The same scorer with this allocation in place of its own, e.g. lava: to use, or to start a search."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Copy a run's winner as a plug-in: config.json, model.safetensors, provenance.json, README.md.
@@ -55,11 +61,13 @@ def export(
       evomem export runs/demo my-manager
 
       evomem export runs/pareto_smollm2 my-manager --bytes 2e6
+
+      evomem export runs/demo start --allocation "per_head_shares(layers=30, heads=3)"
     """
     with guarded():
         from evomem.cli.commands import evolve as command
 
-        command.export(run, folder, place, size, overwrite=overwrite)
+        command.export(run, folder, place, size, allocation=allocation, overwrite=overwrite)
 
 
 def import_namm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from evomem.managers.allocation.over_layers import Uniform
 from evomem.managers.allocation.probed import measured_buffers
 from evomem.managers.base import MemoryManager, retype
 from evomem.modes import outside_inference_mode
-from evomem.spec import format_call, name_of
+from evomem.spec import format_call, name_of, parse_call
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,7 @@ class Reallocated:
         """Return what a user must know of the manager called ``name``: the numbers that are left out; "" if none."""
         if not self.dropped:
             return ""
-        return (
-            f"{name}: under another allocation its own numbers for {self.before} have no part: {_counts(self.dropped)}"
-        )
+        return f"{name}: its numbers for {self.before} have no part under another allocation: {_counts(self.dropped)}"
 
     def doubt(self, name: str) -> str:
         """Return what a user must know of the result called ``name``: numbers that were never searched; "" if none."""
@@ -63,6 +62,24 @@ class Reallocated:
 
 def _counts(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count} number{'s' * (count > 1)})" for name, count in numbers.items())
+
+
+def name_with_allocation(name: str, spec: str) -> str:
+    """Return what a manager of a name is called under another allocation: ``demo(allocation=lava)``.
+
+    A name that is a spec becomes the spec with that option: ``snapkv(window=64, allocation=lava)``.
+    """
+    spec = spec.strip()
+    if re.fullmatch(r"[\w.-]+\(.+\)", name):
+        try:
+            call = parse_call(name, "manager", "", positional=None)
+            others = {key: value for key, value in call.options.items() if key != "allocation"}
+            name = format_call(call.name, others)
+        except ConfigError:  # a name that only looks like a spec
+            others = {}
+        if others:
+            return f"{name[:-1]}, allocation={spec})"
+    return f"{name}(allocation={spec})"
 
 
 def reallocate(manager: MemoryManager, spec: str) -> Reallocated:
@@ -89,20 +106,27 @@ def reallocate(manager: MemoryManager, spec: str) -> Reallocated:
     )
     if name_of(spec) == LUKV.name and not isinstance(manager.allocation, LUKV):
         raise ConfigError(unmeasured)
-    plain = scorer(manager)
-    given, own = build_allocation(spec), manager.allocation
-    before, after = written(own), written(given)
-    if given.describe() == own.describe():
-        return Reallocated(manager, before, before)
+    scorer(manager)  # refuses what takes no other allocation, also for the one that it has
+    given = build_allocation(spec)
+    if given.describe() == manager.allocation.describe():
+        return Reallocated(manager, written(given), written(given))
     if isinstance(given, LUKV):
         raise ConfigError(unmeasured)
-    other, scores = with_allocation(manager, given.describe()), plain.state_dict().keys()
+    return change_between(manager, with_allocation(manager, given.describe()))
+
+
+def change_between(manager: MemoryManager, other: MemoryManager) -> Reallocated:
+    """Return what differs between a manager and what `with_allocation` made of it.
+
+    All learned numbers of the new allocation count as ``initial``.
+    """
+    scores = scorer(manager).state_dict().keys()
     left = scores | measured_buffers(manager)  # probes are a model's, and no search's
     initial = {name: value for name, value in other.named_parameters() if name not in scores}
     return Reallocated(
         other,
-        before,
-        after,
+        written(manager.allocation),
+        written(other.allocation),
         dropped={name: value.numel() for name, value in manager.state_dict().items() if name not in left},
         initial={name: value.numel() for name, value in initial.items()},
         equal=all(_equal(value) for value in initial.values()),

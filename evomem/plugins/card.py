@@ -35,7 +35,12 @@ _EMPHASIS = {"better": "**{}**", "worse": "*{}*"}
 
 
 def render_card(
-    name: str, config: Mapping[str, Any], provenance: Mapping[str, Any], pictures: Sequence[str] = ()
+    name: str,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    pictures: Sequence[str] = (),
+    *,
+    measured: bool = True,
 ) -> str:
     """Return the model card as Markdown.
 
@@ -46,6 +51,7 @@ def render_card(
     provenance : contents of ``provenance.json``; what it does not hold is left out of the card. ``comparison`` holds
         rows as `evomem.evaluation.compare` makes them, ``sentences`` what they say, ``transfer`` rows on other models.
     pictures : names of the files in ``assets/``.
+    measured : whether the file has what an allocation wants to know of a model's heads.
 
     Raises
     ------
@@ -68,6 +74,8 @@ def render_card(
             name=provenance.get("experiment") or name,
             config=config,
             probed=_looks_at_probes(config.get("allocation")),
+            measured=measured,
+            replaced=provenance.get("reallocated") or [],
             models=_models(provenance),
             # The hub refuses a card whose base models are not repositories: an alias or a folder is none.
             base_models=[model for model, _ in _models(provenance) if REPOSITORY.fullmatch(model)],

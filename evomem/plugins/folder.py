@@ -28,7 +28,7 @@ from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.files.reading import is_folder, is_there, user_path
 from evomem.files.strict_json import shown, to_json
 from evomem.managers import MemoryManager, managers
-from evomem.managers.allocation.probed import ProbedAllocation, measured_buffers
+from evomem.managers.allocation.probed import ProbedAllocation, measured_buffers, probes_measured
 from evomem.modes import outside_inference_mode
 from evomem.plugins.card import render_card
 from evomem.plugins.hub import download
@@ -102,11 +102,14 @@ def save(
     provenance = manager.provenance if provenance is None else provenance
     pictures = manager.pictures if pictures is None else pictures
     config = describe_manager(manager)
+    if card is None:
+        measured = probes_measured(manager)
+        card = render_card(folder.name, config, provenance, sorted(pictures), measured=measured)
     contents = {
         CONFIG: _pretty(config),
         TENSORS: to_bytes(manager, f"{folder}: cannot be saved"),
         PROVENANCE: _pretty(provenance),
-        CARD: (card if card is not None else render_card(folder.name, config, provenance, sorted(pictures))).encode(),
+        CARD: card.encode(),
     }
     for name, content in contents.items():
         if len(content) > LIMITS[name]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
-from evomem.errors import ConfigError
 from evomem.evaluation.compare import NamedManager
-from evomem.managers.reallocation import reallocate
+from evomem.managers.reallocation import name_with_allocation, reallocate
 from evomem.report.subjects import Subject, require_distinct
-from evomem.spec import format_call, parse_call
 
 
 def variants_of(subjects: Sequence[Subject], specs: Sequence[str], say: Callable[[str], None]) -> list[NamedManager]:
@@ -30,28 +27,10 @@ def variants_of(subjects: Sequence[Subject], specs: Sequence[str], say: Callable
     remarks: list[str] = []
     for spec in specs:
         made = reallocate(subject.manager, spec)
-        name = variant_name(subject.name, spec)
+        name = name_with_allocation(subject.name, spec)
         variants.append(NamedManager(name, made.manager))
         remarks += [made.loss(subject.name), made.doubt(name)]
     require_distinct([one.name for one in subjects] + [one.name for one in variants])
     for remark in filter(None, dict.fromkeys(remarks)):
         say(remark)
     return variants
-
-
-def variant_name(name: str, spec: str) -> str:
-    """Return what a subject under another allocation is called in tables: ``demo(allocation=lava)``.
-
-    A name that is a manager's spec becomes the spec with that option: ``snapkv(window=64, allocation=lava)``.
-    """
-    spec = spec.strip()
-    if re.fullmatch(r"[\w.-]+\(.+\)", name):
-        try:
-            call = parse_call(name, "manager", "", positional=None)
-            others = {key: value for key, value in call.options.items() if key != "allocation"}
-            name = format_call(call.name, others)
-        except ConfigError:  # a name that only looks like a spec
-            others = {}
-        if others:
-            return f"{name[:-1]}, allocation={spec})"
-    return f"{name}(allocation={spec})"

@@ -33,6 +33,7 @@ from evomem.bounds import LARGE, SMALL, VALUE
 from evomem.errors import ConfigError
 from evomem.files.reading import is_file, user_path
 from evomem.managers.base import MemoryManager, managers
+from evomem.managers.reallocation import written
 from evomem.search_space.option_paths import changed_options, flattened, option_value, require_disjoint
 from evomem.search_space.option_ranges import Categorical, Option, Variable
 from evomem.search_space.vector_file import read_vector
@@ -264,8 +265,12 @@ class SearchSpace:
             raise ConfigError(
                 f"search space: is of {type(self.template).__name__}, this manager is a {type(manager).__name__}"
             )
-        own = self._parameters(self.template)
-        for name, parameter in self._parameters(manager).items():
+        own, given = self._parameters(self.template), self._parameters(manager)
+        if missing := [name for name in own if name not in given]:
+            raise ConfigError(
+                f"search space: weights {missing[0]} vary, and this manager has none{_hint(missing[0], self.template)}"
+            )
+        for name, parameter in given.items():
             if parameter.shape != own[name].shape:
                 raise ConfigError(
                     f"search space: weights {name} are {tuple(parameter.shape)} in this manager and "
@@ -377,9 +382,25 @@ class SearchSpace:
 
         manager = load(folder)
         vector = self.encode(manager)  # refuses another kind or shape with a message
-        self.template.load_state_dict(manager.state_dict())
+        try:
+            self.template.load_state_dict(manager.state_dict())
+        except RuntimeError as error:
+            names = manager.state_dict().keys() ^ self.template.state_dict().keys()
+            hint = _hint(min(names), self.template) if names else ""
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"search space: start.plugin: {folder} has other tensors than the space's manager{hint} ({said})"
+            ) from None
         if self._options:
             self.template = self.decode(vector)
+
+
+def _hint(name: str, template: MemoryManager) -> str:
+    """Return what to do about a tensor that only one of two managers has; nothing if no allocation's."""
+    if not name.startswith("allocation.") and name != "log_shares":
+        return ""
+    spec = written(template.allocation)
+    return f': its allocation is another; begin with its scorer, evomem export SOURCE FOLDER --allocation "{spec}"'
 
 
 def build_manager(config: ManagerConfig) -> MemoryManager:

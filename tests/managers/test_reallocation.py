@@ -96,7 +96,7 @@ def test_numbers_of_the_old_allocation_go_and_those_of_the_new_begin():
     assert "as a search begins" in made.doubt("x")
     assert "all equal" in reallocate(manager, "layer_budgets(layers=2)").doubt("x")
     assert made.loss("x") == (
-        "x: under another allocation its own numbers for depth_shares(points=3) have no part: log_shares (3 numbers)"
+        "x: its numbers for depth_shares(points=3) have no part under another allocation: log_shares (3 numbers)"
     )
 
 

@@ -13,8 +13,8 @@ import evomem
 from evomem.cli.app import app
 from evomem.errors import ConfigError
 from evomem.evaluation.compare import NamedManager
+from evomem.managers.reallocation import name_with_allocation
 from evomem.models import LoadedModel
-from evomem.report.variants import variant_name
 from evomem.testing.models import tiny, tiny_tokenizer
 from tests.managers.test_reallocation import NUMBERLESS, searched
 
@@ -50,7 +50,7 @@ def test_variants_stand_beside_the_subject_at_equal_slots(conditions, tmp_path, 
             **conditions,
         )  # fmt: skip
     assert [record.message for record in caplog.records] == [
-        "mine: under another allocation its own numbers for depth_shares(points=3) have no part: "
+        "mine: its numbers for depth_shares(points=3) have no part under another allocation: "
         "log_shares (3 numbers)",
         "mine(allocation=layer_budgets(layers=2)): its numbers were not searched, they are all equal, so they share "
         "equally: allocation.factors (2 numbers)",
@@ -82,13 +82,13 @@ def test_under_uniform_a_heuristic_is_itself_and_the_spec_is_the_same_manager(co
 
 
 def test_names_say_the_allocation():
-    assert variant_name("demo", " lava ") == "demo(allocation=lava)"
-    assert variant_name("runs/demo", "duo(retrieval=0.4)") == "runs/demo(allocation=duo(retrieval=0.4))"
-    assert variant_name("snapkv(window=64)", "lava") == "snapkv(window=64, allocation=lava)"
-    assert variant_name("snapkv(allocation=lava, window=8)", "cake") == "snapkv(window=8, allocation=cake)"
-    assert variant_name("snapkv(allocation=lava)", "cake") == "snapkv(allocation=cake)"
-    assert variant_name("keydiff (winner)", "cake") == "keydiff (winner)(allocation=cake)"
-    assert variant_name("mine(a)", "cake") == "mine(a)(allocation=cake)"
+    assert name_with_allocation("demo", " lava ") == "demo(allocation=lava)"
+    assert name_with_allocation("runs/demo", "duo(retrieval=0.4)") == "runs/demo(allocation=duo(retrieval=0.4))"
+    assert name_with_allocation("snapkv(window=64)", "lava") == "snapkv(window=64, allocation=lava)"
+    assert name_with_allocation("snapkv(allocation=lava, window=8)", "cake") == "snapkv(window=8, allocation=cake)"
+    assert name_with_allocation("snapkv(allocation=lava)", "cake") == "snapkv(allocation=cake)"
+    assert name_with_allocation("keydiff (winner)", "cake") == "keydiff (winner)(allocation=cake)"
+    assert name_with_allocation("mine(a)", "cake") == "mine(a)(allocation=cake)"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.text import Text
@@ -20,7 +21,9 @@ from evomem.evaluation.traces.store import TraceCollection, Traces
 from evomem.evaluation.utility import UtilityCurves, solve, utility_curves, with_curves, with_shares
 from evomem.files.reading import user_path
 from evomem.managers.base import MemoryManager
+from evomem.managers.reallocation import change_between
 from evomem.plugins.folder import check_replaceable
+from evomem.plugins.reallocation import reallocated_provenance
 from evomem.report.conditions import check_tasks, require_above_chance
 from evomem.report.packages import require_for
 from evomem.report.subjects import resolve
@@ -106,7 +109,8 @@ def allocate(
             "floor": curves.floor,
         },
     }
-    plugins.save(made, folder, {**manager.provenance, **found})
+    change = replace(change_between(manager, made), initial={})  # its numbers were solved for
+    plugins.save(made, folder, {**reallocated_provenance(manager.provenance, change), **found})
     seconds = time.perf_counter() - begin
     lines = [
         f"{folder}: {made.allocation.name}, from {curves.contexts} contexts of {curves.slots:,.0f} slots, "

@@ -16,6 +16,8 @@ from evomem.cli.commands.overwriting import check_free
 from evomem.cli.commands.progress import ProgressBar
 from evomem.errors import ConfigError, EvomemError, RunError
 from evomem.files.reading import is_there, user_path, whole_number
+from evomem.managers.reallocation import reallocate
+from evomem.plugins.reallocation import reallocated_provenance
 from evomem.report import evolving
 from evomem.report.packages import require_for_search
 from evomem.report.tables import read_rows
@@ -140,14 +142,25 @@ def snippet(folder: Path) -> str:
 
 
 def export(
-    source: str, folder: Path, place: int | None = None, size: float | None = None, *, overwrite: bool = False
+    source: str,
+    folder: Path,
+    place: int | None = None,
+    size: float | None = None,
+    *,
+    allocation: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a run's winner, a member of its front, or another plug-in, as a plug-in into ``folder``.
 
     Parameters
     ----------
     place, size : of the member of a front (`evomem.runs.front.member_of`); the winner if neither is given.
+    allocation : under which the manager's scorer is written, in place of its own (`evomem.managers.reallocate`).
     overwrite : replace a plug-in that is there.
+
+    Raises
+    ------
+    ConfigError : the manager has that allocation already, or can have none.
     """
     check_free(folder, overwrite=overwrite)
     path = user_path(source)
@@ -163,8 +176,17 @@ def export(
     found = plugins.read(plugin)
     if run is not None and plugin == run.plugin:
         run.require_winner(found.manager)
-    plugins.save(found.manager, folder, found.provenance)
+    manager, provenance, remarks = found.manager, found.provenance, list[str]()
+    if allocation is not None:
+        change = reallocate(manager, allocation)
+        if change.same:
+            raise ConfigError(f"--allocation: {source} has the allocation {change.after} already; leave the option out")
+        manager, provenance = change.manager, reallocated_provenance(provenance, change)
+        remarks = [text for text in (change.loss(source), change.doubt(str(folder))) if text]
+    plugins.save(manager, folder, provenance)
     console = wide_console()
+    for line in remarks:
+        console.print(Text(line, style="yellow"))
     for line in changed_tasks(found.provenance):
         console.print(Text(f"since the search: {line} (the manager is what it was)", style="yellow"))
     console.print(Text(f"{folder}: {', '.join(plugins.FILES)}"))

@@ -163,6 +163,11 @@ def check_probes(module: nn.Module) -> None:
         part.check_probes()
 
 
+def probes_measured(module: nn.Module) -> bool:
+    """Whether all allocations of a module that need a model's probes keep those of one."""
+    return all(part.model_fingerprint is not None for part in _probed(module))
+
+
 def _probed(module: nn.Module) -> list[ProbedAllocation]:
     return [part for part in module.modules() if isinstance(part, ProbedAllocation)]
 
