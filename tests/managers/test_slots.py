@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -53,6 +54,13 @@ def only(name, names, value=1.0):
     return [value if one == name else 0.0 for one in names]
 
 
+def slow_distinct(directions):
+    """The tokens whose directions are further from the mean one than two standard deviations over the mean."""
+    mean = sum(directions) / len(directions)
+    apart = [1 - float(one @ mean / mean.norm()) for one in directions]
+    return [token for token, one in enumerate(apart) if one > statistics.fmean(apart) + 2 * statistics.pstdev(apart)]
+
+
 def slow_features(view, row, head):
     """Of one head, from its tokens one by one."""
     held = [(s, int(p)) for s, p in enumerate(view.slots[row, head]) if p >= 0]
@@ -62,14 +70,14 @@ def slow_features(view, row, head):
     keys = [view.keys[row, head, s].double() / view.keys[row, head, s].double().norm() for s, _ in held]
     values = [view.values[row, head, s].double() / view.values[row, head, s].double().norm() for s, _ in held]
     start, count = int(view.start[row]), len(held)
-    squares = sum(float(one @ other) ** 2 for one in values for other in values)
     return {
         "attention_entropy": sum(seen["entropy"][s] for s, _ in held) / math.log(count),
         "attention_variance": math.sqrt(sum(seen["variance"][s] for s, _ in held)),
         "recent_mass": sum(seen["attention"][s] for s, p in held if view.seen - 1 - p < 64),
         "sink_mass": sum(seen["attention"][s] for s, p in held if p - start < 4),
         "key_spread": 1 - float((sum(keys) / count).norm()),
-        "value_rank": math.log(count**2 / squares) / math.log(min(count, DIM)),
+        "distinct_keys": math.log((1 + len(slow_distinct(keys))) / 16),
+        "distinct_values": math.log((1 + len(slow_distinct(values))) / 16),
     }
 
 
@@ -128,14 +136,24 @@ def test_what_the_total_goes_by_are_means_over_all_heads(name):
         assert found == pytest.approx(1000 * math.exp(sum(slow) / len(slow)), abs=1)
 
 
-def test_values_that_repeat_have_a_small_rank():
-    """Filler that repeats itself adds nothing to remember."""
-    diverse, repeated = random_views(starts=(0,)), random_views(starts=(0,))
-    for view in repeated:
-        view.values[:] = view.values[:, :, :1]
-    made = allocation_of("slots(window=8, total=[0.1, 9])", total_weights=only("value_rank", TOTAL_FEATURES))
-    mean = torch.full((1, 1, 1), 100)
-    assert int(made.mean_slots(repeated, mean)) == 100 < int(made.mean_slots(diverse, mean))
+@pytest.mark.parametrize("name", ["distinct_keys", "distinct_values"])
+def test_the_total_grows_with_what_stands_out_and_not_with_filler(name):
+    made = allocation_of("slots(window=8, total=[0.05, 9])", total_weights=only(name, TOTAL_FEATURES))
+    mean = torch.full((1, 1, 1), 160)
+
+    def total(facts, filler):
+        generator = torch.Generator().manual_seed(5)
+        views = random_views(read=facts + filler, starts=(0,))
+        common, rare = torch.randn(2, DIM, generator=generator)
+        for view in views:
+            tensor = view.keys if name == "distinct_keys" else view.values
+            tensor[:] = common + torch.randn(tensor.shape, generator=generator) / 100
+            tensor[:, :, :facts] = rare + torch.randn(tensor[:, :, :facts].shape, generator=generator) / 100
+        return int(made.mean_slots(views, mean))
+
+    assert total(0, 300) < 200  # rounding and chance alone
+    assert [total(facts, 300) for facts in (3, 6, 12)] == [40, 70, 130]
+    assert [total(6, filler) for filler in (200, 400, 800)] == [70] * 3
 
 
 def test_a_padded_row_decides_as_alone():

@@ -36,9 +36,13 @@ STATIC_FEATURES = (*(f"probe_{name}" for name in PROBES), "depth", "depth_square
 """Of a head of this model: its probes, the first four as log(probe + .001), and where in the model its layer lies."""
 SHARE_FEATURES = (*INPUT_FEATURES, *STATIC_FEATURES, "induction_by_scarcity")
 """φ, in the order of `Slots.weights`. The last is the log of induction times log(tokens read / (8 x mean slots))."""
-TOTAL_FEATURES = ("attention_entropy", "key_spread", "value_rank", "log_length", "one")
-"""ψ, in the order of `Slots.total_weights`: means over all heads, and log(tokens read / 512)."""
+TOTAL_FEATURES = ("attention_entropy", "distinct_keys", "distinct_values", "log_length", "one")
+"""ψ, in the order of `Slots.total_weights`: means over all heads, and log(tokens read / 512).
 
+`distinct_keys` of a head is log((1 + n) / 16), n the tokens whose keys point more than `DISTINCT` standard deviations
+further from the mean key than the mean token's does. So a number that is to grow as n does has the weight 1."""
+DISTINCT = 2.0
+"""Standard deviations from which on a token is distinct. With 3, models with few distinct tokens count none."""
 
 LARGEST = 64.0
 """The largest total that an input may have, as a share of the budget."""
@@ -145,7 +149,7 @@ class Slots(ProbedAllocation, ModelAllocation):
             return mean
         inputs = self._of_input(views).mean(1)
         length = torch.log(tokens_read(views[0]).double() / 512)[..., 0, 0]
-        features = torch.stack((inputs[:, 0], inputs[:, 4], inputs[:, 5], length, torch.ones_like(length)), -1)
+        features = torch.stack((inputs[:, 0], inputs[:, 5], inputs[:, 6], length, torch.ones_like(length)), -1)
         weights = torch.nan_to_num(self.total_weights.double().to(device))
         factor = torch.exp((features * weights).sum(-1).clamp(-20, 20)).clamp(*self.options.total)
         return torch.round(mean * factor[:, None, None]).long().clamp(min=1)
@@ -156,7 +160,7 @@ class Slots(ProbedAllocation, ModelAllocation):
         return torch.cat((torch.log(probes[:, :4] + OFFSET), probes[:, 4:], _depths(tuple(counts), device)), 1)
 
     def _of_input(self, views: Sequence[LayerView]) -> Tensor:
-        """Return `INPUT_FEATURES` and the rank of values: (batch, heads of all layers, features) float64."""
+        """Return `INPUT_FEATURES`, distinct keys and values: (batch, heads of all layers, features) float64."""
         window, parts = self.options.window, []
         for view in views:
             seen = [
@@ -177,7 +181,7 @@ def _depths(counts: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _input_features(view: LayerView, attention: Tensor, entropy: Tensor, variance: Tensor) -> Tensor:
-    """Return `INPUT_FEATURES`, and the logarithm of the values' participation ratio over that of the most possible."""
+    """Return `INPUT_FEATURES`, distinct keys and distinct values: (batch, kv_heads, features) float64."""
     valid = view.valid
     attention, entropy, variance = (torch.where(valid, x.double(), 0.0) for x in (attention, entropy, variance))
     count = valid.sum(-1).double()
@@ -185,17 +189,31 @@ def _input_features(view: LayerView, attention: Tensor, entropy: Tensor, varianc
     keys, values = (
         torch.where(valid[..., None], F.normalize(x.float(), dim=-1), 0.0).double() for x in (view.keys, view.values)
     )
-    gram = torch.einsum("bhsd,bhse->bhde", values, values)
-    ratio = count**2 / (gram**2).sum((-1, -2)).clamp(min=1e-12)
-    most = count.clamp(max=values.shape[-1]).clamp(min=2)
+    mean_key = keys.sum(-2) / count.clamp(min=1)[..., None]
     return torch.stack(
         (
             entropy.sum(-1) / torch.log(count.clamp(min=2)),
             variance.sum(-1).clamp(min=0).sqrt(),
             torch.where(newest, attention, 0.0).sum(-1),
             torch.where(first, attention, 0.0).sum(-1),
-            1 - (keys.sum(-2) / count.clamp(min=1)[..., None]).norm(dim=-1),
-            torch.log(ratio.clamp(min=1)) / torch.log(most),
+            1 - mean_key.norm(dim=-1),
+            _distinct(keys, valid),
+            _distinct(values, valid),
         ),
         -1,
     )
+
+
+def _distinct(directions: Tensor, valid: Tensor) -> Tensor:
+    """Return log((1 + distinct tokens) / 16) of every head, as `TOTAL_FEATURES` has it: (batch, kv_heads) float64.
+
+    directions : (batch, kv_heads, slots, dim) float64, of length 1, and 0 where a slot is not ``valid``.
+    """
+    count = valid.sum(-1, keepdim=True).clamp(min=1)
+    mean = F.normalize(directions.sum(-2, keepdim=True), dim=-1)
+    apart = torch.where(valid, 1 - (directions * mean).sum(-1), 0.0)
+    centred = torch.where(valid, apart - apart.sum(-1, keepdim=True) / count, 0.0)
+    spread = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    # Directions that are all the same differ by rounding alone; none of them is distinct.
+    distinct = valid & (centred > DISTINCT * spread.clamp(min=1e-6))
+    return torch.log((1 + distinct.sum(-1).double()) / 16)
