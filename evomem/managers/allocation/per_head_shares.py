@@ -39,7 +39,7 @@ class PerHeadShares(ModelAllocation):
 
     Every head first gets what the protected ends need and one slot more (at most the mean); the rest is shared out by
     the softmax of θ over all layers and heads. A head gets at most what it holds, and what it cannot use goes to the
-    others by their shares. The sum is layers x heads x mean in every row.
+    others by their shares. The sum is heads of all layers x mean in every row.
 
     θ is one learned number a layer and head (``layers=``), or a function of depth and head with few numbers
     (``points=``). On a model with another number of layers either is interpolated linearly in depth; where the number
