@@ -77,6 +77,22 @@ def test_a_loaded_cache_goes_on_to_the_bit(spec: str, model, batch: Batch, tmp_p
         assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("length", [25, 3, -99])
+@pytest.mark.parametrize("spec", ["h2o(budget=9)", "keydiff(budget=0.2, allocation=pyramid(beta=8))"])
+def test_a_cropped_cache_is_saved_and_goes_on_as_it_would_have(spec: str, length: int, model, tmp_path: Path) -> None:
+    """Back to before the last reading began, into a row's padding, and to nothing."""
+    batch = Batch.of(random_rows(model, [50, 16], 3))
+    with build(spec).attach(model) as cache:
+        read(model, cache, batch, [30, 1, 9])
+        cache.crop(length)
+        at = max(length, 0)
+        assert cache.layers[0].starts == ((0, at) if at else ())
+        save_cache(cache, tmp_path / "c")
+        loaded = load_cache(tmp_path / "c", model)
+        assert torch.equal(read(model, loaded, batch, [5, 1, 6], at=at), read(model, cache, batch, [5, 1, 6], at=at))
+        assert all(torch.equal(one.slots, other.slots) for one, other in zip(loaded.layers, cache.layers, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_types_windows_and_softcaps_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny("mistral", layers=2, sliding_window=9).to(dtype)

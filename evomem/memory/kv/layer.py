@@ -162,7 +162,13 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
             self.storage.crop(length, self.recorder)
         else:
             self.storage, self.recorder = SlotStorage(), Recorder(self.cache.wanted)
+            self.start, self.starts, self.turned = None, (), None  # type: ignore[assignment]
         self.seen, self.decided = length, min(self.decided, length)
+        self.recorder.begin = min(self.recorder.begin, length)
+        if self.start is not None:
+            # A row of which only padding is left begins with what it reads next, as if nothing had been read after it.
+            self.start = self.start.clamp(max=length)
+            self.starts = tuple(min(start, length) for start in self.starts)
         if self.turned is not None:
             self.turned = self.turned.clamp(max=length)
 
@@ -337,7 +343,7 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
                     query[:, :, piece].detach(), None if positions is None else positions[:, piece], part,
                     self.cache.rotaries[self.index], self.start,
                 )  # fmt: skip
-            self._account(before, end - at)
+            self.cache.account(self.index, self.seen, self.note_bytes(before, end - at))
             if rows is not None:
                 self.decide(None if bool(rows.all()) else rows)
                 if self.cache.policy.schedule.every is None:
@@ -384,17 +390,3 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         cuts = [(count, [self.cache.decides_now] * rows)] if every is None else turns(begin, count, self.starts, every)
         for cut, turn in cuts:
             yield cut, torch.tensor(turn, device=self.start.device) if any(turn) else None
-
-    # ---- measurements ---------------------------------------------------------------------------------------------
-
-    def _account(self, before: int, tokens: int) -> None:
-        """Note that ``tokens`` arrived since ``before`` bytes were held; pieces do not matter."""
-        held = self.nbytes()
-        self.bytes_peak = max(self.bytes_peak, held)
-        self._byte_tokens += (before + held) / 2 * tokens
-        self.cache.account(self.index, self.seen, held)
-
-    @property
-    def bytes_mean(self) -> float:
-        """Mean of the bytes held, over the tokens read (cropped ones too: they were held)."""
-        return self._byte_tokens / self._read if self._read else 0.0

@@ -17,11 +17,15 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
     storage : the slots' tensors; `keys`, `values`, `slots` and `decays` are theirs.
     recorder : what the manager observes, in step with the slots.
     seen : tokens read, padding included.
+    bytes_peak : most bytes held so far.
     """
 
     storage: SlotStorage
     recorder: Recorder
     seen: int
+    bytes_peak: int
+    _byte_tokens: float
+    _read: int
 
     # ---- the slots' tensors, which transformers looks for here -----------------------------------------------------
 
@@ -82,3 +86,15 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
         Observations that belong to a row, and to none of its slots, are in `bytes_by_row` only.
         """
         return self.storage.counts() * (self.bytes_per_token() // self.storage.shape[1])
+
+    def note_bytes(self, before: int, tokens: int) -> int:
+        """Note that ``tokens`` arrived since ``before`` bytes were held; pieces do not matter. Returns what is held."""
+        held = self.nbytes()
+        self.bytes_peak = max(self.bytes_peak, held)
+        self._byte_tokens += (before + held) / 2 * tokens
+        return held
+
+    @property
+    def bytes_mean(self) -> float:
+        """Mean of the bytes held, over the tokens read (cropped ones too: they were held)."""
+        return self._byte_tokens / self._read if self._read else 0.0
