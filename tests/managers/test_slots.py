@@ -127,6 +127,23 @@ def test_the_total_is_between_its_bounds_and_goes_with_the_input():
     assert totals == [round(6 * 0.5**0.5) * heads, 6 * heads, round(6 * 2**0.5) * heads]
 
 
+@pytest.mark.parametrize(("bounds", "budget", "fewest", "most"), [
+    ([0.5, 2], 5, 3, 10), ([0.37, 1.3], 2, 1, 2), ([0.37, 1.3], 16, 6, 20), ([0.1, 1.1], 10, 1, 11), ([0.01, 1], 3, 1, 3),
+])  # fmt: skip
+def test_whole_slots_are_within_the_bounds_whatever_the_numbers(bounds, budget, fewest, most):
+    """Rounding to whole slots leaves them nowhere, and numbers that cancel leave the budget as it is."""
+    views, mean = random_views(read=90), torch.full((2, 1, 1), budget)
+    for value, wanted in ((-math.inf, fewest), (-9.0, fewest), (0.0, budget), (9.0, most), (math.inf, most)):
+        made = allocation_of(f"slots(window=8, total={bounds})", total_weights=only("one", TOTAL_FEATURES, value))
+        assert made.mean_slots(views, mean).flatten().tolist() == [wanted] * 2
+    cancelling = [math.inf, math.inf, -math.inf, math.nan, 1e38]
+    made = allocation_of(f"slots(window=8, total={bounds})", total_weights=cancelling)
+    assert all(fewest <= count <= most for count in made.mean_slots(views, mean).flatten().tolist())
+    made = allocation_of(f"slots(window=8, total={bounds})", total_weights=[0.0, math.inf, -math.inf, 0.0, 0.0])
+    views[0].keys[:] = math.nan
+    assert made.mean_slots(views, mean).flatten().tolist() == [budget] * 2
+
+
 @pytest.mark.parametrize("name", TOTAL_FEATURES[:3])
 def test_what_the_total_goes_by_are_means_over_all_heads(name):
     views, mean = random_views(), torch.full((2, 1, 1), 1000)

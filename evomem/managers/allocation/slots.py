@@ -79,8 +79,8 @@ class Slots(ProbedAllocation, ModelAllocation):
     Head h of layer l gets a share proportional to exp(w · φ[l, h](x)) of all slots: `SHARE_FEATURES` of the input x
     (attention of the last queries, keys), of the head (`evomem.managers.allocation.probes`), and of its depth. The
     total is the budget, exactly; with ``total`` it is N(x) = clip(budget exp(v · ψ(x)), least, largest), by
-    `TOTAL_FEATURES`, in whole slots per head. Every head first gets what the protected ends need and one slot more; no
-    head gets more than it holds, and what it cannot use goes to the others by their shares.
+    `TOTAL_FEATURES`, in whole slots per head within those bounds. Every head first gets what the protected ends need
+    and one slot more; no head gets more than it holds, and what it cannot use goes to the others by their shares.
 
     w and v are 14 and 5 numbers that belong to no model. At first w is ½ for the log of induction and else 0, which is
     `ProbeShares`, and v is 0. ``per_head`` adds log-shares of the heads of one model.
@@ -151,8 +151,12 @@ class Slots(ProbedAllocation, ModelAllocation):
         length = torch.log(tokens_read(views[0]).double() / 512)[..., 0, 0]
         features = torch.stack((inputs[:, 0], inputs[:, 5], inputs[:, 6], length, torch.ones_like(length)), -1)
         weights = torch.nan_to_num(self.total_weights.double().to(device))
-        factor = torch.exp((features * weights).sum(-1).clamp(-20, 20)).clamp(*self.options.total)
-        return torch.round(mean * factor[:, None, None]).long().clamp(min=1)
+        # Opposite infinities cancel to NaN, which says nothing about the input, and so leaves the budget as it is.
+        logs = torch.nan_to_num((features * weights).sum(-1)).clamp(-20, 20)[:, None, None]
+        least, most = (bound * mean.double() for bound in self.options.total)
+        wanted = torch.round((mean * torch.exp(logs)).clamp(least, most)).long()
+        # Whole slots within the bounds: rounding alone may leave them. The budget itself lies between them.
+        return wanted.clamp(torch.ceil(least - 1e-6).long(), torch.floor(most + 1e-6).long()).clamp(min=1)
 
     def _of_head(self, counts: Sequence[int], device: torch.device) -> Tensor:
         """Return `STATIC_FEATURES`: (heads of all layers, features) float64."""
