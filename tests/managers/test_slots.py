@@ -128,7 +128,8 @@ def test_the_total_is_between_its_bounds_and_goes_with_the_input():
 
 
 @pytest.mark.parametrize(("bounds", "budget", "fewest", "most"), [
-    ([0.5, 2], 5, 3, 10), ([0.37, 1.3], 2, 1, 2), ([0.37, 1.3], 16, 6, 20), ([0.1, 1.1], 10, 1, 11), ([0.01, 1], 3, 1, 3),
+    ([0.5, 2], 5, 3, 10), ([0.37, 1.3], 2, 1, 2), ([0.37, 1.3], 16, 6, 20), ([0.1, 1.1], 10, 1, 11),
+    ([0.01, 1], 3, 1, 3),
 ])  # fmt: skip
 def test_whole_slots_are_within_the_bounds_whatever_the_numbers(bounds, budget, fewest, most):
     """Rounding to whole slots leaves them nowhere, and numbers that cancel leave the budget as it is."""
