@@ -351,6 +351,11 @@ def test_what_is_written_on_the_command_line_is_read_as_it_is_meant():
         "x(a=[1,2])",
     ]
     assert (split_specs(None), split_specs("none"), split_specs("all")) == (None, [], ["all"])
+    assert parse_budgets(None) == []
+    for read in (parse_budgets, split_specs, lambda text: split_specs(text, "--allocations")):
+        for empty in ("", " ", ",", " , "):  # an empty variable of a shell does not stand for a default
+            with pytest.raises(ConfigError, match=r"^--(budgets|against|allocations) .*names nothing"):
+                read(empty)
     assert [repr(b) for b in parse_budgets("64, 0.25,1,1.0")] == ["64", "0.25", "1", "1.0"]
     default = EvaluationProtocol(kind="streaming", every=7, mode="query_aware")
     assert parse_protocol(None, None, default) == default

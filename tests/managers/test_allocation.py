@@ -324,6 +324,14 @@ def test_texts_mappings_and_numbers_mean_the_same():
     assert build("feature_scorer(allocation=4)").describe()["options"]["allocation"] == 4
     for spec in ("feature_scorer(allocation=4)", "feature_scorer(allocation=depth_shares(points=4))"):
         assert list(dict(build(spec).named_parameters())) == ["weights", "log_shares"]
+    for number in (0, 4):  # what a command line has is a text
+        assert build_allocation(f" {number}").describe() == build_allocation(number).describe()
+
+
+@pytest.mark.parametrize("spec", ["pyramid(", "pyramid)", "(", "=", "pyramid(4)", "pyramid(beta=2, beta=3)", "a b"])
+def test_a_text_that_is_no_allocation_is_called_one(spec):
+    with pytest.raises(ConfigError, match=r"^allocation '.*, character [0-9]+: .*; write e\.g\. 'pyramid'"):
+        build_allocation(spec)
 
 
 def test_allocations_travel_with_plugins_vectors_and_search_spaces(tmp_path):

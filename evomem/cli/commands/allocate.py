@@ -66,7 +66,7 @@ def allocate(
     """
     from evomem import models, tasks
 
-    budgets = [one for one in parse_budgets(budget) if one is not None]
+    budgets = [one for one in parse_budgets(budget, "--budget") if one is not None]
     if len(budgets) > 1 or (shares and not budgets):
         raise ConfigError("--budget: give one, at which the plug-in is used and learned shares (--shares) begin")
     folder = user_path(folder)

@@ -48,7 +48,7 @@ def compare(
             sources,
             split_specs(against),
             conditions,
-            allocations=split_specs(allocations) or [],
+            allocations=split_specs(allocations, "--allocations") or [],
             oracle=oracle,
             price_per_megabyte=price_per_megabyte,
             check=check,
@@ -81,8 +81,13 @@ def say_yellow(text: str) -> None:
 # ---- what the words mean -------------------------------------------------------------------------------------------
 
 
-def parse_budgets(text: str | None) -> list[Budget]:
-    """Read ``64,128,0.25``: whole numbers are slots per head, others shares of the tokens read."""
+def parse_budgets(text: str | None, option: str = "--budgets") -> list[Budget]:
+    """Read ``64,128,0.25``: whole numbers are slots per head, others shares of the tokens read; None is none.
+
+    Raises
+    ------
+    ConfigError : a word is no budget, or there is none.
+    """
     budgets: list[Budget] = []
     for part in (text or "").split(","):
         word = part.strip()
@@ -91,19 +96,31 @@ def parse_budgets(text: str | None) -> list[Budget]:
         try:
             budget: Budget = int(word) if word.lstrip("+-").isdigit() else float(word)
         except ValueError:
-            raise ConfigError(f"--budgets: {word!r} is no number; write for example 64,128 or 0.25") from None
+            raise ConfigError(f"{option}: {word!r} is no number; write for example 64,128 or 0.25") from None
         check_budget(budget)
         budgets.append(budget)
+    if text is not None and not budgets:
+        raise ConfigError(f"{option} {text!r}: names nothing; write for example 64,128, or leave the option out")
     return budgets
 
 
-def split_specs(text: str | None) -> list[str] | None:
-    """Split specs of managers or allocations at the commas that are outside of brackets and quotation marks."""
+def split_specs(text: str | None, option: str = "--against") -> list[str] | None:
+    """Split specs of managers or allocations at the commas that are outside of brackets and quotation marks.
+
+    None stays None, and ``none`` is an empty list.
+
+    Raises
+    ------
+    ConfigError : the text of the ``option`` names nothing: a variable of the user's shell may be empty.
+    """
     if text is None:
         return None
-    if text.strip() in ("none", ""):
+    if text.strip() == "none":
         return []
-    return split(text)
+    specs = split(text)
+    if not specs:
+        raise ConfigError(f"{option} {text!r}: names nothing; write none for none, or leave the option out")
+    return specs
 
 
 # ---- what comes out ------------------------------------------------------------------------------------------------

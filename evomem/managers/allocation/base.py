@@ -18,6 +18,7 @@ up for by other layers.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from evomem.errors import ConfigError
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 from evomem.registry import Registry
+from evomem.spec import parse_call
 
 allocations: Registry[type[Allocation]]
 
@@ -235,19 +237,21 @@ def build_allocation(spec: str | Mapping[str, Any] | int) -> Allocation:
     ----------
     spec :
         ``"pyramid"``, ``"pyramid(beta=20)"``, ``"across_heads(layers=depth_shares(points=8))"``,
-        ``{"name": ..., "options": {...}}``, or a whole number n: ``depth_shares(points=n)``; 0 is ``uniform``.
+        ``{"name": ..., "options": {...}}``, or a whole number n (also as a text): ``depth_shares(points=n)``; 0 is
+        ``uniform``.
 
     Raises
     ------
     ConfigError : the spec cannot be read, or an option is wrong; `UnknownNameError` for an unknown name.
     """
+    if isinstance(spec, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", spec):
+        spec = int(spec)
     described: Any = spec
     if isinstance(spec, int) and not isinstance(spec, bool):
         described = {"name": "depth_shares", "options": {"points": spec}} if spec else {"name": "uniform"}
     elif isinstance(spec, str):
-        from evomem.managers.build import parse
-
-        described = parse(spec)
+        call = parse_call(spec, "allocation", "'pyramid' or 'across_heads(layers=pyramid, safeguard=0.3)'", None)
+        described = {"name": call.name, "options": call.options}
     if not isinstance(described, Mapping) or set(described) - {"name", "options"} or "name" not in described:
         raise ConfigError(
             f"allocation: {spec!r} is neither a text like 'pyramid(beta=20)', nor a mapping like "
