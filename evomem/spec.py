@@ -236,7 +236,8 @@ class _Parser:
         return word
 
     def whole(self) -> Spec:
-        name = self.word(f"the name of a {self.kind}")
+        article = "an" if self.kind[0] in "aeiou" else "a"
+        name = self.word(f"the name of {article} {self.kind}")
         options = self.arguments() if self.next_is("(") else {}
         if self.tokens[self.at][0] != "end":
             self.fail(f"something follows the {self.kind}")
