@@ -93,6 +93,19 @@ def test_a_cropped_cache_is_saved_and_goes_on_as_it_would_have(spec: str, length
         assert all(torch.equal(one.slots, other.slots) for one, other in zip(loaded.layers, cache.layers, strict=True))
 
 
+def test_rows_that_go_take_their_part_of_a_frame_with_them(model, tmp_path: Path) -> None:
+    """More queries of the row that is gone waited for its next frame than of the one that stays."""
+    batch = Batch.of(random_rows(model, [45, 38], 3))
+    with build("namm(every=8)").attach(model) as cache:
+        read(model, cache, batch, [39])
+        cache.batch_select_indices(torch.tensor([1]))
+        save_cache(cache, tmp_path / "c")
+        loaded = load_cache(tmp_path / "c", model)
+        rest = Batch(batch.ids[1:], batch.real[1:], batch.positions[1:])
+        assert torch.equal(read(model, loaded, rest, [1, 5], at=39), read(model, cache, rest, [1, 5], at=39))
+        assert measures(loaded) == measures(cache)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_types_windows_and_softcaps_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny("mistral", layers=2, sliding_window=9).to(dtype)

@@ -86,6 +86,9 @@ class AttentionSpectrum(Observation):
         """The averages, and the attention of the last frame's queries and of those that wait for the next."""
         shape = sizes.batch, sizes.kv_heads, sizes.slots
         waiting = max(max(sizes.seen - start, 0) % HOP for start in sizes.since)
+        columns = tensors.get("slotwise.columns")
+        if columns is not None and columns.dim() == 4 and HOP + waiting < columns.shape[3] < 2 * HOP:
+            waiting = columns.shape[3] - HOP  # rows that have gone since the last query waited for more
         return {
             "slotwise.attention_spectrum": ((*shape, BINS), torch.float32),
             "slotwise.columns": ((*shape, HOP + waiting), torch.float32),
