@@ -90,7 +90,10 @@ class Rule:
         finite_scores = [finite(judgement.scores) for judgement in judgements]
         scores = [torch.where(h, s, -torch.inf) for h, s in zip(held, finite_scores, strict=True)]
         means = [slots_of_budget(self.budget, view) for view in views]
-        limits = allocation.limits(views, means, scores, self.ends, judgements[0].shares)
+        # Without a budget there is nothing to share out, and no total that an input could have more or less than.
+        limits = means
+        if self.budget is not None:
+            limits = allocation.limits(views, means, scores, self.ends, judgements[0].shares)
         decisions = []
         for judgement, view, h, n, mean in zip(judgements, views, held, limits, means, strict=True):
             marked = self.ends.mark(judgement.scores, view, h, allocation.ends_within(n, mean))

@@ -127,6 +127,14 @@ def test_the_total_is_between_its_bounds_and_goes_with_the_input():
     assert totals == [round(6 * 0.5**0.5) * heads, 6 * heads, round(6 * 2**0.5) * heads]
 
 
+def test_without_a_budget_there_is_no_total_to_have_less_than():
+    made = allocation_of("slots(window=8, total=[0.5, 2])", total_weights=only("one", TOTAL_FEATURES, -9.0))
+    assert kept(made, random_views(), budget=None) == [(READ - start) * LAYERS * HEADS for start in STARTS]
+    assert kept(made, random_views(), budget=1.0) == [
+        math.ceil((READ - start) / 2) * LAYERS * HEADS for start in STARTS
+    ]
+
+
 @pytest.mark.parametrize(("bounds", "budget", "fewest", "most"), [
     ([0.5, 2], 5, 3, 10), ([0.37, 1.3], 2, 1, 2), ([0.37, 1.3], 16, 6, 20), ([0.1, 1.1], 10, 1, 11),
     ([0.01, 1], 3, 1, 3),
