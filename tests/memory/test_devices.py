@@ -143,6 +143,7 @@ EVERY = {spec.split("(")[0]: spec for spec in reversed(SPECS)}.values()
 CROWD = (
     "keydiff", "namm(scorer=bam, selection=capped)", "feature_scorer(knots=3, hidden=4, allocation=2)",
     "kv_policy(actions=[store, evict, forget], hidden=3, scale=model)", "adakv(keydiff)",
+    "snapkv(window=6, allocation=slots(window=8, total=[0.5, 2], per_head=per_head_shares(layers=2, heads=2)))",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from evomem.errors import CacheError
 from evomem.managers import MemoryManager, build
 from evomem.memory import Decision, LayerView, SlotCache, attached
 from evomem.memory.kv import layer as layer_module
@@ -295,6 +296,32 @@ def test_what_padding_has_left_goes_with_the_pass() -> None:
         read(model, cache, batch, [28, 1, 1])
         assert [one.tolist() for one in cache.slots_held()] == [[[30, 30], [11, 11]]] * 2
         assert cache.nbytes() == sum(cache.bytes_by_row().tolist()) == 2 * 2 * 41 * (2 * model.config.head_dim * 4 + 8)
+
+
+@pytest.mark.parametrize("spec", ["keydiff(budget=9)", MANAGERS["adakv"], MANAGERS["observed"]])
+def test_rows_are_named_as_tensors_take_them_and_wrong_ones_change_nothing(spec: str) -> None:
+    """By numbers, from the end too, and by truths; whether heads are equal, unequal or observed."""
+    model = tiny("llama", layers=2)
+    batch = Batch.of(random_rows(model, [30, 22, 26], 3))
+    with build(spec).attach(model) as cache:
+        read(model, cache, batch, [25])
+        before = [layer.slots.clone() for layer in cache.layers]
+        for wrong in ([3], [0, -4], [], [1.0], [[0, 1]], [True, False], [False] * 3):
+            for select in (cache.batch_select_indices, cache.reorder_cache):
+                with pytest.raises(CacheError, match="of a cache of 3: give the numbers of the rows that stay"):
+                    select(torch.tensor(wrong))
+        with pytest.raises(CacheError, match="at least one"):
+            cache.batch_repeat_interleave(0)
+        assert all(torch.equal(layer.slots, slots) for layer, slots in zip(cache.layers, before, strict=True))
+        found = []
+        for index in ([2, 0], [-1, 0], [True, False, True]):
+            one, rows = cache.clone(), torch.tensor(index)
+            one.batch_select_indices(rows)
+            part = Batch(batch.ids[rows], batch.real[rows], batch.positions[rows])
+            assert one.layers[0].starts == tuple(one.layers[0].start.tolist()) == tuple(part.start.tolist())
+            found.append(read(model, one, part, [1, 4], at=25))
+        assert torch.equal(found[0], found[1])
+        torch.testing.assert_close(found[2], found[0].flip(0))
 
 
 # ---- operations that tests above do not reach --------------------------------------------------------------------

@@ -16,7 +16,7 @@ from evomem.memory.kv.due import check_heads, turns
 from evomem.memory.kv.layer_memory import LayerMemory
 from evomem.memory.kv.masks import Visibility
 from evomem.memory.kv.slot_attention import Queries, attend
-from evomem.memory.kv.storage import SlotStorage
+from evomem.memory.kv.storage import SlotStorage, row_numbers
 from evomem.memory.observations import Recorder
 from evomem.memory.view import Decision, LayerView
 
@@ -127,13 +127,14 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         self.select_rows(indices)
 
     def select_rows(self, index: Tensor) -> None:
-        """Rows ``index`` (new_batch,) of everything held."""
+        """Rows ``index`` (new_batch,) of everything held; see `row_numbers`."""
         if not self.seen:
             return
-        index = index.to(self.start.device)
+        numbers = row_numbers(index, len(self.starts))
+        index = torch.tensor(numbers, device=self.start.device)
         self.storage.select_rows(index, self.recorder)
         self.start = self.start.index_select(0, index)
-        self.starts = tuple(self.start.tolist())
+        self.starts = tuple(self.starts[number] for number in numbers)
         if self.evicted is not None:
             self.evicted = self.evicted.index_select(0, index)
         if self.turned is not None:

@@ -228,3 +228,27 @@ class SlotStorage:
 def _unshared(x: Tensor) -> Tensor:
     """``x``, copied if it is a part of a larger tensor."""
     return x if x.untyped_storage().nbytes() <= x.numel() * x.element_size() else x.clone()
+
+
+def row_numbers(index: Tensor, rows: int) -> list[int]:
+    """Return the numbers of the rows that an index names, as a tensor of so many rows takes it.
+
+    index : (new_batch,) whole numbers, negative ones counted from the end; or (rows,) bool.
+
+    Raises
+    ------
+    CacheError : it names none, or one that is not there. So nothing has been changed yet.
+    """
+    whole = not index.is_floating_point() and not index.is_complex() and index.dim() == 1
+    mask = index.dtype == torch.bool
+    named = index.tolist() if whole else []
+    if mask and len(named) == rows:
+        named = [row for row, chosen in enumerate(named) if chosen]
+    elif mask or not all(-rows <= row < rows for row in named):
+        named = []
+    if not named:
+        raise CacheError(
+            f"rows {index.tolist()} of a cache of {rows}: give the numbers of the rows that stay, at least one, each "
+            f"from 0 to {rows - 1}"
+        )
+    return [row % rows for row in named]
