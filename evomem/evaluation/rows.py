@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from typing import Any, Literal, Self
 
 from evomem.bounds import LARGE
@@ -111,10 +112,12 @@ class Row:
 
 
 def check_price(price_per_megabyte: float | None) -> None:
-    """Raise `ConfigError` for a price that is none: NaN, below zero, or larger than a search may have."""
-    if price_per_megabyte is not None and not 0 <= price_per_megabyte <= LARGE:
+    """Raise `ConfigError` for a price that is none: no number, NaN, below zero, or larger than a search may have."""
+    price = price_per_megabyte
+    number = isinstance(price, Real) and not isinstance(price, bool)
+    if price is not None and not (number and 0 <= price <= LARGE):
         raise ConfigError(
-            f"price_per_megabyte: {price_per_megabyte}; give nats per 10^6 bytes, from 0 to {LARGE:g}, for example 0.1"
+            f"price_per_megabyte: {price!r}; give nats per 10^6 bytes, from 0 to {LARGE:g}, for example 0.1"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from evomem.errors import ConfigError
 from evomem.evaluation.compare import NamedManager, Progress, field_of
@@ -114,7 +115,7 @@ def compare(
         subjects,
         against,
         conditions,
-        allocations=[allocations] if isinstance(allocations, str) else allocations,
+        allocations=_listed(allocations),
         oracle=oracle,
         price_per_megabyte=price_per_megabyte,
         check=check,
@@ -205,6 +206,11 @@ def evaluate_subject(
         progress=progress,
     )
     return comparison.rows
+
+
+def _listed(specs: Any) -> list[Any]:
+    """Return specs as a list; what is none is one, which is then refused by its name."""
+    return list(specs) if isinstance(specs, list | tuple) else [specs]
 
 
 def claim_rows(option: str, output: str | None) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -212,10 +213,10 @@ def conditions(tmp_path_factory):
 
 
 def adaptive():
-    manager = evomem.build("keydiff(budget=10, allocation=slots(window=8, total=[0.5, 2]))")
-    for name, weights in manager.named_parameters():
-        if name.endswith("total_weights"):
-            weights.data.fill_(1.0)
+    """By the keys and values that stand out, about the budget in all; how much is different from sample to sample."""
+    manager = evomem.build("keydiff(budget=10, allocation=slots(window=8, total=[0.1, 4]))")
+    with torch.no_grad():
+        manager.allocation.total_weights.copy_(torch.tensor([0.0, 1.0, 1.0, 0.0, 4.0]))
     return NamedManager("adaptive", manager)
 
 
@@ -309,7 +310,7 @@ def test_a_subject_under_other_allocations_is_measured_at_the_subjects_budget(co
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("price", [-0.1, math.nan, math.inf, 1e7])
+@pytest.mark.parametrize("price", [-0.1, math.nan, math.inf, 1e7, "0.1", True, [0.1]])
 def test_a_price_that_is_none_is_refused_before_a_model_is_loaded(price, monkeypatch):
     monkeypatch.setattr("evomem.models.load", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match=r"price_per_megabyte: .*nats per 10\^6 bytes"):

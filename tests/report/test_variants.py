@@ -100,6 +100,9 @@ def test_names_say_the_allocation():
         ("keydiff", "pyramid(bta=3)", "beta"),
         ("keydiff", "lukv", "evomem allocate"),
         ("keydiff", [8], "is no text"),
+        ("keydiff", 8, "8 is no text"),
+        ("keydiff", {"name": "lava"}, "is no text"),
+        ("keydiff", "lava(", "^allocation 'lava\\(', character 6"),
         ("adakv(keydiff)", "lava", "takes no other allocation"),
     ],
 )

@@ -332,7 +332,7 @@ class SlotCache(Cache):
         return sum(layer.bytes_per_token() for layer in self.layers)
 
     def bytes_by_row(self) -> Tensor:
-        """Bytes that every row would hold in a cache of its own: (batch,) int64."""
+        """Bytes that every row would hold in a cache of its own: (batch,) int64; see `SlotLayer.bytes_by_row`."""
         return stacked([layer.bytes_by_row() for layer in self.layers]).sum(0)
 
     @property

@@ -76,7 +76,11 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.storage.shape[1] * (self.storage.bytes_per_slot() + recorded)
 
     def bytes_by_row(self) -> Tensor:
-        """Bytes that every row holds, as it would in a cache of its own: (batch,) int64."""
+        """Bytes that every row holds, as it would in a cache of its own: (batch,) int64.
+
+        But what is observed of a row's newest queries, and of none of its slots, is as long for all rows: a row that
+        has read fewer tokens than a window has is charged for its padding there.
+        """
         rest = sum(t.shape[1:].numel() * t.element_size() for t in self.recorder.rowwise.values())
         return self.bytes_by_head().sum(-1) + rest
 
