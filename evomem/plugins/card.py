@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from evomem.errors import PluginError
-from evomem.managers.allocation import ProbedAllocation, allocations
+from evomem.managers.allocation import EmergentAllocation, ProbedAllocation, Slots, allocations
 from evomem.plain_text import plain
 from evomem.plugins.hub import REPOSITORY
 from evomem.statistics import verdict
@@ -73,7 +73,8 @@ def render_card(
         return environment.get_template(_TEMPLATE).render(
             name=provenance.get("experiment") or name,
             config=config,
-            probed=_looks_at_probes(config.get("allocation")),
+            amount=_amount(config.get("budget"), config.get("allocation")),
+            probed=_is_a(ProbedAllocation, config.get("allocation")),
             measured=measured,
             replaced=provenance.get("reallocated") or [],
             models=_models(provenance),
@@ -92,10 +93,23 @@ def render_card(
         raise PluginError(f"{name}: provenance: no model card can be made from it: {error}") from None
 
 
-def _looks_at_probes(described: Any) -> bool:
-    """Whether an allocation, as ``config.json`` describes it, looks at what the model's heads do."""
+def _is_a(kind: type, described: Any) -> bool:
+    """Whether an allocation, as ``config.json`` describes it, is of a kind: whether it looks at probes, say."""
     name = described.get("name") if isinstance(described, Mapping) else None
-    return isinstance(name, str) and name in allocations and issubclass(allocations.get(name), ProbedAllocation)
+    return isinstance(name, str) and name in allocations and issubclass(allocations.get(name), kind)
+
+
+def _amount(budget: Any, allocation: Any) -> str:
+    """Return how much is kept at a budget under an allocation, as ``config.json`` has both."""
+    whole = isinstance(budget, int)
+    unit = "slots per KV head" if whole else "of the tokens read"
+    if _is_a(EmergentAllocation, allocation):
+        return f"at most {budget} {unit}, by the scores"
+    options = allocation.get("options") if isinstance(allocation, Mapping) else None
+    total = options.get("total") if isinstance(options, Mapping) and _is_a(Slots, allocation) else None
+    if isinstance(total, Sequence) and len(total) == 2:
+        return f"between {total[0]} and {total[1]} times {budget} {unit}, by the input"
+    return f"{budget} {unit}, on average over the layers" if whole else f"{budget} {unit}"
 
 
 def _caption(file: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TypeVar
 
-from evomem.evaluation.rows import BYTES_TOLERANCE, Budget, Row, reference_budget
+from evomem.evaluation.rows import BYTES_TOLERANCE, Row, reference_budget
 from evomem.statistics import DIGITS, verdict
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -55,8 +55,7 @@ def _sentence(rows: Sequence[Row]) -> str | None:
     best = best_heuristic(rows)
     if subject is None or best is None or best.difference is None:
         return None
-    size = f"{subject.slots:.0f} slots per head" if subject.budget is None else _budget_phrase(subject.budget)
-    where = f"on {best.samples} {best.split} samples at {size} ({kib(subject.bytes_mean)} KiB measured)"
+    where = f"on {best.samples} {best.split} samples at {_size(subject)}"
     name = f"the best heuristic ({best.manager})"
     text = _outcome(subject.manager, name, best.difference, best.interval, where)
     if best.bytes_ratio is not None and not best.equal_bytes:
@@ -145,8 +144,17 @@ def _more(ratio: float) -> str:
     return f"{abs(ratio - 1):.1%} {'more' if ratio > 1 else 'less'}"
 
 
-def _budget_phrase(budget: Budget) -> str:
-    return f"{budget:.0%} of the tokens" if isinstance(budget, float) else f"{budget} slots per head"
+def _size(row: Row) -> str:
+    """Return a row's budget and what was measured at it.
+
+    Where the input decides the total, in streaming, and where texts are shorter, other slots are held than it says.
+    """
+    budget, measured = row.budget, f"{kib(row.bytes_mean)} KiB measured"
+    if isinstance(budget, int) and abs(row.slots - budget) > BYTES_TOLERANCE * budget:
+        return f"a budget of {budget} slots per head ({row.slots:.1f} held, {measured})"
+    if isinstance(budget, float):
+        return f"{budget:.0%} of the tokens ({measured})"
+    return f"{f'{row.slots:.0f}' if budget is None else budget} slots per head ({measured})"
 
 
 def by_scenario(rows: Iterable[Row]) -> Iterable[tuple[tuple[str, str], list[Row]]]:

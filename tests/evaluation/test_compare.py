@@ -78,7 +78,7 @@ def measured(manager, role, budget, logliks, size=1000.0, exact=None):
         return {} if exact is None or exact[i] is None else {"exact": exact[i]}
 
     found = [
-        Evaluation(str(i), {"loglik": value} | scored(i), 9.0, size, size, 1, 0.1) for i, value in enumerate(logliks)
+        Evaluation(str(i), {"loglik": value} | scored(i), 8.0, size, size, 1, 0.1) for i, value in enumerate(logliks)
     ]
     return Measured("m", "t", manager, budget, "compress_once/query_agnostic", "sealed", role, found)
 

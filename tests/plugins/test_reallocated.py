@@ -131,3 +131,19 @@ def test_solved_budgets_do_not_tell_what_was_measured_of_others():
     known = reallocated_provenance({**PROVENANCE, "reallocated": "junk"}, change_between(manager, other))
     assert not set(OF_THE_OLD) & set(known)
     assert [entry["after"] for entry in known["reallocated"]] == ["lukv(layers=2, heads=2)"]
+
+
+@pytest.mark.parametrize(("spec", "kept"), [
+    ("keydiff(budget=32)", "keeps 32 slots per KV head, on average over the layers;"),
+    ("keydiff(budget=0.25, allocation=lava)", "keeps 0.25 of the tokens read;"),
+    ("keydiff(budget=32, allocation='slots(total=[0.1, 4])')",
+     "keeps between 0.1 and 4.0 times 32 slots per KV head, by the input;"),
+    ("keydiff(budget=32, allocation=slots)", "keeps 32 slots per KV head, on average over the layers;"),
+    ("keydiff(budget=32, allocation=threshold)", "keeps at most 32 slots per KV head, by the scores;"),
+    ("namm(budget=32, selection=capped)", "keeps at most 32 slots per KV head, by the scores;"),
+    ("keydiff", "Kind `keydiff`; decides once"),
+])  # fmt: skip
+def test_a_card_says_how_much_is_kept(spec, kept, tmp_path):
+    """A budget is what is kept, or at most what is, or what the input decides shares of."""
+    plugins.save(build(spec), tmp_path / "p")
+    assert kept in (tmp_path / "p" / "README.md").read_text()

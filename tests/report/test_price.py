@@ -103,6 +103,22 @@ def test_the_interval_of_net_is_of_each_samples_own_bytes():
     assert row.net_interval[1] - row.net_interval[0] > 3 * (row.interval[1] - row.interval[0])
 
 
+def test_a_sentence_tells_a_budget_from_what_is_held_at_it():
+    """An input that decides the total holds other slots than the budget says."""
+    logliks, size = np.linspace(-1, -0.5, COUNT), 1024 * 30
+    for totals, budget, text in (
+        (np.full(COUNT, 48), 32, "at a budget of 32 slots per head (12.0 held, 30 KiB measured)"),
+        (np.full(COUNT, 128), 32, "at 32 slots per head (30 KiB measured)"),
+        (np.full(COUNT, 48), 0.25, "at 25% of the tokens (30 KiB measured)"),
+        (np.full(COUNT, 48), None, "at 12 slots per head (30 KiB measured)"),
+    ):
+        rows = rows_of(
+            "mine",
+            [measured("mine", "subject", budget, logliks, size, totals), measured("x", "field", budget, logliks, size)],
+        )
+        assert text in sentences(rows)[0]
+
+
 def test_the_lines_say_who_wins_on_net_across_budgets():
     rows = rows_of("adaptive", adaptive_and_fixed(), 0.1)
     said = [line for line in sentences(rows) if line.startswith("At 0.1 nats per MB")]
