@@ -10,6 +10,7 @@ import torch
 
 from evomem.errors import ConfigError
 from evomem.managers import build, build_allocation
+from evomem.managers.allocation import slots as slots_module
 from evomem.managers.allocation.slots import INPUT_FEATURES, SHARE_FEATURES, TOTAL_FEATURES
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.selection import Ends
@@ -180,6 +181,21 @@ def test_the_total_grows_with_what_stands_out_and_not_with_filler(name):
     assert total(0, 300) < 200  # rounding and chance alone
     assert [total(facts, 300) for facts in (3, 6, 12)] == [40, 70, 130]
     assert [total(6, filler) for filler in (200, 400, 800)] == [70] * 3
+
+
+def test_whether_a_token_is_distinct_does_not_depend_on_rounding():
+    """One that fills a fifth of a text of two kinds is exactly two deviations away, with padding and without."""
+    generator = torch.Generator().manual_seed(0)
+    for fifth in range(1, 40):
+        kinds = torch.nn.functional.normalize(torch.randn(2, DIM, generator=generator), dim=-1).double()
+        text = kinds[(torch.randperm(5 * fifth, generator=generator) < fifth).long()]
+        for padding in (0, 1, 5):
+            directions = torch.cat((torch.zeros(padding, DIM), text))[None, None]
+            valid = (torch.arange(padding + 5 * fifth) >= padding)[None, None]
+            assert float(slots_module._distinct(directions, valid)) == math.log(1 / 16)
+        fewer = torch.cat((text, kinds[:1].expand(fifth, -1)))[None, None]
+        found = slots_module._distinct(fewer, torch.ones(1, 1, 6 * fifth, dtype=torch.bool))
+        assert float(found) == pytest.approx(math.log((1 + fifth) / 16))
 
 
 def test_a_padded_row_decides_as_alone():

@@ -218,6 +218,7 @@ def _distinct(directions: Tensor, valid: Tensor) -> Tensor:
     apart = torch.where(valid, 1 - (directions * mean).sum(-1), 0.0)
     centred = torch.where(valid, apart - apart.sum(-1, keepdim=True) / count, 0.0)
     spread = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    # Directions that are all the same differ by rounding alone; none of them is distinct.
-    distinct = valid & (centred > DISTINCT * spread.clamp(min=1e-6))
+    # Directions that are all the same differ by rounding alone; none of them is distinct. Nor is one that is exactly
+    # so far away, as a token is that fills a fifth of a text of two: rounding depends on the row's padding.
+    distinct = valid & (centred > DISTINCT * (1 + 1e-9) * spread.clamp(min=1e-6))
     return torch.log((1 + distinct.sum(-1).double()) / 16)
