@@ -17,8 +17,10 @@ from torch import Tensor
 from evomem.errors import ConfigError
 from evomem.evaluation.costs import context_of
 from evomem.managers.allocation import EmergentAllocation
+from evomem.managers.allocation.curve_record import CurveRecord, ScorerDigest
 from evomem.managers.allocation.lukv import LUKV
 from evomem.managers.allocation.per_head_shares import PerHeadShares
+from evomem.managers.allocation.probes import fingerprint
 from evomem.managers.base import MemoryManager, check_budget
 from evomem.managers.features import FeatureOptions
 from evomem.managers.reallocation import with_allocation
@@ -45,6 +47,7 @@ class UtilityCurves:
     floor : slots that every head gets first: its protected ends and one slot more.
     slots : mean number of slots of a context.
     contexts : how many were measured.
+    record : under which scorer and on which model; `with_curves` keeps it with the curves. None: unknown.
     """
 
     knots: Tensor
@@ -52,6 +55,7 @@ class UtilityCurves:
     floor: int
     slots: float
     contexts: int
+    record: CurveRecord | None = None
 
     def marginal(self) -> Tensor:
         """Return the slopes of the curves' concave hulls, in attention per share: (layers, heads, points) float64."""
@@ -145,7 +149,17 @@ def utility_curves(
         curves.append(torch.stack([_curve(manager, view, peak, grid) for view, peak in pairs]))
         slots += int(context.views[0].seen)
     progress(len(samples), len(samples))
-    return UtilityCurves(grid, torch.stack(curves).mean(0), manager.ends.floor, slots / len(samples), len(samples))
+    record = CurveRecord(_scorer_digest(manager), fingerprint(evaluator.loaded.model))
+    mean = torch.stack(curves).mean(0)
+    return UtilityCurves(grid, mean, manager.ends.floor, slots / len(samples), len(samples), record)
+
+
+def _scorer_digest(manager: MemoryManager) -> ScorerDigest | None:
+    """Return the digest of a manager's scorer; None if it takes no other allocation: nobody uses its curves."""
+    try:
+        return ScorerDigest.of(with_allocation(manager, "uniform"))
+    except ConfigError:
+        return None
 
 
 def _curve(manager: MemoryManager, view: LayerView, peak: Tensor, knots: Tensor) -> Tensor:
@@ -192,7 +206,7 @@ def with_curves(manager: MemoryManager, curves: UtilityCurves) -> MemoryManager:
     allocation = other.allocation
     if not isinstance(allocation, LUKV):
         raise ConfigError(f"manager {manager.name!r}: takes no allocation of its own; give its scorer alone")
-    allocation.set_curves(curves.knots.float(), curves.marginal().float())
+    allocation.set_curves(curves.knots.float(), curves.marginal().float(), curves.record)
     return other
 
 

@@ -65,6 +65,8 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
     name : registry name, set by ``@register("name")``.
     head_parameters : names of parameters whose first axes are (layer, kv head) and which act on that head only; a
         driver may search every head's part by itself.
+    parameter_options : options that say what the parameters multiply, and in which order: with another value the same
+        numbers mean something else. A search does not start from a plug-in that has others.
     calibrates : it has statistics that are measured on contexts before a search, and may be on another model.
     on_view_device : methods ``(self, view, ...)`` that see the manager's tensors on the view's device.
     Options : pydantic model of its options; ``manager.options`` holds the validated values.
@@ -78,6 +80,7 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
     name: ClassVar[str]
     Options: ClassVar[type[ManagerOptions]] = ManagerOptions
     head_parameters: ClassVar[frozenset[str]] = frozenset()
+    parameter_options: ClassVar[frozenset[str]] = frozenset()
     calibrates: ClassVar[bool] = False
     on_view_device: ClassVar[frozenset[str]] = frozenset({"decide", "forward", "judge", "score", "admit", "decay"})
 
@@ -226,7 +229,8 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
         """Return the manager as it decides on ``model``: itself, or a twin that knows what this model's heads do.
 
         Only an allocation that looks at what heads do needs that (`ProbedAllocation`). Caches and evaluations ask for
-        it; it takes seconds, once a model. The twin shares everything else, parameters too.
+        it; it takes seconds, once a model. The twin shares everything else, parameters too. An allocation whose curves
+        were measured under another scorer, or on another model, is warned of here (`MeasuredAllocation`).
 
         Raises
         ------

@@ -28,6 +28,7 @@ from evomem.errors import ConfigError, EvomemError, PluginError
 from evomem.files.reading import is_folder, is_there, user_path
 from evomem.files.strict_json import shown, to_json
 from evomem.managers import MemoryManager, managers
+from evomem.managers.allocation.curve_record import unknown_record
 from evomem.managers.allocation.probed import ProbedAllocation, measured_buffers, probes_measured
 from evomem.modes import outside_inference_mode
 from evomem.plugins.card import render_card
@@ -215,8 +216,8 @@ def to_manager(
     ------
     PluginError : the configuration contradicts itself, or the tensors are not those that it asks for.
     """
-    expected, measured = _expected(path, config)
-    tensors = read()
+    expected, measured, later = _expected(path, config)
+    tensors = {**later, **read()}
     check_tensors(tensors_path, config["manager"], tensors, expected, measured)
     # Only now is anything of the size that the options ask for: it is the size of the file.
     with outside_inference_mode(), torch.device("cpu"):
@@ -225,10 +226,11 @@ def to_manager(
     return manager
 
 
-def _expected(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], frozenset[str]]:
+def _expected(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], frozenset[str], dict[str, Tensor]]:
     """Return the tensors that the configuration asks for, without memory behind them, having checked it all.
 
-    Also the names of those that were measured on a model, whose first axis it leaves open.
+    Also the names of those that were measured on a model, whose first axis it leaves open; and those that stand for
+    what files of before do not have.
     """
     with torch.device("meta"):
         manager = _build(path, config)
@@ -238,7 +240,7 @@ def _expected(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor],
             raise PluginError(
                 f"{path}: {field}: {shown(config[field])} contradicts the options, which give {shown(found[field])}"
             )
-    return manager.state_dict(), measured_buffers(manager, ProbedAllocation.SIZED)
+    return manager.state_dict(), measured_buffers(manager, ProbedAllocation.SIZED), unknown_record(manager)
 
 
 def _build(path: Path, config: Mapping[str, Any]) -> MemoryManager:

@@ -9,7 +9,9 @@
 | ``observes``, ``schedule``, ``budget`` | what follows from the options, for others; checked when loaded |
 
 What an allocation knows of a model's heads (`ProbedAllocation`) is no option: it lies in ``model.safetensors``, as
-``allocation.probes``, ``allocation.layer_heads`` and ``allocation.measured_on`` (the model's fingerprint).
+``allocation.probes``, ``allocation.layer_heads`` and ``allocation.measured_on`` (the model's fingerprint). So does what
+curves were measured with (`MeasuredAllocation`): ``allocation.measured_under`` and ``allocation.measured_on``, zeros
+where nobody knows; a file of before, without the two, is read.
 """
 
 from __future__ import annotations

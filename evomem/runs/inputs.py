@@ -22,7 +22,7 @@ from evomem.files.reading import user_path
 from evomem.managers.base import managers
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.experiment_parts import TaskConfig
-from evomem.search_space.space import Start
+from evomem.search_space.start import Start
 from evomem.tasks import parse, tasks
 
 if TYPE_CHECKING:

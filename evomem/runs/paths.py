@@ -10,7 +10,7 @@ from evomem.errors import EvomemError
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.experiment_parts import TaskConfig
 from evomem.runs.inputs import names_a_file
-from evomem.search_space.space import Start
+from evomem.search_space.start import Start
 from evomem.spec import format_call, format_settings, is_call
 from evomem.tasks import parse, tasks
 from evomem.validation import read_yaml

@@ -45,7 +45,7 @@ def option_value(manager: MemoryManager, path: str) -> Any:
     value = getattr(manager.options, name)
     at = name
     for inner in rest:
-        if not _is_described(value):
+        if not is_described(value):
             raise ConfigError(
                 f"search space: options.{path}: {at} of manager {manager.name!r} is {value!r}, which has no options of "
                 f"its own; give the manager one that has, for example {at}: {{name: pyramid}}"
@@ -89,7 +89,8 @@ def _with(described: Any, path: list[str], value: Any) -> Any:
     return {**described, "options": {**options, path[0]: _with(options[path[0]], path[1:], value)}}
 
 
-def _is_described(value: Any) -> bool:
+def is_described(value: Any) -> bool:
+    """Whether an option's value is a name and options of its own."""
     return isinstance(value, Mapping) and set(value) == {"name", "options"} and isinstance(value["options"], Mapping)
 
 

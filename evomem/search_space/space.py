@@ -21,27 +21,26 @@ import copy
 import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from evomem.bounds import LARGE, SMALL, VALUE
+from evomem.bounds import LARGE, SMALL
 from evomem.errors import ConfigError
 from evomem.files.reading import is_file, user_path
 from evomem.managers.base import MemoryManager, managers
-from evomem.managers.reallocation import written
 from evomem.search_space.option_paths import changed_options, flattened, option_value, require_disjoint
 from evomem.search_space.option_ranges import Categorical, Option, Variable
+from evomem.search_space.plugin_start import allocation_hint, take_numbers
+from evomem.search_space.start import Start, add_noise, fill, start_from_heuristic
 from evomem.search_space.vector_file import read_vector
 from evomem.validation import Settings, merge, read_yaml, validate
 
 Array = NDArray[np.float64]
-
-Number = Annotated[float, Field(ge=-VALUE, le=VALUE, allow_inf_nan=False)]
 
 
 class Weights(Settings):
@@ -56,33 +55,6 @@ class ManagerConfig(Settings):
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
-
-
-class Start(Settings):
-    """Where a search starts from; exactly one of the fields, and noise.
-
-    Attributes
-    ----------
-    vector : numbers, or a .npy file of them.
-    heuristic : a manager that this one can imitate (its class says which).
-    plugin : folder of a manager of the same kind.
-    parameters : numbers by pattern of parameter names; weights that no pattern matches are zero.
-    noise : standard deviation of normal numbers, always the same ones, that are added to all weights that vary: a
-        network of zeros has no gradient inside.
-    """
-
-    vector: str | Annotated[list[Number], Field(max_length=10**7)] | None = None
-    heuristic: str | None = None
-    plugin: str | None = None
-    parameters: dict[str, Number] | None = None
-    noise: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        kinds = [field for field in type(self).model_fields if field != "noise"]
-        if sum(getattr(self, field) is not None for field in kinds) != 1:
-            raise ValueError(f"give exactly one of {', '.join(kinds)}")
-        return self
 
 
 class SpaceConfig(Settings):
@@ -267,9 +239,8 @@ class SearchSpace:
             )
         own, given = self._parameters(self.template), self._parameters(manager)
         if missing := [name for name in own if name not in given]:
-            raise ConfigError(
-                f"search space: weights {missing[0]} vary, and this manager has none{_hint(missing[0], self.template)}"
-            )
+            hint = allocation_hint(missing[0], self.template)
+            raise ConfigError(f"search space: weights {missing[0]} vary, and this manager has none{hint}")
         for name, parameter in given.items():
             if parameter.shape != own[name].shape:
                 raise ConfigError(
@@ -337,70 +308,32 @@ class SearchSpace:
         """Give the template the weights that ``start`` names; return the start vector if that was given itself."""
         start = self.config.start
         if start == "zeros":
-            self._fill({})
+            fill(self._parameters(self.template), {})
         elif isinstance(start, Start):
             if start.heuristic is not None:
                 self.template = start_from_heuristic(self.template, start.heuristic)
             elif start.plugin is not None:
                 self._start_from_plugin(Path(start.plugin))
             elif start.parameters is not None:
-                self._fill(start.parameters)
+                fill(self._parameters(self.template), start.parameters)
             elif start.vector is not None:
                 vector = self._checked(read_vector(start.vector))
                 self.template = self.decode(vector)
                 if not start.noise:
                     return vector
             if start.noise:
-                self._shake(start.noise)
+                add_noise(self._parameters(self.template), start.noise)
                 return self.encode(self.template) if start.vector is not None else None
         return None
-
-    def _shake(self, deviation: float) -> None:
-        """Add noise to the template's weights that vary."""
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self._parameters(self.template).values():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
-                parameter.add_(deviation * noise.to(parameter.device))
-
-    def _fill(self, numbers: Mapping[str, float]) -> None:
-        """Set what varies to zero, and parameters that match a pattern to its number."""
-        names = self._parameters(self.template)
-        for pattern in numbers:
-            if not fnmatch.filter(names, pattern):
-                raise ConfigError(
-                    f"search space: start.parameters: no parameter that varies matches {pattern!r}; "
-                    f"there are: {', '.join(names) or 'none'}"
-                )
-        with torch.no_grad():
-            for name, parameter in names.items():
-                fitting = [number for pattern, number in numbers.items() if fnmatch.fnmatchcase(name, pattern)]
-                parameter.fill_(fitting[0] if fitting else 0.0)
 
     def _start_from_plugin(self, folder: Path) -> None:
         from evomem.plugins import load
 
         manager = load(folder)
         vector = self.encode(manager)  # refuses another kind or shape with a message
-        try:
-            self.template.load_state_dict(manager.state_dict())
-        except RuntimeError as error:
-            names = manager.state_dict().keys() ^ self.template.state_dict().keys()
-            hint = _hint(min(names), self.template) if names else ""
-            said = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"search space: start.plugin: {folder} has other tensors than the space's manager{hint} ({said})"
-            ) from None
+        take_numbers(self.template, manager, folder, self._options)
         if self._options:
             self.template = self.decode(vector)
-
-
-def _hint(name: str, template: MemoryManager) -> str:
-    """Return what to do about a tensor that only one of two managers has; nothing if no allocation's."""
-    if not name.startswith("allocation.") and name != "log_shares":
-        return ""
-    spec = written(template.allocation)
-    return f': its allocation is another; begin with its scorer, evomem export SOURCE FOLDER --allocation "{spec}"'
 
 
 def build_manager(config: ManagerConfig) -> MemoryManager:
@@ -411,18 +344,3 @@ def build_manager(config: ManagerConfig) -> MemoryManager:
         torch.manual_seed(0)
         manager: MemoryManager = managers.get(config.name)(**config.options)
     return manager.requires_grad_(False)
-
-
-def start_from_heuristic(manager: MemoryManager, heuristic: str) -> MemoryManager:
-    """Return a manager of the same kind and options that decides like a heuristic, if its class can express it.
-
-    The class offers that by a class method ``start_from(heuristic, **options)``.
-    """
-    hook = getattr(type(manager), "start_from", None)
-    if hook is None:
-        raise ConfigError(
-            f"search space: start.heuristic: manager {manager.name!r} cannot start from a heuristic; "
-            "start from zeros, initial, parameters, a vector or a plug-in"
-        )
-    made: MemoryManager = hook(heuristic, **manager.options.model_dump())
-    return made.requires_grad_(False)

@@ -15,7 +15,7 @@ from evomem.runs.bench import Bench, calibrate_manager
 from evomem.runs.config import ExperimentConfig
 from evomem.runs.experiment_file import parse_experiment
 from evomem.runs.paths import resolve_paths
-from evomem.search_space.space import Start
+from evomem.search_space.start import Start
 from evomem.tasks import build
 from evomem.testing.models import tiny, tiny_tokenizer
 

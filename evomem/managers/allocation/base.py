@@ -50,10 +50,12 @@ class Allocation(nn.Module, ABC):
     ----------------
     name : registry name, set by ``@register_allocation("name")``.
     Options : pydantic model of its options; ``allocation.options`` holds the validated values.
+    parameter_options : options that say what its parameters multiply, see `MemoryManager`.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[AllocationOptions]] = AllocationOptions
+    parameter_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from evomem.bounds import UNITS
 from evomem.errors import ConfigError
 from evomem.managers.allocation.base import AllocationOptions, ModelAllocation, register_allocation
 from evomem.managers.allocation.by_weight import usable_slots
+from evomem.managers.allocation.curve_record import CurveRecord, MeasuredAllocation
 from evomem.managers.selection import Ends, tokens_read
 from evomem.memory.view import LayerView
 
@@ -26,7 +27,7 @@ class LUKVOptions(AllocationOptions):
 
 
 @register_allocation("lukv")
-class LUKV(ModelAllocation):
+class LUKV(MeasuredAllocation, ModelAllocation):
     """Gives slots where the next one is worth most, by measured curves (LU-KV, Tang et al., arXiv 2602.08585).
 
     A curve is of one head under one ranking: the attention to come that falls on the b best slots, as a function of b,
@@ -37,7 +38,8 @@ class LUKV(ModelAllocation):
     Every head first gets what the protected ends need and one slot more (at most the mean), and never more than it
     holds. The sum is layers x heads x mean in every row. Curves are in shares of the slots that a head holds beyond
     that floor, so that contexts of other lengths use them too. They are of one model: another number of layers or heads
-    is refused. They are also of one ranking: for another scorer, measure anew.
+    is refused. They are also of one ranking. What they were measured with is kept beside them (`MeasuredAllocation`):
+    under another scorer, or on another model of this shape, the manager warns once.
 
     What differs from the paper: utility is the attention that question and answer pay (`Future.peak`), and curves are
     means over contexts where the paper averages budgets.
@@ -59,15 +61,15 @@ class LUKV(ModelAllocation):
         o = self.options
         self.register_buffer("knots", torch.linspace(0, 1, o.points + 1, dtype=torch.float32))
         self.register_buffer("marginal", torch.full((o.layers, o.heads, o.points), torch.nan, dtype=torch.float32))
-        self._measured = False
 
-    def set_curves(self, knots: Tensor, marginal: Tensor) -> None:
+    def set_curves(self, knots: Tensor, marginal: Tensor, record: CurveRecord | None = None) -> None:
         """Take in measured curves.
 
         Parameters
         ----------
         knots : (points + 1,), ascending from 0 to 1.
         marginal : (layers, heads, points), not increasing along the last axis.
+        record : what they were measured with; None: unknown.
 
         Raises
         ------
@@ -82,13 +84,14 @@ class LUKV(ModelAllocation):
         with torch.no_grad():
             self.knots.copy_(knots)
             self.marginal.copy_(marginal)
-        self._measured = True
+        self.set_record(record or CurveRecord())
+        self.has_curves = True
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         # Whether there are curves is a fact of the host: a decision must not wait for a device to say it.
-        self._measured = bool(torch.isfinite(self.marginal).all())
-        if self._measured:
+        self.has_curves = bool(torch.isfinite(self.marginal).all())
+        if self.has_curves:
             _check_curves(self.knots, self.marginal)
 
     def limits(
@@ -146,7 +149,7 @@ class LUKV(ModelAllocation):
 
     def _require_model(self, counts: Sequence[int]) -> None:
         o = self.options
-        if not self._measured:
+        if not self.has_curves:
             raise ConfigError(
                 "allocation 'lukv': its curves have not been measured; measure them on a task with `evomem allocate`, "
                 "and load the plug-in that it writes"

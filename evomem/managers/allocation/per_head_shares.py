@@ -47,6 +47,7 @@ class PerHeadShares(ModelAllocation):
     """
 
     Options = PerHeadSharesOptions
+    parameter_options = frozenset({"layers", "points"})
     options: PerHeadSharesOptions
 
     def __init__(self, **options: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from evomem.errors import ConfigError
 from evomem.managers.allocation.base import Allocation
+from evomem.managers.allocation.curve_record import MeasuredAllocation, has_records, warn_of_others
 from evomem.managers.allocation.probes import PROBES, HeadProbes, fingerprint, head_probes
 from evomem.memory.view import LayerView
 from evomem.modes import outside_inference_mode
@@ -121,16 +122,25 @@ class ProbedAllocation(Allocation):
         self._heads = tuple(self.layer_heads.tolist())
 
 
+MEASURED = (*ProbedAllocation.MEASURED, *MeasuredAllocation.RECORD)
+"""Buffers that no search and no option gives."""
+
+
 def on_model(modules: Sequence[Module], model: PreTrainedModel) -> list[Module]:
     """Return modules as they are on a model: themselves, or twins whose allocations have that model's probes.
+
+    Curves that were measured under another scorer or on another model are warned of (`warn_of_others`).
 
     Raises
     ------
     UnsupportedModelError, ModelError : the probes of the model cannot be measured, see `head_probes`.
     """
-    if not any(_probed(module) for module in modules):
+    probed, recorded = any(map(_probed, modules)), any(map(has_records, modules))
+    if not probed and not recorded:
         return list(modules)
     key = fingerprint(model)
+    if recorded:
+        warn_of_others(modules, key)
     ready = []
     for module in modules:
         strangers = [part for part in _probed(module) if part.model_fingerprint != key]
@@ -144,16 +154,17 @@ def keep_probes(module: nn.Module, model: PreTrainedModel) -> None:
         part.keep_probes(head_probes(model))
 
 
-def measured_buffers(module: nn.Module, names: Sequence[str] = ProbedAllocation.MEASURED) -> frozenset[str]:
-    """Return what of a module's state was measured on a model, by name.
+def measured_buffers(module: nn.Module, names: Sequence[str] = MEASURED) -> frozenset[str]:
+    """Return what of a module's state says what a model's heads do, or what was measured with which, by name.
 
-    names : of `ProbedAllocation.MEASURED`; ``SIZED`` are those whose first axis options say nothing about.
+    names : of `MEASURED`; ``ProbedAllocation.SIZED`` are those whose first axis options say nothing about.
     """
     return frozenset(
         f"{path}.{name}" if path else name
         for path, part in module.named_modules()
-        if isinstance(part, ProbedAllocation)
         for name in names
+        if (isinstance(part, ProbedAllocation) and name in part.MEASURED)
+        or (isinstance(part, MeasuredAllocation) and name in part.RECORD)
     )
 
 

@@ -87,6 +87,7 @@ class Slots(ProbedAllocation, ModelAllocation):
     """
 
     Options = SlotsOptions
+    parameter_options = frozenset({"window"})
     options: SlotsOptions
     per_head: PerHeadShares | None
 

@@ -61,6 +61,7 @@ class FeatureScorer(MemoryManager):
 
     options: Options
     head_parameters: ClassVar[frozenset[str]] = frozenset({"own"})
+    parameter_options: ClassVar[frozenset[str]] = frozenset({"features", "knots"})
     STARTS: ClassVar[dict[str, str]] = {
         "keydiff": "keydiff", "knorm": "-key_norm", "h2o": "attention", "observed_attention": "attention_per_query",
         "snapkv": "window:32", "streaming_llm": "-age",

@@ -99,6 +99,7 @@ class KVPolicy(StochasticManager):
 
     options: Options
     head_parameters: ClassVar[frozenset[str]] = frozenset({"own"})
+    parameter_options: ClassVar[frozenset[str]] = frozenset({"actions", "fades", "features", "knots", "scale"})
     calibrates: ClassVar[bool] = True
     on_view_device: ClassVar[frozenset[str]] = StochasticManager.on_view_device | {"outputs"}
     feature_mean: Tensor

@@ -72,6 +72,7 @@ class NAMM(MemoryManager):
 
     Options: ClassVar[type[ManagerOptions]] = NAMMOptions
     options: NAMMOptions
+    parameter_options: ClassVar[frozenset[str]] = frozenset({"scorer"})
     calibrates: ClassVar[bool] = True
     on_view_device: ClassVar[frozenset[str]] = MemoryManager.on_view_device | {"features"}
     spectrum_mean: Tensor
