@@ -19,6 +19,7 @@ from evomem.evaluation.traces.store import Traces
 from evomem.evaluation.utility import solve, utility_curves, with_curves, with_shares
 from evomem.managers import build
 from evomem.managers.allocation import LUKV, PerHeadShares
+from evomem.managers.allocation.curve_record import ScorerDigest
 from tests.evaluation.test_ranking_costs import policy
 from tests.evaluation.test_traces import FEATURES, Words, load, recorded
 from tests.managers.test_allocation import full_views
@@ -130,6 +131,8 @@ def test_the_command_writes_a_plugin(tmp_path):
     assert "8 slots a head: heads get" in result.output
     manager = plugins.load(tmp_path / "lukv")
     assert isinstance(manager.allocation, LUKV)
+    assert manager.allocation.record.scorer == ScorerDigest.of(build("keydiff"))
+    assert manager.allocation.record.model is not None
     known = json.loads((tmp_path / "lukv" / "provenance.json").read_text())
     assert known["allocated"]["ranking"] == "keydiff"
     result = CliRunner().invoke(
