@@ -9,8 +9,9 @@ import torch
 
 from evomem.errors import ConfigError
 from evomem.managers import allocations, build, build_allocation
-from evomem.managers.allocation import LUKV
+from evomem.managers.allocation import LUKV, arithmetic
 from evomem.managers.reallocation import reallocate, with_allocation
+from evomem.managers.selection import Ends
 from evomem.testing.models import tiny
 from tests.managers.test_allocation import full_views
 
@@ -152,3 +153,26 @@ def test_a_scorer_that_depends_on_its_allocation_is_refused(monkeypatch):
     monkeypatch.setattr(manager, "state_dict", lambda: {**real, "bias": manager.bias[:1]})
     with pytest.raises(ConfigError, match="bias depends on its allocation"):
         with_allocation(manager, "lava")
+
+
+def test_numbers_of_a_model_of_another_shape_are_said(caplog):
+    """Once: they are interpolated, which no figure shows."""
+    views = random_views()
+    arithmetic.say_other_shape.cache_clear()
+    fitting = ("per_head_shares(layers=2, heads=2)", "per_head_shares(points=7, heads=2)", "layer_budgets(layers=2)")
+    others = {
+        "per_head_shares(layers=30, heads=2)": "for 30 layers of 2 KV heads, and this model has 2 layers of 2:",
+        "slots(per_head=per_head_shares(layers=2, heads=3))": "for 2 layers of 3 KV heads, and this model has 2 layers",
+        "per_head_shares(points=7, heads=3)": "for layers of 3 KV heads, and this model has 2 layers of 2:",
+        "layer_budgets(layers=5)": "for 5 layers, and this model has 2:",
+    }
+    for spec in (*fitting, *others):
+        allocation = build_allocation(spec)
+        for _ in range(2):
+            if spec.startswith("layer"):
+                allocation.limits(views[0], torch.full((2, 1, 1), 8), torch.zeros(2, 2, 30), Ends())
+            else:
+                (getattr(allocation, "per_head", None) or allocation).log_shares_of([2, 2], torch.device("cpu"))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(others)
+    assert all(text in line for text, line in zip(others.values(), said, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from evomem.managers.selection import tokens_read
 from evomem.memory.view import LayerView
 from evomem.modes import outside_inference_mode
+
+logger = logging.getLogger("evomem")
 
 
 def pyramid_budget(mean: Tensor, read: Tensor, layer: int, layers: int, beta: float, window: int) -> Tensor:
@@ -85,6 +88,16 @@ def depth_limits(log_shares: Tensor, view: LayerView, mean: Tensor, floor: int) 
     rounded = torch.round(mean * until).long()
     own = torch.diff(rounded, dim=0, prepend=torch.zeros_like(rounded[:1]))
     return water_fill(own, weights[..., None, None], mean, floor, slots_at_most(view))
+
+
+@cache
+def say_other_shape(name: str, known: str, here: str) -> None:
+    """Warn, once a process and shape, that numbers of an allocation are those of a model of another shape."""
+    logger.warning(
+        "allocation %r: its numbers are for %s, and this model has %s: they are interpolated in depth, and where the "
+        "number of heads is another, a head gets the mean of its layer. Search them for this model, or do without",
+        name, known, here,
+    )  # fmt: skip
 
 
 def interpolated(knots: Tensor, layers: int) -> Tensor:

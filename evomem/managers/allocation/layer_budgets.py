@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from evomem.bounds import UNITS
-from evomem.managers.allocation.arithmetic import interpolated, slots_at_most, water_fill
+from evomem.managers.allocation.arithmetic import interpolated, say_other_shape, slots_at_most, water_fill
 from evomem.managers.allocation.base import AllocationOptions, LayerAllocation, register_allocation
 from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
@@ -39,7 +39,7 @@ class LayerBudgets(LayerAllocation):
     searches, when its objective (`evomem.evaluation.objectives.evolkv`) answers for the total. Then the budget is a
     target and no total is promised.
 
-    A model with another number of layers gets x interpolated linearly in depth.
+    A model with another number of layers gets x interpolated linearly in depth, which a warning says.
     """
 
     Options = LayerBudgetsOptions
@@ -57,6 +57,8 @@ class LayerBudgets(LayerAllocation):
     def layer_limits(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:
         """Return every layer's budget: (layers, batch, 1, 1) int64."""
         factors = torch.nan_to_num(self.factors.float()).clamp(0, 1e6)
+        if len(factors) != view.layers:
+            say_other_shape(self.name, f"{len(factors)} layers", str(view.layers))
         wide = interpolated(factors, view.layers) if len(factors) != view.layers else factors
         weights = wide.double()[:, None, None, None]
         if not self.options.complete:

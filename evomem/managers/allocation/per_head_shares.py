@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from evomem.bounds import UNITS
-from evomem.managers.allocation.arithmetic import interpolated
+from evomem.managers.allocation.arithmetic import interpolated, say_other_shape
 from evomem.managers.allocation.base import AllocationOptions, ModelAllocation, register_allocation
 from evomem.managers.allocation.by_weight import limits_by_weight
 from evomem.managers.selection import Ends
@@ -43,7 +43,8 @@ class PerHeadShares(ModelAllocation):
 
     θ is one learned number a layer and head (``layers=``), or a function of depth and head with few numbers
     (``points=``). On a model with another number of layers either is interpolated linearly in depth; where the number
-    of KV heads is another, every head gets the heads' mean. At first all numbers are 0: equal shares.
+    of KV heads is another, every head gets the heads' mean; both are said in a warning, but not that points are
+    interpolated, which is what they are for. At first all numbers are 0: equal shares.
     """
 
     Options = PerHeadSharesOptions
@@ -70,9 +71,13 @@ class PerHeadShares(ModelAllocation):
 
     def log_shares_of(self, counts: Sequence[int], device: torch.device) -> Tensor:
         """Return θ for a model whose layers have so many heads: (heads of all layers,), layer by layer."""
+        layers, own = self.options.layers, self.options.heads
+        if (layers is not None and layers != len(counts)) or any(heads != own for heads in counts):
+            known = f"{layers} layers of {own} KV heads" if layers is not None else f"layers of {own} KV heads"
+            several = " or ".join(map(str, sorted(set(counts))))
+            say_other_shape(self.name, known, f"{len(counts)} layers of {several}")
         knots = torch.nan_to_num(self.log_shares.float().to(device))
         logs = knots if knots.shape[0] == len(counts) else interpolated(knots, len(counts))
-        own = self.options.heads
         return torch.cat(
             [
                 row if heads == own else row.mean(0, keepdim=True).expand(heads)
