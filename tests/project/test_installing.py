@@ -92,7 +92,7 @@ def test_no_command_measures_before_it_has_what_it_needs(command, without, tmp_p
     assert result.exit_code == 2, result.output
     assert "wonderwords (task multikey_1)" in result.output
     assert ("scipy (intervals)" in result.output) == (not command.startswith("trace"))
-    assert ("cma (driver block_cmaes), matplotlib (plots)" in result.output) == command.startswith("evolve")
+    assert ("cma (driver cmaes), matplotlib (plots)" in result.output) == command.startswith("evolve")
     assert list(tmp_path.iterdir()) == []
 
 
