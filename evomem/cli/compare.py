@@ -42,7 +42,8 @@ def compare(
     allocations: Annotated[
         str | None,
         typer.Option(
-            help="Also the first subject's scorer under other allocations, e.g. uniform,pyramid(beta=8),lava."
+            help="Also the first subject's scorer under other allocations, e.g. uniform,pyramid(beta=8),lava; which "
+            "to take when: docs/allocations.md."
         ),
     ] = None,
     budgets: Budgets = None,

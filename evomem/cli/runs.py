@@ -49,7 +49,8 @@ def export(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="The same scorer with this allocation in place of its own, e.g. lava: to use, or to start a search."
+            help="The same scorer with this allocation in place of its own, e.g. lava: to use, or to start a search "
+            "(docs/allocations.md)."
         ),
     ] = None,
     overwrite: Overwrite = False,

@@ -201,6 +201,7 @@ def allocate(
 
     What a slot more is worth to every head is measured on contexts of a task: the attention that question and answer
     pay. The plug-in serves any budget. With --shares it is a start for a search: space.start={plugin: FOLDER}.
+    docs/allocations.md says what else there is, and what it is worth.
 
     [bold]Examples[/bold]
 

@@ -376,6 +376,8 @@ def test_lists_name_everything_that_is_registered(world):
     assert all(found["managers"].values())
     assert {"cmaes", "random_search"} <= set(found["drivers"])
     assert "keydiff" in run("list", "managers").stdout
+    for section, page in (("allocations", "docs/allocations.md"), ("drivers", "docs/drivers.md")):
+        assert run("list", section).stdout.rstrip().endswith(f"{page} says which to take when")
     (first, *_) = json.loads(run("models", "--json").stdout)
     assert first["state"] in ("ready", "installed", "missing")
     assert first["name"] in run("models").stdout

@@ -1,6 +1,6 @@
 """The snippets of docs/plugins.md and of README's "Use a manager" run as they stand, top to bottom, in one namespace.
 
-And every file and name of ours that a page names exists.
+And every file, heading and name of ours that a page names exists.
 
 Not real are: the language model (a tiny one of the same family answers to the real one's name), the hub (the server of
 `tests.hub_server`), and the run that is loaded from (a plug-in is put where a run leaves it).
@@ -23,6 +23,7 @@ import evomem.models
 from evomem import plugins
 from evomem.cli.app import app
 from evomem.managers import build, managers
+from evomem.managers.allocation import allocations
 from evomem.models import LoadedModel
 from evomem.plugins.untrusted import DEPTH, LIMITS, PICTURE_COUNT
 from evomem.testing.models import tiny, tiny_tokenizer
@@ -30,6 +31,7 @@ from tests.support.hub_server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS, README = ROOT / "docs" / "plugins.md", ROOT / "README.md"
+ALLOCATIONS = ROOT / "docs" / "allocations.md"
 
 
 def blocks(text, language):
@@ -118,11 +120,21 @@ def test_the_limits_are_as_told():
     assert f"more than {DEPTH} levels" in section(PLUGINS.read_text(), "What is refused")
 
 
-@pytest.mark.parametrize("page", [PLUGINS, README], ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+def anchors(text):
+    """Return what headings of a page are linked by: small letters, dashes for spaces, no punctuation."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def dead_links(page):
+    """Return the links of a page to files and headings of ours that are not there."""
+    dead = set()
+    for target, title in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+        path = page.parent / target if target else page
+        if not path.exists() or (title and title not in anchors(path.read_text(encoding="utf-8"))):
+            dead.add(f"{target}#{title}")
+    return dead
 
 
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -156,6 +168,32 @@ def unknown(name):
     except (ImportError, AttributeError):
         return True
     return False
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs/results").glob("*.md"))], ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings(page):
+    assert not dead_links(page)
+
+
+def test_links_that_lead_nowhere_are_noticed(tmp_path):
+    (tmp_path / "there.md").write_text("# One, *two*: `three`?\n\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text("## Here\n[a](there.md#one-two-three) [b](#here) [c](https://no.where/x#y) [d](there.md)\n")
+    assert not dead_links(page)
+    page.write_text("## Here\n[a](there.md#no-heading) [b](#gone) [c](gone.md)\n")
+    assert dead_links(page) == {"there.md#no-heading", "#gone", "gone.md#"}
+
+
+def test_pages_that_the_program_names_exist():
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "evomem").rglob("*.py"))
+    named = {name for source in sources for name in re.findall(r"docs/[\w/]+\.md", source)}
+    assert {"docs/allocations.md", "docs/distributed.md"} <= named
+    assert not {name for name in named if not (ROOT / name).exists()}
+
+
+def test_every_allocation_is_on_the_page_about_them():
+    rows = re.findall(r"^\| `(\w+)", section(ALLOCATIONS.read_text(), "What does each do?"), re.MULTILINE)
+    assert set(rows) == set(allocations.names())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -17,6 +17,9 @@ from evomem.terminal import wide_console
 
 Entries = dict[str, str]
 
+PAGES = {Listing.allocations: "docs/allocations.md", Listing.drivers: "docs/drivers.md"}
+"""Pages that say which of a section's entries to take when."""
+
 
 def entries(section: Listing) -> Entries:
     """Return what a section lists: names, and what they are."""
@@ -91,6 +94,8 @@ def show(what: Listing | None, *, as_json: bool = False) -> None:
         for name, text in lines.items():
             table.add_row(Text(name), Text(text))
         console.print(table)
+        if page := PAGES.get(Listing(title)):
+            console.print(Text(f"{page} says which to take when", style="dim"))
 
 
 def show_models(*, as_json: bool = False) -> None:
