@@ -178,9 +178,9 @@ class _Score(nn.Module):
         super().__init__()
         self.manager = manager
 
-    def forward(self, view: LayerView) -> Tensor:
-        scores = self.manager.score(view).float()
-        return torch.where(_protected(self.manager, view), _FIRST, scores).clamp(-_FIRST, _FIRST)
+    def forward(self, view: LayerView, ends_within: Tensor) -> Tensor:
+        scores = self.manager.score_within(view, ends_within).float()
+        return torch.where(self.manager.rule.protected(view, ends_within), _FIRST, scores).clamp(-_FIRST, _FIRST)
 
 
 def _scored(manager: MemoryManager, context: KnownContext, how: How, *, gradient: bool) -> tuple[Tensor, Step]:
@@ -191,11 +191,12 @@ def _scored(manager: MemoryManager, context: KnownContext, how: How, *, gradient
     total = [torch.zeros_like(value, dtype=torch.float64) for value in parameters.values()]
     rows = []
     heads = sum(view.slots.shape[1] for view in context.views)
-    for view, future in zip(context.views, context.future.peak, strict=True):
+    layers = zip(context.views, context.future.peak, _ends_within(manager, context.views), strict=True)
+    for view, future, ends_within in layers:
         device = view.slots.device
         with torch.set_grad_enabled(gradient):
             on_layer = {name: value.to(device) for name, value in parameters.items()}
-            scores = functional_call(_Score(manager.on(device)), on_layer, (view,))
+            scores = functional_call(_Score(manager.on(device)), on_layer, (view, ends_within))
             if how == "sorted":
                 order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
                 cost = plackett_luce.trace_cost(future, order)
@@ -248,18 +249,23 @@ def _protected_first(manager: MemoryManager, view: LayerView, ranking: Tensor, n
     descending = torch.arange(0, -ranking.shape[-1], -1, device=ranking.device, dtype=noise.dtype)
     keys = torch.zeros(ranking.shape, dtype=noise.dtype, device=ranking.device)
     keys = keys.scatter(-1, ranking, descending.expand(ranking.shape))
-    keys = torch.where(_protected(manager, view), _FIRST + noise, keys)
+    (ends_within,) = _ends_within(manager, [view])
+    keys = torch.where(manager.rule.protected(view, ends_within), _FIRST + noise, keys)
     return torch.argsort(keys, dim=-1, descending=True, stable=True)
 
 
-def _protected(manager: MemoryManager, view: LayerView) -> Tensor:
-    """Return which slots the manager keeps independently of its scores: (batch, kv_heads, slots) bool.
+def _ends_within(manager: MemoryManager, views: Sequence[LayerView]) -> list[Tensor]:
+    """Return the slots by which protected ends are measured: one (batch, kv_heads or 1, 1) int64 a layer.
 
-    A policy's rankings are drawn without a budget (`_drawn`); its protected slots are those without a budget, too.
+    A policy's rankings are drawn without a budget (`_drawn`); its protected ends are those without a budget, too.
     """
-    manager = manager.on(view.slots.device)
-    rule = replace(manager.rule, budget=None) if isinstance(manager, StochasticManager) else manager.rule
-    return rule.protected(view, manager.shares())
+    stochastic = isinstance(manager, StochasticManager)
+    if manager.whole_model and not stochastic:
+        limits = manager.rule.head_limits([manager.judge(view) for view in views], views)
+        return manager.rule.ends_within(limits, views)
+    placed = [manager.on(view.slots.device) for view in views]
+    rules = [replace(one.rule, budget=None) if stochastic else one.rule for one in placed]
+    return [rule.layer_limit(view, one.shares()) for rule, one, view in zip(rules, placed, views, strict=True)]
 
 
 def _sizes(manager: MemoryManager, context: KnownContext) -> tuple[float, float | None]:
@@ -280,8 +286,8 @@ def _oracle(manager: MemoryManager, context: KnownContext) -> Mapping[str, float
     found: dict[str, list[Tensor]] = {name: [] for name in ORACLE}
     module = _Score(manager)
     decisions = manager.decide_all(context.views)
-    for layer, view in enumerate(context.views):
-        scores, future = module(view), context.future.peak[layer]
+    for layer, (view, ends_within) in enumerate(zip(context.views, _ends_within(manager, context.views), strict=True)):
+        scores, future = module(view, ends_within), context.future.peak[layer]
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         keep = decisions[layer].keep
         found["rank_correlation"].append(against.rank_correlation(scores, future, view.valid))

@@ -24,6 +24,7 @@ from evomem.managers.allocation.probes import fingerprint
 from evomem.managers.base import MemoryManager, check_budget
 from evomem.managers.features import FeatureOptions
 from evomem.managers.reallocation import with_allocation
+from evomem.managers.selection import best
 from evomem.memory import LayerView
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample
@@ -165,19 +166,30 @@ def _scorer_digest(manager: MemoryManager) -> ScorerDigest | None:
 def _curve(manager: MemoryManager, view: LayerView, peak: Tensor, knots: Tensor) -> Tensor:
     """Return one layer's curves at the knots: (heads, points + 1) float64 on the processor."""
     judgement = manager.judge(view)
-    kept = manager.rule.held(view, judgement.stored)
-    count = torch.full_like(view.start[:, None, None], view.seen)
-    marked = manager.ends.mark(judgement.scores, view, kept, count)
-    order = torch.sort(marked, dim=-1, descending=True, stable=True).indices
-    worth = torch.where(kept, peak.to(marked.device), 0.0).double().gather(-1, order)[0].cpu()
-    reached = torch.cat([torch.zeros_like(worth[:, :1]), worth.cumsum(-1)], 1)  # (heads, slots + 1)
+    may_stay = manager.rule.held(view, judgement.stored)
+    worth = torch.where(may_stay, peak.to(may_stay.device), 0.0).double()
     slots = worth.shape[-1]
     floor = min(manager.ends.floor, slots)
     at = floor + knots * (slots - floor)
     low = at.floor().long().clamp(max=max(slots - 1, 0))
     share = at - low
-    curve = reached[:, low] * (1 - share) + reached[:, low + 1] * share
-    return curve - reached[:, [floor]]
+    points = torch.cat([low, low + 1, torch.tensor([floor])])
+    counts = torch.tensor(sorted(set(points.tolist())))
+    if manager.ends.by_share or type(manager).score_within is not MemoryManager.score_within:
+        # No ranking has the slots of every count as its beginning.
+        columns = []
+        for n in counts.to(may_stay.device)[:, None, None, None]:
+            marked = manager.ends.mark(manager.score_within(view, n).float(), view, may_stay, n)
+            columns.append((worth * best(marked, n)).sum(-1)[0].cpu())
+        reached = torch.stack(columns, 1)
+    else:
+        everything = torch.full_like(view.start[:, None, None], view.seen)
+        marked = manager.ends.mark(judgement.scores, view, may_stay, everything)
+        order = torch.sort(marked, dim=-1, descending=True, stable=True).indices
+        sums = worth.gather(-1, order)[0].cpu().cumsum(-1)
+        reached = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)[:, counts]
+    reached = reached[:, torch.searchsorted(counts, points)]
+    return reached[:, : len(knots)] * (1 - share) + reached[:, len(knots) : -1] * share - reached[:, -1:]
 
 
 def _require_scores(manager: MemoryManager, views: Sequence[LayerView]) -> None:

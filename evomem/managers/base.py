@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -82,7 +83,9 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
     head_parameters: ClassVar[frozenset[str]] = frozenset()
     parameter_options: ClassVar[frozenset[str]] = frozenset()
     calibrates: ClassVar[bool] = False
-    on_view_device: ClassVar[frozenset[str]] = frozenset({"decide", "forward", "judge", "score", "admit", "decay"})
+    on_view_device: ClassVar[frozenset[str]] = frozenset(
+        {"decide", "forward", "judge", "score", "score_within", "admit", "decay"}
+    )
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -158,6 +161,18 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
     def score(self, view: LayerView) -> Tensor:
         """Return (batch, kv_heads, slots) fp32 scores; larger is kept. Values at empty slots do not matter."""
 
+    def score_within(self, view: LayerView, n: Tensor) -> Tensor:
+        """Return `score` where protected ends are measured by ``n`` slots a head; by default it does not matter.
+
+        Override it where `score` treats the protected end apart (`SnapKV`): under an allocation of the whole model a
+        head's slots are known only when all layers have been scored once, by the mean.
+
+        Parameters
+        ----------
+        n : (batch, kv_heads or 1, 1) int64.
+        """
+        return self.score(view)
+
     def admit(self, view: LayerView) -> Tensor | None:
         """Store: log-odds (batch, kv_heads, slots) of the ``view.fresh`` newest tokens; None stores everything."""
         return None
@@ -215,9 +230,17 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
     def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
         """Return the decisions about all layers at once, composed by `Rule.decide_all`.
 
-        ``views`` are of one model's layers, in their order, with nothing evicted since the last decision.
+        ``views`` are of one model's layers, in their order, with nothing evicted since the last decision. Where
+        `score_within` is overridden, an allocation of the whole model shares out by `score`, and every head then keeps
+        the best by its own number of slots.
         """
-        return self.rule.decide_all([self.judge(view) for view in views], views)
+        judgements, rule = [self.judge(view) for view in views], self.rule
+        if not self.whole_model or type(self).score_within is MemoryManager.score_within:
+            return rule.decide_all(judgements, views)
+        limits = rule.head_limits(judgements, views)
+        parts = zip(judgements, views, rule.ends_within(limits, views), strict=True)
+        judgements = [replace(one, scores=self.score_within(view, n).float()) for one, view, n in parts]
+        return rule.decide_all(judgements, views, limits)
 
     def forward(self, view: LayerView) -> Decision:
         """`decide`, under the name that `torch.func.functional_call` calls."""

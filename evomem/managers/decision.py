@@ -80,25 +80,44 @@ class Rule:
         limits = self._by_layer().head_limits(marked, view, held, n)
         return Decision(_kept(marked, limits, held), judgement.decay, evicted)
 
-    def decide_all(self, judgements: Sequence[Judgement], views: Sequence[LayerView]) -> list[Decision]:
-        """Return the decisions about all layers, the first first."""
-        allocation = self.allocation
-        if not isinstance(allocation, ModelAllocation):
+    def decide_all(
+        self,
+        judgements: Sequence[Judgement],
+        views: Sequence[LayerView],
+        limits: Sequence[Tensor] | None = None,
+    ) -> list[Decision]:
+        """Return the decisions about all layers, the first first.
+
+        limits : of `head_limits`, where a `ModelAllocation` has been asked before; None: it is asked here.
+        """
+        if not isinstance(self.allocation, ModelAllocation):
             return [self.decide(judgement, view) for judgement, view in zip(judgements, views, strict=True)]
-        held = [self.held(view, judgement.stored) for judgement, view in zip(judgements, views, strict=True)]
-        # A score of -inf is one like others here: it must not read as a slot that may not stay.
-        finite_scores = [finite(judgement.scores) for judgement in judgements]
-        scores = [torch.where(h, s, -torch.inf) for h, s in zip(held, finite_scores, strict=True)]
+        limits = self.head_limits(judgements, views) if limits is None else limits
+        decisions = []
+        layers = zip(judgements, views, limits, self.ends_within(limits, views), strict=True)
+        for judgement, view, n, ends_within in layers:
+            may_stay = self.held(view, judgement.stored)
+            marked = self.ends.mark(judgement.scores, view, may_stay, ends_within)
+            decisions.append(Decision(_kept(marked, n, may_stay), judgement.decay))
+        return decisions
+
+    def head_limits(self, judgements: Sequence[Judgement], views: Sequence[LayerView]) -> list[Tensor]:
+        """Return the slots of every head by a `ModelAllocation`: one (batch, kv_heads or 1, 1) int64 a layer."""
         means = [slots_of_budget(self.budget, view) for view in views]
         # Without a budget there is nothing to share out, and no total that an input could have more or less than.
-        limits = means
-        if self.budget is not None:
-            limits = allocation.limits(views, means, scores, self.ends, judgements[0].shares)
-        decisions = []
-        for judgement, view, h, n, mean in zip(judgements, views, held, limits, means, strict=True):
-            marked = self.ends.mark(judgement.scores, view, h, allocation.ends_within(n, mean))
-            decisions.append(Decision(_kept(marked, n, h), judgement.decay))
-        return decisions
+        if self.budget is None:
+            return means
+        # A score of -inf is one like others here: it must not read as a slot that may not stay.
+        scores = [
+            torch.where(self.held(view, judgement.stored), finite(judgement.scores), -torch.inf)
+            for judgement, view in zip(judgements, views, strict=True)
+        ]
+        return self._by_model().limits(views, means, scores, self.ends, judgements[0].shares)
+
+    def ends_within(self, limits: Sequence[Tensor], views: Sequence[LayerView]) -> list[Tensor]:
+        """Return the slots by which a `ModelAllocation` measures protected ends, shaped as ``limits``, one a layer."""
+        means = (slots_of_budget(self.budget, view) for view in views)
+        return [self._by_model().ends_within(n, mean) for n, mean in zip(limits, means, strict=True)]
 
     def held(self, view: LayerView, stored: Tensor | None) -> Tensor:
         """Slots that may stay, those with a token that was not refused: (batch, kv_heads, slots) bool."""
@@ -129,11 +148,15 @@ class Rule:
         """Return `layer_limit` of every layer: (layers, batch, 1, 1) int64, of an allocation that is by depth."""
         return self._by_layer().layer_limits(view, slots_of_budget(self.budget, view), self.ends, shares)
 
-    def protected(self, view: LayerView, shares: Tensor | None = None) -> Tensor:
-        """Slots that are kept whatever their score is: (batch, kv_heads, slots) bool."""
+    def protected(self, view: LayerView, ends_within: Tensor) -> Tensor:
+        """Slots that are kept whatever their score is: (batch, kv_heads, slots) bool.
+
+        ends_within : (batch, kv_heads or 1, 1) int64, of `ends_within` under a `ModelAllocation`, else of
+            `layer_limit`.
+        """
         if isinstance(self.allocation, EmergentAllocation):
             return torch.zeros_like(view.valid)
-        return self.ends.safe(view, self.layer_limit(view, shares)) & view.valid
+        return self.ends.safe(view, ends_within) & view.valid
 
     def open(
         self, scores: Tensor, view: LayerView, stored: Tensor | None, shares: Tensor | None
@@ -171,6 +194,13 @@ class Rule:
             raise ConfigError(
                 f"allocation {self.allocation.name!r} needs the views of all layers at once; ask decide_all(views), "
                 "or read through a cache of slots, which does"
+            )
+        return self.allocation
+
+    def _by_model(self) -> ModelAllocation:
+        if not isinstance(self.allocation, ModelAllocation):
+            raise ConfigError(
+                f"allocation {self.allocation.name!r} decides layer by layer; ask layer_limit for a layer's slots"
             )
         return self.allocation
 

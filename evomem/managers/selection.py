@@ -70,8 +70,13 @@ class Ends:
     @property
     def floor(self) -> int:
         """Slots that a head needs for its protected ends and one slot more. Ends that are shares of the slots fit."""
-        fixed = self.recent if isinstance(self.recent, int) and self.recent_share >= 1 else 0
+        fixed = 0 if self.by_share else int(self.recent)
         return self.sinks + fixed + 1
+
+    @property
+    def by_share(self) -> bool:
+        """Whether the protected end depends on the number of a head's slots wherever they have room for both ends."""
+        return isinstance(self.recent, float) or self.recent_share < 1
 
     def window(self, n: Tensor) -> Tensor:
         """Return how many of the newest tokens are protected among ``n`` slots: int64 of n's shape."""

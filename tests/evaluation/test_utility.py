@@ -63,6 +63,27 @@ def test_curves_are_sums_over_the_ranking(evaluator, ends):
     assert np.allclose(found.utility.numpy(), slow_curve(evaluator, manager, SAMPLES, found.knots.numpy()), atol=1e-6)
 
 
+@pytest.mark.parametrize("spec", ["snapkv(window=12, kernel=3)", "lava(window=12, kernel=3)", "h2o(recent=0.5)"])
+def test_a_window_that_is_a_share_of_the_slots_is_one_at_every_point_of_a_curve(evaluator, spec):
+    """Every point holds the attention to what the manager keeps when its budget is that number of slots."""
+    knots = np.linspace(0, 1, 6)
+    found = utility_curves(evaluator, build(spec, budget=9), SAMPLES[:1], knots=torch.from_numpy(knots))
+    tokens = evaluator.tokens(SAMPLES[0])
+    manager = build(spec)
+    views = evaluator.reading(tokens.read, manager.observes).views
+    peaks = evaluator.future.of(evaluator, tokens, sample_key(tokens), manager.observes).peak
+    for view, peak, curve in zip(views, peaks, found.utility, strict=True):
+
+        def worth(slots, view=view, peak=peak):
+            keep = build(spec, budget=slots, allocation="uniform").decide(view).keep
+            return (peak * keep).double().sum(-1)[0].numpy()
+
+        for point, share in enumerate(1 + knots * (view.seen - 1)):
+            low = min(int(share), view.seen - 1)
+            between = worth(low) + (share - low) * (worth(low + 1) - worth(low))
+            assert np.allclose(curve[:, point].numpy(), between - worth(1), atol=1e-6), (view.layer, point)
+
+
 def test_of_a_heuristic_and_what_budgets_do(evaluator):
     """Solved counts hold more of the attention to come than equal ones, with the very same ranking."""
     manager = build("keydiff", budget=6)

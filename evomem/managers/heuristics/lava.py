@@ -43,8 +43,8 @@ class LavaKV(SnapKV):
         """Return LAVa's allocation, unless another one is given."""
         return Uniform() if self.options.allocation else Lava(window=self.options.window, kernel=self.options.kernel)
 
-    def score(self, view: LayerView) -> Tensor:
-        """Return LAVa's scores: (batch, kv_heads, slots) fp32."""
+    def score_within(self, view: LayerView, n: Tensor) -> Tensor:
+        """Return LAVa's scores: (batch, kv_heads, slots) fp32; the window is at most half of ``n`` slots a head."""
         attention = view.recorded[f"window_group_peak:{self.options.window}"]
-        before = view.valid & (view.age >= self.ends.window(self.rule.layer_limit(view, self.shares())))
+        before = view.valid & (view.age >= self.ends.window(n))
         return lava_scores(attention, view.values, before, self.options.kernel)

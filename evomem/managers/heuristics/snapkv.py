@@ -41,7 +41,7 @@ class SnapKV(MemoryManager):
     The attention of the last ``window`` queries, averaged over them and the KV head's query heads, is average-pooled
     over ``kernel`` neighbouring slots. The window's own tokens are kept, and do not lend their attention to their
     neighbours. Where the budget n is smaller than 2 ``window``, only the ⌊n/2⌋ newest tokens are kept for certain and
-    the others of the window compete like any token.
+    the others of the window compete like any token. An allocation of the whole model gives every head its own n.
     """
 
     Options: ClassVar[type[ManagerOptions]] = SnapKVOptions
@@ -62,7 +62,11 @@ class SnapKV(MemoryManager):
 
     def score(self, view: LayerView) -> Tensor:
         """Return the pooled attention: (batch, kv_heads, slots) fp32; beyond both ends it counts as zero."""
+        return self.score_within(view, self.rule.layer_limit(view, self.shares()))
+
+    def score_within(self, view: LayerView, n: Tensor) -> Tensor:
+        """Return the score where the window is at most half of ``n`` slots a head, see `MemoryManager.score_within`."""
         attention = self.attention(view)
-        outside = view.valid & (view.age >= self.ends.window(self.rule.layer_limit(view, self.shares())))
+        outside = view.valid & (view.age >= self.ends.window(n))
         kernel = self.options.kernel
         return functional.avg_pool1d(torch.where(outside, attention, 0.0), kernel, stride=1, padding=kernel // 2)
