@@ -27,7 +27,10 @@ if TYPE_CHECKING:  # seconds to import
 
 log = logging.getLogger(__name__)
 
-OWN_ARCHITECTURES = {"evomem_decision_transformer": "evomem.models.architectures.decision_transformer"}
+OWN_ARCHITECTURES = {
+    "evomem_decision_transformer": "evomem.models.architectures.decision_transformer",
+    "evomem_mosaic": "evomem.models.architectures.mosaic",
+}
 """Model types that transformers does not know, and the module of ours that makes them known."""
 
 
