@@ -4,6 +4,7 @@ from evomem.tasks.base import Sample, Split, Task, Tokenizer, tasks
 from evomem.tasks.building import build, parse
 from evomem.tasks.chance import ChanceReport, check
 from evomem.tasks.episodes import acting
+from evomem.tasks.streams import noisy_recall, overwrites, regbench, switches, zipf
 from evomem.tasks.text import book, file, needles, passkey, recall, zoo, zoo_forgetting
 
 __all__ = [
@@ -18,10 +19,15 @@ __all__ = [
     "check",
     "file",
     "needles",
+    "noisy_recall",
+    "overwrites",
     "parse",
     "passkey",
     "recall",
+    "regbench",
+    "switches",
     "tasks",
+    "zipf",
     "zoo",
     "zoo_forgetting",
 ]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from evomem.errors import ConfigError, TaskError, UnknownNameError
 from evomem.tasks import Split, Task, build, tasks
 from evomem.tasks.fitting import UnitCounts, fit
+from evomem.tasks.streams.base import StreamTask
 from evomem.tasks.text.prose import load_prose
 from tests.support.toy_tokenizer import ToyTokenizer, size
 
@@ -99,8 +100,9 @@ def test_samples_do_not_depend_on_the_process():
     assert json.loads(run.stdout) == here
 
 
-OWN_LENGTH = {"file", "mqar", "forgetting_mqar", "tmaze", "cartpole"}
-"""Tasks whose length follows from something else: a file's rows, pairs, words of an episode."""
+OWN_LENGTH = {"file", "mqar", "forgetting_mqar", "tmaze", "cartpole", "regbench"}
+OWN_LENGTH |= {name for name in tasks.names() if issubclass(tasks.get(name), StreamTask)}
+"""Tasks whose length follows from something else: a file's rows, pairs, words of an episode, requests."""
 
 
 @pytest.mark.parametrize("name", [name for name in tasks.names() if name not in OWN_LENGTH])

@@ -1,0 +1,1 @@
+"""Task: streams: requests to a memory with keys and values, one after another, and series for explicit memories."""
