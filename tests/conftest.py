@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,15 @@ def _seeds() -> None:
 def smollm2() -> LoadedModel:
     """The real model. When its package is missing this fails: a skipped test of the main thing would hide it."""
     return load("smollm2-135m")
+
+
+@pytest.fixture
+def devices() -> Iterator[Any]:
+    """Two devices that refuse what CUDA refuses."""
+    from evomem.testing.pretend import PretendDevices
+
+    with PretendDevices(2) as pretended:
+        yield pretended
 
 
 @pytest.fixture(scope="session")

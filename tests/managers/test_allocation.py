@@ -35,8 +35,9 @@ from evomem.memory import LayerView
 from evomem.memory.observations import parse_observation
 from evomem.search_space.space import SearchSpace, SpaceConfig
 from tests.managers.test_features import view_of
-from tests.managers.test_heuristics import HEADS, SPECS, make_view
+from tests.managers.test_heuristics import SPECS
 from tests.support.probes import with_made_up_probes
+from tests.support.ragged_view import HEADS, make_view
 
 LOGS = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=5)
 OVER_LAYERS = st.one_of(

@@ -13,8 +13,8 @@ from evomem.evaluation.rollouts import DrawnRows
 from evomem.managers import MemoryManager, StochasticManager, build, managers, names, plackett_luce
 from evomem.managers.learned.kv_policy import SHARE_SPREAD
 from evomem.managers.stochastic import Action, Noise
-from tests.managers.test_heuristics import HEADS
 from tests.managers.test_kv_policy import looked_at, made
+from tests.support.ragged_view import HEADS
 
 
 def test_nobody_composes_a_decision_by_himself():

@@ -20,7 +20,7 @@ from evomem.managers.features import LINEAR_20, features
 from evomem.managers.learned.feature_scorer import interpolate
 from evomem.managers.selection import Ends, slots_of_budget
 from tests.managers.test_features import ALL, slow_observation, spoiled, view_of
-from tests.managers.test_heuristics import HEADS, START, alone
+from tests.support.ragged_view import HEADS, START, alone
 
 
 def randomised(scorer, seed=0):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from evomem.errors import ConfigError
 from evomem.managers import FeatureScorer
 from evomem.managers.features import FEATURES, features, parse, required
-from tests.managers.test_heuristics import DIM, HEADS, START, alone, make_view
+from tests.support.ragged_view import DIM, HEADS, START, alone, make_view
 
 PLAIN = (
     "keydiff", "valuediff", "key_norm", "value_norm", "key_step", "value_step", "age", "position", "sink",

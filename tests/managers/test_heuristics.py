@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,21 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomem import managers
-from evomem.errors import ConfigError, UnknownNameError
 from evomem.managers import build
 from evomem.managers.allocation import Uniform, pyramid_budget
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.selection import Ends, slots_of_budget
 from evomem.memory import LayerView
-
-HEADS, GROUP, DIM, SEEN = 3, 2, 8, 40
-START = (0, 7)
-HELD = ((40, 33, 25), (33, 20, 3))
-"""Tokens that each head of each row holds; the empty slots come first."""
+from tests.support.ragged_view import DIM, GROUP, HEADS, SEEN, alone, make_view
 
 SPECS = (
     "random",
@@ -51,65 +44,6 @@ def test_every_heuristic_has_a_slow_reference():
 
 
 WRAPPED = tuple(f"adakv({spec})" for spec in SPECS)
-
-
-def make_view(seed: int = 0, layer: int = 1, layers: int = 4, held=HELD, equal: bool = False) -> LayerView:
-    """A layer of ragged heads and two rows with different starts; ``equal`` gives every head the same tokens."""
-    g = torch.Generator().manual_seed(seed)
-    batch, slots_held = len(START), max(max(row) for row in held)
-    slots = torch.full((batch, HEADS, slots_held), -1)
-    for b, row in enumerate(held):
-        for h, count in enumerate(row):
-            order = torch.randperm(SEEN - START[b], generator=g)[:count]
-            if equal and h:
-                slots[b, h] = slots[b, 0]
-            else:
-                slots[b, h, slots_held - count :] = order.sort().values + START[b]
-    shape = slots.shape
-    recorded = {
-        name: torch.rand(shape, generator=g) ** 3
-        for name in ("attention_sum", "window_attention:8", "window_attention:1", "window_attention:32")
-    }
-    for name in ("window_variance:8", "window_group_peak:8"):
-        recorded[name] = torch.rand(shape, generator=torch.Generator().manual_seed(seed + len(name))) ** 3 / 100
-    root = torch.randn(batch, HEADS * GROUP, DIM, DIM, generator=g)
-    recorded["query_mean"] = torch.randn(batch, HEADS * GROUP, DIM, generator=g)
-    recorded["query_covariance"] = root @ root.mT / DIM
-    recorded["future_rotation"] = torch.linalg.qr(torch.randn(batch, DIM, DIM, generator=g)).Q
-    return LayerView(
-        keys=torch.randn(*shape, DIM, generator=g),
-        values=torch.randn(*shape, DIM, generator=g),
-        slots=slots,
-        start=torch.tensor(START),
-        seen=SEEN,
-        fresh=SEEN,
-        layer=layer,
-        layers=layers,
-        recorded=recorded,
-    )
-
-
-def alone(view: LayerView, row: int) -> LayerView:
-    """The row by itself: without its left padding and without slots that only other rows fill."""
-    shift = int(view.start[row])
-    first = view.slots.shape[2] - int((view.slots[row] >= 0).sum(-1).max())
-
-    def cut(x):
-        return x[row : row + 1, :, first:].clone()
-
-    slotwise = {n: cut(x) for n, x in view.recorded.items() if n.startswith(("attention_", "window_"))}
-    rowwise = {n: x[row : row + 1] for n, x in view.recorded.items() if n not in slotwise}
-    slots = cut(view.slots)
-    return replace(
-        view,
-        keys=cut(view.keys),
-        values=cut(view.values),
-        slots=torch.where(slots >= 0, slots - shift, -1),
-        start=torch.zeros(1, dtype=torch.int64),
-        seen=view.seen - shift,
-        recorded={**slotwise, **rowwise},
-        memo={},
-    )
 
 
 # ---- the slow path: one row and one head at a time, in Python numbers -----------------------------------------------
@@ -406,121 +340,6 @@ def test_shares_of_a_row():
     view = replace(make_view(), seen=3007, start=torch.tensor([7, 2907]))
     assert slots_of_budget(0.3, view).flatten().tolist() == [900, 30]
     assert slots_of_budget(0.1001, view).flatten().tolist() == [301, 11]
-
-
-# ---- random ---------------------------------------------------------------------------------------------------------
-
-
-def random_scores(seed=0, layer=0, heads=4, length=4096, start=0):
-    slots = torch.arange(start, start + length).expand(1, heads, length)
-    empty = torch.zeros(1, heads, length, 1)
-    view = LayerView(empty, empty, slots, torch.tensor([start]), start + length, length, layer, 8)
-    return build("random", seed=seed).score(view)[0]
-
-
-def test_random_is_uniform_and_uncorrelated():
-    scores = {key: random_scores(*key) for key in [(0, 0), (0, 1), (1, 0), (1, 1), (-1, 0)]}
-    rows = torch.cat(list(scores.values())).double()
-    assert stats.kstest(rows.flatten().numpy(), "uniform").pvalue > 1e-3
-    for row in rows:
-        assert stats.kstest(row.numpy(), "uniform").pvalue > 1e-4
-    # Between any two of (seed, layer, head), and between a row and itself shifted, |r| stays within 5 deviations.
-    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
-    assert correlation.abs().max() < 5 / math.sqrt(rows.shape[1])
-    for shift in (1, 2, 64, 128):
-        pair = torch.corrcoef(torch.stack((rows[:, shift:].flatten(), rows[:, :-shift].flatten())))
-        assert abs(pair[0, 1]) < 5 / math.sqrt(rows.numel())
-
-
-def test_random_depends_on_nothing_else():
-    base = random_scores(length=64)
-    assert torch.equal(base, random_scores(length=64, start=9))
-    assert torch.equal(base[:2, :32], random_scores(heads=2, length=32))
-    assert not torch.equal(base, random_scores(seed=1, length=64))
-
-
-# ---- names and specs ------------------------------------------------------------------------------------------------
-
-
-def test_every_manager_has_a_summary_and_rebuilds():
-    assert {s.partition("(")[0] for s in SPECS} | {"full", "adakv"} <= set(managers.names())
-    for spec in SPECS + WRAPPED + ("full",):
-        manager = build(spec, budget=0.25, every=7)
-        assert managers.summary(manager.name)
-        described = json.loads(json.dumps(manager.describe()))
-        assert build(described).describe() == manager.describe()
-        assert manager.with_options(budget=12).describe() == build(described, budget=12).describe()
-
-
-@settings(deadline=None)
-@given(
-    window=st.integers(1, 500),
-    safeguard=st.floats(0, 1),
-    budget=st.one_of(st.none(), st.integers(1, 9999), st.floats(0.001, 1)),
-    spaces=st.sampled_from(["", " ", "  "]),
-)
-def test_text_and_mapping_say_the_same(window, safeguard, budget, spaces):
-    value = "none" if budget is None else repr(budget)
-    text = f"adakv({spaces}snapkv(window={spaces}{window}),{spaces}safeguard={safeguard!r}, budget{spaces}={value})"
-    manager = build(text)
-    inner = {"name": "snapkv", "options": {"window": window}}
-    assert manager.describe() == build("adakv", inner=inner, safeguard=safeguard, budget=budget).describe()
-    assert manager.describe()["options"]["inner"]["options"]["window"] == window
-    assert manager.options.budget == budget
-    assert type(manager.options.budget) is type(budget)
-
-
-def test_values_in_texts():
-    text = "x(a=1, b=-2.5e-3, c=true, d=none, e='two words', f=[p, 3, q(r=1)], g=window_attention:32)"
-    assert managers.parse(text) == {
-        "name": "x",
-        "options": {
-            "a": 1,
-            "b": -2.5e-3,
-            "c": True,
-            "d": None,
-            "e": "two words",
-            "f": ["p", 3, {"name": "q", "options": {"r": 1}}],
-            "g": "window_attention:32",
-        },
-    }
-
-
-@pytest.mark.parametrize(
-    ("spec", "says"),
-    [
-        ("snapkv(", "character 8"),
-        ("snapkv(window=)", "character 15: expected a value"),
-        ("snapkv(window=1", "expected ','"),
-        ("snapkv(window=1, window=2)", "given twice"),
-        ("snapkv)", "something follows"),
-        ("snapkv('x)", "no partner"),
-        ("", "name of a manager"),
-        ("snapkv(window=0)", "window"),
-        ("snapkv(kernel=4)", "odd"),
-        ("snapkv(64)", "inner"),
-        ("snapkv(width=3)", "width"),
-        ("snapkv(budget=0)", "budget"),
-        ("adakv(full)", "'full' does not rank"),
-        ("adakv(adakv(knorm))", "'adakv' does not rank"),
-        ("adakv(snapkv(budget=3))", "budget belongs to adakv"),
-        ("adakv(inner=3)", "inner"),
-        ({"name": "knorm", "option": {}}, "not of the form"),
-        ({"options": {}}, "not of the form"),
-        (3, "neither a text"),
-    ],
-)
-def test_mistakes_are_explained(spec, says):
-    with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
-        build(spec)
-
-
-def test_unknown_names_are_corrected():
-    for spec in ("snapvk", "adakv(snapvk)"):
-        with pytest.raises(ConfigError, match="Did you mean 'snapkv'"):
-            build(spec)
-    with pytest.raises(UnknownNameError):
-        build("nothing_like_it")
 
 
 # ---- on a model -----------------------------------------------------------------------------------------------------

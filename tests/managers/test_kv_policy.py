@@ -21,7 +21,7 @@ from evomem.managers.stochastic import Action, Noise
 from evomem.managers.vector import load_vector, to_vector
 from evomem.search_space.space import SearchSpace, SpaceConfig
 from tests.managers.test_features import ALL, spoiled, view_of
-from tests.managers.test_heuristics import HEADS, alone
+from tests.support.ragged_view import HEADS, alone
 from tests.support.slow_policy import Slow, heads, marked, unscaled
 
 NAMES = ("key_norm", "keydiff", "age", "attention_per_query", "mean:3:keydiff", "max:7:value_norm")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
-from torch import nn
 
-from evomem.errors import ConfigError, ModelError, UnsupportedModelError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.compare import NamedManager, Scenario, compare
 from evomem.evaluation.costs import ranking_costs
@@ -22,17 +19,13 @@ from evomem.evaluation.oracle import evaluate_oracle
 from evomem.evaluation.store import PrefillStore
 from evomem.evaluation.traces.recording import record
 from evomem.evaluation.traces.store import Traces
-from evomem.managers import MemoryManager, build
-from evomem.managers.selection import Ends
-from evomem.models import LoadedModel, load
-from evomem.models.sharing import assemble, dismantle, why_not_shareable
+from evomem.managers import build
+from evomem.models import LoadedModel
 from evomem.runs import Bench, search
-from evomem.runs.bench import calibrate_manager, model_bench
-from evomem.testing.conformance import CHECKS, run_check
+from evomem.runs.bench import calibrate_manager
 from evomem.testing.models import tiny, tiny_tokenizer
 from evomem.testing.pretend import PretendDevices, PretendTensor
 from evomem.workers.context_exchange import to_arrays, to_reading
-from tests.cli.test_cli import error, run
 from tests.evaluation.test_evaluation import (
     BUDGET,
     FEATURES,
@@ -44,7 +37,6 @@ from tests.evaluation.test_evaluation import (
     made,
     make_sample,
     randomised,
-    text,
 )
 from tests.runs.test_block_search import SETTINGS, SPACE, STAGES, Words
 from tests.support.synthetic_search import experiment
@@ -56,12 +48,6 @@ SPLIT = {
 PLACES = {"one": {"": "pretend:0"}, "two": SPLIT}
 every_place = pytest.mark.parametrize("place", PLACES)
 every_protocol = pytest.mark.parametrize("protocol", ["once", "streaming"])
-
-
-@pytest.fixture
-def devices():
-    with PretendDevices(2) as found:
-        yield found
 
 
 def loaded(place=None):
@@ -302,98 +288,6 @@ def test_a_search_finds_what_it_finds_on_the_processor(place, devices, tmp_path)
     assert results[0].sealed == results[1].sealed
 
 
-# ---- tensors that follow ---------------------------------------------------------------------------------------------
-
-
-def seen_on(manager, device):
-    """What a manager sees of the first layer of a context, here and on a device."""
-    evaluator = Evaluator(LoadedModel("llama", tiny("llama", layers=2), tiny_tokenizer(), "llama"))
-    view = evaluator.reading(evaluator.tokens(make_sample()).read, manager.observes).views[0]
-    parts = {name: getattr(view, name).to(device) for name in ("keys", "values", "slots", "start")}
-    recorded = {name: tensor.to(device) for name, tensor in view.recorded.items()}
-    return view, replace(view, **parts, recorded=recorded, memo={})
-
-
-class Table(MemoryManager):
-    """Has a parameter, a buffer, a plain tensor and a module inside."""
-
-    name = "table"
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.weight, self.plain = nn.Parameter(torch.ones(16)), torch.ones(16)
-        self.register_buffer("scale", torch.ones(16))
-        self.inner = nn.Linear(16, 1)
-
-    def score(self, view):
-        x = view.keys.float() * self.scale
-        return (x * self.weight * self.plain).sum(-1) + self.inner(x)[..., 0]
-
-
-CHANGES = {
-    "a parameter": lambda m: m.weight.mul_(-2),
-    "its data, which no version counts": lambda m: m.weight.data.mul_(-2),
-    "a buffer": lambda m: m.scale.copy_(torch.arange(16.0)),
-    "a plain tensor": lambda m: m.plain.mul_(-3),
-    "a plain tensor in its place": lambda m: setattr(m, "plain", torch.arange(16.0)),
-    "a part of a part": lambda m: m.inner.weight.mul_(-9),
-    "another parameter in its place": lambda m: setattr(m, "weight", nn.Parameter(torch.arange(16.0))),
-    "the protected ends": lambda m: setattr(m, "ends", Ends(sinks=3)),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_tensors_are_copied_once_a_device_and_again_when_they_change(change, devices):
-    manager = Table(budget=9).requires_grad_(False)
-    here, there = seen_on(manager, "pretend:1")
-    assert manager.decide(there).keep.tolist() == manager.decide(here).keep.tolist()
-    devices.log.clear()
-    before = manager.decide(there).keep.tolist()
-    assert not devices.log.copies
-    with torch.no_grad():
-        CHANGES[change](manager)
-    after = manager.decide(there).keep.tolist()
-    assert after == manager.decide(here).keep.tolist()
-    assert after != before
-    assert {tensor.device.type for tensor in manager.state_dict().values()} == {"cpu"}
-
-
-def test_gradients_reach_the_parameters_from_another_device(devices):
-    manager = Table(budget=9)
-    here, there = seen_on(manager, "pretend:0")
-    with torch.inference_mode():  # a copy that is made here must not be in the way of gradients
-        manager.decide(there)
-    found = []
-    for view in (here, there):
-        manager.zero_grad()
-        manager.score(view).square().sum().backward()
-        found.append([p.grad.tolist() for p in manager.parameters()])
-        manager.requires_grad_(True)
-    assert found[0] == found[1]
-
-
-def test_parameters_of_a_call_follow_too(devices):
-    """As in a search: stacked parameters of the processor under vmap, a view of the device."""
-    manager = Table(budget=9).requires_grad_(False)
-    here, there = seen_on(manager, "pretend:0")
-    stacked = {n: torch.stack([p, -2 * p, p + 1]) for n, p in manager.named_parameters()}
-    found = [
-        torch.func.vmap(lambda p, view=view: torch.func.functional_call(manager, p, (view,)).keep)(stacked).tolist()
-        for view in (here, there)
-    ]
-    assert found[0] == found[1]
-    assert found[0][0] != found[0][1]
-
-
-def test_a_manager_may_lie_on_a_device_itself(devices):
-    manager = made("kv_policy(scale=model)")
-    here, there = seen_on(manager, "pretend:1")
-    wanted = manager.decide(here).keep.tolist()
-    manager.to("pretend:0")
-    assert manager.with_options(budget=12).decide(there).keep.tolist() == wanted
-    assert manager.decide(here).keep.tolist() == wanted
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -409,158 +303,3 @@ def test_generating_text_does_not_hold_what_candidates_kept_twice(devices):
         evaluator.evaluate(crowd, sample, TASK, EXACT if exact else LOGLIK)
         peaks[exact] = devices.peak() - before
     assert peaks[True] < 1.3 * peaks[False]
-
-
-# ---- models on devices ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint in bfloat16."""
-    path = tmp_path_factory.mktemp("model")
-    tiny("llama", layers=2).to(torch.bfloat16).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
-
-
-def test_a_model_has_the_checkpoints_type_on_an_accelerator_and_float32_on_the_processor(folder, devices):
-    here, there = load(str(folder)), load(str(folder), device="pretend:1")
-    assert (here.dtype, here.device_type, here.devices) == ("float32", "cpu", [torch.device("cpu")])
-    assert (there.dtype, there.device_type, there.devices) == ("bfloat16", "pretend", [torch.device("pretend:1")])
-    assert load(str(folder), device="pretend:0", dtype="float32").dtype == "float32"
-    assert load(str(folder), dtype="auto").dtype == "bfloat16"
-    assert load(str(folder), dtype=torch.float16).dtype == "float16"
-    split = load(str(folder), device_map=SPLIT)
-    assert (split.dtype, split.devices) == ("bfloat16", [torch.device("pretend:0"), torch.device("pretend:1")])
-    # Straight to where they belong: every weight goes there once, and nothing comes back.
-    devices.log.clear()
-    load(str(folder), device="pretend:0")
-    weights = sum(tensor.nbytes for tensor in there.model.parameters())
-    assert sum(size for source, goal, size in devices.log.copies if goal == "pretend:0" and size > 4) < 1.2 * weights
-
-
-def test_devices_and_types_that_do_not_exist_are_refused(folder, devices):
-    for wish, message in (
-        ({"device": "pretend:7"}, "no such device"), ({"device": "cuda:0"}, "no such device"),
-        ({"device": "gpu"}, "is none"), ({"dtype": "int8"}, "dtype"), ({"dtype": "half-precise"}, "dtype"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=message):
-            load(str(folder), **wish)
-
-
-def test_quantisation_is_handed_on_and_what_the_library_says_is_told(folder):
-    with pytest.raises(ModelError, match="bitsandbytes"):
-        load(str(folder), quantization={"load_in_8bit": True})
-    config = experiment("model={name: x, quantization: {load_in_8bit: true}}")
-    assert config.model.quantization == {"load_in_8bit": True}
-    with pytest.raises(ConfigError, match="either a device or a device_map"):
-        experiment("model={name: x, device: cpu, device_map: auto}")
-
-
-def quantised(one):
-    """As a library of 8-bit weights leaves a model: numbers that are no weights in a plain module's place."""
-    layer = one.model.model.layers[0].mlp.down_proj
-    layer.weight = nn.Parameter((layer.weight * 10).to(torch.int8), requires_grad=False)
-    return one
-
-
-def configured_by_quantiser(one):
-    one.model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    return one
-
-
-@pytest.mark.parametrize("change", [quantised, configured_by_quantiser])
-def test_a_quantised_model_is_loaded_by_every_worker_itself(change, monkeypatch):
-    one = change(loaded())
-    assert why_not_shareable(one)
-    with pytest.raises(ModelError, match="cannot be shared"):
-        dismantle(one)
-    monkeypatch.setattr("evomem.runs.bench.load_model", lambda model: change(loaded()))
-    config = experiment("model=llama", "tasks=[passkey]")
-    shared = model_bench(config).in_workers
-    assert shared.parts() == {}
-    theirs = shared.make(config, {}, PrefillStore())
-    assert theirs.provenance["device"] == "cpu"
-    monkeypatch.setattr("evomem.runs.bench.load_model", lambda model: loaded())
-    assert model_bench(config).in_workers.parts() != {}
-
-
-def test_packed_numbers_are_never_taken_for_weights():
-    """If a part gets lost on the way: the other process checks what it was given."""
-    parts = dismantle(loaded())
-    number = parts["names"]["model.layers.0.mlp.down_proj.weight"]
-    array, _ = parts["arrays"][number]
-    parts["arrays"][number] = array.astype("int8"), "int8"
-    with pytest.raises(ModelError, match="int8"):
-        assemble(parts)
-
-
-def test_a_worker_without_the_searchs_kind_of_device_says_so(folder):
-    parts = {**dismantle(loaded()), "device": "cuda"}
-    with pytest.raises(ModelError, match="gpus-per-worker"):
-        assemble(parts)
-
-
-def test_managers_that_compare_heads_are_refused_where_heads_are_split_over_processes():
-    """Every process of tensor parallel has some of the heads, and numbers them from 0."""
-    model = tiny("llama", layers=2)
-    good, bad = ("full", "streaming_llm", "snapkv(window=8)", "kv_policy", "namm(scorer=bam, selection=capped)",
-                 "expected_attention", "pyramidkv(window=8)"), (
-        "adakv(keydiff)", "random", "feature_scorer(layers=2, heads=2, knots=1)", "namm(scorer=bam, selection=dense)",
-    )  # fmt: skip
-    for spec in (*good, *bad):
-        with made(spec).attach(model):
-            pass
-    model._tp_size = 2
-    for spec in good:
-        with made(spec).attach(model):
-            pass
-    for spec in bad:
-        with pytest.raises(UnsupportedModelError, match="tensor parallel"), made(spec).attach(model):
-            pass
-    with pytest.raises(UnsupportedModelError, match="tensor parallel"):
-        Evaluator(LoadedModel("llama", model, tiny_tokenizer(), "llama"))
-    with pytest.raises(ModelError, match="tensor parallel"):
-        dismantle(LoadedModel("llama", model, tiny_tokenizer(), "llama"))
-
-
-def test_commands_run_where_they_are_told_and_record_it(folder, devices, tmp_path):
-    rows = [
-        {"context": text(7 * n, 40), "question": text(7 * n + 1, 3), "answers": [text(7 * n + 2, 2)], "split": split}
-        for n, split in enumerate(("train", "train", "select", "select", "sealed", "sealed"))
-    ]
-    (tmp_path / "task.jsonl").write_text("\n".join(json.dumps({**row, "id": str(n)}) for n, row in enumerate(rows)))
-    task = ["--task", f"file:{tmp_path}/task.jsonl", "--samples", "2"]
-    there = ["--model", folder, "--device", "pretend:1"]
-    run("compare", "h2o", *task, *there, "--no-check", "--budgets", "9", "--against", "keydiff",
-        "--json", tmp_path / "rows.json")  # fmt: skip
-    told = json.loads((tmp_path / "rows.json").read_text())
-    assert {(row["device"], row["dtype"]) for row in told} == {("pretend:1 (Pretend)", "bfloat16")}
-    run("transfer", "h2o", *task, *there, "--no-check", "--budgets", "9", "--against", "keydiff")
-    run("trace", "-m", folder, *task[:2], "-n", "2", "--device", "pretend:0", "--out", tmp_path / "traces")
-    space = {"manager": {"name": "feature_scorer", "options": {"budget": 9, "features": ["keydiff", "age"]}}}
-    data = {
-        "name": "small", "model": str(folder), "space": space, "tasks": [f"file:{tmp_path}/task.jsonl"],
-        "driver": {"name": "random_search", "population": 2}, "generations": 1, "samples_per_generation": 1,
-        "train_contexts": 2, "select": {"contexts": 2, "top": 0}, "sealed": {"contexts": 2}, "chance_contexts": 0,
-        "against": ["keydiff"],
-    }  # fmt: skip
-    (tmp_path / "small.yaml").write_text(json.dumps(data))
-    run("evolve", tmp_path / "small.yaml", "--device", "pretend:0", "--out", tmp_path / "run")
-    records = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
-    start = next(r for r in records if r.get("event") == "start")
-    assert start["devices"] == {str(folder): "pretend:0 (Pretend)"}
-    assert start["store_bytes"] > 0
-    provenance = json.loads((tmp_path / "run" / "winner" / "plugin" / "provenance.json").read_text())
-    assert (provenance["device"], provenance["dtype"]) == ("pretend", "bfloat16")
-    assert {row["device"] for row in provenance["comparison"]} == {"pretend:0 (Pretend)"}
-    message = error("evolve", tmp_path / "small.yaml", "--out", tmp_path / "run", "--resume")  # on the processor
-    assert "model.device: pretend:0 -> null" in message or "model.dtype" in message
-    assert "no such device" in error("compare", "h2o", *task, "--model", folder, "--device", "cuda:3", "--budgets", "9")
-
-
-def test_the_conformance_kit_runs_where_the_model_is(devices):
-    model, manager = loaded("two").model, made("kv_policy(actions=[store, evict, forget], hidden=3)")
-    assert {"evicted_is_hidden", "beams", "ties"} < set(CHECKS)
-    for name in ("evicted_is_hidden", "beams", "ties"):
-        run_check(name, manager, model)

@@ -1,6 +1,6 @@
 """Runs that the code of commit 1ffdb50 began, and were killed, end as they would have, or are refused.
 
-tests/data/golden/make.py wrote them: Words and bench are the same here as there.
+tests/data/golden/make_runs.py wrote them: Words and bench are the same here as there.
 """
 
 from __future__ import annotations

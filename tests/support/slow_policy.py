@@ -9,7 +9,7 @@ from scipy import stats
 
 from evomem.managers.learned.kv_policy import SPREAD
 from tests.managers.test_features import slow_feature, slow_observation
-from tests.managers.test_heuristics import HEADS, START
+from tests.support.ragged_view import HEADS, START
 
 
 class Slow:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import struct
 import sys
 from collections import defaultdict
 
-import numpy as np
 import pytest
-import wandb
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
-from wandb.proto.wandb_internal_pb2 import Record
 
 from evomem.cli.app import app
 from evomem.errors import ConfigError, EvomemError
@@ -31,11 +24,10 @@ from evomem.tracking import (
     replay,
     weights_and_biases,
 )
-from evomem.tracking.weights_and_biases import run_id
 from tests.cli.test_cli import world  # noqa: F401 (a fixture)
 from tests.runs.test_runs import SMALL, Interrupted, Stop, outcome, same
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
-from tests.support.wandb_server import Server
+from tests.support.tracked_runs import broken_and_resumed, check_events, check_wandb, events, whole
 
 
 class Recording:
@@ -55,116 +47,6 @@ class Recording:
 
     def finish(self, summary):
         self.heard.append(("finish", dict(summary)))
-
-
-def whole(folder, *trackers):
-    search(experiment(*SMALL), folder, factory(ToyEvaluator()), tracker=list(trackers))
-
-
-def broken_and_resumed(folder, make):
-    """A run that is interrupted in its second generation and goes on, with a new tracker each time."""
-    with pytest.raises(Stop):
-        search(experiment(*SMALL), folder, factory(Interrupted(40)), tracker=make())
-    search(experiment(*SMALL), folder, factory(ToyEvaluator()), tracker=make(), resume=True)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    whole(folder)
-    return folder
-
-
-def dead_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@pytest.fixture(autouse=True)
-def _nobody_is_logged_in(tmp_path, monkeypatch):
-    """No test finds a key, reaches a server, or writes into the home of whoever runs it."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{dead_port()}")
-    yield
-    wandb.teardown()  # it keeps the settings and the keys that it finds first
-
-
-# ---- independent readers ----------------------------------------------------------------------------------------
-
-
-def events(folder):
-    """Every scalar of every event file: name -> [(step, value)], and the accumulator, which knows the rest."""
-    everything = {"scalars": 0, "histograms": 0, "tensors": 0}
-    read = EventAccumulator(str(folder), everything, purge_orphaned_data=False).Reload()
-    return {name: [(e.step, e.value) for e in read.Scalars(name)] for name in read.Tags()["scalars"]}, read
-
-
-def transactions(path):
-    """The records of a .wandb file: a LevelDB log (blocks of 32 KiB, chunks with a header) of protocol buffers."""
-    data, at, parts = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last chunk
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def on_wandb(out, identity):
-    """What an offline run holds: configuration, [(step, {name: value})], summary, exit code."""
-    wandb.teardown()  # as the end of a process does: W&B's own one writes the last bytes a moment after finish()
-    folders = list((out / "wandb").glob(f"offline-run-*-{identity}"))
-    assert len(folders) == 1
-    config, history, summary, code = {}, [], {}, None
-    for record in transactions(folders[0] / f"run-{identity}.wandb"):
-        if record.HasField("run"):
-            config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
-        elif record.HasField("history"):
-            step, items = record.history.step.num, record.history.item
-            history.append((step, {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}))
-        elif record.HasField("summary"):
-            for item in record.summary.update:
-                summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        elif record.HasField("exit"):
-            code = record.exit.exit_code
-    config.pop("_wandb", None)
-    return config, history, summary, code, folders[0]
-
-
-def expected(folder):
-    """Names and values per generation, straight from the journal's lines; there, what is no number is a string."""
-    seconds, found = 0.0, []
-    for line in (folder / "journal.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["kind"] == "generation":
-            values = {f"fitness/{name}": record[name] for name in ("best", "mean", "spread", "noise", "failed")}
-            values |= {"driver/sigma": record["sigma"], "spent/seconds_per_generation": record["seconds"] - seconds}
-            values |= {f"spent/{name}": record[name] for name in ("evaluations", "tokens", "seconds")}
-            values |= {f"diagnostics/{name}": value for name, value in record.get("diagnostics", {}).items()}
-            found.append({name: value for name, value in values.items() if not isinstance(value, str)})
-            seconds = record["seconds"]
-    return found
-
-
-def check_events(folder, where):
-    scalars, read = events(where)
-    lines = expected(folder)
-    assert set(scalars) == set(lines[0])
-    for name, points in scalars.items():
-        assert [step for step, _ in points] == list(range(len(lines)))  # every step, none twice
-        assert [value for _, value in points] == pytest.approx([line[name] for line in lines], rel=1e-6, abs=1e-9)
-    return read
 
 
 # ---- one source -------------------------------------------------------------------------------------------------
@@ -257,91 +139,6 @@ def test_what_is_no_number_is_left_out(tmp_path):
     assert scalars["fitness/best"] == [(0, 1.0)]
     assert read.Histograms("fitness/all")[0].histogram_value.num == 1
     tracker.finish({"status": "failed", "error": "x"})
-
-
-# ---- Weights & Biases -------------------------------------------------------------------------------------------
-
-
-def check_wandb(folder, out, steps=3):
-    config, history, summary, code, where = on_wandb(out, run_id(folder))
-    assert config == json.loads(json.dumps(open_run(folder).config.resolved()))
-    lines = expected(folder)
-    assert [step for step, _ in history] == list(range(steps))
-    for (step, values), line in zip(history, lines, strict=True):
-        assert {k: v for k, v in values.items() if k in line} == pytest.approx(line)
-        assert values["stage"] == "stage 1"
-        assert sum(values["fitness/all/values"]) == len(open_run(folder).generations()[step].fitness)
-    return summary, code, where
-
-
-def test_wandb_offline_holds_the_journal_and_the_winner(tmp_path, finished, capfd):
-    replay(open_run(finished), WandbTracker(finished, out=tmp_path))
-    assert capfd.readouterr() == ("", "")
-    summary, code, where = check_wandb(finished, tmp_path)
-    result = open_run(finished).result
-    assert (summary["status"], summary["winner"], code) == ("finished", result.winner, 0)
-    assert summary["sealed/fitness"] == result.sealed.fitness
-    copied = where / "files" / "winner" / "vector.npy"
-    assert not copied.is_symlink()
-    assert np.array_equal(np.load(copied), result.vector)
-
-
-def test_wandb_offline_is_written_whole_at_every_end(tmp_path):
-    """Live, after an interruption and after the end, each time one folder with all generations."""
-    folder, ends = tmp_path / "run", []
-
-    class Watched(WandbTracker):
-        def finish(self, summary):
-            super().finish(summary)
-            ends.append(check_wandb(folder, folder, len(expected(folder)))[:2])
-
-    broken_and_resumed(folder, lambda: Watched(folder))
-    assert [(summary["status"], code) for summary, code in ends] == [("interrupted", 255), ("finished", 0)]
-    assert len(expected(folder)) == 3
-
-
-@pytest.fixture
-def server(monkeypatch):
-    made = Server()
-    monkeypatch.setenv("WANDB_BASE_URL", made.url)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    yield made
-    made.close()
-
-
-@pytest.mark.parametrize("lost", [0, 1])
-def test_wandb_online_has_every_generation_once_after_an_interruption(tmp_path, server, lost, capfd):
-    """Also when W&B has not received everything that the journal of a killed run holds."""
-    folder, trackers = tmp_path / "run", []
-
-    def make():
-        for place in sorted(server.history)[len(server.history) - lost if trackers else 0 :]:
-            del server.history[place]
-        trackers.append(WandbTracker(folder, mode="online", project="memory"))
-        return trackers[-1]
-
-    broken_and_resumed(folder, make)
-    assert server.exits == [255, 0]
-    lines = expected(folder)
-    assert [line["_step"] for line in server.lines()] == [0, 1, 2]
-    for line, wanted in zip(server.lines(), lines, strict=True):
-        assert {name: line[name] for name in wanted} == pytest.approx(wanted)
-    assert server.files["winner/vector.npy"] == (folder / "winner" / "vector.npy").read_bytes()
-    assert trackers[-1].url.endswith(f"/runs/{run_id(folder)}")
-    said = b"".join(server.asked)
-    assert b'"project":"memory"' in said
-    assert b'"program":"evomem"' in said
-    for private in (socket.gethostname(), str(tmp_path), sys.argv[0], os.environ.get("USER") or "root"):
-        assert f'"{private}'.encode() not in said
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_run_keeps_its_id_when_it_moves_and_shares_it_with_none(tmp_path, finished):
-    whole(tmp_path / "run")
-    before = run_id(tmp_path / "run")
-    assert before != run_id(finished)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    assert run_id(tmp_path / "moved") == before
 
 
 # ---- failures ---------------------------------------------------------------------------------------------------
