@@ -17,7 +17,7 @@ VERSIONED := cache generate attach conformance integrations model_masks handover
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-families test-kvpress test-lm-eval test-transformers structure wheel bench lock clean
+.PHONY: help demo test test-families test-kvpress test-libcachesim test-lm-eval test-transformers structure wheel bench lock clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -46,6 +46,11 @@ test-kvpress: $(READY) $(KVPRESS)/.evomem-ready  ## evomem inside kvpress, in an
 	@rm -rf build/kvpress && mkdir -p build/kvpress
 	@PYTHONPATH=. $(BIN)/python tests/kvpress/record.py build/kvpress
 	@EVOMEM_RECORDED=build/kvpress $(KVPRESS)/bin/python -m pytest -q --confcutdir=tests/kvpress tests/kvpress
+
+# The wheel needs glibc 2.34 and names packages that the simulator does not use, so that it is in no list of requirements.
+test-libcachesim: $(READY)  ## ARC, SIEVE, S3-FIFO and others on streams of requests, by libCacheSim
+	@$(BIN)/python $(INSTALL) --no-deps --upgrade --target build/libcachesim libcachesim==0.3.5
+	@PYTHONPATH=.:build/libcachesim $(BIN)/python -m pytest -q tests/tasks/streams/test_replacement.py
 
 test-lm-eval: $(LM_EVAL)/.evomem-ready  ## evomem inside lm-evaluation-harness, in an environment of its own
 	@HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest -q --confcutdir=tests/lm_eval tests/lm_eval
