@@ -15,7 +15,14 @@ from evomem.errors import CacheError, ConfigError
 from evomem.models import load
 from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
 from evomem.models.architectures.mosaic_cache import MosaicCache, UnitMemory
-from evomem.models.architectures.mosaic_memory import bandwidth, leaky_average, read_weights, readable, unit_norm
+from evomem.models.architectures.mosaic_memory import (
+    bandwidth,
+    leaky_average,
+    read_pairs,
+    read_weights,
+    readable,
+    unit_norm,
+)
 from evomem.models.architectures.mosaic_units import ContextualUnit, FixedBandwidth, LeakyKeys, PeekingValues
 from experiments.zoo.data import zoo_tokenizer
 from tests.support.slow_mosaic import leaky, slow_logits
@@ -87,6 +94,9 @@ def test_weights_sum_to_one_or_are_none():
     assert allowed[0, 0].tolist() == [[i != 0 and 2 <= t - i <= 5 for i in range(9)] for t in range(9)]
     torch.testing.assert_close(weights.sum(-1), allowed.any(-1).float().expand(2, 3, 9))
     assert not weights.masked_fill(allowed, 0).any()
+    values = torch.randn(2, 3, 9, 5)
+    read = read_pairs(keys, keys, values, allowed, torch.full((1, 3, 1), 7.0))
+    torch.testing.assert_close(read, weights @ values)
 
 
 def test_the_bandwidth_grows_with_the_pairs():

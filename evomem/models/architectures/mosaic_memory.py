@@ -7,6 +7,7 @@ at scale" (arXiv 2507.03285), called v2. Everything is decided in fp32, or in th
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64
@@ -92,3 +93,24 @@ def read_weights(queries: Tensor, keys: Tensor, allowed: Tensor, inverse_tempera
     # Not -inf: a row of nothing else would be NaN, and its gradient too.
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     return scores.softmax(-1) * allowed.any(-1, keepdim=True)
+
+
+def read_pairs(
+    queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, inverse_temperature: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """Return what queries read: (batch, heads, queries, dim) in the values' type; zeros where there is nothing to read.
+
+    The weights are those of `read_weights`, times the values (batch or 1, heads, pairs, dim), in one fused call.
+
+    dropout : share of the pairs that each query overlooks.
+    """
+    something = allowed.any(-1, keepdim=True)
+    read = F.scaled_dot_product_attention(
+        precise(queries) * inverse_temperature[..., None],
+        precise(keys),
+        precise(values),
+        attn_mask=allowed | ~something,  # a row of nothing would be NaN
+        dropout_p=dropout,
+        scale=1.0,
+    )
+    return (read * something).to(values.dtype)

@@ -15,7 +15,7 @@ from evomem.models.architectures.mosaic_memory import (
     bandwidth,
     leaky_average,
     precise,
-    read_weights,
+    read_pairs,
     readable,
     unit_norm,
 )
@@ -194,8 +194,8 @@ class ContextualUnit(nn.Module):
         if memory.keys is not None and memory.values is not None and memory.slots is not None:
             indices = torch.arange(begin, begin + tokens, device=x.device)
             allowed = readable(memory.slots, indices, self._nearest(), self.farthest)
-            weights = read_weights(queries, memory.keys, allowed, self.bandwidth(allowed.sum(-1)))
-            y = F.dropout(weights, self.dropout, self.training).to(x.dtype) @ memory.values
+            beta = self.bandwidth(allowed.sum(-1))
+            y = read_pairs(queries, memory.keys, memory.values, allowed, beta, self.dropout * self.training)
         if self.farthest is not None:
             memory.keep_newest(self.farthest)
         memory.seen += tokens
@@ -249,9 +249,9 @@ class PersistentUnit(nn.Module):
         queries = self.keys(x, real, memory)
         beta = (2 * RATE * precise(self.key_scale)).clamp(max=5).exp()[None, :, None]
         every = torch.ones(1, 1, 1, self.stored_keys.shape[1], dtype=torch.bool, device=x.device)
-        weights = read_weights(queries, self.stored_keys[None], every, beta)
         values = (RATE * precise(self.scale)).exp()[:, None, None] * precise(self.stored_values)
-        y = F.dropout(weights, self.dropout, self.training).to(x.dtype) @ values.to(x.dtype)
+        dropout = self.dropout * self.training
+        y = read_pairs(queries, self.stored_keys[None], values[None].to(x.dtype), every, beta, dropout)
         memory.seen += x.shape[1]
         return y.transpose(1, 2).flatten(2)
 
