@@ -1,0 +1,60 @@
+"""Three moons: what a contextual unit must have read before it continues a series, with weights that are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evomem.models.architectures.mosaic_cache import UnitMemory
+from evomem.tasks.base import Split
+from evomem.tasks.streams.moons import orbits
+from experiments.moons import LENGTH, MoonsMosaic, errors, observed, train
+
+
+@pytest.fixture(scope="module")
+def moons():
+    """The held-out moons; every period is a whole number of observations."""
+    return orbits(Split.SEALED, LENGTH, whole=True)[0]
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_error_drops_where_the_paper_says(moons, heads):
+    series = observed(moons, int(moons.together) + 30, range(0, 1400, 200))
+    # After so many observations every head has seen what it looks up, and what followed.
+    enough = int(moons.together if heads == 1 else moons.longest) + 1
+    before, after, later = errors(MoonsMosaic.given(heads), series, [enough - 3, enough + 1, enough + 5], ahead=20)
+    assert before > 0.1
+    assert max(after, later) < 0.002
+
+
+def test_three_heads_need_less_than_one(moons):
+    between = int(moons.longest + moons.together) // 2
+    series = observed(moons, between + 20, range(0, 1400, 200))
+    one, three = (errors(MoonsMosaic.given(heads), series, [between], ahead=20)[0] for heads in (1, 3))
+    assert three < 0.002 < 0.1 < one
+
+
+def test_errors_are_those_of_reading_everything_again(moons):
+    torch.manual_seed(0)
+    model, series = MoonsMosaic(3).double().requires_grad_(False), observed(moons, 40, [0, 13]).double()
+    for length, error in zip((1, 17, 30), errors(model, series, [1, 17, 30], ahead=6), strict=True):
+        text = series[:, :length]
+        for _ in range(6):
+            text = torch.cat((text, model(text)[:, -1:]), 1)
+        assert error == pytest.approx(float((text[:, length:] - series[:, length : length + 6]).abs().mean()))
+
+
+def test_the_matrices_are_complex():
+    """Turning all moons by one angle turns what is expected of them."""
+    torch.manual_seed(0)
+    model, series = MoonsMosaic(3).requires_grad_(False), observed(orbits(Split.TRAIN, LENGTH)[0], 30, [5])
+    turned = torch.view_as_real(torch.view_as_complex(series.unflatten(-1, (3, 2))) * torch.tensor(0.6 + 0.8j))
+    expected = torch.view_as_complex(model(series, UnitMemory()).unflatten(-1, (3, 2))) * torch.tensor(0.6 + 0.8j)
+    said = model(turned.flatten(-2), UnitMemory()).unflatten(-1, (3, 2))
+    torch.testing.assert_close(torch.view_as_complex(said), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_training_lowers_the_loss():
+    _, first = train(3, seed=0, steps=2, batch=4, length=60)
+    _, later = train(3, seed=0, steps=25, batch=4, length=60)
+    assert later < first

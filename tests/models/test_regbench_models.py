@@ -1,0 +1,47 @@
+"""The models of the RegBench experiment: of equal size, and trained on what comes next."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from evomem.tasks.base import Split
+from evomem.tasks.streams.automata import SEPARATOR
+from experiments.regbench import NAMES, batch_of, measured, new_model, predictions, texts
+
+
+def test_all_have_about_as_many_parameters():
+    sizes = [sum(part.numel() for part in new_model(name, 0).parameters()) for name in NAMES]
+    assert max(sizes) < 1.01 * min(sizes)
+
+
+def test_what_is_read_comes_before_what_is_said():
+    episodes = texts(Split.TRAIN, 3)
+    read, said = batch_of(episodes)
+    for row, episode in enumerate(episodes):
+        count = len(episode.symbols)
+        assert read[row, 0] == SEPARATOR
+        assert read[row, 1:count].tolist() == episode.symbols[:-1].tolist()
+        letters = said[row, :count] != -100
+        assert letters.tolist() == episode.scored.tolist()
+        assert said[row, :count][letters].tolist() == episode.symbols[episode.scored].tolist()
+        assert (said[row, count:] == -100).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_predictions_do_not_know_what_comes(name):
+    model, (episode,) = new_model(name, 0).eval(), texts(Split.SEALED, 1)
+    said = predictions(model, episode)
+    np.testing.assert_allclose(said.sum(-1), 1, atol=1e-5)
+    episode.symbols[20:] = 0
+    assert np.array_equal(predictions(model, episode)[:21], said[:21])
+
+
+def test_the_legal_letters_score_best():
+    tested = texts(Split.SEALED, 4)
+    perfect = [one.legal / one.legal.sum(-1, keepdims=True).clip(min=1) for one in tested]
+    assert measured(perfect, tested) == {"accuracy": [1.0] * 4, "tvd": [0.0] * 4}
+    flat = measured([np.full((len(one.symbols), 19), 1 / 19) for one in tested], tested)
+    assert min(flat["tvd"]) > 1
+    assert torch.tensor(flat["accuracy"]).max() < 1
