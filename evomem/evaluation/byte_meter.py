@@ -35,8 +35,8 @@ class Meter:
         """
         by_row = cache.bytes_by_row().double().cpu()
         for layer in cache.layers:
-            if "decays" in layer.storage.even:
-                cost = layer.storage.counts().sum(-1).cpu() * torch.float32.itemsize
+            if layer.fades:
+                cost = layer.counts().sum(-1).cpu() * torch.float32.itemsize
                 by_row = by_row - torch.where(self._policy.fades(layer.index), 0, cost)
         return by_row
 
@@ -48,8 +48,8 @@ class Meter:
         by_layer = []
         for layer in cache.layers:
             held = layer.bytes_by_head().double().cpu()
-            if "decays" in layer.storage.even:
-                cost = layer.storage.counts().cpu() * torch.float32.itemsize
+            if layer.fades:
+                cost = layer.counts().cpu() * torch.float32.itemsize
                 held = held - torch.where(self._policy.fades(layer.index)[:, None], 0, cost)
             by_layer.append(held)
         return by_layer

@@ -22,7 +22,16 @@ block_min:W            of the smallest                                          
 block_sum:W            of the sum                                                    window_statistics:W
 block_decayed:W        of the sum in which the n-th query from the end counts .9^n   window_statistics:W
 spectrum:B             log of bin B (0-16) of the attention spectrogram's average     attention_spectrum
+recency                log(1 + tokens since the slot was last read, or written)      recency
+frequency              log(1 + reads received, the attention paid so far)            frequency
+frequency_decayed:H    the same, a read of n tokens ago counting 2^(-n/H)            frequency_decayed:H
+relevance:W            mean cosine of the key with the last W queries                relevance:W
+novelty                1 - the largest cosine of the key with another slot's         -
+surprise               error of what the memory predicted when the slot was written  surprise
 =====================  ============================================================  ===================================
+
+The last six, and ``age``, mean the same in a KV cache and in an explicit memory (`evomem.memory.explicit`), where alone
+there is a ``surprise``. Depth is no feature of a slot: weights vary with it.
 
 No feature depends on head size, head count, depth or vocabulary, so a scorer over them can move to other models.
 """
@@ -60,6 +69,25 @@ def _step(x: Tensor, valid: Tensor) -> Tensor:
     directions = F.normalize(x.float(), dim=-1)
     cosine = (directions[..., 1:, :] * directions[..., :-1, :]).sum(-1)
     return F.pad(torch.where(valid[..., :-1], 1 - cosine, 0.0), (1, 0))
+
+
+_NEIGHBOURS_AT_ONCE = 256
+"""Slots whose distances to all others are computed at a time."""
+
+
+def _novelty(view: LayerView) -> Tensor:
+    """1 - the largest cosine of a slot's key with another one's: (batch, kv_heads, slots); 1 where it is alone."""
+    keys = F.normalize(view.keys.float(), dim=-1)
+    number = torch.arange(keys.shape[2], device=keys.device)
+    nearest = []
+    for begin in range(0, keys.shape[2], _NEIGHBOURS_AT_ONCE):
+        part = number[begin : begin + _NEIGHBOURS_AT_ONCE]
+        cosine = torch.matmul(keys.index_select(2, part), keys.transpose(-1, -2))
+        others = view.valid[:, :, None] & (part[:, None] != number)
+        nearest.append(torch.where(others, cosine, -1.0).amax(-1))
+    closest = torch.cat(nearest, -1) if nearest else keys[..., 0]
+    alone = view.valid.sum(-1, keepdim=True) < 2
+    return torch.where(alone, 1.0, 1 - closest)
 
 
 def _window(view: LayerView, argument: str) -> Tensor:
@@ -134,6 +162,16 @@ FEATURES: dict[str, Feature] = {
         "attention_spectrum",
         "bin",
     ),
+    "recency": Feature(lambda view, _: torch.log1p(view.recorded["recency"].float()), "recency"),
+    "frequency": Feature(lambda view, _: torch.log1p(view.recorded["frequency"]), "frequency"),
+    "frequency_decayed": Feature(
+        lambda view, argument: torch.log1p(view.recorded[f"frequency_decayed:{argument}"]),
+        "frequency_decayed:{}",
+        "queries",
+    ),
+    "relevance": Feature(lambda view, argument: view.recorded[f"relevance:{argument}"], "relevance:{}", "queries"),
+    "novelty": Feature(lambda view, _: _novelty(view)),
+    "surprise": Feature(lambda view, _: view.recorded["surprise"], "surprise"),
 }
 """Features without a neighbourhood, by name."""
 

@@ -19,9 +19,12 @@ PLAIN = (
     "keydiff", "valuediff", "key_norm", "value_norm", "key_step", "value_step", "age", "position", "sink",
     "attention", "attention_per_query", "window:8", "window:32", "spectrum:0", "spectrum:16",
     "last:8", "block_max:64", "block_min:64", "block_sum:64", "block_decayed:64",
+    "recency", "frequency", "frequency_decayed:8", "relevance:8", "novelty", "surprise",
 )  # fmt: skip
 POOLED = ("mean:3:keydiff", "mean:7:attention", "max:7:value_norm", "max:21:age", "mean:7:window:8", "max:3:spectrum:4")
 ALL = PLAIN + POOLED
+SHARED = ("recency", "frequency", "frequency_decayed:8", "relevance:8", "surprise")
+"""Features that are recorded under their own names."""
 
 
 def view_of(seed=0, **changes):
@@ -31,6 +34,9 @@ def view_of(seed=0, **changes):
     spectrum = torch.rand(*view.slots.shape, 17, generator=g)
     statistics = torch.rand(*view.slots.shape, 4, generator=g)
     more = {"attention_spectrum": spectrum, "window_statistics:64": statistics}
+    for name in SHARED:
+        more[name] = 9 * torch.rand(view.slots.shape, generator=g)
+    more["recency"] = more["recency"].long()
     return replace(view, recorded={**view.recorded, **more})
 
 
@@ -40,9 +46,11 @@ def spoiled(view):
 
     def spoil(x):
         wide = empty.view(*empty.shape, *([1] * (x.dim() - 3)))
-        return torch.where(wide, torch.tensor(7.7e3), x)
+        return torch.where(wide, torch.tensor(7.7e3, dtype=x.dtype), x)
 
-    slotwise = {n: spoil(x) if n.startswith(("attention_", "window_")) else x for n, x in view.recorded.items()}
+    slotwise = {
+        n: spoil(x) if n.startswith(("attention_", "window_", *SHARED)) else x for n, x in view.recorded.items()
+    }
     return replace(view, keys=spoil(view.keys), values=spoil(view.values), recorded=slotwise, memo={})
 
 
@@ -93,6 +101,13 @@ def slow_observation(name, argument, view, b, h):
     if name.startswith("block_"):
         which = ("block_max", "block_min", "block_sum", "block_decayed").index(name)
         return [math.log(float(view.recorded[f"window_statistics:{argument}"][b, h, s, which]) + 1e-6) for s in held]
+    if name == "novelty":
+        own = vectors(view.keys)
+        return [1 - max(cosine(x, y) for j, y in enumerate(own) if j != i) for i, x in enumerate(own)]
+    if name in ("relevance", "surprise"):
+        return recorded(f"relevance:{argument}" if argument else name)
+    if name in ("recency", "frequency", "frequency_decayed"):
+        return [math.log(1 + x) for x in recorded(f"{name}:{argument}" if argument else name)]
     bins = view.recorded["attention_spectrum"][b, h]
     return [math.log(float(bins[s, int(argument)]) + 1e-6) for s in held]
 

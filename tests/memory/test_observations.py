@@ -31,11 +31,19 @@ ALL = (
     "window_variance:5",
     "window_group_peak:5",
     "query_statistics",
+    "frequency",
+    "frequency_decayed:7",
+    "recency",
+    "relevance:5",
 )
+EXPLICIT = {"surprise"}
+"""Observations that no KV cache has; tests/memory/explicit tries them."""
 
 
 def test_every_observation_is_tried():
-    assert set(observations.names()) <= {spec.partition(":")[0] for spec in ALL}, "write a new observation into ALL"
+    assert set(observations.names()) <= {spec.partition(":")[0] for spec in ALL} | EXPLICIT, (
+        "write a new observation into ALL"
+    )
 
 
 @pytest.mark.parametrize("spec", ALL)
@@ -114,6 +122,13 @@ def check_attention(view: LayerView, full: np.ndarray, batch: Batch) -> None:
         token, start = int(view.slots[row, head, at]), int(batch.start[row])
         column = full[row, head, start:, token]
         assert float(view.recorded["attention_sum"][row, head, at]) == pytest.approx(column.sum(), abs=2e-5)
+        assert float(view.recorded["frequency"][row, head, at]) == pytest.approx(column.sum(), abs=2e-5)
+        fading = column * 2.0 ** (-np.arange(len(column))[::-1] / 7)
+        assert float(view.recorded["frequency_decayed:7"][row, head, at]) == pytest.approx(fading.sum(), abs=2e-5)
+        if np.abs(column - USED).min() > 1e-5:
+            used = np.nonzero(column >= USED)[0] + start
+            last = max(token, used.max(initial=token))
+            assert int(view.recorded["recency"][row, head, at]) == view.seen - 1 - last
         got = view.recorded["attention_spectrum"][row, head, at].numpy()
         np.testing.assert_allclose(got, slow_spectrum(column), atol=2e-5)
     for width in (1, 5):
@@ -142,6 +157,7 @@ def test_window_attention_is_the_softmax_over_the_slots_held_now(family: str, wi
         for row in range(2):
             for head in range(got.shape[1]):
                 paid = np.zeros((5, view.slots.shape[2]))
+                check_relevance(view, row, head, query[row, head, 35:40].double())
                 for index in range(35, 40):
                     logits = np.full(paid.shape[1], -np.inf)
                     for at in range(paid.shape[1]):
@@ -160,6 +176,14 @@ def test_window_attention_is_the_softmax_over_the_slots_held_now(family: str, wi
                 np.testing.assert_allclose(view.recorded["window_peak:5"][row, head], paid.sum(0), atol=1e-5)
                 check_next_use(view.recorded["window_next_use:5"][row, head].numpy(), paid)
                 check_spread(view, row, head, paid[None])
+
+
+def check_relevance(view: LayerView, row: int, head: int, queries: torch.Tensor) -> None:
+    """queries (queries, head_dim) of the only query head: their mean cosine with the key of every slot held."""
+    for at in view.valid[row, head].nonzero()[:, 0].tolist():
+        key = view.keys[row, head, at].double()
+        cosines = [float(query @ key / query.norm() / key.norm()) for query in queries]
+        assert float(view.recorded["relevance:5"][row, head, at]) == pytest.approx(np.mean(cosines), abs=1e-5)
 
 
 def check_spread(view: LayerView, row: int, head: int, paid: np.ndarray) -> None:
@@ -312,7 +336,7 @@ def test_padding_and_batch_leave_observations_alone() -> None:
         for mine, theirs in zip(together, alone, strict=True):
             for name, wanted in theirs.recorded.items():
                 got = mine.recorded[name][row]
-                if name.startswith(("attention", "window")):
+                if not name.startswith(("query", "future")):
                     got, wanted = got[mine.valid[row]], wanted[0][theirs.valid[0]]
                 else:
                     wanted = wanted[0]
@@ -413,3 +437,10 @@ def test_a_manager_that_decides_again_goes_on_observing(spec: str) -> None:
         cache = manager.new_cache(model)
         read(model, cache, Batch.of(random_rows(model, [20], 4)), [8, 12])
     assert all(layer.recorder.tensors() for layer in cache.layers)
+
+
+def test_a_cache_refuses_what_only_explicit_memories_have() -> None:
+    policy = Dropping()
+    policy.observes = frozenset({"surprise"})
+    with pytest.raises(ConfigError, match="'surprise' needs predictions of what is written, which a KV cache does not"):
+        SlotCache.for_model(tiny("llama", layers=1), policy)

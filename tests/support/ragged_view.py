@@ -58,7 +58,7 @@ def alone(view: LayerView, row: int) -> LayerView:
     def cut(x):
         return x[row : row + 1, :, first:].clone()
 
-    slotwise = {n: cut(x) for n, x in view.recorded.items() if n.startswith(("attention_", "window_"))}
+    slotwise = {n: cut(x) for n, x in view.recorded.items() if not n.startswith(("query_", "future_"))}
     rowwise = {n: x[row : row + 1] for n, x in view.recorded.items() if n not in slotwise}
     slots = cut(view.slots)
     return replace(

@@ -29,6 +29,10 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
 
+HAS = frozenset({"queries at positions"})
+"""What a KV cache has for observations that need more than attention (`Observation.needs`)."""
+
+
 class SlotCache(Cache):
     """A cache whose slots can be evicted per layer and head; made by ``manager.attach(model)`` or ``new_cache``.
 
@@ -68,6 +72,7 @@ class SlotCache(Cache):
     ) -> None:
         self.policy = policy
         self.wanted = Wanted.parse(policy.observes)
+        self.wanted.require("a KV cache", HAS)
         self.rotaries = rotaries or (None,) * layers
         self.depth = layers
         self.decides_after_forward = True
@@ -358,7 +363,7 @@ class SlotCache(Cache):
 
     def slots_held(self) -> list[Tensor]:
         """Slots that hold a token, per layer: (batch, kv_heads)."""
-        return [layer.storage.counts() for layer in self.layers]
+        return [layer.counts() for layer in self.layers]
 
     @property
     def model(self) -> PreTrainedModel | None:

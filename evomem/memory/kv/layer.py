@@ -16,7 +16,7 @@ from evomem.memory.kv.due import check_heads, turns
 from evomem.memory.kv.layer_memory import LayerMemory
 from evomem.memory.kv.masks import Visibility
 from evomem.memory.kv.slot_attention import Queries, attend
-from evomem.memory.kv.storage import SlotStorage, row_numbers
+from evomem.memory.kv.storage import SlotStorage
 from evomem.memory.observations import Recorder
 from evomem.memory.view import Decision, LayerView
 
@@ -25,14 +25,7 @@ if TYPE_CHECKING:
 
 
 class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
-    """One layer of a `SlotCache`.
-
-    Attributes
-    ----------
-    start : (batch,) int64, first real token of every row.
-    evicted : (batch, layers) int64, slots a head that decisions took from every layer of the model, as far as this one
-        has decided (see `LayerView.evicted`); None while nobody counts.
-    """
+    """One layer of a `SlotCache`."""
 
     is_sliding = False
 
@@ -113,33 +106,6 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         """-1: no limit."""
         return -1
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder rows for beam search."""
-        self.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times."""
-        if self.seen:
-            self.select_rows(torch.arange(len(self.start), device=self.start.device).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows named, in that order."""
-        self.select_rows(indices)
-
-    def select_rows(self, index: Tensor) -> None:
-        """Rows ``index`` (new_batch,) of everything held; see `row_numbers`."""
-        if not self.seen:
-            return
-        numbers = row_numbers(index, len(self.starts))
-        index = torch.tensor(numbers, device=self.start.device)
-        self.storage.select_rows(index, self.recorder)
-        self.start = self.start.index_select(0, index)
-        self.starts = tuple(self.starts[number] for number in numbers)
-        if self.evicted is not None:
-            self.evicted = self.evicted.index_select(0, index)
-        if self.turned is not None:
-            self.turned = self.turned.index_select(0, index)
-
     def length_after_crop(self, max_length: int) -> int:
         """Return how many tokens count as read after ``crop(max_length)``, if that is fewer than were."""
         max_length = int(max_length)  # transformers also gives tensors
@@ -216,13 +182,6 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         self.evicted = None if view.evicted is None else view.evicted.expand(rows, -1)
         self.seen = self.decided = view.seen
         self.is_initialized = True
-
-    def expand(self, rows: int) -> None:
-        """Let the only row become ``rows`` equal ones; keys and values are shared until they are changed."""
-        self.storage.expand(rows, self.recorder)
-        self.start, self.starts = self.start.expand(rows), self.starts * rows
-        self.turned = None if self.turned is None else self.turned.expand(rows)
-        self.evicted = None if self.evicted is None else self.evicted.expand(rows, -1)
 
     def observe_again(self) -> None:
         """Record from now on; nobody has looked at the slots held yet."""

@@ -1,28 +1,36 @@
-"""Memory: what one layer of a cache holds, its slots and what is observed of them, and how many bytes that is."""
+"""Memory: what one layer of a cache holds, rows and slots and what is observed of them, and how many bytes that is."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from evomem.memory.kv.storage import SlotStorage
+from evomem.memory.kv.storage import SlotStorage, row_numbers
 from evomem.memory.observations import Recorder
 
 
 class LayerMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The slots of a `SlotLayer`, as tensors and as bytes.
+    """The slots of a layer, as tensors and as bytes: of a `SlotLayer`, or of an explicit memory.
 
     Attributes
     ----------
     storage : the slots' tensors; `keys`, `values`, `slots` and `decays` are theirs.
     recorder : what the manager observes, in step with the slots.
     seen : tokens read, padding included.
+    start : (batch,) int64, first real token of every row; ``starts``: the same as numbers.
+    evicted : (batch, layers) int64, see `evomem.memory.view.LayerView.evicted`; None while nobody counts.
+    turned : (batch,) int64, tokens read at every row's last decision, where rows had different turns; else None.
     bytes_peak : most bytes held so far.
     """
 
     storage: SlotStorage
     recorder: Recorder
     seen: int
+    start: Tensor
+    starts: tuple[int, ...]
+    evicted: Tensor | None
+    turned: Tensor | None
     bytes_peak: int
     _byte_tokens: float
     _read: int
@@ -59,7 +67,52 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Whether no head has an empty slot."""
         return self.storage.aligned
 
+    # ---- rows -----------------------------------------------------------------------------------------------------
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        if self.seen:
+            self.select_rows(torch.arange(len(self.start), device=self.start.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows named, in that order."""
+        self.select_rows(indices)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows ``index`` (new_batch,) of everything held; see `row_numbers`."""
+        if not self.seen:
+            return
+        numbers = row_numbers(index, len(self.starts))
+        index = torch.tensor(numbers, device=self.start.device)
+        self.storage.select_rows(index, self.recorder)
+        self.start = self.start.index_select(0, index)
+        self.starts = tuple(self.starts[number] for number in numbers)
+        if self.evicted is not None:
+            self.evicted = self.evicted.index_select(0, index)
+        if self.turned is not None:
+            self.turned = self.turned.index_select(0, index)
+
+    def expand(self, rows: int) -> None:
+        """Let the only row become ``rows`` equal ones; keys and values are shared until they are changed."""
+        self.storage.expand(rows, self.recorder)
+        self.start, self.starts = self.start.expand(rows), self.starts * rows
+        self.turned = None if self.turned is None else self.turned.expand(rows)
+        self.evicted = None if self.evicted is None else self.evicted.expand(rows, -1)
+
     # ---- bytes ----------------------------------------------------------------------------------------------------
+
+    def counts(self) -> Tensor:
+        """Slots that every head holds: (batch, kv_heads) int64."""
+        return self.storage.counts()
+
+    @property
+    def fades(self) -> bool:
+        """Whether slots have a log-decay, which costs bytes."""
+        return "decays" in self.storage.even
 
     def nbytes(self) -> int:
         """Bytes of every tensor held now: keys, values, slot indices, decays, recorded observations."""

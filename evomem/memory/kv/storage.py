@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -99,22 +99,33 @@ class SlotStorage:
 
     # ---- slots come and go ----------------------------------------------------------------------------------------
 
-    def append(self, keys: Tensor, values: Tensor, first: int, real: Tensor | None, recorder: Recorder) -> None:
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        first: int,
+        real: Tensor | None,
+        recorder: Recorder,
+        marks: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Put the slots of new tokens behind the others.
 
         keys, values : (batch, kv_heads, tokens, head_dim). first : index of the first of the tokens.
-        real : (batch, tokens) bool, False for padding, which gets empty slots; None when nothing is padded.
+        real : (batch, tokens) or (batch, kv_heads, tokens) bool, False for what gets an empty slot, such as padding;
+            None: nothing.
+        marks : further tensors of the slots (batch, kv_heads, tokens, …) by name, the same names at every call.
         """
         batch, kv_heads, count, _ = keys.shape
         index = torch.arange(first, first + count, device=keys.device).expand(batch, kv_heads, count)
         if real is not None and not bool(real.all()):
-            index = torch.where(real[:, None], index, -1)
+            index = torch.where(real if real.dim() == 3 else real[:, None], index, -1)
             self.dense, self.padded = False, True
+        new = {name: _unshared(mark) for name, mark in (marks or {}).items()}
         if not self.even:
             # A model may hand over a part of a larger tensor (fused projections), which would stay alive as a whole.
-            self.even = {"keys": _unshared(keys), "values": _unshared(values), "slots": index.contiguous()}
+            self.even = {"keys": _unshared(keys), "values": _unshared(values), "slots": index.contiguous()} | new
         else:
-            new = {"keys": keys, "values": values, "slots": index}
+            new |= {"keys": keys, "values": values, "slots": index}
             if "decays" in self.even:
                 new["decays"] = self.even["decays"].new_zeros(batch, kv_heads, count)
             self.even = {name: torch.cat((old, new[name]), 2) for name, old in self.even.items()}

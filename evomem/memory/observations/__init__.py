@@ -21,6 +21,12 @@ name                      what ``LayerView.recorded`` holds
 ``query_statistics``      ``query_mean`` (batch, query_heads, head_dim), ``query_covariance`` (…, head_dim, head_dim) of
                           the queries before rotation, without a row's first 4; ``future_rotation`` (batch, head_dim,
                           head_dim), the mean rotation of the next 512 positions
+``frequency``             (batch, kv_heads, slots): reads received, the sum of the attention paid to the slot
+``frequency_decayed:H``   (batch, kv_heads, slots): the same, a read of n tokens ago counting 2^(-n/H)
+``recency``               (batch, kv_heads, slots) int64: tokens since the slot was last read, or else written
+``relevance:W``           (batch, kv_heads, slots): mean cosine of the slot's key with the row's last W queries
+``surprise``              (batch, kv_heads, slots): error of what the memory predicted when the slot was written;
+                          explicit memories only
 ========================  ==================================================================================
 
 To add one, copy `evomem.memory.observations.attention_sum` and import it here.
@@ -29,7 +35,9 @@ To add one, copy `evomem.memory.observations.attention_sum` and import it here.
 from evomem.memory.observations import (
     attention_spectrum,
     attention_sum,
+    matching,
     query_statistics,
+    reads,
     window_spread,
     windows,
 )
@@ -64,9 +72,11 @@ __all__ = [
     "attention_sum",
     "axes_of",
     "known_specs",
+    "matching",
     "observations",
     "parse_observation",
     "query_statistics",
+    "reads",
     "register_observation",
     "window_spread",
     "windows",

@@ -101,6 +101,7 @@ class Observation(ABC):
     every_query : `attended` is to be called with the attention of all queries, not only of the last few.
     needs_past : it cannot begin in the middle of a text that was read without it.
     looks_back : the contribution of one query cannot be removed from its state, so the cache cannot be cropped.
+    needs : what a memory must have for it, in words that an error can use; one that has less refuses it.
     """
 
     argument: int = 0
@@ -110,6 +111,7 @@ class Observation(ABC):
     every_query: ClassVar[bool] = False
     needs_past: ClassVar[bool] = False
     looks_back: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def spec(self) -> str:
@@ -144,6 +146,9 @@ class Observation(ABC):
         start: Tensor | None,
     ) -> None:  # fmt: skip
         """Learn from the queries themselves; arguments as in `Recorder.queried`."""
+
+    def predicted(self, recorder: Recorder, error: Tensor) -> None:  # noqa: B027 (optional)
+        """Learn how badly the newest slots' values were predicted: error (batch, kv_heads, new slots) >= 0."""
 
     # ---- at a decision --------------------------------------------------------------------------------------------
 
@@ -249,6 +254,21 @@ class Wanted:
     def parse(cls, specs: Iterable[str]) -> Self:
         """Parse names; raise `ConfigError` for one that does not exist."""
         return cls(tuple(parse_observation(spec) for spec in sorted(specs)))
+
+    def require(self, memory: str, has: frozenset[str]) -> None:
+        """Raise `ConfigError` for an observation that means nothing in a memory.
+
+        Parameters
+        ----------
+        memory : its name in the message: "a pair memory".
+        has : what of `Observation.needs` there is.
+        """
+        for one in self.observations:
+            if missing := sorted(one.needs - has):
+                raise ConfigError(
+                    f"observation {one.spec!r} needs {' and '.join(missing)}, which {memory} does not have; take a "
+                    "manager, or features, that observe something else"
+                )
 
     @property
     def queries(self) -> int:

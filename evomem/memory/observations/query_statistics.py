@@ -21,6 +21,7 @@ SINKS, FUTURE = 4, 512
 class QueryStatistics(Observation):
     """Mean and covariance of the queries before rotation, without a row's first 4; mean of the next 512 rotations."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"queries at positions"})
     needs_past: ClassVar[bool] = True
     looks_back: ClassVar[bool] = True
 

@@ -94,6 +94,11 @@ class Recorder:
         for one in self.wanted.observations:
             one.queried(self, query, positions, real, rotary, start)
 
+    def predicted(self, error: Tensor) -> None:
+        """Learn how badly the newest slots' values were predicted: error (batch, kv_heads, new slots) >= 0."""
+        for one in self.wanted.observations:
+            one.predicted(self, error)
+
     def recorded(
         self, keys: Tensor, slots: Tensor, start: Tensor, seen: int, *,
         scale: float, decays: Tensor | None, window: int | None, softcap: float | None, rotary: Rotary | None,
