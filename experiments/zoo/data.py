@@ -31,6 +31,10 @@ NEEDLES = (2, 12)
 """Fewest and most needles of a lesson."""
 TASKS = ("zoo_needle", "zoo_recall")
 """What a model of the zoo is trained on unless its recipe says otherwise."""
+FEW_PAIRS = 24
+"""Most pairs of a lesson of few."""
+FEW = f"zoo_recall(pairs={FEW_PAIRS})"
+"""Name of the lessons of few pairs."""
 RESTATED = "zoo_forgetting restated"
 """Kind of the answers about keys that had another value before."""
 
@@ -65,12 +69,17 @@ def needle_lesson(random: Random, length: int) -> tuple[str, str]:
     return _context(random, [fact.needle for fact in facts], length - 2 * NEEDLE_TOKENS * len(facts)), questions
 
 
-def recall_lesson(random: Random, length: int) -> tuple[str, str]:
-    """Return a context with pairs and all its questions with their answers, as `needle_lesson`."""
-    most = max(1, min(64, (length - 2) // (2 * PAIR_TOKENS)))
+def recall_lesson(random: Random, length: int, pairs: int = 64) -> tuple[str, str]:
+    """Return a context with ``pairs`` at most and all its questions with their answers, as `needle_lesson`."""
+    most = max(1, min(pairs, (length - 2) // (2 * PAIR_TOKENS)))
     facts = pair_facts(random, Split.TRAIN, random.randint(max(1, most // 2), most))
     questions = "again, " + ", ".join(fact.pair for fact in random.sample(facts, len(facts))) + "."
     return _context(random, lines(facts), length - 2 - 2 * PAIR_TOKENS * len(facts)), questions
+
+
+def few_pairs_lesson(random: Random, length: int) -> tuple[str, str]:
+    """Return a `recall_lesson` of at most `FEW_PAIRS` pairs: what a memory matrix of 32 slots has room for."""
+    return recall_lesson(random, length, FEW_PAIRS)
 
 
 def forgetting_lesson(random: Random, length: int) -> tuple[str, str]:
@@ -104,6 +113,7 @@ LESSONS: dict[str, Callable[[Random, int], tuple[str, str]]] = {
     "zoo_needle": needle_lesson,
     "zoo_recall": recall_lesson,
     "zoo_forgetting": forgetting_lesson,
+    FEW: few_pairs_lesson,
 }
 """How a lesson of each task is drawn, from a generator and a length in tokens."""
 

@@ -17,7 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from experiments.zoo.data import POSITIONS, TASKS
+from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
+from experiments.zoo.data import FEW, POSITIONS, TASKS
+from experiments.zoo.matrix import begin_as_pairs
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,25 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 RECIPES["forgetting"] = replace(RECIPES["gpt-neox"], tasks=("zoo_forgetting",), passed=0.97)
+RECIPES["memory-matrix"] = Recipe(
+    MemoryMatrixConfig,
+    {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "window": 16,
+        "matrix_slots": 32,
+        "matrix_width": 80,
+        "matrix_layers": [1],
+    },
+    tasks=(FEW,),
+    tokens=(1024, 1024),
+    lengths=(32, 64, 128, 256),
+    learning_rate=2e-3,
+    warmup=30,
+    decay=100,
+)
 """Every recipe by name, its family's or its task's; the model's alias is ``zoo-`` and this name."""
 
 
@@ -104,7 +125,10 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         torch.manual_seed(seed)
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            _begin_as_induction(model, recipe.notes)
+            if isinstance(model, MemoryMatrix):
+                begin_as_pairs(model)
+            else:
+                _begin_as_induction(model, recipe.notes)
     return model
 
 

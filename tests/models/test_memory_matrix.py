@@ -139,7 +139,9 @@ def test_padding_on_the_left_is_not_there(model):
     torch.testing.assert_close(logits, model(ids).logits[:, 2:], rtol=1e-8, atol=1e-8)
 
 
-def test_a_saved_memory_goes_on_to_the_bit(model):
+@pytest.mark.parametrize("layers", [None, [1], []])
+def test_a_saved_memory_goes_on_to_the_bit(layers):
+    model = tiny(matrix_layers=layers)
     cache, ids = model.new_cache(), ids_of(5, 11)
     model(ids[:, :6], past_key_values=cache)
     data = save({name: tensor.contiguous() for name, tensor in cache.tensors().items()})
@@ -184,14 +186,14 @@ def test_half_precision_decides_in_single():
     model = tiny(seed=3).bfloat16()
     cache = model(ids_of(8, 9)).past_key_values
     assert cache.layers[0].matrix.dtype == torch.float32
-    assert cache.layers[0].keys.dtype == torch.bfloat16
+    assert cache.layers[0].window_keys.dtype == torch.bfloat16
 
 
 def test_what_cannot_be_is_refused(model):
     for wrong, message in (
         ({"rule": "lstm"}, "erase_add"), ({"hidden_size": 20}, "even size"), ({"matrix_heads": 3}, "share"),
         ({"decay": 0.0}, "decay"), ({"decay": 1.0, "decay_per_slot": True}, "decay"), ({"reach": -1}, "counts"),
-        ({"window": 0}, "window"),
+        ({"window": 0}, "window"), ({"matrix_layers": [2]}, "numbers of layers"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             MemoryMatrixConfig(**{**SIZES, **wrong})

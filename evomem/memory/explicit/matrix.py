@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -10,10 +11,31 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from evomem.errors import CacheError
-from evomem.memory.explicit.matrix_rules import latest
+from evomem.memory.explicit.matrix_rules import Write, latest, read, scan
 
-TENSORS = ("matrix", "frequency", "last_read", "last_written", "keys", "values", "real", "tail")
-"""Attributes of a `MatrixLayer` that are its state, besides ``seen``; the batch is axis 0 of each."""
+WINDOW = ("window_keys", "window_values", "window_real")
+TENSORS = (*WINDOW, "matrix", "frequency", "last_read", "last_written", "tail")
+"""Attributes of a `MatrixLayer` that are its state, besides ``seen``; the batch is axis 0 of each.
+
+A layer without a memory has those of the window only.
+"""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the tokens of a chunk see of a memory.
+
+    Attributes
+    ----------
+    rows : (batch, heads, tokens, slots, width), the rows that each token sees; one token where all see the same.
+    context : (batch, heads, tokens, width), what each has read, c.
+    bias : (batch, heads, tokens, slots), added to the logits of attention to the rows: the log-decay of a slot, and
+        minus infinity where a token does not see it. None: every token sees every row whole.
+    """
+
+    rows: Tensor
+    context: Tensor
+    bias: Tensor | None = None
 
 
 class MatrixLayer(CacheLayerMixin):
@@ -26,8 +48,8 @@ class MatrixLayer(CacheLayerMixin):
     frequency : (batch, heads, slots) fp32, reads received: the sum of the weights softmax(M k_r) of all tokens.
     last_read, last_written : (batch, heads, slots) fp32, index of the token that read, and wrote, the slot last;
         softly where weights are soft (see `evomem.memory.explicit.matrix_rules.latest`); -1: none yet.
-    keys, values : (batch, attention_heads, tokens, head_dim) of the window.
-    real : (batch, tokens) bool, which tokens of the window are no padding.
+    window_keys, window_values : (batch, attention_heads, tokens, head_dim) of the window.
+    window_real : (batch, tokens) bool, which tokens of the window are no padding.
     tail : (batch, reach, hidden), inputs of the last tokens, which later tokens' writes and reads look back to.
     """
 
@@ -35,7 +57,9 @@ class MatrixLayer(CacheLayerMixin):
     frequency: Tensor | None
     last_read: Tensor | None
     last_written: Tensor | None
-    real: Tensor | None
+    window_keys: Tensor | None
+    window_values: Tensor | None
+    window_real: Tensor | None
     tail: Tensor | None
 
     def __init__(self) -> None:
@@ -51,6 +75,25 @@ class MatrixLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self._forget()
+
+    def exchange(
+        self, writes: Write, keys: Tensor, rule: str, decay: Tensor | None, initial: Tensor, real: Tensor | None
+    ) -> Exchange:
+        """Let the tokens of a chunk read, each before it writes.
+
+        Parameters
+        ----------
+        writes, rule, decay, real : see `evomem.memory.explicit.matrix_rules.scan`.
+        keys : (batch, heads, tokens, width), read keys.
+        initial : (heads, slots, width), the matrix before the first token.
+        """
+        if self.matrix is None:
+            self.begin(initial.expand(len(keys), -1, -1, -1))
+        before, written, after = scan(self._begun(self.matrix), writes, rule, decay, real)
+        context, weights = read(before, keys)
+        weights = weights if real is None else weights * real[:, None, :, None]
+        self.advance(after, written.detach(), weights.detach())
+        return Exchange(before, context)
 
     def begin(self, matrix: Tensor) -> None:
         """Start with a matrix (batch, heads, slots, width) before the first token."""
@@ -201,7 +244,7 @@ class MatrixCache(Cache):
                 f"saved memory matrices: {min(rest)!r} belongs to no layer of this model, which has {layers}; load it "
                 "with the model that it was saved with"
             )
-        if len({len(layer.tail) for layer in cache.layers if layer.tail is not None}) > 1:
+        if len({len(layer.window_keys) for layer in cache.layers if layer.window_keys is not None}) > 1:
             raise CacheError("saved memory matrices: the layers have differently many rows; the file is damaged")
         return cache
 
@@ -211,20 +254,24 @@ def _check(index: int, parts: Mapping[str, Tensor], seen: int) -> None:
     where = f"saved memory matrices, layer {index}"
     if not seen and not parts:
         return
-    if missing := set(TENSORS) - parts.keys():
+    names = TENSORS if parts.keys() - set(WINDOW) else WINDOW
+    if missing := set(names) - parts.keys():
         raise CacheError(f"{where}: {min(missing)!r} is missing; the file is damaged")
-    matrix, keys = parts["matrix"], parts["keys"]
-    if matrix.dim() != 4 or keys.dim() != 4 or matrix.shape[0] != keys.shape[0] or keys.shape[2] > seen:
+    keys = parts["window_keys"]
+    if keys.dim() != 4 or keys.shape[2] > seen:
         raise CacheError(
-            f"{where}: 'matrix' has shape {tuple(matrix.shape)} and 'keys' {tuple(keys.shape)} after {seen} tokens; "
-            "they have the axes (batch, heads, slots, width) and (batch, attention_heads, tokens, head_dim)"
+            f"{where}: 'window_keys' has shape {tuple(keys.shape)} after {seen} tokens; its axes are (batch, "
+            "attention_heads, tokens, head_dim)"
         )
     batch, tokens = keys.shape[0], keys.shape[2]
-    shapes = dict.fromkeys(("frequency", "last_read", "last_written"), tuple(matrix.shape[:3]))
-    shapes |= {"values": tuple(keys.shape), "real": (batch, tokens), "tail": (batch, *parts["tail"].shape[1:])}
+    shapes = {"window_values": tuple(keys.shape), "window_real": (batch, tokens)}
+    if "matrix" in parts:
+        matrix = parts["matrix"]
+        shapes |= dict.fromkeys(("frequency", "last_read", "last_written"), tuple(matrix.shape[:-1]))
+        shapes |= {"matrix": (batch, *matrix.shape[1:4]), "tail": (batch, *parts["tail"].shape[1:3])}
     for name, shape in shapes.items():
         if tuple(parts[name].shape) != shape:
             raise CacheError(f"{where}: {name!r} has shape {tuple(parts[name].shape)} instead of {shape}")
     for name, tensor in parts.items():
-        if (tensor.dtype == torch.bool) != (name == "real") or not bool(torch.isfinite(tensor).all()):
+        if (tensor.dtype == torch.bool) != (name == "window_real") or not bool(torch.isfinite(tensor).all()):
             raise CacheError(f"{where}: {name!r} is {tensor.dtype}, or holds what is no number; the file is damaged")

@@ -75,30 +75,37 @@ def write_weights(matrix: Tensor, write: Write, rule: str) -> Tensor:
     return weights if write.store is None else weights * write.store.unsqueeze(-1)
 
 
-def _leaky(matrix: Tensor, weights: Tensor, write: Write, decay: Tensor) -> Tensor:
-    return decay.unsqueeze(-1) * matrix + weights.unsqueeze(-1) * write.value.unsqueeze(-2)
+def _faded(matrix: Tensor, decay: Tensor | None) -> Tensor:
+    return matrix if decay is None else decay.unsqueeze(-1) * matrix
 
 
-def _ema(matrix: Tensor, weights: Tensor, write: Write, decay: Tensor) -> Tensor:
+def _leaky(matrix: Tensor, weights: Tensor, write: Write, decay: Tensor | None) -> Tensor:
+    return _faded(matrix, decay) + weights.unsqueeze(-1) * write.value.unsqueeze(-2)
+
+
+def _ema(matrix: Tensor, weights: Tensor, write: Write, decay: Tensor | None) -> Tensor:
+    if decay is None:
+        return matrix
     kept = decay.unsqueeze(-1)
     return kept * matrix + (1 - kept) * weights.unsqueeze(-1) * write.value.unsqueeze(-2)
 
 
-def _erase_add(matrix: Tensor, weights: Tensor, write: Write, decay: Tensor) -> Tensor:
+def _erase_add(matrix: Tensor, weights: Tensor, write: Write, decay: Tensor | None) -> Tensor:
     erase = write.value.new_ones(()) if write.erase is None else write.erase.unsqueeze(-2)
     share = weights.unsqueeze(-1)
-    return decay.unsqueeze(-1) * matrix * (1 - share * erase) + share * write.value.unsqueeze(-2)
+    return _faded(matrix, decay) * (1 - share * erase) + share * write.value.unsqueeze(-2)
 
 
-def _gated(matrix: Tensor, weights: Tensor, write: Write, decay: Tensor) -> Tensor:
-    kept = decay
+def _gated(matrix: Tensor, weights: Tensor, write: Write, decay: Tensor | None) -> Tensor:
+    kept = _faded(matrix, decay)
     if write.forget_key is not None:
         scores = logits(matrix, write.forget_key)
-        kept = kept * torch.sigmoid(scores if write.forget_bias is None else scores + write.forget_bias.unsqueeze(-1))
-    return kept.unsqueeze(-1) * matrix + weights.unsqueeze(-1) * torch.tanh(write.value).unsqueeze(-2)
+        gates = torch.sigmoid(scores if write.forget_bias is None else scores + write.forget_bias.unsqueeze(-1))
+        kept = gates.unsqueeze(-1) * kept
+    return kept + weights.unsqueeze(-1) * torch.tanh(write.value).unsqueeze(-2)
 
 
-RULES: dict[str, Callable[[Tensor, Tensor, Write, Tensor], Tensor]] = {
+RULES: dict[str, Callable[[Tensor, Tensor, Write, Tensor | None], Tensor]] = {
     "leaky": _leaky,
     "ema": _ema,
     "erase_add": _erase_add,
@@ -120,7 +127,7 @@ def check_rule(rule: str) -> str:
     return rule
 
 
-def written(matrix: Tensor, weights: Tensor, write: Write, rule: str, decay: Tensor) -> Tensor:
+def written(matrix: Tensor, weights: Tensor, write: Write, rule: str, decay: Tensor | None) -> Tensor:
     """Return the matrix after one write.
 
     Parameters
@@ -129,13 +136,14 @@ def written(matrix: Tensor, weights: Tensor, write: Write, rule: str, decay: Ten
     weights : (batch, heads, slots): of `write_weights`, or decided, one-hot.
     write : of one token.
     rule : a name of `RULES`.
-    decay : λ in [0, 1], broadcast to (batch, heads, slots): one number, or one a slot. 1: nothing fades by itself.
+    decay : λ in [0, 1], broadcast to (batch, heads, slots): one number, or one a slot. None: 1, nothing fades by
+        itself.
     """
     return RULES[rule](matrix, weights, write, decay)
 
 
 def scan(
-    matrix: Tensor, writes: Write, rule: str, decay: Tensor, real: Tensor | None = None
+    matrix: Tensor, writes: Write, rule: str, decay: Tensor | None, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Let the tokens of a chunk write one after another.
 

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import ConfigError, ModelError
-from evomem.memory.explicit.matrix import MatrixCache, MatrixLayer
-from evomem.memory.explicit.matrix_rules import Write, check_rule, precise, read, scan
+from evomem.memory.explicit.matrix import Exchange, MatrixCache, MatrixLayer
+from evomem.memory.explicit.matrix_rules import Write, check_rule, precise
 
 
 class MemoryMatrixConfig(PreTrainedConfig):
@@ -40,6 +40,7 @@ class MemoryMatrixConfig(PreTrainedConfig):
     rule : how M is written: ``leaky``, ``ema``, ``erase_add`` or ``gated``.
     decay : λ that a slot begins with, in (0, 1].
     decay_per_slot : λ is learned, one for every slot.
+    matrix_layers : the layers that have a memory; None: all.
     reach : inputs before the token's own of which keys and values of M are made.
     """
 
@@ -54,6 +55,7 @@ class MemoryMatrixConfig(PreTrainedConfig):
     matrix_slots: int = 32
     matrix_width: int = 64
     matrix_heads: int = 1
+    matrix_layers: list[int] | None = None
     rule: str = "erase_add"
     decay: float = 1.0
     decay_per_slot: bool = False
@@ -81,12 +83,23 @@ class MemoryMatrixConfig(PreTrainedConfig):
                 f"memory matrix: {self.num_attention_heads} attention heads cannot share {self.matrix_heads} matrices "
                 "evenly"
             )
+        if not set(self.memory_layers) <= set(range(self.num_hidden_layers)):
+            raise ConfigError(
+                f"memory matrix: matrix_layers is {self.matrix_layers}; give numbers of layers, from 0 to "
+                f"{self.num_hidden_layers - 1}"
+            )
         if not 0 < self.decay <= 1 or (self.decay_per_slot and self.decay == 1):
             raise ConfigError(
                 f"memory matrix: decay is {self.decay}; give a number in (0, 1], below 1 where every slot learns its "
                 "own"
             )
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def memory_layers(self) -> list[int]:
+        """The layers that have a memory."""
+        layers = list(range(self.num_hidden_layers)) if self.matrix_layers is None else self.matrix_layers
+        return layers if self.matrix_slots else []
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -118,11 +131,11 @@ class RowMemory(nn.Module):
         if config.decay_per_slot:
             self.decay_logit = nn.Parameter(torch.full((heads, slots), math.log(config.decay / (1 - config.decay))))
 
-    def decays(self) -> Tensor:
-        """λ, () or (matrix_heads, slots) fp32."""
+    def decays(self) -> Tensor | None:
+        """λ, () or (matrix_heads, slots) fp32; None: 1."""
         if hasattr(self, "decay_logit"):
             return torch.sigmoid(precise(self.decay_logit))
-        return precise(self.initial).new_full((), self.decay)
+        return None if self.decay == 1 else precise(self.initial).new_full((), self.decay)
 
     def _split(self, part: Tensor) -> Tensor:
         """(batch, tokens, heads * width) as (batch, heads, tokens, width), in fp32."""
@@ -144,32 +157,21 @@ class RowMemory(nn.Module):
             write["forget_key"] = self._split(self.forget_key(inputs))
         return Write(**write)
 
-    def forward(self, hidden: Tensor, real: Tensor, layer: MatrixLayer) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, real: Tensor | None, layer: MatrixLayer) -> Exchange:
         """Let a chunk (batch, tokens, hidden) read and write, and note it in ``layer``.
 
-        real : (batch, tokens) bool, no padding.
-
-        Returns
-        -------
-        before : (batch, heads, tokens, slots, width) fp32, M as each token sees it.
-        context : (batch, heads, tokens, width) fp32, c.
+        real : (batch, tokens) bool, no padding; None: there is none.
         """
         batch, tokens, width = hidden.shape
-        hidden = hidden * real[..., None]
+        hidden = hidden if real is None else hidden * real[..., None]
         tail = hidden.new_zeros(batch, self.reach, width) if layer.tail is None else layer.tail
         line = torch.cat((tail, hidden), 1)
         inputs = torch.cat(
             [line[:, self.reach - back : self.reach - back + tokens] for back in range(1 + self.reach)], -1
         )
-        if layer.matrix is None:
-            layer.begin(precise(self.initial).expand(batch, -1, -1, -1))
-        matrix = layer.matrix
-        assert matrix is not None
-        before, written, after = scan(matrix, self.writes(inputs), self.rule, self.decays(), real)
-        context, weights = read(before, self._split(self.read_key(inputs)))
-        layer.advance(after, written, weights * real[:, None, :, None])
         layer.tail = line[:, tokens:]
-        return before, context
+        keys = self._split(self.read_key(inputs))
+        return layer.exchange(self.writes(inputs), keys, self.rule, self.decays(), precise(self.initial), real)
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
@@ -185,18 +187,18 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 class WindowAttention(nn.Module):
     """Attention over the window's tokens and the rows of M."""
 
-    def __init__(self, config: MemoryMatrixConfig) -> None:
+    def __init__(self, config: MemoryMatrixConfig, index: int) -> None:
         super().__init__()
         self.heads, self.window = config.num_attention_heads, config.window
         self.size = config.hidden_size // config.num_attention_heads
         width = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.memory = RowMemory(config) if config.matrix_slots else None
-        if config.matrix_slots:
+        self.memory = RowMemory(config) if index in config.memory_layers else None
+        if self.memory is not None:
             shape = (config.matrix_heads, self.heads // config.matrix_heads, config.matrix_width, self.size)
             self.context_query, self.row_key, self.row_value = (nn.Parameter(torch.zeros(shape)) for _ in range(3))
 
-    def forward(self, hidden: Tensor, positions: Tensor, real: Tensor, layer: MatrixLayer) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor, real: Tensor | None, layer: MatrixLayer) -> Tensor:
         """Return (batch, tokens, hidden), and note the chunk in ``layer``."""
         tokens = hidden.shape[1]
 
@@ -204,37 +206,42 @@ class WindowAttention(nn.Module):
             return split_heads(part, self.heads).transpose(1, 2)
 
         query, key, value = (split(project(hidden)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        scores, rows = [], None
+        scores: list[Tensor] = []
+        seen: Exchange | None = None
         if self.memory is not None:
-            before, context = self.memory(hidden, real, layer)
-            groups = precise(query.view(len(query), before.shape[1], -1, *query.shape[2:]))
+            seen = self.memory(hidden, real, layer)
+            groups = precise(query.view(len(query), seen.rows.shape[1], -1, *query.shape[2:]))
             # (batch, matrix heads, heads of each, tokens, head_dim)
-            groups = groups + torch.einsum("bgte,ghed->bghtd", context, precise(self.context_query))
+            groups = groups + torch.einsum("bgte,ghed->bghtd", seen.context, precise(self.context_query))
             query = groups.flatten(1, 2).to(query.dtype)
             # q · (M W_K) is (q W_Kᵀ) · M: the rows' keys and values are never written out for every token.
             turned = torch.einsum("bghtd,ghed->bghte", groups, precise(self.row_key))
-            rows = torch.einsum("bghte,bgtne->bghtn", turned, before)
-            scores.append(rows.flatten(1, 2) / math.sqrt(self.size))
+            logits = torch.einsum("bghte,bgtne->bghtn", turned, seen.rows) / math.sqrt(self.size)
+            logits = logits if seen.bias is None else logits + seen.bias[:, :, None]
+            scores.append(logits.flatten(1, 2))
         key = rotate(key, positions)
-        if layer.keys is not None and layer.values is not None and layer.real is not None:
-            key, value = torch.cat((layer.keys, key), 2), torch.cat((layer.values, value), 2)
-            real = torch.cat((layer.real, real), 1)
+        real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if real is None else real
+        if layer.window_keys is not None and layer.window_values is not None and layer.window_real is not None:
+            key, value = torch.cat((layer.window_keys, key), 2), torch.cat((layer.window_values, value), 2)
+            real = torch.cat((layer.window_real, real), 1)
         past = key.shape[2] - tokens
         behind = torch.arange(past, past + tokens, device=hidden.device)[:, None] - torch.arange(
             past + tokens, device=hidden.device
         )
         near = (behind >= 0) & (behind < self.window)
-        seen = near & (real[:, None, None] | (behind == 0))  # padding sees itself, so that nothing is divided by zero
+        visible = near & (
+            real[:, None, None] | (behind == 0)
+        )  # padding sees itself, so that nothing is divided by zero
         window = precise(rotate(query, positions) @ key.transpose(-1, -2)) / math.sqrt(self.size)
-        scores.append(window.masked_fill(~seen, -torch.inf))
+        scores.append(window.masked_fill(~visible, -torch.inf))
         weights = torch.softmax(torch.cat(scores, -1), -1)
         output = weights[..., weights.shape[-1] - key.shape[2] :] @ precise(value)
-        if rows is not None:
-            shares = weights[..., : rows.shape[-1]].reshape(rows.shape)
-            mixed = torch.einsum("bghtn,bgtne->bghte", shares, before)
+        if seen is not None:
+            shares = weights[..., : seen.rows.shape[3]].view(len(query), seen.rows.shape[1], -1, *scores[0].shape[2:])
+            mixed = torch.einsum("bghtn,bgtne->bghte", shares, seen.rows)
             output = output + torch.einsum("bghte,ghed->bghtd", mixed, precise(self.row_value)).flatten(1, 2)
         kept = min(self.window - 1, key.shape[2])
-        layer.keys, layer.values, layer.real = (
+        layer.window_keys, layer.window_values, layer.window_real = (
             part.narrow(axis, part.shape[axis] - kept, kept) for part, axis in ((key, 2), (value, 2), (real, 1))
         )
         layer.is_initialized, layer.seen = True, layer.seen + tokens
@@ -245,14 +252,14 @@ class WindowAttention(nn.Module):
 class MatrixBlock(nn.Module):
     """A layer: attention over window and matrix, then a feed-forward part, each beside a residual path."""
 
-    def __init__(self, config: MemoryMatrixConfig) -> None:
+    def __init__(self, config: MemoryMatrixConfig, index: int) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.RMSNorm(config.hidden_size), nn.RMSNorm(config.hidden_size)
-        self.attention = WindowAttention(config)
+        self.attention = WindowAttention(config, index)
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, positions: Tensor, real: Tensor, layer: MatrixLayer) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor, real: Tensor | None, layer: MatrixLayer) -> Tensor:
         """Return (batch, tokens, hidden)."""
         hidden = hidden + self.attention(self.attention_norm(hidden), positions, real, layer)
         added: Tensor = self.down(F.gelu(self.up(self.mlp_norm(hidden))))
@@ -270,7 +277,7 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemoryMatrixConfig) -> None:
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(MatrixBlock(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(MatrixBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -344,7 +351,7 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
         seen, tokens = cache.get_seq_length(), input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
-        real = torch.ones_like(input_ids, dtype=torch.bool)
+        real = None
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens:
                 raise ModelError(

@@ -168,8 +168,8 @@ def filled(rows=2):
         layer.begin(torch.randn(rows, 1, SLOTS, WIDTH, generator=draw))
         touched = torch.rand(rows, 1, 5, SLOTS, generator=draw)
         layer.advance(layer.matrix + 1, touched, touched)
-        layer.keys = layer.values = torch.randn(rows, 2, 3, 4, generator=draw)
-        layer.real, layer.tail, layer.seen = torch.ones(rows, 3, dtype=torch.bool), torch.randn(rows, 1, 8), 5
+        layer.window_keys = layer.window_values = torch.randn(rows, 2, 3, 4, generator=draw)
+        layer.window_real, layer.tail, layer.seen = torch.ones(rows, 3, dtype=torch.bool), torch.randn(rows, 1, 8), 5
     return cache
 
 
@@ -214,10 +214,12 @@ def test_what_is_saved_is_checked_when_it_is_read():
         ("seen", torch.tensor(-1), "no count"),
         ("0.matrix", None, "missing"),
         ("0.matrix", torch.zeros(2, 1, SLOTS + 1, WIDTH), "shape"),
+        ("0.matrix", torch.zeros(3, 1, SLOTS, WIDTH), "instead of"),
+        ("0.window_real", None, "missing"),
         ("1.frequency", torch.full((2, 1, SLOTS), torch.nan), "no number"),
-        ("1.real", torch.ones(2, 3), "float32"),
-        ("5.real", torch.ones(2, 3), "no layer"),
-        ("0.keys", torch.zeros(2, 2, 9, 4), "after 5 tokens"),
+        ("1.window_real", torch.ones(2, 3), "float32"),
+        ("5.window_real", torch.ones(2, 3), "no layer"),
+        ("0.window_keys", torch.zeros(2, 2, 9, 4), "after 5 tokens"),
         ("1.tail", torch.zeros(3, 1, 8), "instead of"),
     ):
         broken = {key: value for key, value in {**saved, name: wrong}.items() if value is not None}
