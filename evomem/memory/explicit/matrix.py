@@ -111,6 +111,11 @@ class MatrixLayer(CacheLayerMixin):
         self.last_read = latest(self.last_read, reads, self.seen)
         self.last_written = latest(self.last_written, writes.clamp(max=1), self.seen)
 
+    def finish(self, tokens: int) -> None:
+        """Note that a chunk of so many tokens has been read."""
+        self.seen += tokens
+        self.is_initialized = True
+
     @property
     def recency(self) -> Tensor:
         """(batch, heads, slots) fp32, steps since the last read; ``seen`` for a slot that was never read."""
@@ -219,6 +224,10 @@ class MatrixCache(Cache):
             named |= {f"{index}.{name}": tensor for name, tensor in layer.tensors().items()}
         return named
 
+    def by_block(self, batch: int) -> list[MatrixLayer]:
+        """Return what every layer of the model reads and writes."""
+        return self.layers
+
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], layers: int) -> Self:
         """Return the cache that `tensors` describe; it goes on, to the bit, as the one that they were taken of.
@@ -233,12 +242,9 @@ class MatrixCache(Cache):
             raise CacheError(
                 "saved memory matrices: 'seen' is no count of tokens; the file is damaged or something else"
             )
-        for index, layer in enumerate(cache.layers):
+        for index in range(layers):
             parts = {name: rest.pop(f"{index}.{name}") for name in TENSORS if f"{index}.{name}" in rest}
-            _check(index, parts, int(seen))
-            for name, part in parts.items():
-                setattr(layer, name, part)
-            layer.seen, layer.is_initialized = int(seen), bool(parts)
+            cache.layers[index] = layer_of(index, parts, int(seen))
         if rest:
             raise CacheError(
                 f"saved memory matrices: {min(rest)!r} belongs to no layer of this model, which has {layers}; load it "
@@ -247,6 +253,16 @@ class MatrixCache(Cache):
         if len({len(layer.window_keys) for layer in cache.layers if layer.window_keys is not None}) > 1:
             raise CacheError("saved memory matrices: the layers have differently many rows; the file is damaged")
         return cache
+
+
+def layer_of(index: int, parts: Mapping[str, Tensor], seen: int) -> MatrixLayer:
+    """Return layer ``index`` with these tensors after ``seen`` tokens; raises `CacheError` where they do not fit."""
+    _check(index, parts, seen)
+    layer = MatrixLayer()
+    for name, part in parts.items():
+        setattr(layer, name, part)
+    layer.seen, layer.is_initialized = seen, bool(parts)
+    return layer
 
 
 def _check(index: int, parts: Mapping[str, Tensor], seen: int) -> None:
