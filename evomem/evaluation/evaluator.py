@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evomem.devices import devices_of, stacked
-from evomem.errors import TaskError, UnsupportedModelError
+from evomem.errors import ConfigError, TaskError, UnsupportedModelError
 from evomem.evaluation.byte_meter import Meter, head_memory
 from evomem.evaluation.future import FutureAttention, KnownSamples
 from evomem.evaluation.likelihood import mean_loglik
@@ -23,6 +23,7 @@ from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.managers.allocation.probed import on_model
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
+from evomem.memory.kv.attach import has_own_memory
 from evomem.memory.kv.due import check_heads, decisions, turns
 from evomem.memory.kv.parallel import degree
 from evomem.memory.kv.policy import CachePolicy
@@ -171,6 +172,12 @@ class Evaluator:
         return self.store.get(key, lambda: self._read(tokens, observes))
 
     def _read(self, tokens: Tensor, observes: frozenset[str]) -> Reading:
+        if has_own_memory(self.loaded.model):
+            raise ConfigError(
+                f"model {self.loaded.name!r} has a memory of its own, about which managers decide while it reads: what "
+                "it reads depends on what was kept, and is not read once for all; give --protocol streaming:1 (in an "
+                "experiment protocol: {kind: streaming, every: 1}), or a larger number of tokens between decisions"
+            )
         with attached(self.loaded.model):
             cache = SlotCache.for_model(self.loaded.model, Recording(observes))
             cache.decides_after_forward = False

@@ -294,7 +294,13 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
     def new_cache(self, model: PreTrainedModel) -> SlotCache:
         """Return an empty cache for further sequences; ``model`` must be attached while it is used."""
         from evomem.memory import SlotCache  # needs transformers; scoring another engine's tensors does not
+        from evomem.memory.kv.attach import has_own_memory
 
+        if has_own_memory(model) and self.schedule.every is None:
+            raise ConfigError(
+                f"manager {self.name!r}: every: None, and {type(model).__name__} has a memory of its own, about which "
+                "managers decide while it reads; give the tokens between decisions: every=1, or more"
+            )
         return SlotCache.for_model(model, policy=self)
 
     def with_options(self, **changes: Any) -> Self:

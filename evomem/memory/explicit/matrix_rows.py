@@ -196,6 +196,10 @@ class MatrixRowsCache(ExplicitCache):
                 "it and read the text again"
             )
 
+    def require_finished(self) -> None:
+        """Raise `CacheError` when the last pass was cut short; asked where a block of ``manager.attach`` ends."""
+        self.require_whole()
+
     # ---- what there is besides the layers that are decided about --------------------------------------------------
 
     def reset(self) -> None:

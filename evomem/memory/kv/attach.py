@@ -31,6 +31,14 @@ UNMANAGEABLE = {
 """Attention classes that look like any other and do not do what a slot needs, with the reason."""
 
 
+def has_own_memory(model: PreTrainedModel) -> bool:
+    """Whether a model has a memory of its own that managers decide about, in a cache that it makes itself.
+
+    It has a method ``decided_cache(policy)``, and tells `evomem.memory.kv.switch.note_pass` of its forward passes.
+    """
+    return hasattr(model, "decided_cache")
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder's self-attention modules in layer order: those that carry a ``layer_idx``."""
     named = {
@@ -159,6 +167,11 @@ def attached(model: PreTrainedModel, *, self_check: bool = True) -> Iterator[Usa
     from evomem.memory.kv.model_mask import slots_mask
     from evomem.memory.kv.self_check import self_check as check_computes_the_same
 
+    if has_own_memory(model):  # reads and writes its cache by itself: nothing to switch, only to count
+        with switched(_configurations(model), IMPLEMENTATION) as usage:
+            yield usage
+            usage.require_finished()
+        return
     check_supported(model)
     configurations = _configurations(model)
     _mend_copied(model, configurations)

@@ -28,6 +28,7 @@ from evomem.memory.explicit.matrix_rows import MatrixRowsCache
 from evomem.memory.explicit.matrix_rules import check_rule
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
+from evomem.memory.kv.switch import note_pass
 from evomem.models.architectures.memory_matrix_layers import MatrixBlock, RowMemory, WindowAttention
 
 
@@ -203,6 +204,7 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
             )
         cache = self.new_cache() if past_key_values is None else past_key_values
         cache.require_whole()
+        note_pass(self, cache if isinstance(cache, MatrixRowsCache) else None)  # type: ignore[arg-type]
         (batch, tokens), seen = input_ids.shape, cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
