@@ -103,7 +103,7 @@ RECIPES["memory-matrix"] = Recipe(
     },
     tasks=(FEW,),
     tokens=(1024, 1024),
-    lengths=(32, 64, 128, 256),
+    lengths=(64, 128, 256),
     learning_rate=7e-4,
     warmup=30,
     decay=100,

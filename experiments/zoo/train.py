@@ -27,6 +27,12 @@ SAVED_EVERY = 60.0
 """Seconds between two states on disk."""
 REMEMBERED = 0.9
 """What the running accuracy keeps of its past at each step."""
+SHARES = {"wpe": 0.1, "memory.store": 10.0}
+"""Share of the learning rate that parameters get, by a part of their name.
+
+A learned position is met in few batches; at the full rate Adam's momentum would make noise of it. What a memory matrix
+stores is a decision of one number a token, which has to be found before anything else can be learnt.
+"""
 REVIEW = 0.25
 """Share of the steps with the lessons of an earlier stage, so that nothing is unlearnt."""
 
@@ -69,10 +75,10 @@ class Training:
         self.seed = seed
         self.lessons = Lessons(seed, recipe.tasks)
         self.model = new_model(recipe, self.lessons.tokenizer, seed).train()
-        # A learned position is met in few batches; at the full rate Adam's momentum would make noise of it.
-        groups: list[dict[str, Any]] = [{"params": [], "share": share} for share in (1.0, 0.1)]
+        groups: list[dict[str, Any]] = [{"params": [], "share": share} for share in (1.0, *SHARES.values())]
         for name, parameter in self.model.named_parameters():
-            groups["wpe" in name]["params"].append(parameter)
+            number = next((n for n, part in enumerate(SHARES, 1) if part in name), 0)
+            groups[number]["params"].append(parameter)
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98))
         self.progress = Progress(accuracy=dict.fromkeys(self.lessons.kinds, 0.0))
 
