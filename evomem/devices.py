@@ -61,8 +61,8 @@ def chosen_device(name: torch.device | str | None) -> torch.device:
 
 def devices_of(module: nn.Module) -> list[torch.device]:
     """Return the devices that a model's weights lie on, sorted by name; those that are not in memory do not count."""
-    found = {parameter.device for parameter in module.parameters()}
-    return sorted((device for device in found if device.type != "meta"), key=str) or [CPU]
+    devices = {parameter.device for parameter in module.parameters()}
+    return sorted((device for device in devices if device.type != "meta"), key=str) or [CPU]
 
 
 def kind_of(devices: Iterable[torch.device]) -> str:
@@ -136,18 +136,18 @@ def let_go(error: BaseException) -> None:
 
 def _free_host() -> int | None:
     """Return the machine's available memory, within the limit of the control group that this process is in."""
-    found = []
+    limits = []
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+        limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
     with suppress(OSError, ValueError):  # version 2; "max" where there is no limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        found.append(max(0, limit))
-    if not found:
+        limits.append(max(0, limit))
+    if not limits:
         with suppress(OSError, ValueError, AttributeError):
-            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found) if found else None
+            limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits) if limits else None
 
 
 _DEVICE = ("out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")

@@ -74,19 +74,19 @@ def installed(package: str) -> bool:
 def find_namesake() -> Distribution | None:
     """Return the distribution of the other project called ``evomem`` if it is installed in this environment."""
     try:
-        found = distribution(NAMESAKE)
+        namesake = distribution(NAMESAKE)
     except PackageNotFoundError:
         return None
-    ours = any(point.value == "evomem.cli.app:main" for point in found.entry_points)  # under the name it had before
-    return None if ours else found
+    ours = any(point.value == "evomem.cli.app:main" for point in namesake.entry_points)  # under the name it had before
+    return None if ours else namesake
 
 
 def warn_of_namesake() -> None:
     """Warn if the other project called ``evomem`` is installed too: its files and ours overwrite each other."""
-    found = find_namesake()
-    if found is not None:
+    other = find_namesake()
+    if other is not None:
         warnings.warn(
-            f"another project's package {NAMESAKE} {found.version} is installed in {found.locate_file('')}. It has the "
+            f"another project's package {NAMESAKE} {other.version} is installed in {other.locate_file('')}. It has the "
             f"import name of {DISTRIBUTION}, and the files of the two overwrite each other. Run: pip uninstall "
             f"{NAMESAKE}; then install {DISTRIBUTION} again",
             stacklevel=3,

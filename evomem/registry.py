@@ -90,13 +90,13 @@ class Registry(Generic[T]):
         """Import what another package offers; its decorator registers it."""
         package = point.dist.name if point.dist is not None else "another package"
         try:
-            found = point.load()
+            offered_class = point.load()
         except Exception as error:  # whatever that package does when it is imported
             raise ConfigError(
                 f"{self.kind} {point.name!r} of {package} cannot be imported from {point.value!r}: "
                 f"{type(error).__name__}: {error}. Update or uninstall {package}"
             ) from error
-        if self._classes.get(point.name) is not found:
+        if self._classes.get(point.name) is not offered_class:
             raise ConfigError(
                 f"{self.kind} {point.name!r} of {package}: {point.value!r} is no {self.kind} registered as "
                 f"{point.name!r}; its class needs the decorator @register({point.name!r})"
@@ -104,10 +104,10 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Return every name that `get` accepts, sorted."""
-        found = set(self._classes)
+        names = set(self._classes)
         if self.group is not None:
-            found.update(point.name for point in offered(self.group))
-        return sorted(found)
+            names.update(point.name for point in offered(self.group))
+        return sorted(names)
 
     def __contains__(self, name: object) -> bool:
         return name in self._classes or name in self.names()

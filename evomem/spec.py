@@ -209,9 +209,9 @@ class _Parser:
         return self.tokens[self.at][:2] == ("mark", mark)
 
     def accept(self, mark: str) -> bool:
-        found = self.next_is(mark)
-        self.at += found
-        return found
+        accepted = self.next_is(mark)
+        self.at += accepted
+        return accepted
 
     def open(self, mark: str) -> None:
         self.expect(mark)
@@ -220,9 +220,9 @@ class _Parser:
             self.fail(f"more than {DEPTH} brackets inside each other")
 
     def close(self, mark: str) -> bool:
-        found = self.accept(mark)
-        self.depth -= found
-        return found
+        closed = self.accept(mark)
+        self.depth -= closed
+        return closed
 
     def expect(self, mark: str) -> None:
         if not self.accept(mark):

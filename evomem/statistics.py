@@ -55,11 +55,11 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # of a degenerate distribution: the next method is the answer to it
-            found = bootstrap(
+            bounds = bootstrap(
                 (data,), np.mean, confidence_level=level, n_resamples=resamples, method=method, batch=1000,
                 random_state=np.random.default_rng(seed),
             ).confidence_interval  # fmt: skip
-        low, high = float(found.low), float(found.high)
+        low, high = float(bounds.low), float(bounds.high)
         if math.isfinite(low) and math.isfinite(high):
             break
     return Interval(mean, low, high)

@@ -164,19 +164,19 @@ def _keys_at(model: type[BaseModel], location: list[str]) -> set[str]:
     """Return the keys that are valid at a location of a (nested) model."""
     models: list[type[BaseModel]] = [model]
     for part in location:
-        found: list[type[BaseModel]] = []
+        inner: list[type[BaseModel]] = []
         for candidate in models:
             if part in candidate.model_fields:
-                found += _models_in(candidate.model_fields[part].annotation)
+                inner += _models_in(candidate.model_fields[part].annotation)
         # list indices and the tags of unions are parts of a location too, and change nothing here
-        models = found or models
+        models = inner or models
     return {key for candidate in models for key in candidate.model_fields}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [found for part in typing.get_args(annotation) for found in _models_in(part)]
+    return [model for part in typing.get_args(annotation) for model in _models_in(part)]
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:

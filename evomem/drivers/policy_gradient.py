@@ -236,16 +236,16 @@ def _diagnostics(
     ``gradient_noise`` is the standard error of the gradient, ``signal_to_noise`` what of the norm is not noise against
     it; ``kl`` and ``entropy`` are nats per random choice, estimated from the rollouts.
     """
-    found = {"gradient_norm": norm, "learning_rate": rate}
+    diagnostics = {"gradient_norm": norm, "learning_rate": rate}
     if math.isfinite(variance):
         signal = max(0.0, norm**2 - variance)
-        found["gradient_noise"] = math.sqrt(variance)
-        found["signal_to_noise"] = math.sqrt(signal / variance) if variance > 0 else math.inf
+        diagnostics["gradient_noise"] = math.sqrt(variance)
+        diagnostics["signal_to_noise"] = math.sqrt(signal / variance) if variance > 0 else math.inf
     choices = sum(step.choices for step in steps)
     if choices:
         likely = sum(step.log_prob for step in steps)
-        found["entropy"] = -likely / choices
-        found["clipped"] = sum(step.clipped for step in steps) / len(steps)
+        diagnostics["entropy"] = -likely / choices
+        diagnostics["clipped"] = sum(step.clipped for step in steps) / len(steps)
         if reference:
-            found["kl"] = (likely - sum(step.reference for step in steps)) / choices
-    return found
+            diagnostics["kl"] = (likely - sum(step.reference for step in steps)) / choices
+    return diagnostics

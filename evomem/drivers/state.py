@@ -96,8 +96,8 @@ class _Snapshot:
 
     def _object(self, value: Any) -> dict[str, Any]:
         attributes = {name: part for name, part in vars(value).items() if name not in self._skip}
-        found = {"is": "object", "class": _name(type(value)), "value": self._pairs(attributes)}
-        return {**found, "items": self._pairs(value)} if isinstance(value, dict) else found
+        described = {"is": "object", "class": _name(type(value)), "value": self._pairs(attributes)}
+        return {**described, "items": self._pairs(value)} if isinstance(value, dict) else described
 
     def _pairs(self, values: Mapping[Any, Any]) -> list[Any]:
         return [[self.take(key), self.take(part)] for key, part in values.items()]

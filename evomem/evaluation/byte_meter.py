@@ -47,11 +47,11 @@ class Meter:
         """
         by_layer = []
         for layer in cache.layers:
-            held = layer.bytes_by_head().double().cpu()
+            sizes = layer.bytes_by_head().double().cpu()
             if layer.fades:
                 cost = layer.counts().cpu() * torch.float32.itemsize
-                held = held - torch.where(self._policy.fades(layer.index)[:, None], 0, cost)
-            by_layer.append(held)
+                sizes = sizes - torch.where(self._policy.fades(layer.index)[:, None], 0, cost)
+            by_layer.append(sizes)
         return by_layer
 
     def add(self, before: Tensor, after: Tensor, tokens: int) -> None:
@@ -68,8 +68,8 @@ class Meter:
 
 def head_memory(cache: SlotCache, meter: Meter) -> list[dict[str, float | Table]]:
     """Return what every row holds now by layer and KV head: its values ``head_slots`` and ``head_bytes``."""
-    slots = [held.tolist() for held in cache.slots_held()]
-    sizes = [held.tolist() for held in meter.bytes_by_head(cache)]
+    slots = [layer.tolist() for layer in cache.slots_held()]
+    sizes = [layer.tolist() for layer in meter.bytes_by_head(cache)]
     return [{"head_slots": _of_row(slots, row), "head_bytes": _of_row(sizes, row)} for row in range(len(slots[0]))]
 
 

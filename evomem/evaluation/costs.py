@@ -96,10 +96,10 @@ def ranking_costs(
         pairs = [_scored(manager, context, how, gradient=gradient) for manager in managers]
         tables, steps = [table for table, _ in pairs], [step for _, step in pairs]
     seconds = (time.perf_counter() - begin) / len(managers)
-    found = []
+    evaluations = []
     for number, manager in enumerate(managers):
         slots, size = _sizes(manager, context)
-        found.append(
+        evaluations.append(
             Evaluation(
                 sample=sample.id,
                 values=_values(tables[number], _oracle(manager, context) if oracle else {}),
@@ -111,7 +111,7 @@ def ranking_costs(
                 steps=(steps[number],) if gradient else None,
             )
         )
-    return found
+    return evaluations
 
 
 @register_measure("ranking_cost")
@@ -283,14 +283,16 @@ def _sizes(manager: MemoryManager, context: KnownContext) -> tuple[float, float 
 
 
 def _oracle(manager: MemoryManager, context: KnownContext) -> Mapping[str, float]:
-    found: dict[str, list[Tensor]] = {name: [] for name in ORACLE}
+    values: dict[str, list[Tensor]] = {name: [] for name in ORACLE}
     module = _Score(manager)
     decisions = manager.decide_all(context.views)
     for layer, (view, ends_within) in enumerate(zip(context.views, _ends_within(manager, context.views), strict=True)):
         scores, future = module(view, ends_within), context.future.peak[layer]
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         keep = decisions[layer].keep
-        found["rank_correlation"].append(against.rank_correlation(scores, future, view.valid))
-        found["good_decisions"].append(against.good_decision_ratio(keep, context.future.next_use[layer], view.valid))
-        found["sorted_cost"].append(plackett_luce.trace_cost(future, order))
-    return {name: float(torch.cat([part.flatten().cpu() for part in parts]).nanmean()) for name, parts in found.items()}
+        values["rank_correlation"].append(against.rank_correlation(scores, future, view.valid))
+        values["good_decisions"].append(against.good_decision_ratio(keep, context.future.next_use[layer], view.valid))
+        values["sorted_cost"].append(plackett_luce.trace_cost(future, order))
+    return {
+        name: float(torch.cat([part.flatten().cpu() for part in parts]).nanmean()) for name, parts in values.items()
+    }

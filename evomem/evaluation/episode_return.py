@@ -82,7 +82,7 @@ def rollout(
             unread = [model.config.first_action + actions[-1]]
             total += float(reward)
             over = terminated or truncated
-    slots = float(stacked([held.float().mean() for held in cache.slots_held()]).mean())
+    slots = float(stacked([counts.float().mean() for counts in cache.slots_held()]).mean())
     return Rollout(total, tuple(actions), cache.bytes_peak, cache.bytes_mean, slots)
 
 

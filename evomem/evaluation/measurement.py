@@ -277,10 +277,10 @@ class Evaluation:
         taken = sorted(_FIELDS & self.values.keys())
         if taken:
             raise ConfigError(f"evaluation: {taken[0]!r} is a field of every evaluation; give the value another name")
-        found = {"sample": self.sample, **self.values}
+        record = {"sample": self.sample, **self.values}
         numbers = {name: getattr(self, name) for name in ("slots", "bytes_peak", "bytes_mean", "tokens", "seconds")}
-        found |= {name: value for name, value in numbers.items() if value is not None}
-        return found if self.steps is None else {**found, "steps": [step.to_json() for step in self.steps]}
+        record |= {name: value for name, value in numbers.items() if value is not None}
+        return record if self.steps is None else {**record, "steps": [step.to_json() for step in self.steps]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], measurement: Measurement = LOGLIK) -> Self:

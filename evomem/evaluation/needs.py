@@ -179,15 +179,15 @@ def require(needs: Needs, *, check: bool = True, say: Callable[[str], None] = la
 
 def free_memory() -> int | None:
     """Return the bytes of memory that are available, within the limit of a control group; None if unknown."""
-    found = []
+    limits = []
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(1024 * int(line.split()[1]))
+                limits.append(1024 * int(line.split()[1]))
     with suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(found)) if found else None
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(limits)) if limits else None
 
 
 def free_disk(folder: Path) -> int | None:

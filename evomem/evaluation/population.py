@@ -162,11 +162,11 @@ class PopulationPolicy:
         for number, group in enumerate(self.groups):
             with full_precision(views[0].keys):
                 if all_layers and group.template.whole_model:
-                    found = _decide(self._groups_on(views[0].slots.device)[number], views, all_layers=True)
+                    made = _decide(self._groups_on(views[0].slots.device)[number], views, all_layers=True)
                 else:
                     placed = [self._groups_on(view.slots.device)[number] for view in views]
-                    found = [_decide(own, [view], all_layers=False)[0] for own, view in zip(placed, views, strict=True)]
-            for layer, part in zip(parts, found, strict=True):
+                    made = [_decide(own, [view], all_layers=False)[0] for own, view in zip(placed, views, strict=True)]
+            for layer, part in zip(parts, made, strict=True):
                 layer.append(part)
         return [self._merged(view, layer) for view, layer in zip(views, parts, strict=True)]
 

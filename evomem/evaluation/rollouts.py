@@ -203,11 +203,11 @@ class RolloutPolicy:
 
     def steps(self, rollout: int) -> tuple[Step, ...]:
         """Return the decisions of one rollout."""
-        found = []
+        steps = []
         for totals in self.decisions:
             total, count = totals.rewards[:, rollout].tolist()
             own = self.behaviour is None
-            found.append(
+            steps.append(
                 Step(
                     gradient=Step.pack(totals.gradient[rollout].numpy()),
                     lower=b"" if own else Step.pack(totals.lower[rollout].numpy()),
@@ -218,7 +218,7 @@ class RolloutPolicy:
                     clipped=min(1.0, float(totals.clipped[rollout]) / max(1, int(totals.choices[rollout]))),
                 )
             )
-        return tuple(found)
+        return tuple(steps)
 
     def _learn(self, number: int, view: LayerView, action: Action) -> None:
         rows = DrawnRows(view, action, self.size)
@@ -297,8 +297,8 @@ class DrawnRows:
         ) -> tuple[Tensor, Tensor]:
             seen = self.view if tensors is None else self._row(tensors)
             drawn = Action(**{name: part[None] for name, part in action.items()})
-            found: Tensor = functional_call(module, parameters, (seen, drawn))[0]
-            return (found * weight).sum(), found.sum(-1)
+            log_probs: Tensor = functional_call(module, parameters, (seen, drawn))[0]
+            return (log_probs * weight).sum(), log_probs.sum(-1)
 
         over = None if self.shared else 0
         gradients, log_prob = vmap(grad(weighted, has_aux=True), in_dims=(None, over, 0, 0), randomness="error")(

@@ -166,8 +166,8 @@ def _scorer_digest(manager: MemoryManager) -> ScorerDigest | None:
 def _curve(manager: MemoryManager, view: LayerView, peak: Tensor, knots: Tensor) -> Tensor:
     """Return one layer's curves at the knots: (heads, points + 1) float64 on the processor."""
     judgement = manager.judge(view)
-    may_stay = manager.rule.held(view, judgement.stored)
-    worth = torch.where(may_stay, peak.to(may_stay.device), 0.0).double()
+    candidates = manager.rule.candidates(view, judgement.stored)
+    worth = torch.where(candidates, peak.to(candidates.device), 0.0).double()
     slots = worth.shape[-1]
     floor = min(manager.ends.floor, slots)
     at = floor + knots * (slots - floor)
@@ -178,13 +178,13 @@ def _curve(manager: MemoryManager, view: LayerView, peak: Tensor, knots: Tensor)
     if manager.ends.by_share or type(manager).score_within is not MemoryManager.score_within:
         # No ranking has the slots of every count as its beginning.
         columns = []
-        for n in counts.to(may_stay.device)[:, None, None, None]:
-            marked = manager.ends.mark(manager.score_within(view, n).float(), view, may_stay, n)
+        for n in counts.to(candidates.device)[:, None, None, None]:
+            marked = manager.ends.mark(manager.score_within(view, n).float(), view, candidates, n)
             columns.append((worth * best(marked, n)).sum(-1)[0].cpu())
         reached = torch.stack(columns, 1)
     else:
         everything = torch.full_like(view.start[:, None, None], view.seen)
-        marked = manager.ends.mark(judgement.scores, view, may_stay, everything)
+        marked = manager.ends.mark(judgement.scores, view, candidates, everything)
         order = torch.sort(marked, dim=-1, descending=True, stable=True).indices
         sums = worth.gather(-1, order)[0].cpu().cumsum(-1)
         reached = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)[:, counts]

@@ -97,15 +97,15 @@ class LineChecks:
 
     def problems(self) -> list[str]:
         """Return what is wrong with the file, in words; nothing if all is as it was written."""
-        found = []
+        problems = []
         if self.damaged:
-            found.append(f"{_lines(self.damaged)} damaged and left out")
+            problems.append(f"{_lines(self.damaged)} damaged and left out")
         missing = len(self.skipped) - len(self.damaged)
         if missing > 0:
-            found.append(f"{missing} of its lines missing, the first near line {min(self.skipped)}")
+            problems.append(f"{missing} of its lines missing, the first near line {min(self.skipped)}")
         if self.misplaced:
-            found.append(f"{_lines(self.misplaced)} there twice or in another place, and counts once")
-        return found
+            problems.append(f"{_lines(self.misplaced)} there twice or in another place, and counts once")
+        return problems
 
 
 def _lines(numbers: list[int]) -> str:

@@ -82,13 +82,13 @@ def parse_strict(text: str) -> Any:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in mapping:
             raise NotStrictError(f"{shown(name)}: is given twice")
         _check_text(name)
-        found[name] = value
-    return found
+        mapping[name] = value
+    return mapping
 
 
 def _check_text(text: str) -> None:

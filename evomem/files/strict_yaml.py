@@ -121,15 +121,15 @@ def _refuse(node: yaml.Node, text: str) -> yaml.YAMLError:
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    found: dict[Hashable, Any] = {}
+    mapping: dict[Hashable, Any] = {}
     for name, value in node.value:
         key = loader.construct_object(name, deep=True)
         if not isinstance(key, str | int | float | bool | None):
             raise _refuse(name, "a key is a text or a number")
-        if key in found:
+        if key in mapping:
             raise _refuse(node, f"key {shown(key)!r} is given twice")
-        found[key] = loader.construct_object(value, deep=True)
-    return found
+        mapping[key] = loader.construct_object(value, deep=True)
+    return mapping
 
 
 def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:

@@ -66,9 +66,9 @@ class Rule:
         ------
         ConfigError : the allocation needs every layer's view, see `decide_all`.
         """
-        held = self.held(view, judgement.stored)
+        candidates = self.candidates(view, judgement.stored)
         if isinstance(self.allocation, EmergentAllocation):
-            kept = self.allocation.keep(judgement.scores, view, held, self.ends, self.budget)
+            kept = self.allocation.keep(judgement.scores, view, candidates, self.ends, self.budget)
             return Decision(kept, judgement.decay)
         evicted: Tensor | None = None
         if self.counts_evicted(judgement.shares):
@@ -76,9 +76,9 @@ class Rule:
             n, evicted = layers[view.layer], evicted_after(view, layers)
         else:
             n = self.layer_limit(view, judgement.shares)
-        marked = self.ends.mark(judgement.scores, view, held, n)
-        limits = self._by_layer().head_limits(marked, view, held, n)
-        return Decision(_kept(marked, limits, held), judgement.decay, evicted)
+        marked = self.ends.mark(judgement.scores, view, candidates, n)
+        limits = self._by_layer().head_limits(marked, view, candidates, n)
+        return Decision(_kept(marked, limits, candidates), judgement.decay, evicted)
 
     def decide_all(
         self,
@@ -96,9 +96,9 @@ class Rule:
         decisions = []
         layers = zip(judgements, views, limits, self.ends_within(limits, views), strict=True)
         for judgement, view, n, ends_within in layers:
-            may_stay = self.held(view, judgement.stored)
-            marked = self.ends.mark(judgement.scores, view, may_stay, ends_within)
-            decisions.append(Decision(_kept(marked, n, may_stay), judgement.decay))
+            candidates = self.candidates(view, judgement.stored)
+            marked = self.ends.mark(judgement.scores, view, candidates, ends_within)
+            decisions.append(Decision(_kept(marked, n, candidates), judgement.decay))
         return decisions
 
     def head_limits(self, judgements: Sequence[Judgement], views: Sequence[LayerView]) -> list[Tensor]:
@@ -109,7 +109,7 @@ class Rule:
             return means
         # A score of -inf is one like others here: it must not read as a slot that may not stay.
         scores = [
-            torch.where(self.held(view, judgement.stored), finite(judgement.scores), -torch.inf)
+            torch.where(self.candidates(view, judgement.stored), finite(judgement.scores), -torch.inf)
             for judgement, view in zip(judgements, views, strict=True)
         ]
         return self._by_model().limits(views, means, scores, self.ends, judgements[0].shares)
@@ -119,7 +119,7 @@ class Rule:
         means = (slots_of_budget(self.budget, view) for view in views)
         return [self._by_model().ends_within(n, mean) for n, mean in zip(limits, means, strict=True)]
 
-    def held(self, view: LayerView, stored: Tensor | None) -> Tensor:
+    def candidates(self, view: LayerView, stored: Tensor | None) -> Tensor:
         """Slots that may stay, those with a token that was not refused: (batch, kv_heads, slots) bool."""
         return view.valid if stored is None else view.valid & (stored | ~arrived(view))
 
@@ -172,11 +172,11 @@ class Rule:
         ConfigError : there is a budget, and the heads' numbers of slots depend on the scores, or on all layers.
         """
         self.require_rankings()
-        held = self.held(view, stored)
+        candidates = self.candidates(view, stored)
         n = self.layer_limit(view, shares)
-        safe = held & self.ends.safe(view, n)
+        safe = candidates & self.ends.safe(view, n)
         picks = (n - safe.sum(-1, keepdim=True)).clamp(min=0)[..., 0]
-        return torch.where(held & ~safe, scores, -torch.inf), picks
+        return torch.where(candidates & ~safe, scores, -torch.inf), picks
 
     def require_rankings(self) -> None:
         """Raise `ConfigError` unless rankings can be drawn, see `open`."""
@@ -214,8 +214,8 @@ def evicted_after(view: LayerView, limits: Tensor) -> Tensor:
     return gone if view.evicted is None else torch.maximum(gone, view.evicted)
 
 
-def _kept(marked: Tensor, limits: Tensor, held: Tensor) -> Tensor:
-    """Keep the first of every head: marked, held (batch, kv_heads, slots), limits (batch, kv_heads or 1, 1)."""
+def _kept(marked: Tensor, limits: Tensor, candidates: Tensor) -> Tensor:
+    """Keep the first of every head: marked, candidates (batch, kv_heads, slots), limits (batch, kv_heads or 1, 1)."""
     if limits.shape[0] > marked.shape[0]:
         marked = marked.expand(limits.shape[0], *marked.shape[1:])
-    return best(marked, limits) & held
+    return best(marked, limits) & candidates

@@ -35,9 +35,9 @@ class Alias:
         if spec is None:
             return None
         for location in spec.submodule_search_locations or ():
-            found = sorted(Path(location).glob(self.pattern))
-            if found:
-                return found[0]
+            places = sorted(Path(location).glob(self.pattern))
+            if places:
+                return places[0]
         return None
 
 

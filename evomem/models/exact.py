@@ -95,11 +95,11 @@ def _header(path: Path) -> Shapes:
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
-    return found
+    return mapping
 
 
 def check_types(folder: Path, config: Mapping[str, Any]) -> None:
@@ -197,8 +197,8 @@ def check_report(where: str, model: Any, report: Mapping[str, Any], shapes: Shap
         lines.append(f"missing in the files, would be random: {_listed(missing)}")
     if unexpected:
         lines.append(f"in the files, the model has no place for it: {_listed(unexpected)}")
-    for name, found, expected in sorted(report["mismatched_keys"]):
-        lines.append(f"of another shape: {name} is {tuple(found)} in the files and {tuple(expected)} in the model")
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        lines.append(f"of another shape: {name} is {tuple(stored)} in the files and {tuple(expected)} in the model")
     prefix = f"{model.base_model_prefix}."
     twice = [name for name in shapes if prefix + name in shapes and not {name, prefix + name} <= kept.keys()]
     if twice:
@@ -233,8 +233,8 @@ def _layers(model: Any, shapes: Shapes) -> str:
 
 def _layers_of(shapes: Shapes) -> int:
     """Return how many layers the names of weights count; 0 where they count none."""
-    found = (re.search(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d{1,6})\.", name) for name in shapes)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    matches = (re.search(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d{1,6})\.", name) for name in shapes)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def check_numbers(where: str, model: torch.nn.Module, files: Iterable[Path] = ()) -> None:
@@ -299,7 +299,7 @@ def _listed(names: Iterable[str]) -> str:
         groups.setdefault(re.sub(r"\d+", "*", name, count=1), []).append(name)
     shown = []
     for pattern, members in groups.items():
-        numbers = [found[0] for member in members if (found := re.search(r"\d+", member))]
+        numbers = [number[0] for member in members if (number := re.search(r"\d+", member))]
         many = ", ".join(numbers[:4]) + (f", … {numbers[-1]}" if len(numbers) > 4 else "")
         shown.append(members[0] if len(members) == 1 else pattern.replace("*", f"{{{many}}}", 1))
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""

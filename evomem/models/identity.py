@@ -54,7 +54,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def _weights(model: PreTrainedModel) -> dict[str, str]:
     named = list(model.named_parameters())
     chosen = [named[at * len(named) // PARAMETERS] for at in range(PARAMETERS)] if len(named) > PARAMETERS else named
-    found = {}
+    digests = {}
     for name, parameter in chosen:
         if parameter.is_meta or not parameter.numel():
             continue
@@ -63,5 +63,5 @@ def _weights(model: PreTrainedModel) -> dict[str, str]:
             places = [at * (flat.numel() - 1) // (SAMPLE - 1) for at in range(SAMPLE)]
             sample = flat[torch.tensor(places, device=flat.device)].cpu().contiguous().view(torch.uint8)
             content = sample.numpy().tobytes() + str(tuple(parameter.shape)).encode()
-            found[name] = hashlib.sha256(content).hexdigest()[:16]
-    return found
+            digests[name] = hashlib.sha256(content).hexdigest()[:16]
+    return digests

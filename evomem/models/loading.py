@@ -71,8 +71,8 @@ class LoadedModel:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """How the weights are quantised, as the model's configuration says it; None: they are not."""
-        found: Any = getattr(self.model.config, "quantization_config", None)
-        return None if found is None else dict(found if isinstance(found, Mapping) else found.to_dict())
+        config: Any = getattr(self.model.config, "quantization_config", None)
+        return None if config is None else dict(config if isinstance(config, Mapping) else config.to_dict())
 
 
 def load(
@@ -138,11 +138,11 @@ def load(
             config = AutoConfig.from_pretrained(folder, **safe)
             with nothing_random(where, accelerators="device_map" in options):
                 read: Any = AutoModelForCausalLM.from_pretrained
-                model, found = read(
+                model, report_of_weights = read(
                     folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True,
                     ignore_mismatched_sizes=True, **safe, **options,
                 )  # fmt: skip
-                check_report(where, model, found, shapes)
+                check_report(where, model, report_of_weights, shapes)
             tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
     except ModelError:
         raise
@@ -183,10 +183,10 @@ def dtype_of(name: torch.dtype | str | None, accelerated: bool = False) -> torch
         return "auto" if accelerated else torch.float32
     if name == "auto":
         return "auto"
-    found = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype {str(name)!r}: is none for weights; write float32, bfloat16, float16, or auto")
-    return found
+    return dtype
 
 
 def _accelerated(target: torch.device, device_map: str | Mapping[str, Any] | None) -> bool:
@@ -249,7 +249,7 @@ class ModelInfo:
 
 def available() -> list[ModelInfo]:
     """Return every alias with its state, without loading or dequantising anything."""
-    found = []
+    models = []
     for alias in aliases.values():
         source = alias.source()
         if isinstance(alias, Shipped):
@@ -258,10 +258,10 @@ def available() -> list[ModelInfo]:
             folder = next((path for path in cached_folders(alias) if damage(path) is None), None)
         if folder is not None:
             size = sum(path.stat().st_size for path in folder.iterdir())
-            found.append(ModelInfo(alias.name, alias.about, "ready", folder, size, alias.install))
+            models.append(ModelInfo(alias.name, alias.about, "ready", folder, size, alias.install))
         elif source is not None:
             size = source.stat().st_size
-            found.append(ModelInfo(alias.name, alias.about, "installed", source, size, alias.install))
+            models.append(ModelInfo(alias.name, alias.about, "installed", source, size, alias.install))
         else:
-            found.append(ModelInfo(alias.name, alias.about, "missing", None, 0, alias.install))
-    return found
+            models.append(ModelInfo(alias.name, alias.about, "missing", None, 0, alias.install))
+    return models

@@ -234,11 +234,11 @@ def _expected(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     """
     with torch.device("meta"):
         manager = _build(path, config)
-    found = describe_manager(manager)
+    described = describe_manager(manager)
     for field in IMPLIED:
-        if field in config and config[field] != found[field]:
+        if field in config and config[field] != described[field]:
             raise PluginError(
-                f"{path}: {field}: {shown(config[field])} contradicts the options, which give {shown(found[field])}"
+                f"{path}: {field}: {shown(config[field])} contradicts the options, which give {shown(described[field])}"
             )
     return manager.state_dict(), measured_buffers(manager, ProbedAllocation.SIZED), unknown_record(manager)
 

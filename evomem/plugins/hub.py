@@ -51,8 +51,8 @@ def download(
     if not local_files_only and not constants.HF_HUB_OFFLINE:
         try:
             # One question with a deadline, so that a machine without network hears so in seconds.
-            found = HfApi().model_info(name, revision=revision, timeout=SECONDS, files_metadata=True, token=token)
-            _check_sizes(name, {file.rfilename: file.size or 0 for file in found.siblings or ()}, limits)
+            info = HfApi().model_info(name, revision=revision, timeout=SECONDS, files_metadata=True, token=token)
+            _check_sizes(name, {file.rfilename: file.size or 0 for file in info.siblings or ()}, limits)
             return Path(snapshot_download(name, **wanted, etag_timeout=SECONDS, force_download=force_download))
         except GatedRepoError as error:
             raise PluginError(f"plug-in {name!r}: its owner must give you access first: {_line(error)}") from error

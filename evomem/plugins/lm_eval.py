@@ -117,7 +117,7 @@ class EvomemLM(HFLM):  # type: ignore[misc]
             if room < 1:
                 raise ConfigError(f"{len(continuation)} tokens to score, but the model reads {self.max_length} at most")
             groups.setdefault(tuple(context[-room:]), []).append(place)
-        found: dict[int, tuple[float, bool]] = {}
+        answers: dict[int, tuple[float, bool]] = {}
         for contexts in _batches(sorted(groups, key=len, reverse=True), override_bs or self.batch_size):
             ids, mask = _padded([list(context[:-1]) for context in contexts], self.device, left=True)
             with self.manager.attach(self.model) as cache:
@@ -131,11 +131,11 @@ class EvomemLM(HFLM):  # type: ignore[misc]
                     whole = torch.cat((mask[[row for row, _ in some]], real), 1)
                     scores = self._forward(asked, whole, part).float().log_softmax(-1, dtype=self.softmax_dtype)
                     for (_, place), score in zip(some, scores, strict=True):
-                        found[place] = _scored(score, requests[place][2])
-        for place, answer in found.items():
+                        answers[place] = _scored(score, requests[place][2])
+        for place, answer in answers.items():
             if requests[place][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
-        return [found[place] for place in range(len(requests))]
+        return [answers[place] for place in range(len(requests))]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Return the tokens of context and continuation (batch, tokens)."""

@@ -34,13 +34,13 @@ def located(folder: str | Path) -> Path:
         written.
     """
     try:
-        found = user_path(folder).resolve()
-        found.exists()
+        path = user_path(folder).resolve()
+        path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         raise PluginError(f"{shown(folder)}: {getattr(error, 'strerror', None) or error}") from None
-    if not found.name:
-        raise PluginError(f"{found}: is the root of the file system; choose another folder")
-    return found
+    if not path.name:
+        raise PluginError(f"{path}: is the root of the file system; choose another folder")
+    return path
 
 
 def current(folder: Path) -> Path:
@@ -51,15 +51,15 @@ def current(folder: Path) -> Path:
 
 def strangers(folder: Path) -> list[str]:
     """Return what is in a folder and none of a plug-in's files; what begins with a dot does not count."""
-    found = []
+    names = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.name == PICTURES and path.is_dir() and not path.is_symlink():
-            found += [f"{PICTURES}/{one.name}" for one in sorted(path.iterdir()) if not _ours(one, PICTURE)]
+            names += [f"{PICTURES}/{one.name}" for one in sorted(path.iterdir()) if not _ours(one, PICTURE)]
         elif path.name not in FILES or not _is_file(path):
-            found.append(path.name)
-    return found
+            names.append(path.name)
+    return names
 
 
 def _ours(path: Path, pattern: re.Pattern[str]) -> bool:

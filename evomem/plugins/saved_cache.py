@@ -83,12 +83,12 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
         raise CacheError(
             f"{path}: the model that this cache was made for is gone; give it: save_cache(..., model=model)"
         )
-    held = take(cache)
+    taken = take(cache)
     try:  # what could not be loaded is not saved
-        check(held, cache)
+        check(taken, cache)
     except CacheError as error:
         raise CacheError(f"{path}: this cache cannot be saved: {error}") from None
-    tensors: dict[str, Tensor] = dict(held.tensors)
+    tensors: dict[str, Tensor] = dict(taken.tensors)
     tensors |= {f"{_MANAGER}{name}": value for name, value in manager.state_dict().items()}
     config = describe_manager(manager)
     tensors = _plain(tensors)
@@ -97,7 +97,7 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
         "schema_version": SCHEMA_VERSION,
         "model": identity(model),
         "manager": config,
-        "cache": held.facts,
+        "cache": taken.facts,
     }
     facts["digest"] = _digest(facts, {name: _sum(tensor) for name, tensor in tensors.items()})
     if path.exists() or path.is_symlink():
@@ -165,15 +165,15 @@ def _devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
     """Return where each layer attends; for weights that are brought in for each call, where they are brought to."""
     from evomem.memory.kv.attach import attention_modules
 
-    found = []
+    devices = []
     for module in attention_modules(model)[:layers]:
         device = next((p.device for p in module.parameters()), model.device)
         if device.type == "meta":
             hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
             places = (getattr(hook, "execution_device", None) for hook in hooks)
             device = torch.device(next((place for place in places if place is not None), "cpu"))
-        found.append(device)
-    return found
+        devices.append(device)
+    return devices
 
 
 # ---- the manager -----------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _manager(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> MemoryMa
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors on the processor, contiguous, none a part of another."""
-    found, storages = {}, set[int]()
+    copies, storages = {}, set[int]()
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
         place = plain.untyped_storage().data_ptr()
@@ -201,8 +201,8 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if place in storages or part or plain.reshape(-1).stride() != (1,):
             plain = plain.clone(memory_format=torch.contiguous_format)
         storages.add(plain.untyped_storage().data_ptr())
-        found[name] = plain
-    return found
+        copies[name] = plain
+    return copies
 
 
 def _sum(tensor: Tensor) -> list[Any]:
@@ -315,7 +315,7 @@ def _header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], list[tupl
         metadata = header.pop("__metadata__")
         facts = parse_strict(metadata[_KEY])
         entries = sorted(header.items(), key=lambda entry: int(entry[1]["data_offsets"][0]))
-        at, found = 0, []
+        at, tensors = 0, []
         for name, entry in entries:
             shape, (begin, end), dtype = tuple(entry["shape"]), entry["data_offsets"], _TYPES[entry["dtype"]]
             count = 1
@@ -325,10 +325,10 @@ def _header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], list[tupl
                 count *= axis
             if begin != at or end != at + count * dtype.itemsize or end > size:
                 raise ValueError(f"{shown(name)}: {shown(entry)} does not follow what is before it")
-            found.append((name, dtype, shape))
+            tensors.append((name, dtype, shape))
             at = end
         if at != size - 8 - length or not isinstance(facts, dict):
             raise ValueError(f"{size - 8 - length:,} bytes of numbers, of which {at:,} are spoken for")
     except (NotStrictError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CacheError(f"{path}: is no saved cache, or damaged: {shown(str(error), 200)}") from None
-    return facts, found
+    return facts, tensors

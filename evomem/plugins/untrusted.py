@@ -147,16 +147,16 @@ def parse_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
 
 def read_pictures(folder: Path) -> dict[str, bytes]:
     """Return the card's pictures by file name; what cannot be read, or is none, is left out."""
-    found: dict[str, bytes] = {}
+    pictures: dict[str, bytes] = {}
     place = folder / PICTURES
     if place.is_symlink():
         return {}
     for path in sorted(place.glob("*.png")):
-        if len(found) == PICTURE_COUNT:
+        if len(pictures) == PICTURE_COUNT:
             break
         with suppress(PluginError):
-            found[path.name] = checked_picture(folder, path.name, read_bytes(path, LIMITS[f"{PICTURES}/*.png"]))
-    return found
+            pictures[path.name] = checked_picture(folder, path.name, read_bytes(path, LIMITS[f"{PICTURES}/*.png"]))
+    return pictures
 
 
 def checked_picture(folder: Path, name: str, content: bytes) -> bytes:

@@ -83,5 +83,5 @@ def _of_drivers(names: Iterable[str]) -> list[Wanted]:
 
 
 def _packages(kind: type) -> Sequence[str]:
-    found: Sequence[str] = getattr(kind, "packages", ())
-    return found
+    packages: Sequence[str] = getattr(kind, "packages", ())
+    return packages

@@ -83,10 +83,10 @@ def read_rows(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:  # type: ig
     """Return the rows that `write_rows` wrote; raise `RunError` if the file is damaged."""
     cure = "delete it to compare again"
     with of_shape(path, cure):
-        found = read_json(path, cure)
-        if not isinstance(found, list):
-            raise TypeError(f"a list of rows is expected, this is {type(found).__name__}")
-        return [checked_row(kind.from_json(data)) for data in found]
+        rows = read_json(path, cure)
+        if not isinstance(rows, list):
+            raise TypeError(f"a list of rows is expected, this is {type(rows).__name__}")
+        return [checked_row(kind.from_json(data)) for data in rows]
 
 
 def checked_row(row: AnyRow) -> AnyRow:
@@ -128,7 +128,7 @@ def _is_number(value: object) -> bool:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Return one table per model and task, a section per budget, the best first, the subject highlighted."""
-    found = []
+    made = []
     for (model, task), group in by_scenario(rows):
         first = group[0]
         table = Table(
@@ -146,13 +146,13 @@ def tables(rows: Sequence[Row]) -> list[Table]:
                 style = "bold green" if row.role == "subject" else "cyan" if row is best else ""
                 table.add_row(*[Text(cell) for cell in cells], style=style)
             table.add_section()
-        found.append(table)
-    return found
+        made.append(table)
+    return made
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """Return what a reader of the table must know: what the columns mean, and whose memory is not equal."""
-    found = []
+    lines = []
     if any(row.difference is not None for row in rows):
         subject = first_subjects(rows)[0].manager
         spread = "95 % paired bootstrap" if any(row.interval is not None for row in rows) else "of one sample"
@@ -164,9 +164,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
         if any(row.head_slots is not None for row in rows):
             text += " slots: mean per KV head; min-max: over heads; total: of all heads, after the context"
             text += " (fewest-most of a sample)." if any(_totals_differ(row) for row in rows) else "."
-        found.append(text)
+        lines.append(text)
     for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
-        found.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
+        lines.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
     for (model, task), group in by_scenario(rows):
         remarks, count = [group[0].remark] if group[0].remark else [], group[0].samples
         if count == 1:
@@ -174,22 +174,22 @@ def notes(rows: Sequence[Row]) -> list[str]:
         elif count < FEW:
             remarks.append(f"an interval of {count} samples says little: it is too narrow as often as not")
         if remarks:
-            found.append(f"{task} on {model}: {'; '.join(remarks)}.")
+            lines.append(f"{task} on {model}: {'; '.join(remarks)}.")
     for task, model, longest, positions in dict.fromkeys(
         (row.task, row.model, row.longest, row.positions) for row in rows if row.positions is not None
     ):
-        found.append(
+        lines.append(
             f"{task} on {model}: samples of up to {longest:,} tokens, but the model was made for {positions:,} "
             "positions; it was not trained for later ones."
         )
     chats = dict.fromkeys(f"{row.task} on {row.model}" for row in rows if row.chat_template)
     if chats:
-        found.append(f"Asked in the words of the model's chat template: {', '.join(chats)}.")
+        lines.append(f"Asked in the words of the model's chat template: {', '.join(chats)}.")
     unequal = [row for row in rows if row.role != "full" and row.bytes_ratio is not None and not row.equal_bytes]
     if unequal:
         limit = f"{BYTES_TOLERANCE:.0%}"
-        found.append(f"*: measured memory differs from the subject's by more than {limit}.")
-    return found
+        lines.append(f"*: measured memory differs from the subject's by more than {limit}.")
+    return lines
 
 
 def markdown(rows: Sequence[Row], title: str = "Comparison") -> str:

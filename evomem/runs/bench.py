@@ -216,11 +216,11 @@ def _reading(config: ExperimentConfig, loaded: LoadedModel, evaluator: Evaluator
     from evomem.tasks.building import parse
     from evomem.tasks.chat import template_digest
 
-    found = {"prefix": evaluator.encoder.spelled}
+    facts = {"prefix": evaluator.encoder.spelled}
     chats = ({**task.options, **parse(task.spec)[1]}.get("chat_template") for s in config.plan() for task in s.tasks)
     if any(str(chat).lower() in ("true", "1", "yes", "on", "t", "y") for chat in chats):
-        found["chat_template"] = template_digest(loaded.tokenizer)
-    return {key: value for key, value in found.items() if value}
+        facts["chat_template"] = template_digest(loaded.tokenizer)
+    return {key: value for key, value in facts.items() if value}
 
 
 def _how(loaded: LoadedModel) -> dict[str, Any]:
@@ -266,8 +266,8 @@ def check_chance(
     from evomem.managers.heuristics.full import Full
 
     observes = manager.observes if manager is not None else frozenset()
-    found = [evaluator.evaluate([Full()], sample, task, LOGLIK.observing(observes))[0] for sample in samples]
-    full = [as_float(one.loglik) for one in found]
+    evaluations = [evaluator.evaluate([Full()], sample, task, LOGLIK.observing(observes))[0] for sample in samples]
+    full = [as_float(one.loglik) for one in evaluations]
     without = [evaluator.loglik_without_context(sample) for sample in samples]
     return check(label, (), task.uniform_chance, full, without)
 

@@ -127,8 +127,8 @@ def worth(
         values = values + read_between(evaluations, config).sum(axis=1)
     price = config.price_per_megabyte
     if price:
-        held = [math.nan if evaluation.bytes_mean is None else evaluation.bytes_mean for evaluation in evaluations]
-        values = values - price * np.array([number / 1e6 for number in held])
+        sizes = [math.nan if evaluation.bytes_mean is None else evaluation.bytes_mean for evaluation in evaluations]
+        values = values - price * np.array([number / 1e6 for number in sizes])
     return values
 
 
@@ -139,11 +139,11 @@ def read_between(evaluations: Sequence[Evaluation], config: FitnessConfig) -> Ar
     without a decision, have none: (candidates, 0) or zeros.
     """
     count = max((len(evaluation.steps or ()) for evaluation in evaluations), default=0)
-    found = np.zeros((len(evaluations), count))
-    for row, evaluation in zip(found, evaluations, strict=True):
+    rewards = np.zeros((len(evaluations), count))
+    for row, evaluation in zip(rewards, evaluations, strict=True):
         for place, step in enumerate(evaluation.steps or ()):
             row[place] = config.reading * step.reward / count
-    return found
+    return rewards
 
 
 def rollouts_of(evaluations: Sequence[Evaluation], values: Array, config: FitnessConfig, weight: float) -> Rollouts:

@@ -70,10 +70,10 @@ def read_json(path: Path, cure: str = "") -> Any:
 
 def read_object(path: Path, cure: str = "") -> dict[str, Any]:
     """Return a JSON object; see `read_json`."""
-    found = read_json(path, cure)
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: is damaged: an object is expected, this is {type(found).__name__}")
-    return found
+    content = read_json(path, cure)
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: is damaged: an object is expected, this is {type(content).__name__}")
+    return content
 
 
 def read_numbers(path: Path, dimensions: int = 1) -> NDArray[np.float64]:

@@ -115,12 +115,12 @@ class Candidate:
 
     Attributes
     ----------
-    score, held : fitness and measured bytes, as measured there.
+    score, size : fitness and measured bytes, as measured there.
     generation, place : where it was asked for.
     """
 
     score: float
-    held: float
+    size: float
     generation: int
     place: int
     vector: Array
@@ -181,7 +181,7 @@ class FrontArchive:
 
 def _front(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     scores = np.array([candidate.score for candidate in candidates])
-    sizes = np.array([candidate.held for candidate in candidates])
+    sizes = np.array([candidate.size for candidate in candidates])
     front = front_of(scores, sizes)
     if not count or not len(front):
         return []

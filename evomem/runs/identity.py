@@ -27,10 +27,10 @@ def identity_of(folder: Path, config: ExperimentConfig) -> dict[str, str]:
     result and may be others when the run is resumed.
     """
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"inputs", "base"})
-    found = {"configuration": _digest(json.dumps(settings, sort_keys=True).encode())}
+    digests = {"configuration": _digest(json.dumps(settings, sort_keys=True).encode())}
     for name in _FILES:
-        found[name] = _digest(read_bytes(folder / name, FILE, RunError))
-    return found
+        digests[name] = _digest(read_bytes(folder / name, FILE, RunError))
+    return digests
 
 
 def identify(folder: Path, config: ExperimentConfig, journal: Journal) -> dict[str, str]:

@@ -42,8 +42,8 @@ def inputs_of(config: ExperimentConfig) -> dict[str, str]:
     Files that are not there are left out: who reads them says so. Packages (of other people's tasks, managers and
     drivers) have their version and the digest of the module.
     """
-    found = dict(_inputs(config))
-    return {name: found[name] for name in sorted(found) if found[name] != _MISSING}
+    digests = dict(_inputs(config))
+    return {name: digests[name] for name in sorted(digests) if digests[name] != _MISSING}
 
 
 def _inputs(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
@@ -152,8 +152,8 @@ def check_unchanged(config: ExperimentConfig, *, start: bool) -> None:
     start : whether the search has read its start too, and not the copy in its folder.
     """
     before, now = (
-        {name: digest for name, digest in found.items() if start or not name.startswith(START)}
-        for found in (config.inputs, inputs_of(config))
+        {name: digest for name, digest in digests.items() if start or not name.startswith(START)}
+        for digests in (config.inputs, inputs_of(config))
     )
     lines = changes(before, now) + [f"{name}: was not there -> {now[name]}" for name in sorted(now.keys() - before)]
     if lines:

@@ -41,11 +41,11 @@ class JournaledPool:
         missing = []
         for unit in units:
             record = self._known.get((unit.key, unit.digest))
-            found = None if record is None else self._of_journal(record, unit)
-            if found is None:
+            evaluations = None if record is None else self._of_journal(record, unit)
+            if evaluations is None:
                 missing.append(unit)
             else:
-                results[unit.key] = found
+                results[unit.key] = evaluations
         attempts: Counter[str] = Counter()
         for outcome in self._pool.evaluate(missing):
             key = outcome.unit.key
@@ -101,15 +101,15 @@ class JournaledPool:
                 "began. Put it back to resume this run, or begin another one in another folder"
             )
         try:
-            found = evaluations_of(record, unit.measurement)
+            evaluations = evaluations_of(record, unit.measurement)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-            found = []
-        if len(found) != unit.candidates or any(one.sample != unit.sample.id for one in found):
+            evaluations = []
+        if len(evaluations) != unit.candidates or any(one.sample != unit.sample.id for one in evaluations):
             message = f"journal.jsonl: the line of unit {unit.key} is damaged; it is evaluated again"
             logger.warning(message)
             self._journal.event("warning", message=message)
             return None
-        return found
+        return evaluations
 
     def forget(self, generation: int) -> None:
         """Drop what is known of generations up to this one; they do not come back."""

@@ -53,9 +53,9 @@ def search_needs(config: ExperimentConfig, bench: Bench, samples: Samples, folde
         )
     facts = bench.facts.get("store_bytes") if config.store_bytes is None else config.store_bytes
     store = int(facts) if facts is not None else 2 << 30
-    found = needs_of(works, store=store, spill=Path(tempfile.gettempdir()), workers=workers)
-    found.write(folder, found.evaluations * RECORD)
-    return found
+    needs = needs_of(works, store=store, spill=Path(tempfile.gettempdir()), workers=workers)
+    needs.write(folder, needs.evaluations * RECORD)
+    return needs
 
 
 def vectors_needs(config: ExperimentConfig, dim: int) -> Needs:

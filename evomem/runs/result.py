@@ -134,7 +134,7 @@ class RunResult:
     @classmethod
     def from_json(cls, folder: Path, data: Mapping[str, Any]) -> RunResult:
         """Return the result that a run folder holds."""
-        found = cls(
+        result = cls(
             folder=folder,
             winner=data["winner"],
             vector=read_numbers(folder / "winner" / "vector.npy"),
@@ -148,8 +148,8 @@ class RunResult:
             front=data.get("front", 0),
             files=dict(data.get("files") or {}),
         )
-        found._check()
-        return found
+        result._check()
+        return result
 
     def _check(self) -> None:
         """Raise `ValueError` for what no search ends with."""
@@ -229,13 +229,13 @@ def read_result(folder: Path) -> RunResult | None:
     if "check" in data and LineChecks().take(path.read_bytes()) is None:
         raise RunError(f"{path}: is not as it was written (checksum); {cure}")
     with of_shape(path, cure):
-        found = RunResult.from_json(folder, data)
-        found.lines()  # what is shown of it has the types that it is shown by
-    found.check_file(_VECTOR)
+        result = RunResult.from_json(folder, data)
+        result.lines()  # what is shown of it has the types that it is shown by
+    result.check_file(_VECTOR)
     if "check" not in data:
         with of_shape(path, cure):
-            _check_journal(found, path, cure)
-    return found
+            _check_journal(result, path, cure)
+    return result
 
 
 def _check_journal(result: RunResult, path: Path, cure: str) -> None:

@@ -65,13 +65,13 @@ class Samples:
             built = self.tasks[name]
             seed = self._config.seed if split is Split.TRAIN else _JUDGING_SEED
             there = at_hand(built, split, count)
-            held = built.samples(split, there, seed)
-            if len(held) < there:
-                raise TaskError(f"task {task.label}: split {split.value!r} has {len(held)} samples, {there} are needed")
+            pool = built.samples(split, there, seed)
+            if len(pool) < there:
+                raise TaskError(f"task {task.label}: split {split.value!r} has {len(pool)} samples, {there} are needed")
             if there < count:
                 self._remark(f"task {task.label}: {there} of {count} samples: the {split} split has no more")
-            self._check(task, split, held)
-            self._pools[name, split], self._wanted[name, split] = held, count
+            self._check(task, split, pool)
+            self._pools[name, split], self._wanted[name, split] = pool, count
         return self._pools[name, split][:count]
 
     def check(self) -> None:

@@ -39,12 +39,12 @@ class UnitEvaluator:
         """Return one evaluation a candidate."""
         task, evaluator = self._samples.tasks[unit.task], self._bench.of(self._samples.configs[unit.task]).evaluator
         if unit.rollouts is not None:
-            found = self._rollouts(unit, unit.rollouts, task, evaluator)
+            evaluations = self._rollouts(unit, unit.rollouts, task, evaluator)
         else:
-            found = evaluator.evaluate(self._managers(unit), unit.sample, task, unit.measurement)
-        if len(found) != unit.candidates:
-            raise RunError(f"unit {unit.key}: {unit.candidates} evaluations expected, {len(found)} came back")
-        return found
+            evaluations = evaluator.evaluate(self._managers(unit), unit.sample, task, unit.measurement)
+        if len(evaluations) != unit.candidates:
+            raise RunError(f"unit {unit.key}: {unit.candidates} evaluations expected, {len(evaluations)} came back")
+        return evaluations
 
     def _rollouts(
         self, unit: Unit, wanted: RolloutVectors, task: Task, evaluator: CandidateEvaluator
@@ -54,9 +54,10 @@ class UnitEvaluator:
             raise RunError(f"unit {unit.key}: rollouts are of one policy; these candidates are several")
         behaviour, reference = (self._policy(unit, vector) for vector in (wanted.behaviour, wanted.reference))
         draws = Draws([int(seed) for seed in unit.seeds], behaviour, reference)
-        found = evaluator.evaluate(self._managers(unit), unit.sample, task, unit.measurement, draws)
+        evaluations = evaluator.evaluate(self._managers(unit), unit.sample, task, unit.measurement, draws)
         return [
-            replace(one, steps=tuple(self._mapped(step, wanted.learns) for step in one.steps or ())) for one in found
+            replace(one, steps=tuple(self._mapped(step, wanted.learns) for step in one.steps or ()))
+            for one in evaluations
         ]
 
     def _policy(self, unit: Unit, vector: NDArray[np.float64] | None) -> StochasticManager | None:

@@ -196,11 +196,11 @@ class SearchSpace:
 
     def variables(self) -> list[Variable]:
         """Return what the options' coordinates stand for; every other coordinate is a weight, an unbounded number."""
-        found, place = [], self._numbers
+        variables, place = [], self._numbers
         for option in self._options.values():
-            found.append(Variable(place, option.width, option.bounds, option.codes()))
+            variables.append(Variable(place, option.width, option.bounds, option.codes()))
             place += option.width
-        return found
+        return variables
 
     # ---- vector and manager ---------------------------------------------------------------------------------------
 
@@ -254,14 +254,14 @@ class SearchSpace:
 
         Options have none: their coordinates get 0.
         """
-        found, place, at = np.zeros(self.dim), 0, 0
+        gradient, place, at = np.zeros(self.dim), 0, 0
         for name, parameter in self.template.named_parameters():
             part = by_parameter[at : at + parameter.numel()]
             at += parameter.numel()
             if name in self._weights:
-                found[place : place + len(part)] = part * self._weights[name]
+                gradient[place : place + len(part)] = part * self._weights[name]
                 place += len(part)
-        return found
+        return gradient
 
     def _encode(self, manager: MemoryManager, values: Mapping[str, Any]) -> Array:
         weights = [

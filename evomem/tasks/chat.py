@@ -143,7 +143,7 @@ def _undated(tokenizer: Any, task: str) -> str:
         template = str(tokenizer.get_chat_template())
     except ValueError as error:  # several templates, and none for plain chats
         raise ConfigError(f"task {task}: chat_template: {error}; leave the option out") from None
-    undated = _DATED.sub(lambda found: json.dumps(TODAY.strftime(found[2])), template)
+    undated = _DATED.sub(lambda match: json.dumps(TODAY.strftime(match[2])), template)
     if _NOW in undated:
         raise ConfigError(
             f"task {task}: chat_template: this model's template writes today's date in a way that cannot be held "

@@ -77,12 +77,12 @@ def _prefix(tokenizer: Tokenizer) -> list[int]:
         if not plain:
             continue
         ends = range(len(whole) - len(plain) + 1)
-        found = {tuple(whole[:at]) for at in ends if whole[at : at + len(plain)] == plain}
-        if not found:
+        prefixes = {tuple(whole[:at]) for at in ends if whole[at : at + len(plain)] == plain}
+        if not prefixes:
             raise TaskError(
                 f"tokenizer {type(tokenizer).__name__}: {probe!r} alone and with special tokens around it have no ids "
                 "in common, so what it puts before a text cannot be told; give the model another tokenizer"
             )
-        possible = possible & found if possible else found
+        possible = possible & prefixes if possible else prefixes
     shortest = sorted(possible, key=len)
     return list(shortest[0]) if shortest else []

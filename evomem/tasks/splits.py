@@ -92,24 +92,24 @@ def divide(
     -------
     The rows of each split, and how they were divided if that was not as usual, else "".
     """
-    found: dict[Split, list[T]] = {split: [] for split in Split}
+    divided: dict[Split, list[T]] = {split: [] for split in Split}
     for row in rows:
-        found[named_split(row) or split_of(name(row))].append(row)
-    if all(found.values()) or any(named_split(row) is not None for row in rows):
-        return found, ""
+        divided[named_split(row) or split_of(name(row))].append(row)
+    if all(divided.values()) or any(named_split(row) is not None for row in rows):
+        return divided, ""
     ranked = sorted(rows, key=lambda row: blake2b(name(row).encode(errors="replace")).digest())
     if len(ranked) < 3:
         shared, last = [ranked[0]], [ranked[-1]]
-        found = {Split.TRAIN: shared, Split.SELECT: shared, Split.SEALED: last}
+        divided = {Split.TRAIN: shared, Split.SELECT: shared, Split.SEALED: last}
         how = "one trains and selects, the other is sealed" if len(ranked) == 2 else "it is in every split"
-        return found, f"{_count(len(ranked))}: {how}"
-    while not all(found.values()):
-        donor = max(found.values(), key=len)
+        return divided, f"{_count(len(ranked))}: {how}"
+    while not all(divided.values()):
+        donor = max(divided.values(), key=len)
         moved = max(donor, key=ranked.index)
         donor.remove(moved)
-        next(part for part in found.values() if not part).append(moved)
-    sizes = ", ".join(f"{len(part)} {split}" for split, part in found.items())
-    return found, f"{_count(len(rows))}, divided so that no split is empty: {sizes}"
+        next(part for part in divided.values() if not part).append(moved)
+    sizes = ", ".join(f"{len(part)} {split}" for split, part in divided.items())
+    return divided, f"{_count(len(rows))}, divided so that no split is empty: {sizes}"
 
 
 def _count(rows: int) -> str:

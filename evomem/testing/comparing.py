@@ -101,8 +101,8 @@ def text_config(model: PreTrainedModel) -> Any:
 def ends(model: PreTrainedModel) -> list[int]:
     """Ids that end a generation; they are suppressed, so that all generations have the same length."""
     config = model.generation_config
-    found = None if config is None else config.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    ids = None if config is None else config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def kv_heads(model: PreTrainedModel) -> int:
@@ -110,8 +110,8 @@ def kv_heads(model: PreTrainedModel) -> int:
     text = text_config(model)
     parts = (text, getattr(text, "attn_config", None))
     names = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
-    found = (getattr(part, name, None) for name in names for part in parts)
-    return int(next((heads for heads in found if heads), None) or text.num_attention_heads)
+    counts = (getattr(part, name, None) for name in names for part in parts)
+    return int(next((heads for heads in counts if heads), None) or text.num_attention_heads)
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------

@@ -235,9 +235,9 @@ def check_beams(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = N
             num_beams=3, do_sample=False, num_return_sequences=3, max_new_tokens=new, min_new_tokens=new,
             length_penalty=0.0, pad_token_id=0, return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
-        found = out.sequences
+        sequences = out.sequences
         real = torch.cat((batch.real.repeat_interleave(3, 0), torch.ones(6, new, dtype=torch.bool)), 1)
-        whole = Batch(found, real, (real.long().cumsum(1) - 1).clamp(min=0))
+        whole = Batch(sequences, real, (real.long().cumsum(1) - 1).clamp(min=0))
         logits = read(model, _cache(model, manager), whole, [length, *[1] * (new - 1)])[:, length - 1 :].float()
     if stops := ends(model):
         # Suppressed ends keep their share of the probability: transformers masks after the softmax.
@@ -245,7 +245,7 @@ def check_beams(manager: CachePolicy, model: PreTrainedModel, tokenizer: Any = N
         log[..., stops] = -torch.inf
     else:
         log = logits.log_softmax(-1)
-    wanted = log.gather(-1, found[:, length:, None])[..., 0].sum(-1)
+    wanted = log.gather(-1, sequences[:, length:, None])[..., 0].sum(-1)
     worst = float((out.sequences_scores.float() - wanted).abs().max())
     allowed = 1e-3 if is_exact(model.dtype) else logit_tolerance(model.dtype) * max(1.0, float(logits.abs().max()))
     if not worst <= allowed:
@@ -285,9 +285,12 @@ def check_evicted_values(manager: CachePolicy, model: PreTrainedModel, tokenizer
         cache = _cache(model, manager)
         first = read(model, cache, batch, pieces[:2])
         for layer in cache.layers:
-            held = layer.storage.even
-            empty = (held["slots"] < 0)[..., None]
-            held["keys"], held["values"] = held["keys"].masked_fill(empty, 1e3), held["values"].masked_fill(empty, -1e3)
+            tensors = layer.storage.even
+            empty = (tensors["slots"] < 0)[..., None]
+            tensors["keys"], tensors["values"] = (
+                tensors["keys"].masked_fill(empty, 1e3),
+                tensors["values"].masked_fill(empty, -1e3),
+            )
         rest = read(model, cache, batch, pieces[2:], at=sum(pieces[:2]))
         same_tensors("empty slots filled: logits", torch.cat((first, rest), 1), wanted)
 

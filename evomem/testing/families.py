@@ -266,16 +266,16 @@ Another configuration of the same family may be refused: the first `attach` of a
 """
 
 
-def page(found: Sequence[Verdict], version: str) -> str:
+def page(tried: Sequence[Verdict], version: str) -> str:
     """Return the table as a page."""
-    count = Counter(verdict.status for verdict in found)
+    count = Counter(verdict.status for verdict in tried)
     summary = (
-        f"**{count['conforms']} of the {len(found)} decoders of transformers {version} conform**; {count['refused']} "
+        f"**{count['conforms']} of the {len(tried)} decoders of transformers {version} conform**; {count['refused']} "
         f"are refused when they are attached; {count['not tried']} were not tried"
     )
     summary += f"; {count['differs']} are accepted and fail the kit." if count["differs"] else "."
     rows = [
-        f"| `{v.type}` | {v.family} | {v.status} | {v.why.replace('|', '/')} |".replace("|  |", "| |") for v in found
+        f"| `{v.type}` | {v.family} | {v.status} | {v.why.replace('|', '/')} |".replace("|  |", "| |") for v in tried
     ]
     table = ["| model type | class | | why |", "|---|---|---|---|", *rows]
     return "\n".join(["# Model families", "", summary, "", _EXPLANATION, *table]) + "\n"
@@ -302,15 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"transformers {transformers.__version__} has no decoder of type {', '.join(unknown)}")
     types = options.types or known
     out = options.out or (None if options.types else Path("docs/families.md"))
-    found, begin = [], time.monotonic()
+    tried, begin = [], time.monotonic()
     for verdict in verdicts(types, options.timeout):
-        found.append(verdict)
+        tried.append(verdict)
         seconds = time.monotonic() - begin
-        print(f"{len(found)}/{len(types)} {seconds:.0f}s {verdict.type}: {verdict.status} {verdict.why}", flush=True)
+        print(f"{len(tried)}/{len(types)} {seconds:.0f}s {verdict.type}: {verdict.status} {verdict.why}", flush=True)
     if out is not None:
-        out.write_text(page(found, transformers.__version__), encoding="utf-8")
+        out.write_text(page(tried, transformers.__version__), encoding="utf-8")
         print(f"wrote {out}")
-    return int(any(verdict.status == "differs" for verdict in found))
+    return int(any(verdict.status == "differs" for verdict in tried))
 
 
 if __name__ == "__main__":

@@ -93,10 +93,10 @@ def read(path: Path) -> Recording:
     """Read a recording; raise `RecordingError` if it is not one, or not whole."""
     arrays = _arrays(path)
     size = vector_size(NAMM())
-    found = {int(name.rsplit("_", 1)[1]) for name in arrays if _is_per_update(name)}
-    if not found:
+    numbers = {int(name.rsplit("_", 1)[1]) for name in arrays if _is_per_update(name)}
+    if not numbers:
         raise RecordingError(f"{path}: no update; attention_0, positions_0, … are missing")
-    fields = ["theta", "mean", "var", *(f"{name}_{n}" for n in range(max(found) + 1) for name in PER_UPDATE)]
+    fields = ["theta", "mean", "var", *(f"{name}_{n}" for n in range(max(numbers) + 1) for name in PER_UPDATE)]
     missing = [name for name in fields if name not in arrays]
     if missing:
         raise RecordingError(f"{path}: incomplete, without {', '.join(missing)}; get the whole file")
@@ -113,7 +113,7 @@ def read(path: Path) -> Recording:
     updates: list[Update] = []
     seen = 0
     heads = 0
-    for n in range(max(found) + 1):
+    for n in range(max(numbers) + 1):
         update = _update(path, arrays, n, seen, heads)
         seen += update.queries
         heads = update.positions.shape[0]

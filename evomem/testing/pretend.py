@@ -325,8 +325,8 @@ def _attention(
     graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     if not graded and all(isinstance(tensor, PretendTensor) for tensor in given):
         attend = aten.scaled_dot_product_attention.default
-        found: Tensor = _run(attend, (query, key, value, attn_mask, dropout_p, is_causal), options, _active)
-        return found
+        out: Tensor = _run(attend, (query, key, value, attn_mask, dropout_p, is_causal), options, _active)
+        return out
     parts: Callable[..., Any] = aten._scaled_dot_product_attention_math
     result: Tensor = parts(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
     return result

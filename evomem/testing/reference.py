@@ -159,13 +159,13 @@ def explicit_biases(
 def _apply(bias: Tensor, event: Event, row: int, head: int) -> None:
     """Carry one head's share of a decision into its mask (tokens, tokens)."""
     slots, keep = event.slots[row, head], event.keep[row, head]
-    held = slots >= 0
+    filled = slots >= 0
     if event.decay is not None:
         decay = event.decay[row, head]
-        bias[event.seen :, slots[held]] = torch.where(
-            bias[event.seen :, slots[held]] == -torch.inf, -torch.inf, decay[held]
+        bias[event.seen :, slots[filled]] = torch.where(
+            bias[event.seen :, slots[filled]] == -torch.inf, -torch.inf, decay[filled]
         )
-    bias[event.seen :, slots[held & ~keep]] = -torch.inf
+    bias[event.seen :, slots[filled & ~keep]] = -torch.inf
 
 
 class _PassState(threading.local):

@@ -103,7 +103,7 @@ class Directory:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._entries: OrderedDict[str, dict[str, tuple[Any, int]]] = OrderedDict()
-        self.held = 0
+        self.size = 0
 
     def offers(self, affinity: str) -> dict[str, Any]:
         """Return where the readings of a sample are, by key."""
@@ -122,13 +122,13 @@ class Directory:
         self._entries.move_to_end(affinity)
         _, before = entries.get(key, (None, 0))
         entries[key] = (where, size)
-        self.held += size - before
-        while self.held > self._limit and self._entries:
+        self.size += size - before
+        while self.size > self._limit and self._entries:
             _, dropped = self._entries.popitem(last=False)
-            self.held -= sum(size for _, size in dropped.values())
+            self.size -= sum(size for _, size in dropped.values())
         return affinity in self._entries
 
     def forget(self, affinity: str) -> None:
         """Drop the readings of a sample."""
         dropped = self._entries.pop(affinity, {})
-        self.held -= sum(size for _, size in dropped.values())
+        self.size -= sum(size for _, size in dropped.values())

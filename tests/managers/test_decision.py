@@ -43,7 +43,7 @@ def test_where_nothing_is_shared_adakv_is_what_is_inside(options):
         assert torch.equal(around.decide(view).keep, inside.decide(view).keep)
         assert inside.decide(view).keep[1].sum() < 10 * HEADS
         assert inside.decide(view).keep[0].sum(-1).tolist() == [10] * HEADS
-        stored = inside.rule.held(view, inside.judge(view).stored)
+        stored = inside.rule.candidates(view, inside.judge(view).stored)
         assert torch.equal(inside.decide(view).keep.sum(-1), stored.sum(-1).clamp(max=10))
 
 

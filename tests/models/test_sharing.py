@@ -248,4 +248,4 @@ def test_directory_against_a_plain_list(limit, events):
             plain += [found] if found else []
         else:
             directory.forget(affinity)
-        assert directory.held == sum(sum(sizes.values()) for _, sizes in plain) <= limit
+        assert directory.size == sum(sum(sizes.values()) for _, sizes in plain) <= limit

@@ -96,7 +96,7 @@ def allocate(
         chosen = built.samples(Split(split), there, seed)
         curves = utility_curves(evaluator, manager, chosen, points=points, progress=bar.report)
     made = with_shares(manager, curves, budgets[0]) if shares else with_curves(manager, curves)
-    found = {
+    measured_with = {
         "model": {"name": model, "dtype": loaded.dtype},
         "model_digest": loaded.digest,
         "tasks": [{"spec": task}],
@@ -110,7 +110,7 @@ def allocate(
         },
     }
     change = replace(change_between(manager, made), initial={})  # its numbers were solved for
-    plugins.save(made, folder, {**reallocated_provenance(manager.provenance, change), **found})
+    plugins.save(made, folder, {**reallocated_provenance(manager.provenance, change), **measured_with})
     seconds = time.perf_counter() - begin
     lines = [
         f"{folder}: {made.allocation.name}, from {curves.contexts} contexts of {curves.slots:,.0f} slots, "

@@ -173,10 +173,10 @@ def export(
         plugin = path
     else:
         raise ConfigError(f"{source}: is a plug-in; --place and --bytes are for a run that has a front")
-    found = plugins.read(plugin)
+    plugin_read = plugins.read(plugin)
     if run is not None and plugin == run.plugin:
-        run.require_winner(found.manager)
-    manager, provenance, remarks = found.manager, found.provenance, list[str]()
+        run.require_winner(plugin_read.manager)
+    manager, provenance, remarks = plugin_read.manager, plugin_read.provenance, list[str]()
     if allocation is not None:
         change = reallocate(manager, allocation)
         if change.same:
@@ -187,7 +187,7 @@ def export(
     console = wide_console()
     for line in remarks:
         console.print(Text(line, style="yellow"))
-    for line in changed_tasks(found.provenance):
+    for line in changed_tasks(plugin_read.provenance):
         console.print(Text(f"since the search: {line} (the manager is what it was)", style="yellow"))
     console.print(Text(f"{folder}: {', '.join(plugins.FILES)}"))
     console.print(Text(f"  python: {snippet(folder)}"))

@@ -43,17 +43,17 @@ def front_table(members: Sequence[Member]) -> Table:
 
 def front_notes(members: Sequence[Member]) -> list[str]:
     """Return what a reader of the table must know."""
-    found = [
+    notes = [
         "KiB: mean measured bytes of a sequence's cache. select, sealed: the score on two splits; the front was chosen "
         "on select. The last is the winner."
     ]
     order = [member.sealed.fitness for member in sorted(members, key=lambda member: member.sealed.bytes_mean)]
     beaten = sum(any(value >= order[place] for value in order[:place]) for place in range(len(order)))
     if beaten:
-        found.append(
+        notes.append(
             f"on sealed, {beaten} of {len(members)} score no better than a smaller member: selection is noisy."
         )
-    return found
+    return notes
 
 
 def member_plugin(run: Run, place: int | None, size: float | None) -> Path:

@@ -74,26 +74,26 @@ def read_namm(
     ------
     ConfigError : see `import_namm`.
     """
-    found = _tensors(path)
+    arrays = _tensors(path)
     manager = NAMM(scorer=scorer, every=every, budget=budget)
-    if "theta" in found:
+    if "theta" in arrays:
         layout, name, mean, var = "recording", "theta", "mean", "var"
-        unknown = [key for key in found if key not in ("theta", "mean", "var") and not key.startswith(PER_UPDATE)]
+        unknown = [key for key in arrays if key not in ("theta", "mean", "var") and not key.startswith(PER_UPDATE)]
         if unknown:
             raise ConfigError(f"{path}: unknown keys {_listed(unknown)} beside theta, mean and var")
     else:
         layout, name = "checkpoint", {"mean": "mean", "best": "best_member"}[vector]
-        if name not in found:
+        if name not in arrays:
             raise ConfigError(
-                f"{path}: unknown keys {_listed(found)}; expected theta, mean and var, or evolution_state with {name} "
+                f"{path}: unknown keys {_listed(arrays)}; expected theta, mean and var, or evolution_state with {name} "
                 f"and {_STORED}…output_mean"
             )
-        mean, var = _statistics(path, found, vector)
-    manager.from_vector(_numbers(path, found, name, vector_size(manager)).numpy())
-    variance = _numbers(path, found, var, BINS)
+        mean, var = _statistics(path, arrays, vector)
+    manager.from_vector(_numbers(path, arrays, name, vector_size(manager)).numpy())
+    variance = _numbers(path, arrays, var, BINS)
     if (variance < 0).any():
         raise ConfigError(f"{path}: {var}: {variance.min().item()} is negative; a variance is at least 0")
-    manager.set_statistics(_numbers(path, found, mean, BINS), variance)
+    manager.set_statistics(_numbers(path, arrays, mean, BINS), variance)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     imported = {"imported from": path.name, "layout": layout, "vector": name, "normalisation": mean, "sha256": digest}
     return manager, {"evomem_version": evomem.__version__, "experiment": f"NAMM of {path.name}", "imported": imported}
@@ -106,13 +106,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"{path}: {path.suffix or 'no ending'}; expected one of {', '.join(_SUFFIXES)}")
     try:
-        found = _load(path)
+        content = _load(path)
     except (*DAMAGE, safetensors.SafetensorError, pickle.UnpicklingError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{path}: damaged, or not only numbers ({reason[:200]})") from None
-    state = found.get("evolution_state", found) if isinstance(found, Mapping) else None
+    state = content.get("evolution_state", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
-        raise ConfigError(f"{path}: holds {type(found).__name__}; expected tensors by name")
+        raise ConfigError(f"{path}: holds {type(content).__name__}; expected tensors by name")
     return {str(key).removeprefix("_orig_mod."): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -143,21 +143,21 @@ def _wanted(name: str) -> bool:
     return not name.startswith(PER_UPDATE)
 
 
-def _statistics(path: Path, found: Mapping[str, Tensor], vector: str) -> tuple[str, str]:
+def _statistics(path: Path, arrays: Mapping[str, Tensor], vector: str) -> tuple[str, str]:
     """Return the names of the spectrogram's mean and variance in a checkpoint."""
     prefixes = [f"best_{_STORED}", _STORED] if vector == "best" else [_STORED]
     for prefix in prefixes:
-        means = [key for key in found if key.startswith(prefix) and key.endswith("output_mean")]
-        own = [key for key in means if not key.endswith("online_new_output_mean") and found[key].numel() == BINS]
+        means = [key for key in arrays if key.startswith(prefix) and key.endswith("output_mean")]
+        own = [key for key in means if not key.endswith("online_new_output_mean") and arrays[key].numel() == BINS]
         if len(own) > 1:
             raise ConfigError(f"{path}: {_listed(own)}: {len(own)} normalisations of {BINS} bins; expected one")
         if own:
             stem = own[0].removesuffix("output_mean")
-            count = found.get(f"{stem}output_num")
+            count = arrays.get(f"{stem}output_num")
             if count is not None and not count.any():
                 stem += "online_new_"
             names = f"{stem}output_mean", f"{stem}output_var"
-            missing = [name for name in names if name not in found]
+            missing = [name for name in names if name not in arrays]
             if missing:
                 raise ConfigError(f"{path}: {missing[0]}: is missing")
             return names
@@ -166,11 +166,11 @@ def _statistics(path: Path, found: Mapping[str, Tensor], vector: str) -> tuple[s
     )
 
 
-def _numbers(path: Path, found: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+def _numbers(path: Path, arrays: Mapping[str, Tensor], name: str, size: int) -> Tensor:
     """Return a tensor (size,) in fp32, checked."""
-    if name not in found:
+    if name not in arrays:
         raise ConfigError(f"{path}: {name}: is missing")
-    values = found[name]
+    values = arrays[name]
     if not values.is_floating_point():
         raise ConfigError(f"{path}: {name}: has type {values.dtype}; expected floating-point numbers")
     if values.numel() != size or max(values.shape, default=0) != size:

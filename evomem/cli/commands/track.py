@@ -41,8 +41,8 @@ def track(source: str, to: str, mode: str | None, project: str | None, out: Path
     if isinstance(tracker, WandbTracker) and tracker.url is not None:
         lines.append(f"  {tracker.url}")
     elif to == "wandb":
-        found = next((folder / "wandb").glob(f"offline-run-*-{run_id(run.folder)}"))
-        lines.append(f"  send it to W&B: wandb sync {found}")
+        wandb_folder = next((folder / "wandb").glob(f"offline-run-*-{run_id(run.folder)}"))
+        lines.append(f"  send it to W&B: wandb sync {wandb_folder}")
     elif to == "tensorboard":
         lines.append(f"  look at it: tensorboard --logdir {folder / 'tensorboard'}")
     else:

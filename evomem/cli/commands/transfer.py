@@ -190,28 +190,28 @@ def _speeds(
             manager = managers[row.manager]
             own = row.budget is None or row.budget == manager.options.budget
             timed[row.manager, row.budget] = manager if own else manager.with_options(budget=row.budget)
-    found: dict[tuple[str, Budget], list[float]] = {key: [] for key in timed}
+    speeds: dict[tuple[str, Budget], list[float]] = {key: [] for key in timed}
     for sample in samples:
         tokens = scenario.evaluator.tokens(sample)
         length = tokens.read.shape[1] + tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
         for key, manager in timed.items():
             evaluation = scenario.evaluator.evaluate_plainly(manager, sample, scenario.subject_task)
-            found[key].append(length / evaluation.seconds)
-    return {key: statistics.median(values) for key, values in found.items()}
+            speeds[key].append(length / evaluation.seconds)
+    return {key: statistics.median(values) for key, values in speeds.items()}
 
 
 def _tasks(specs: Sequence[str], models: Sequence[str]) -> list[TaskConfig]:
     """Read ``TASK`` and ``MODEL=TASK``; what stands before the first colon of a task is a name without ``=``."""
-    found = []
+    tasks = []
     for spec in specs:
         model, sign, task = spec.partition("=")
         if not sign or ":" in model or "(" in model:
-            found.append(TaskConfig(spec=spec))
+            tasks.append(TaskConfig(spec=spec))
         elif model not in models:
             raise ConfigError(f"--tasks {spec}: {model!r} is not among --models {','.join(models)}")
         else:
-            found.append(TaskConfig(spec=task, model=model))
-    return found
+            tasks.append(TaskConfig(spec=task, model=model))
+    return tasks
 
 
 def _tasks_of(subjects: Sequence[Subject]) -> list[TaskConfig]:
@@ -251,16 +251,16 @@ def _records(subjects: Sequence[Subject]) -> dict[str, Record]:
     ConfigError : none has one.
     PluginError : one cannot be written.
     """
-    console, found = wide_console(stderr=True), {}
+    console, records = wide_console(stderr=True), {}
     for subject in subjects:
         path = user_path(subject.source)
         if is_folder(path):
-            found[subject.name] = open_record(open_run(path).plugin if (path / "config.yaml").is_file() else path)
+            records[subject.name] = open_record(open_run(path).plugin if (path / "config.yaml").is_file() else path)
         else:
             console.print(Text(f"--record: {subject.name} is no folder and is left alone", style="yellow"))
-    if not found:
+    if not records:
         raise ConfigError("--record: none of the subjects is a run or a plug-in folder; there is nothing to write into")
-    return found
+    return records
 
 
 def _record(records: dict[str, Record], matrix: Sequence[Cell]) -> None:

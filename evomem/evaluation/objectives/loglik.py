@@ -69,15 +69,15 @@ class Answers(Measure):
             return rollouts(evaluator, policy, sample, task, list(draws.seeds), measurement, **others)
         tokens = evaluator.tokens(sample)
         ready = [evaluator.scheduled(manager) for manager in managers]
-        found: dict[int, Evaluation] = {}
+        by_number: dict[int, Evaluation] = {}
         for members in _batches(evaluator, ready):
             begin = time.perf_counter()
             with attached(evaluator.loaded.model):
                 policies = PopulationPolicy([ready[i] for i in members])
                 batch = evaluator.answer(policies, tokens, sample, task, measurement)
             seconds = (time.perf_counter() - begin) / len(members)
-            found.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
-        return [found[i] for i in range(len(managers))]
+            by_number.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
+        return [by_number[i] for i in range(len(managers))]
 
 
 def _batches(evaluator: Evaluator, managers: Sequence[MemoryManager]) -> list[list[int]]:

@@ -266,8 +266,8 @@ class TraceCollection:
 
     def get(self, key: str) -> Trace | None:
         """Return the trace of a sample by its content, from the first folder that has it; None if none has."""
-        found = (folder.get(key) for folder in self.folders)
-        return next((trace for trace in found if trace is not None), None)
+        traces = (folder.get(key) for folder in self.folders)
+        return next((trace for trace in traces if trace is not None), None)
 
 
 def damage(path: Path, file: TraceFile) -> str:
@@ -340,9 +340,9 @@ def decode(path: Path, features: Sequence[str]) -> Trace:
             columns = file.get_tensor(f"{layer}.columns")[:, None].float()
             if len(columns) != len(names):
                 raise ValueError(f"{len(columns)} features instead of {len(names)}")
-            for part, found in parts.items():
+            for part, layers_of_part in parts.items():
                 tensor = file.get_tensor(f"{layer}.{part}")[None].float()
-                found.append(tensor / scales[part] if part in scales else tensor)
+                layers_of_part.append(tensor / scales[part] if part in scales else tensor)
             heads = columns.shape[2]
             empty = torch.zeros(1, heads, seen, 0)
             slots, start = torch.arange(seen).expand(1, heads, seen), torch.zeros(1, dtype=torch.int64)
@@ -350,5 +350,5 @@ def decode(path: Path, features: Sequence[str]) -> Trace:
             views.append(
                 LayerView(empty, empty, slots, start, seen, seen, layer, layers, columns=own, source=str(path.parent))
             )
-    future = Future(**{part: tuple(found) for part, found in parts.items()})
+    future = Future(**{part: tuple(layers_of_part) for part, layers_of_part in parts.items()})
     return Trace(str(facts["sample"]), str(facts["key"]), tuple(views), future)

@@ -127,13 +127,13 @@ class LayerAllocation(Allocation):
         """
         raise ConfigError(f"allocation {self.name!r}: says nothing of other layers; set by_depth if it does")
 
-    def head_limits(self, marked: Tensor, view: LayerView, held: Tensor, n: Tensor) -> Tensor:
+    def head_limits(self, marked: Tensor, view: LayerView, candidates: Tensor, n: Tensor) -> Tensor:
         """Return the slots of every head: (batch, kv_heads or 1, 1) int64; by default ``n``.
 
         Parameters
         ----------
         marked : (batch, kv_heads, slots), the scores after `Ends.mark`.
-        held : (batch, kv_heads, slots) bool, slots that may stay.
+        candidates : (batch, kv_heads, slots) bool, slots that may stay.
         n : (batch, 1, 1) int64, of `layer_limit`.
         """
         return n
@@ -184,13 +184,15 @@ class EmergentAllocation(Allocation):
     """Says which slots stay by the scores' values. How many that are emerges; no total is promised."""
 
     @abstractmethod
-    def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
+    def keep(
+        self, scores: Tensor, view: LayerView, candidates: Tensor, ends: Ends, budget: int | float | None
+    ) -> Tensor:
         """Return the keep-mask (batch, kv_heads, slots).
 
         Parameters
         ----------
         scores : (batch, kv_heads, slots) fp32.
-        held : (batch, kv_heads, slots) bool, slots that may stay.
+        candidates : (batch, kv_heads, slots) bool, slots that may stay.
         ends : what the scorer protects; the newest token is protected in any case.
         budget : the manager's, at most so many slots per head; None: no cap.
         """

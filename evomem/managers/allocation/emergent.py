@@ -42,12 +42,14 @@ class Threshold(EmergentAllocation):
     Options = ThresholdOptions
     options: ThresholdOptions
 
-    def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
+    def keep(
+        self, scores: Tensor, view: LayerView, candidates: Tensor, ends: Ends, budget: int | float | None
+    ) -> Tensor:
         """Return the keep-mask: scores >= 0, of these the best up to the cap, protected tokens before all."""
         cap = budget if self.options.cap is None else self.options.cap
         n = slots_of_budget(cap, view)
-        marked, newest = ends.mark(scores, view, held, n), held & (view.age == 0)
-        kept = (marked >= 0) & held
+        marked, newest = ends.mark(scores, view, candidates, n), candidates & (view.age == 0)
+        kept = (marked >= 0) & candidates
         if cap is not None:  # the newest token has its slot before all others, protected ones too
             kept = kept & best(torch.where(newest, -torch.inf, marked), n - newest.sum(-1, keepdim=True))
         return kept | newest
@@ -62,12 +64,14 @@ class Dense(EmergentAllocation):
 
     name = "dense"
 
-    def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
+    def keep(
+        self, scores: Tensor, view: LayerView, candidates: Tensor, ends: Ends, budget: int | float | None
+    ) -> Tensor:
         """Return the keep-mask."""
-        marked = ends.mark(scores, view, held, tokens_read(view))
-        marked = torch.where(held & (view.age == 0), torch.inf, marked)
+        marked = ends.mark(scores, view, candidates, tokens_read(view))
+        marked = torch.where(candidates & (view.age == 0), torch.inf, marked)
         most = (marked >= 0).sum(-1).amax()
-        return best(marked, most) & held
+        return best(marked, most) & candidates
 
 
 class Everything(EmergentAllocation):
@@ -75,6 +79,8 @@ class Everything(EmergentAllocation):
 
     name = "everything"
 
-    def keep(self, scores: Tensor, view: LayerView, held: Tensor, ends: Ends, budget: int | float | None) -> Tensor:
-        """Return ``held``."""
-        return held
+    def keep(
+        self, scores: Tensor, view: LayerView, candidates: Tensor, ends: Ends, budget: int | float | None
+    ) -> Tensor:
+        """Return ``candidates``."""
+        return candidates

@@ -101,9 +101,9 @@ class Lava(ModelAllocation):
         totals = layer_totals(self.entropies(views), views, means[0], scores, ends_at(ends, means[0]))
         limits = []
         for view, mean, score, total in zip(views, means, scores, totals, strict=True):
-            held = score != -torch.inf
-            marked = ends.mark(score, view, held, mean)
-            limits.append(heads_by_ranking(marked, view, held, total, self.options.safeguard))
+            candidates = score != -torch.inf
+            marked = ends.mark(score, view, candidates, mean)
+            limits.append(heads_by_ranking(marked, view, candidates, total, self.options.safeguard))
         return limits
 
     def ends_within(self, limits: Tensor, mean: Tensor) -> Tensor:

@@ -94,25 +94,25 @@ class AcrossHeads(LayerAllocation):
         """Return what the allocation over the layers gives every layer."""
         return self.layers.layer_limits(view, mean, ends, shares)
 
-    def head_limits(self, marked: Tensor, view: LayerView, held: Tensor, n: Tensor) -> Tensor:
+    def head_limits(self, marked: Tensor, view: LayerView, candidates: Tensor, n: Tensor) -> Tensor:
         """Return how many of the layer's n H best are each head's: (batch, kv_heads, 1) int64."""
         if self.options.safeguard == 1:  # also where a head cannot fill its slots, the others do not get them
             return n
-        return heads_by_ranking(marked, view, held, n * view.slots.shape[1], self.options.safeguard)
+        return heads_by_ranking(marked, view, candidates, n * view.slots.shape[1], self.options.safeguard)
 
 
-def heads_by_ranking(marked: Tensor, view: LayerView, held: Tensor, total: Tensor, safeguard: float) -> Tensor:
+def heads_by_ranking(marked: Tensor, view: LayerView, candidates: Tensor, total: Tensor, safeguard: float) -> Tensor:
     """Return how many of a layer's ``total`` best are each head's: (batch, kv_heads, 1) int64, which add up to it.
 
     Parameters
     ----------
     marked : (batch, kv_heads, slots), the scores after `Ends.mark`. Equal ones rank by position, then by head.
-    held : (batch, kv_heads, slots) bool, slots that may stay.
+    candidates : (batch, kv_heads, slots) bool, slots that may stay.
     total : (batch, 1, 1) int64, slots of the layer, n a head.
     safeguard : every head keeps its ⌊safeguard n⌋ best for certain.
     """
     heads, slots = marked.shape[1:]
-    safe = best(marked, share_of(safeguard, total // heads)) & held
+    safe = best(marked, share_of(safeguard, total // heads)) & candidates
     # At most n a head are safe or protected (`Ends` sees to that), so all of them fit into the layer's total.
     ordered = torch.where(safe, torch.inf, marked)
     order = torch.sort(view.slots.flatten(-2), dim=-1, stable=True).indices

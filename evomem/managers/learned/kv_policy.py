@@ -204,12 +204,12 @@ class KVPolicy(StochasticManager):
         z = z.clamp(-LARGEST, LARGEST)
         relative_depth = view.depth + 0.5 if view.layers > 1 else 0.0
         weights = torch.stack([interpolate(own, relative_depth) for own in self.weights.float().unbind(0)])
-        found = torch.matmul(z, weights.transpose(0, 1))
+        stacked = torch.matmul(z, weights.transpose(0, 1))
         if o.hidden:
             depth = self.by_depth.float() * view.depth
             units = torch.tanh(torch.matmul(z, self.inner.float().transpose(0, 1)) + self.bias.float() + depth)
-            found = found + torch.matmul(units, self.outer.float().transpose(0, 1))
-        outputs: dict[str, Tensor] = dict(zip(map(str, o.actions), found.unbind(-1), strict=True))
+            stacked = stacked + torch.matmul(units, self.outer.float().transpose(0, 1))
+        outputs: dict[str, Tensor] = dict(zip(map(str, o.actions), stacked.unbind(-1), strict=True))
         if o.layers and "evict" in outputs:
             own = interpolate(self.own.float(), relative_depth)
             own = own if own.shape[0] == z.shape[1] else own.mean(0, keepdim=True)
@@ -219,10 +219,10 @@ class KVPolicy(StochasticManager):
         return outputs
 
     def _columns(self, view: LayerView) -> Tensor:
-        found = columns(view, self.options.features)
+        features = columns(view, self.options.features)
         if self.options.scale == "head":
-            found = [standardise(column, view.valid) for column in found]
-        return torch.stack(found, -1)
+            features = [standardise(column, view.valid) for column in features]
+        return torch.stack(features, -1)
 
     def score(self, view: LayerView) -> Tensor:
         """Return the scores that slots are ranked by; without the action evict, the newest come first."""
@@ -282,24 +282,24 @@ class KVPolicy(StochasticManager):
 
     def _terms(self, view: LayerView, action: Action) -> list[Tensor]:
         """Return log π of the choices of every part of an action: each (batch, kv_heads, choices)."""
-        outputs, found = self.outputs(view), list[Tensor]()
+        outputs, log_probs = self.outputs(view), list[Tensor]()
         if action.stored is not None:
             terms = plackett_luce.bernoulli_log_prob(outputs["store"], action.stored)
-            found.append(torch.where(arrived(view), terms, 0.0))
+            log_probs.append(torch.where(arrived(view), terms, 0.0))
         if action.ranking is not None:
             shares = self.shares() if action.shares is None else action.shares
             scores, picks = self.rule.open(outputs["evict"], view, action.stored, shares)
-            found.append(plackett_luce.log_probs(scores.expand_as(action.ranking), action.ranking, picks))
+            log_probs.append(plackett_luce.log_probs(scores.expand_as(action.ranking), action.ranking, picks))
         if action.rates is not None:
             z = (action.rates - outputs["forget"]) / SPREAD
             terms = -0.5 * z.square() - math.log(SPREAD * math.sqrt(2 * math.pi))
-            found.append(torch.where(view.valid, terms, 0.0))
+            log_probs.append(torch.where(view.valid, terms, 0.0))
         mean = self.shares()
         if action.shares is not None and mean is not None and view.layer == 0:  # drawn once for all: counted once
             z = (action.shares - mean) / SHARE_SPREAD
             terms = -0.5 * z.square() - math.log(SHARE_SPREAD * math.sqrt(2 * math.pi))
-            found.append(torch.nn.functional.pad(terms[:, None], (0, 0, 0, view.slots.shape[1] - 1)))
-        return found
+            log_probs.append(torch.nn.functional.pad(terms[:, None], (0, 0, 0, view.slots.shape[1] - 1)))
+        return log_probs
 
     def choices(self, view: LayerView, action: Action) -> Tensor:
         """Return the number of picks, gates and rates that were drawn: (batch, kv_heads)."""

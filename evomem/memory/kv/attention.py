@@ -64,8 +64,8 @@ class _Handover(threading.local):
                     f"{family} attends twice to the keys of one layer, which evomem does not manage"
                 )
             return None
-        for what, held, given in (("keys", held_key, key), ("values", held_value, value)):
-            if held is not given and not _equal(held, given):
+        for what, stored, given in (("keys", held_key, key), ("values", held_value, value)):
+            if stored is not given and not _equal(stored, given):
                 # Without this check the new tokens would silently attend to something that the slots do not hold.
                 raise UnsupportedModelError(
                     f"{family} changes {what} between cache and attention, which evomem does not manage"
@@ -79,11 +79,14 @@ class _Handover(threading.local):
         self.layer = self.key = self.value = self.attended = self.reading = None
 
 
-def _equal(held: Tensor | None, given: Tensor) -> bool:
+def _equal(stored: Tensor | None, given: Tensor) -> bool:
     """Whether a model handed on a copy or another view of what the cache returned."""
     return (
-        held is not None and held.shape == given.shape and held.dtype == given.dtype and held.device == given.device
-    ) and torch.equal(held, given)
+        stored is not None
+        and stored.shape == given.shape
+        and stored.dtype == given.dtype
+        and stored.device == given.device
+    ) and torch.equal(stored, given)
 
 
 handover = _Handover()
@@ -239,9 +242,9 @@ def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     """Return the eager attention that a module falls back on: a function of the file that its forward is written in."""
     for kind in type(module).__mro__:
         if (forward := vars(kind).get("forward")) is not None:
-            found = getattr(inspect.unwrap(forward), "__globals__", {}).get("eager_attention_forward")
-            if found is not None:
-                return cast(Callable[..., Any], found)
+            attention = getattr(inspect.unwrap(forward), "__globals__", {}).get("eager_attention_forward")
+            if attention is not None:
+                return cast(Callable[..., Any], attention)
     return None
 
 

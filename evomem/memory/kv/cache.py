@@ -283,14 +283,14 @@ class SlotCache(Cache):
         views = [layer.view() for layer in self.layers]
         since = self.layers[0].since_turn()
         groups = sorted({count for count, turn in zip(since, due, strict=True) if turn})
-        found = []
+        decided = []
         with full_precision(views[0].keys):
             for fresh in groups:
-                found.append(decide_all(self.policy, [replace(view, fresh=fresh, memo={}) for view in views]))
+                decided.append(decide_all(self.policy, [replace(view, fresh=fresh, memo={}) for view in views]))
         del views  # so that a layer's old slots go as soon as its new ones are there
         rows = [[turn and count == fresh for count, turn in zip(since, due, strict=True)] for fresh in groups]
         for index, layer in enumerate(self.layers):
-            layer.apply_turns([one[index] for one in found], rows)
+            layer.apply_turns([one[index] for one in decided], rows)
         self.owing = False
 
     def keep(self, masks: list[Tensor]) -> None:
@@ -325,13 +325,13 @@ class SlotCache(Cache):
 
     # ---- measurements ---------------------------------------------------------------------------------------------
 
-    def account(self, layer: int, seen: int, held: int) -> None:
+    def account(self, layer: int, seen: int, size: int) -> None:
         """Note the bytes that a layer held when ``seen`` tokens had been read.
 
         The peak is over tokens, not over the moments of one forward pass, in which a layer may evict before the next
         one has read: so reading in pieces and reading at once measure the same, and the mean is never above the peak.
         """
-        self._sums[seen] = self._sums.get(seen, 0) + held
+        self._sums[seen] = self._sums.get(seen, 0) + size
         if layer == self.depth - 1:
             self.bytes_peak = max(self.bytes_peak, self._sums.pop(seen))
 

@@ -79,8 +79,8 @@ def decide_all(policy: Any, views: Sequence[LayerView]) -> list[Decision]:
     ------
     CacheError : it returned another number of decisions than there are layers.
     """
-    found = list(policy.decide_all(views))
-    if len(found) != len(views):
+    made = list(policy.decide_all(views))
+    if len(made) != len(views):
         name = getattr(policy, "name", type(policy).__name__)
-        raise CacheError(f"manager {name!r}: decide_all returned {len(found)} decisions about {len(views)} layers")
-    return found
+        raise CacheError(f"manager {name!r}: decide_all returned {len(made)} decisions about {len(views)} layers")
+    return made

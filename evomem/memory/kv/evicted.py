@@ -28,9 +28,9 @@ def count_evicted(layers: Sequence[SlotLayer], rows: Tensor | None = None) -> No
         for layer in layers:
             layer.evicted = None
         return
-    held = [(layer.slots >= 0).sum(-1) for layer in layers]
+    counts = [(layer.slots >= 0).sum(-1) for layer in layers]
     gone = stacked(
-        [(layer.seen - layer.start) - h.sum(-1) // h.shape[-1] for layer, h in zip(layers, held, strict=True)]
+        [(layer.seen - layer.start) - h.sum(-1) // h.shape[-1] for layer, h in zip(layers, counts, strict=True)]
     )
     gone = gone.clamp(min=0).transpose(0, 1).contiguous()
     for layer in layers:

@@ -149,7 +149,7 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         self.cache.require_observing(self.recorder)
         keys, values, slots, decays = self.keys, self.values, self.slots, self.decays
         if self.ahead:
-            keys, values, slots = (held[:, :, : -self.ahead] for held in (keys, values, slots))
+            keys, values, slots = (part[:, :, : -self.ahead] for part in (keys, values, slots))
             decays = None if decays is None else decays[:, :, : -self.ahead]
         recorded = self.recorder.whole(self.storage.layout).recorded(
             keys, slots, self.start, self.seen,
@@ -225,13 +225,13 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         if len(decisions) == 1 and all(turns[0]):
             self.apply(decisions[0])
             return
-        held, device = self.slots >= 0, self.slots.device
+        filled, device = self.slots >= 0, self.slots.device
         turned = self.turned if self.turned is not None else torch.full_like(self.start, self.decided)
         rows = [torch.tensor(turn, device=device) for turn in turns]
-        keep, decays, evicted = held, [one.decay for one in decisions], self.evicted
+        keep, decays, evicted = filled, [one.decay for one in decisions], self.evicted
         decay = None if all(one is None for one in decays) else self.decays
         if decay is None and any(one is not None for one in decays):
-            decay = torch.zeros(held.shape, device=device, dtype=torch.float32)
+            decay = torch.zeros(filled.shape, device=device, dtype=torch.float32)
         for decision, turn in zip(decisions, rows, strict=True):
             keep = torch.where(turn[:, None, None], decision.keep, keep)
             turned = torch.where(turn, self.seen, turned)
@@ -267,8 +267,8 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         (keys, values), self.pending = self.pending, None
         self.cache.awaiting = None
         batch, count, begin = query.shape[0], query.shape[2], self.seen
-        held = tuple(self.storage.even["keys"].shape) if begin else ()
-        if begin and (*keys.shape[:2], keys.shape[3]) != (*held[:2], held[3]):
+        shape = tuple(self.storage.even["keys"].shape) if begin else ()
+        if begin and (*keys.shape[:2], keys.shape[3]) != (*shape[:2], shape[3]):
             raise CacheError(
                 f"the input's keys are {tuple(keys.shape)} (rows, KV heads, tokens, size), the cache holds "
                 f"{tuple(self.keys.shape)}; for several questions about one context repeat its row in a clone: "

@@ -118,8 +118,8 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Bytes of every tensor held now: keys, values, slot indices, decays, recorded observations."""
         if not self.seen:
             return 0
-        held = [*self.storage.tensors(), *self.recorder.tensors()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        tensors = [*self.storage.tensors(), *self.recorder.tensors()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def bytes_per_token(self) -> int:
         """Bytes that one more token costs in every row, over all KV heads."""
@@ -146,10 +146,10 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def note_bytes(self, before: int, tokens: int) -> int:
         """Note that ``tokens`` arrived since ``before`` bytes were held; pieces do not matter. Returns what is held."""
-        held = self.nbytes()
-        self.bytes_peak = max(self.bytes_peak, held)
-        self._byte_tokens += (before + held) / 2 * tokens
-        return held
+        size = self.nbytes()
+        self.bytes_peak = max(self.bytes_peak, size)
+        self._byte_tokens += (before + size) / 2 * tokens
+        return size
 
     @property
     def bytes_mean(self) -> float:

@@ -151,10 +151,10 @@ def slot_mask(
     if explicit is not None:
         return _gathered(explicit, slots, uniform=uniform, decays=decays)
     index = index[:, None]
-    held = slots[:1, :1, None] if uniform else slots[:, :, None]
-    allowed = (held >= 0) & (held <= index)
+    token = slots[:1, :1, None] if uniform else slots[:, :, None]
+    allowed = (token >= 0) & (token <= index)
     if window is not None:
-        allowed = allowed & (held > index - window)
+        allowed = allowed & (token > index - window)
     if padding is not None:
         allowed = allowed & _visible(slots, padding)[:, :, None]
         if real is not None:
@@ -168,17 +168,17 @@ def slot_mask(
 def _gathered(explicit: Tensor, slots: Tensor, *, uniform: bool, decays: Tensor | None) -> Tensor:
     """An explicit mask at the tokens that the slots hold."""
     if uniform:
-        found = explicit[..., : slots.shape[2]]
+        gathered = explicit[..., : slots.shape[2]]
         valid = torch.ones((), dtype=torch.bool, device=slots.device)
     else:
-        batch, kv_heads, held = slots.shape
+        batch, kv_heads, count = slots.shape
         shape = (batch, kv_heads, explicit.shape[2])
-        index = slots.clamp(min=0)[:, :, None].expand(*shape, held)
-        found = explicit.expand(*shape, explicit.shape[3]).gather(3, index)
+        index = slots.clamp(min=0)[:, :, None].expand(*shape, count)
+        gathered = explicit.expand(*shape, explicit.shape[3]).gather(3, index)
         valid = (slots >= 0)[:, :, None]
     if explicit.dtype == torch.bool and decays is None:
-        return found & valid
-    bias = found.float() if explicit.dtype != torch.bool else torch.where(found, 0.0, -torch.inf)
+        return gathered & valid
+    bias = gathered.float() if explicit.dtype != torch.bool else torch.where(gathered, 0.0, -torch.inf)
     return torch.where(valid, bias if decays is None else bias + decays[:, :, None], -torch.inf)
 
 

@@ -38,8 +38,8 @@ class MaskRequest:
         """Return what the mask says, in the cheapest form that is exact, with tensors on ``device``."""
         if device not in self._written:
             self._written[device] = self._visibility.to(device)
-        found: Visibility = self._written[device]
-        return found
+        visibility: Visibility = self._written[device]
+        return visibility
 
     @cached_property
     def _visibility(self) -> Visibility:

@@ -24,16 +24,16 @@ _SLOTS = 1 << 14
 
 def degree(model: Any) -> int:
     """Return over how many processes a model's heads are split; 1: it is whole."""
-    found = getattr(model, "_tp_size", None)
-    if found is None:
+    size = getattr(model, "_tp_size", None)
+    if size is None:
         mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
         shards = mesh is not None and any(
             getattr(place, "is_shard", lambda: False)()
             for p in model.parameters()
             for place in getattr(p, "placements", ())
         )
-        found = mesh.size() if mesh is not None and shards else 1
-    return int(found)
+        size = mesh.size() if mesh is not None and shards else 1
+    return int(size)
 
 
 def check_parallel(model: PreTrainedModel, policy: CachePolicy, layers: int) -> None:

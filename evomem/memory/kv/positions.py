@@ -77,8 +77,8 @@ def _scan(decoder: nn.Module) -> tuple[PositionLimit | None, bool]:
 
 def _decoder(model: PreTrainedModel, text: Any) -> nn.Module:
     """Return the part of a model that reads text: a picture's positions are of no concern."""
-    found = [module for module in model.modules() if getattr(module, "config", None) is text]
-    return found[0] if found else model
+    decoders = [module for module in model.modules() if getattr(module, "config", None) is text]
+    return decoders[0] if decoders else model
 
 
 def _tables(name: str, module: nn.Module) -> Iterator[PositionLimit]:
@@ -90,8 +90,8 @@ def _tables(name: str, module: nn.Module) -> Iterator[PositionLimit]:
         padding = module.padding_idx  # RoBERTa's positions begin after it
         unused = first if isinstance(first, int) else 0 if padding is None else int(padding) + 1
         yield PositionLimit(module.num_embeddings - unused, learned=True, masked=type(module) is not nn.Embedding)
-    for held, buffer in module.named_buffers(recurse=False):
-        if _TABLE.fullmatch(held) and buffer.dim() == 2:  # GPT-J, CodeGen
+    for label, buffer in module.named_buffers(recurse=False):
+        if _TABLE.fullmatch(label) and buffer.dim() == 2:  # GPT-J, CodeGen
             yield PositionLimit(buffer.shape[0], learned=True)
 
 

@@ -216,16 +216,16 @@ def _check_tensors(
         _require(name in tensors, f"{index}.{name}", "is missing")
     keys, slots, start = tensors["keys"], tensors["slots"], tensors["start"]
     _require(keys.dim() == 4 and keys.is_floating_point(), f"{index}.keys", "is no (batch, kv_heads, slots, head_dim)")
-    batch, heads, held, size = keys.shape
+    batch, heads, count, size = keys.shape
     _require(batch > 0 and heads > 0, f"{index}.keys", "has no row or no head")
     values = tensors["values"]
     _require(values.dim() == 4 and values.is_floating_point(), f"{index}.values", "has shape or type of no values")
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "keys": ((batch, heads, held, size), keys.dtype),
-        "values": ((batch, heads, held, values.shape[-1]), values.dtype),  # under autocast another type than keys
-        "slots": ((batch, heads, held), torch.int64),
+        "keys": ((batch, heads, count, size), keys.dtype),
+        "values": ((batch, heads, count, values.shape[-1]), values.dtype),  # under autocast another type than keys
+        "slots": ((batch, heads, count), torch.int64),
         "start": ((batch,), torch.int64),
-        "decays": ((batch, heads, held), torch.float32),
+        "decays": ((batch, heads, count), torch.float32),
         "turned": ((batch,), torch.int64),
         "evicted": ((batch, layers), torch.int64),
     }
@@ -238,7 +238,7 @@ def _check_tensors(
     if turned is not None:
         _check_shape(f"{index}.turned", turned, *shapes["turned"])
         _require(bool(((turned >= 0) & (turned <= seen)).all()), f"{index}.turned", "is outside of what was read")
-    shapes |= _recorded_shapes(index, wanted, tensors, batch, heads, held, size, seen, _since(start, facts))
+    shapes |= _recorded_shapes(index, wanted, tensors, batch, heads, count, size, seen, _since(start, facts))
     for name, tensor in tensors.items():
         _require(name in shapes, f"{index}.{name}", "is nothing that this manager's cache holds")
         _check_shape(f"{index}.{name}", tensor, *shapes[name])
@@ -255,7 +255,7 @@ def _check_tensors(
     _require(within, f"{index}.slots", "are not the ascending indices of tokens that were read")
     aligned = not flat and bool((slots >= 0).all())
     _require(not facts["aligned"] or aligned, f"{index}.slots", "have empty ones, and aligned says no")
-    whole = not flat and held == seen and bool((slots == torch.arange(held, device=slots.device)).all())
+    whole = not flat and count == seen and bool((slots == torch.arange(count, device=slots.device)).all())
     _require(not facts["dense"] or whole, f"{index}.slots", "are not all tokens, and dense says so")
 
 
@@ -287,15 +287,15 @@ def _check_flat(index: int, facts: Mapping[str, Any], flat: Mapping[str, Tensor]
 
 
 def _recorded_shapes(
-    index: int, wanted: Wanted, tensors: Mapping[str, Tensor], batch: int, heads: int, held: int, size: int, seen: int,
+    index: int, wanted: Wanted, tensors: Mapping[str, Tensor], batch: int, heads: int, slots: int, size: int, seen: int,
     starts: list[int],
 ) -> dict[str, State]:  # fmt: skip
     """Return shapes and types of what a recorder holds after ``seen`` tokens."""
-    found: dict[str, State] = {}
-    sizes = Sizes(batch, heads, held, size, seen, tuple(starts))
+    shapes: dict[str, State] = {}
+    sizes = Sizes(batch, heads, slots, size, seen, tuple(starts))
     for observation in wanted.observations:
         try:
-            found |= observation.state(tensors, sizes)
+            shapes |= observation.state(tensors, sizes)
         except CacheError as error:
             raise CacheError(f"{index}.{error}") from None
     queries = tensors.get("rowwise.queries")
@@ -304,7 +304,7 @@ def _recorded_shapes(
         count = queries.shape[2]
         fits = 0 < count <= min(wanted.queries, seen) and queries.shape[1] % heads == 0
         _require(fits, f"{index}.rowwise.queries", "are not the newest queries of this manager's window")
-        found["rowwise.queries"] = (batch, queries.shape[1], count, size), queries.dtype
+        shapes["rowwise.queries"] = (batch, queries.shape[1], count, size), queries.dtype
         visible = tensors.get("rowwise.visible")
         if visible is not None:
             _require(visible.dim() == 4, f"{index}.rowwise.visible", "is no mask")
@@ -312,10 +312,10 @@ def _recorded_shapes(
             fits = visible.shape[1] in (1, heads) and visible.shape[2] <= wanted.queries and visible.shape[3] <= seen
             kind = visible.dtype == torch.bool or visible.is_floating_point()
             _require(fits and kind, f"{index}.rowwise.visible", "is no mask of the newest queries")
-            found["rowwise.visible"] = shape, visible.dtype
+            shapes["rowwise.visible"] = shape, visible.dtype
     elif wanted.queries:
-        found["rowwise.queries"] = (), torch.float32  # missing, which is said
-    return found
+        shapes["rowwise.queries"] = (), torch.float32  # missing, which is said
+    return shapes
 
 
 def _since(start: Tensor, facts: Mapping[str, Any]) -> list[int]:

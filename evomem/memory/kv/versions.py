@@ -46,9 +46,9 @@ def as_output(cache: Any, kind: type) -> dict[str, Any]:
 @remembered
 def warn_untested() -> None:
     """Warn, once, of a transformers that is newer than any that evomem was tested with."""
-    if (found := _installed()) > NEWEST:
+    if (there := _installed()) > NEWEST:
         warnings.warn(
-            f"transformers {found[0]}.{found[1]} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that evomem was "
+            f"transformers {there[0]}.{there[1]} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that evomem was "
             "tested with: run evomem.testing.conformance on your model, or install an older one",
             stacklevel=2,
         )

@@ -44,7 +44,7 @@ class AttentionSpectrum(Observation):
     def attended(self, recorder: Recorder, attention: Tensor, first: int, starts: tuple[int, ...]) -> None:
         """Advance the spectrogram row by row group: frames count a row's own tokens, so padding shifts them."""
         starts = tuple(max(start, recorder.begin) for start in starts)
-        columns, held = recorder.slotwise["columns"], attention.shape[3]
+        columns, slots = recorder.slotwise["columns"], attention.shape[3]
         queries = attention.shape[2]
         last = first + queries
         waiting = max((max(last - start, 0)) % HOP for start in starts)
@@ -56,24 +56,24 @@ class AttentionSpectrum(Observation):
             pending = max(first - start, 0) % HOP
             arrived = attention if whole else attention[rows]
             arrived = arrived[:, :, max(start - first, 0) :]
-            tail = old[:, :, :held, :HOP].transpose(2, 3)
+            tail = old[:, :, :slots, :HOP].transpose(2, 3)
             stream = arrived
             if pending:
-                stream = torch.cat((old[:, :, :held, HOP : HOP + pending].transpose(2, 3), arrived), dim=2)
+                stream = torch.cat((old[:, :, :slots, HOP : HOP + pending].transpose(2, 3), arrived), dim=2)
             full = stream.shape[2] // HOP * HOP
             if full:
                 state = recorder.slotwise["attention_spectrum"] = writable(recorder.slotwise["attention_spectrum"])
                 before = state if whole else state[rows]
-                after, tail = advance(before[:, :, :held], tail, stream[:, :, :full])
+                after, tail = advance(before[:, :, :slots], tail, stream[:, :, :full])
                 if whole:
-                    state[:, :, :held] = after
+                    state[:, :, :slots] = after
                 else:
-                    before[:, :, :held] = after
+                    before[:, :, :slots] = after
                     state[rows] = before
             rest = stream[:, :, full:].transpose(2, 3)
             block = grown if whole else grown[rows]
-            block[:, :, :held, :HOP] = tail.transpose(2, 3)
-            block[:, :, :held, HOP : HOP + rest.shape[3]] = rest
+            block[:, :, :slots, :HOP] = tail.transpose(2, 3)
+            block[:, :, :slots, HOP : HOP + rest.shape[3]] = rest
             if not whole:
                 grown[rows] = block
         recorder.slotwise["columns"] = grown

@@ -71,8 +71,8 @@ class Recorder:
             return
         device = old.device if explicit is None and old is not None else cast(Tensor, explicit).device
         if old is None:
-            held = self.rowwise["queries"].shape[2] if "queries" in self.rowwise else 0
-            old = causal_rows(first - held, held, window, device).expand(batch, -1, -1, -1)
+            kept = self.rowwise["queries"].shape[2] if "queries" in self.rowwise else 0
+            old = causal_rows(first - kept, kept, window, device).expand(batch, -1, -1, -1)
         new = causal_rows(first, queries, visibility.window, device) if explicit is None else explicit
         self.rowwise["visible"] = joined_rows(old, new.expand(batch, -1, -1, -1))[:, :, -width:].clone()
 
@@ -106,11 +106,11 @@ class Recorder:
         """Return everything wanted, as in ``LayerView.recorded``; arguments as in `Moment`."""
         moment = Moment(keys, slots, start, seen, scale, decays, window, softcap, rotary)
         newest = lru_cache(maxsize=1)(lambda width: self._window(width, moment))
-        found: dict[str, Tensor] = {}
+        recorded: dict[str, Tensor] = {}
         # Those of one width side by side, so that one window is computed, and held, at a time.
         for one in sorted(self.wanted.observations, key=lambda one: one.newest_queries):
-            found.update(one.recorded(self, moment, newest))
-        return found
+            recorded.update(one.recorded(self, moment, newest))
+        return recorded
 
     def _window(self, width: int, moment: Moment) -> Window:
         """Return the attention of each row's last queries over the slots held now."""

@@ -132,10 +132,12 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
         ConfigError : a shape is not the configuration's.
         """
         for name, values in (("return_values", returns), ("state_values", states)):
-            held: Tensor = getattr(self, name)
-            if values.shape != held.shape:
-                raise ConfigError(f"codes: {name} of shape {tuple(values.shape)}, config.json says {tuple(held.shape)}")
-            held.copy_(values)
+            buffer: Tensor = getattr(self, name)
+            if values.shape != buffer.shape:
+                raise ConfigError(
+                    f"codes: {name} of shape {tuple(values.shape)}, config.json says {tuple(buffer.shape)}"
+                )
+            buffer.copy_(values)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return what the Decision Transformer makes of tokens (batch, tokens): (batch, tokens, hidden_size).

@@ -87,8 +87,8 @@ def missing_files(folder: Path) -> str | None:
             return f"weights named in {INDEX} are missing: {', '.join(lacking[:20])}"
     if not shards:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        found = f" ({', '.join(pickles)} is pickled, which evomem does not read)" if pickles else ""
-        return f"no weights: expected model.safetensors{found}. Save the model there with save_pretrained"
+        pickled = f" ({', '.join(pickles)} is pickled, which evomem does not read)" if pickles else ""
+        return f"no weights: expected model.safetensors{pickled}. Save the model there with save_pretrained"
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return f"no tokenizer: expected one of {', '.join(TOKENIZERS)}. Save it there with save_pretrained"
     return None
@@ -97,12 +97,12 @@ def missing_files(folder: Path) -> str | None:
 def _object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file; raise `ModelError` or `ValueError` if it holds none."""
     try:
-        found = json.loads(read_text(path, TEXT_BYTES, ModelError))
+        content = json.loads(read_text(path, TEXT_BYTES, ModelError))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"an object is expected, this is {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"an object is expected, this is {type(content).__name__}")
+    return content
 
 
 def _from_hub(name: str) -> Path:

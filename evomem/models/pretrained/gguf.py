@@ -87,8 +87,8 @@ def dequantised_folder(alias: Alias, *, verify: bool = False) -> Path:
 
 def cached_folders(alias: Alias) -> list[Path]:
     """Return the alias's folders in the cache, newest first, whatever their state."""
-    found = (cache_root() / "models").glob(f"{alias.name}-{'[0-9a-f]' * 12}")
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    folders = (cache_root() / "models").glob(f"{alias.name}-{'[0-9a-f]' * 12}")
+    return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def damage(folder: Path, *, verify: bool = False) -> str | None:
@@ -165,12 +165,12 @@ def _write_model(source: Path, folder: Path) -> None:
     with quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
         read: Any = AutoModelForCausalLM.from_pretrained
-        model, found = read(
+        model, report = read(
             str(source.parent), gguf_file=source.name, dtype=torch.float32, low_cpu_mem_usage=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     where = f"model of {source}"
-    check_report(where, model, found, {})
+    check_report(where, model, report, {})
     check_numbers(where, model)
     restore_pre_tokenizer(tokenizer, source)
     tokenizer.save_pretrained(folder)

@@ -68,15 +68,15 @@ def _builtin() -> tuple[str, ...]:
     """Sentences of the language reference that ships with Python (``pydoc_data.topics``), without code and markup."""
     from pydoc_data.topics import topics
 
-    found: list[str] = []
+    sentences: list[str] = []
     for name in sorted(topics):
         for paragraph in re.split(r"\n\s*\n", topics[name]):
             text = re.sub(r"(?<=[a-z])-\s*\n\s*(?=[a-z])", "-", paragraph.strip())
             text = re.sub(r"^(?:\[\d+\]|\d+\.|\*)\s+", "", " ".join(text.split()))
             text = text.replace("**", "").replace('"', "").replace("\u2019", "'").replace("\u2013", "-")
             text = re.sub(r"\*(\w[^*]*)\*", r"\1", text)
-            found.extend(sentence for sentence in _SENTENCE_END.split(text) if _reads_like_prose(sentence))
-    return tuple(found)
+            sentences.extend(sentence for sentence in _SENTENCE_END.split(text) if _reads_like_prose(sentence))
+    return tuple(sentences)
 
 
 def _reads_like_prose(sentence: str) -> bool:

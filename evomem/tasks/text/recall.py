@@ -154,11 +154,11 @@ class _Recall(GeneratedTask[Any]):
         self, random: Random, first: dict[str, str], restated: list[str], second: list[str]
     ) -> list[tuple[str, str]]:
         """Pairs in the order in which they are stated: every second value somewhere behind its first."""
-        found = list(first.items())
+        statements = list(first.items())
         for key, value in zip(restated, second, strict=True):
-            stated = next(i for i, (other, _) in enumerate(found) if other == key)
-            found.insert(random.randint(stated + 1, len(found)), (key, value))
-        return found
+            stated = next(i for i, (other, _) in enumerate(statements) if other == key)
+            statements.insert(random.randint(stated + 1, len(statements)), (key, value))
+        return statements
 
     def _spelled(self, key: str, value: str) -> str:
         """Return a pair as it stands in the context, or a blank."""

@@ -106,10 +106,10 @@ def _successors() -> dict[str, list[str]]:
 def sentence(random: Random) -> str:
     """Return a sentence of filler words, from a sparse Markov chain that is the same in every split."""
     chain = _successors()
-    found = [random.choice(FILLERS)]
+    words = [random.choice(FILLERS)]
     for _ in range(random.randint(*SENTENCE) - 1):
-        found.append(random.choice(chain[found[-1]]))
-    return " ".join(found) + "."
+        words.append(random.choice(chain[words[-1]]))
+    return " ".join(words) + "."
 
 
 def weave(statements: Sequence[str], depths: Sequence[float], filler: Sequence[str]) -> str:
@@ -179,8 +179,8 @@ class ZooNeedle(_ZooTask):
 
     def facts(self, random: Random, split: Split) -> tuple[list[Fact], list[str]]:
         """Return the needles, each in a sentence of its own."""
-        found = needle_facts(random, split, self.options.needles)
-        return found, [fact.needle for fact in found]
+        facts = needle_facts(random, split, self.options.needles)
+        return facts, [fact.needle for fact in facts]
 
     def question(self, random: Random, facts: list[Fact]) -> tuple[Fact, str]:
         """Ask for one."""
@@ -221,8 +221,8 @@ class ZooRecall(_ZooTask):
     def facts(self, random: Random, split: Split) -> tuple[list[Fact], list[str]]:
         """Return the pairs, a few of them in a line."""
         pairs = self.pairs if self.options.fewest_pairs is None else random.choice(self.amounts)
-        found = pair_facts(random, split, pairs)
-        return found, lines(found)
+        facts = pair_facts(random, split, pairs)
+        return facts, lines(facts)
 
     def question(self, random: Random, facts: list[Fact]) -> tuple[Fact, str]:
         """Say a few other pairs again, and ask for one."""

@@ -245,12 +245,12 @@ def _found() -> str:
 
     try:
         getattr(services.find_gcs_addresses, "cache_clear", lambda: None)()
-        found: str | None = services.canonicalize_bootstrap_address("auto")
+        address: str | None = services.canonicalize_bootstrap_address("auto")
     except Exception as error:
         raise WorkerError(
             f"--address auto: no Ray cluster could be joined: {_first_line(error)}; start one with: ray start --head"
         ) from error
-    return found or "auto"
+    return address or "auto"
 
 
 def _authentication(asked: str) -> dict[str, str | None]:

@@ -28,13 +28,13 @@ def processes(folder: str) -> list[int]:
     folder, and agents, who have other files open there, are called by it or by Ray's name. (Open files alone would not
     do: a process that is forked from the one that has started Ray has them, too.)
     """
-    inside, found = folder.rstrip("/") + "/", []
+    inside, inside_ids = folder.rstrip("/") + "/", []
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self/fd") else []:
         if entry.isdigit() and int(entry) != os.getpid():
             with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                 if os.stat(f"/proc/{entry}").st_uid == os.getuid() and _belongs(entry, inside):
-                    found.append(int(entry))
-    return found
+                    inside_ids.append(int(entry))
+    return inside_ids
 
 
 def _belongs(process: str, inside: str) -> bool:
@@ -55,10 +55,10 @@ def _target(process: str, file: str) -> str:
 def end(folder: str) -> None:
     """Kill every process of a folder; those that one of them has just started are found in the next round."""
     for _ in range(ROUNDS):
-        found = processes(folder)
-        if not found:
+        running = processes(folder)
+        if not running:
             return
-        for process in found:
+        for process in running:
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.05)

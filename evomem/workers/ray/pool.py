@@ -176,8 +176,8 @@ class RayPool:
 
     def memory(self) -> list[dict[str, int]]:
         """Return what `RayWorker.memory` says for every worker; only between calls of `evaluate`."""
-        found: list[dict[str, int]] = self._ray.get([self._members[n].actor.memory.remote() for n in self._joined])
-        return found
+        sizes: list[dict[str, int]] = self._ray.get([self._members[n].actor.memory.remote() for n in self._joined])
+        return sizes
 
     # ---- sending ----------------------------------------------------------------------------------------------------
 

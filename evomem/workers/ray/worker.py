@@ -108,17 +108,17 @@ class RayWorker:
         begin = time.perf_counter()
         self._readings.offer(order.offers)
         try:
-            found: list[Evaluation] | None = self._evaluate(alone(order.unit, order.candidate))
-            if order.candidate is not None and found is not None:
-                found = [found[order.candidate]]
+            evaluations: list[Evaluation] | None = self._evaluate(alone(order.unit, order.candidate))
+            if order.candidate is not None and evaluations is not None:
+                evaluations = [evaluations[order.candidate]]
             error = None
         except Exception as caught:
-            found, error = None, portable(caught)
+            evaluations, error = None, portable(caught)
             if memory_that_ended(caught) is not None:
                 let_go(caught)  # so that a smaller unit finds room
         fresh = self._readings.give()
         sizes = {key: nbytes(arrays) for key, arrays in fresh.items()}
-        return Answer(found, error, time.perf_counter() - begin, sizes), fresh
+        return Answer(evaluations, error, time.perf_counter() - begin, sizes), fresh
 
     def memory(self) -> dict[str, int]:
         """Return bytes of this process: ``private`` (nobody else's), ``resident`` (with what it shares).
