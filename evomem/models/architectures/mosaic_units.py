@@ -247,13 +247,19 @@ class PersistentUnit(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None, memory: UnitMemory) -> Tensor:
         """Read tokens, as a `ContextualUnit` does."""
         queries = self.keys(x, real, memory)
-        beta = (2 * RATE * precise(self.key_scale)).clamp(max=5).exp()[None, :, None]
-        every = torch.ones(1, 1, 1, self.stored_keys.shape[1], dtype=torch.bool, device=x.device)
+        batch, heads, tokens, dim = queries.shape
+        beta = (2 * RATE * precise(self.key_scale)).clamp(max=5).exp()
         values = (RATE * precise(self.scale)).exp()[:, None, None] * precise(self.stored_values)
-        dropout = self.dropout * self.training
-        y = read_pairs(queries, self.stored_keys[None], values[None].to(x.dtype), every, beta, dropout)
-        memory.seen += x.shape[1]
-        return y.transpose(1, 2).flatten(2)
+        # All rows read the same pairs: as queries of one row, which the fused kernel is made for.
+        read = F.scaled_dot_product_attention(
+            (precise(queries) * beta[:, None, None]).transpose(0, 1).reshape(1, heads, batch * tokens, dim),
+            precise(self.stored_keys)[None],
+            values[None],
+            dropout_p=self.dropout * self.training,
+            scale=1.0,
+        )
+        memory.seen += tokens
+        return read.reshape(heads, batch, tokens, dim).permute(1, 2, 0, 3).flatten(2).to(x.dtype)
 
 
 class GatedPersistentUnit(nn.Module):
