@@ -1,0 +1,53 @@
+"""Three moons with a bounded store: pairs in a `PairMemory`, managers that decide which of them stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from evomem.managers.vector import to_vector
+from evomem.models.architectures.mosaic_cache import UnitMemory
+from evomem.tasks.base import Split
+from experiments.moons import LENGTH, MOONS, MoonsMosaic
+from experiments.moons_store import BUDGET, FIELD, manager_of, measure, read, search, series_of
+
+MODEL, SERIES = MoonsMosaic.given(MOONS), series_of(Split.SEALED, 4, 100_000)
+
+
+@pytest.mark.parametrize("every", [3, 1000])
+def test_a_store_that_keeps_all_reads_as_the_unit_does(every):
+    memory = read(MODEL, SERIES[:, :40], manager_of("full"), every).layers[0]
+    unit = MODEL.unit(SERIES[:, :40], None, UnitMemory())[:, -1]
+    query = MODEL.unit.keys(SERIES[:, 39:40], None, UnitMemory())
+    torch.testing.assert_close(memory.read(query).transpose(1, 2).flatten(1), unit, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_the_budget_is_held_and_series_do_not_mix(name):
+    row = measure(MODEL, SERIES, manager_of(name))
+    assert row["pairs"] == (MOONS * (LENGTH - 1) if name == "full" else MOONS * BUDGET)
+    assert sum(row["pairs_by_head"]) == pytest.approx(row["pairs"])
+    if name != "random":  # whose draws depend on the row
+        assert measure(MODEL, SERIES[2:3], manager_of(name))["errors"] == pytest.approx(row["errors"][2:3], abs=1e-4)
+
+
+def test_what_surprised_is_enough():
+    """A twelfth of the pairs, split over heads by one ranking; fewer where tokens are refused."""
+    full, ranked = (measure(MODEL, SERIES, manager_of(name)) for name in ("full", "surprise, one ranking"))
+    assert max(full["errors"]) < 1e-3
+    assert max(ranked["errors"]) < 0.005
+    assert ranked["pairs_by_head"] == sorted(ranked["pairs_by_head"])  # moons are ordered by their periods
+    # Rank by surprise, and store where 10 * surprise - 1 >= 0.
+    gated = measure(MODEL, SERIES, manager_of("", np.array([1, 0, 0, 0, 10, 0, 0, 0, -1.0])))
+    assert max(gated["errors"]) < 0.005
+    assert gated["pairs"] <= 56 < 0.2 * MOONS * (LENGTH - 1)
+    equal = measure(MODEL, SERIES, manager_of("surprise, equal split"))
+    assert np.mean(equal["errors"]) > 0.05
+
+
+def test_a_search_changes_the_policy():
+    vector, history = search(MODEL, 0, generations=2, popsize=4)
+    assert np.isfinite(vector).all()
+    assert len(history) == 2
+    assert not np.array_equal(vector, to_vector(manager_of("", vector * 0)))
