@@ -8,6 +8,7 @@ from torch import Tensor
 from evomem.evaluation.measurement import Table
 from evomem.evaluation.population import Deciding
 from evomem.memory import SlotCache
+from evomem.memory.explicit import ExplicitCache
 
 
 class Meter:
@@ -28,7 +29,7 @@ class Meter:
         self._total = torch.zeros(policy.size, dtype=torch.float64)
         self._tokens = 0
 
-    def bytes_by_row(self, cache: SlotCache) -> Tensor:
+    def bytes_by_row(self, cache: SlotCache | ExplicitCache) -> Tensor:
         """Return the bytes of every row now: (rows,) float64, or (1,) while one row still stands for all.
 
         A candidate that lets nothing fade does not pay for the decays that others brought into the batch.
@@ -40,7 +41,7 @@ class Meter:
                 by_row = by_row - torch.where(self._policy.fades(layer.index), 0, cost)
         return by_row
 
-    def bytes_by_head(self, cache: SlotCache) -> list[Tensor]:
+    def bytes_by_head(self, cache: SlotCache | ExplicitCache) -> list[Tensor]:
         """Return per layer the bytes of every row's KV heads now: (rows, kv_heads) float64.
 
         They are those of `bytes_by_row`, without the observations that belong to a row and to none of its slots.
@@ -66,7 +67,7 @@ class Meter:
         return self._total / self._tokens if self._tokens else torch.full_like(self._total, torch.nan)
 
 
-def head_memory(cache: SlotCache, meter: Meter) -> list[dict[str, float | Table]]:
+def head_memory(cache: SlotCache | ExplicitCache, meter: Meter) -> list[dict[str, float | Table]]:
     """Return what every row holds now by layer and KV head: its values ``head_slots`` and ``head_bytes``."""
     slots = [layer.tolist() for layer in cache.slots_held()]
     sizes = [layer.tolist() for layer in meter.bytes_by_head(cache)]

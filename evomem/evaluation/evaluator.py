@@ -32,6 +32,7 @@ from evomem.memory.kv.versions import passed
 from evomem.models import LoadedModel
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample, Task
+from evomem.tasks.streams.base import StreamTask
 
 __all__ = ["Evaluator", "Reach", "Tokens"]
 
@@ -101,6 +102,11 @@ class Evaluator:
         -------
         One `Evaluation` a manager, in order.
         """
+        if isinstance(task, StreamTask):
+            raise ConfigError(
+                f"task {task.name!r} is a stream of requests to a memory, no text for a language model; measure it on "
+                "one that reads streams: --model pair-memory (in an experiment model: {name: pair-memory})"
+            )
         model = self.loaded.model
         draws = (draws or Draws()).for_model(model)
         return run_measures(self, on_model(managers, model), sample, task, measurement, draws)

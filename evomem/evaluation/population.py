@@ -223,6 +223,9 @@ def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> l
         made = decide_all(group.template, views) if all_layers else [group.template.decide(views[0])]
         return [one.map(lambda part: _repeated(part, count)) for one in made]
 
+    if not shared:
+        for view in views:
+            group.template.prepare(view)
     fields: list[tuple[bool, bool]] = []
 
     def decide_one(parameters: dict[str, Tensor], tensors: list[dict[TensorName, Tensor]] | None) -> tuple[Tensor, ...]:
@@ -242,7 +245,9 @@ def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> l
     if shared:
         out = vmap(decide_one, in_dims=(0, None), randomness="error")(group.parameters, None)
     else:
-        out = vmap(decide_one, in_dims=(0, 0), randomness="error")(group.parameters, [view.tensors() for view in views])
+        out = vmap(decide_one, in_dims=(0, 0), randomness="error")(
+            group.parameters, [view.tensors(memo=True) for view in views]
+        )
     parts = iter(out)
     return [
         Decision(next(parts), next(parts) if fades else None, next(parts) if counts else None)

@@ -173,6 +173,13 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
         """
         return self.score(view)
 
+    def prepare(self, view: LayerView) -> None:
+        """Compute what does not depend on parameters into the view's memo (`LayerView.once`); by default nothing.
+
+        Called with the rows of a whole population before it decides, so that this is computed once, and not row by row
+        under `torch.func.vmap`. Every value's axis 0 is the batch.
+        """
+
     def admit(self, view: LayerView) -> Tensor | None:
         """Store: log-odds (batch, kv_heads, slots) of the ``view.fresh`` newest tokens; None stores everything."""
         return None

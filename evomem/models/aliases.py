@@ -78,6 +78,8 @@ aliases: dict[str, Alias | Shipped] = {
         Shipped("zoo-forgetting", "GPT-NeoX; trained on zoo_forgetting, where the newest value of a key counts"),
         Shipped("zoo-tmaze", "Decision Transformer; trained on episodes of the task tmaze"),
         Shipped("zoo-cartpole", "Decision Transformer; trained on episodes of the task cartpole"),
+        Shipped("pair-memory", "a memory by itself, read by name: for streams of requests (docs/memories.md)"),
+        Shipped("pair-memory-soft", "the same, read by a softmax with β = 16"),
     )
 }
 """Every alias by name."""

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 OWN_ARCHITECTURES = {
     "evomem_decision_transformer": "evomem.models.architectures.decision_transformer",
     "evomem_mosaic": "evomem.models.architectures.mosaic",
+    "evomem_pair_memory": "evomem.models.architectures.pair_memory",
     "evomem_memory_matrix": "evomem.models.architectures.memory_matrix",
 }
 """Model types that transformers does not know, and the module of ours that makes them known."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from evomem.memory import SlotCache
+    from evomem.memory.explicit import ExplicitCache
 
 SCHEMA_VERSION = 1
 HEADER = 8 << 20
@@ -50,7 +51,7 @@ _TYPES = {
 _MANAGER, _KEY = "manager.", "evomem"
 
 
-def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | None = None) -> None:
+def save_cache(cache: SlotCache | ExplicitCache, path: str | Path, *, model: PreTrainedModel | None = None) -> None:
     """Write a cache, between two forward passes, into one file from which `load_cache` goes on, to the bit.
 
     The file appears whole: it is written beside its place, flushed, and renamed. A saved cache that is there is
@@ -58,7 +59,8 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
 
     Parameters
     ----------
-    cache : of a manager that a plug-in can hold; what it observes and when it decides next are saved with it.
+    cache : of a manager that a plug-in can hold; what it observes and when it decides next are saved with it. Of a
+        model with a memory of its own (`evomem.memory.explicit`): that memory; ``model`` must be given.
     path : of the file, e.g. ``context.safetensors``; its folder is made.
     model : the model that read; None: the one that the cache was made for.
 
@@ -68,7 +70,6 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
         was exchanged; the model is gone; another file is there; the disk is full.
     PluginError : the manager cannot be saved, see `evomem.plugins.save`.
     """
-    from evomem.memory.kv.snapshot import check, take
     from evomem.models.identity import identity
 
     path = user_path(path)
@@ -83,12 +84,7 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
         raise CacheError(
             f"{path}: the model that this cache was made for is gone; give it: save_cache(..., model=model)"
         )
-    taken = take(cache)
-    try:  # what could not be loaded is not saved
-        check(taken, cache)
-    except CacheError as error:
-        raise CacheError(f"{path}: this cache cannot be saved: {error}") from None
-    tensors: dict[str, Tensor] = dict(taken.tensors)
+    held, tensors = _state(path, cache)
     tensors |= {f"{_MANAGER}{name}": value for name, value in manager.state_dict().items()}
     config = describe_manager(manager)
     tensors = _plain(tensors)
@@ -97,7 +93,7 @@ def save_cache(cache: SlotCache, path: str | Path, *, model: PreTrainedModel | N
         "schema_version": SCHEMA_VERSION,
         "model": identity(model),
         "manager": config,
-        "cache": taken.facts,
+        "cache": held,
     }
     facts["digest"] = _digest(facts, {name: _sum(tensor) for name, tensor in tensors.items()})
     if path.exists() or path.is_symlink():
@@ -123,7 +119,6 @@ def load_cache(path: str | Path, model: PreTrainedModel, *, limit: int | None = 
     PluginError : its manager cannot be built here (of a package that is not installed, for example).
     """
     from evomem.memory import SlotCache
-    from evomem.memory.kv.snapshot import Snapshot, put
     from evomem.models.identity import identity
 
     path = user_path(path)
@@ -135,10 +130,40 @@ def load_cache(path: str | Path, model: PreTrainedModel, *, limit: int | None = 
         cache = SlotCache.for_model(model, manager)
         try:
             rest = {name: tensor for name, tensor in tensors.items() if name not in own}
-            put(Snapshot(facts["cache"], rest), cache, _devices(model, cache.depth))
+            _go_on(cache, facts["cache"], rest, model)
         except CacheError as error:
             raise CacheError(f"{path}: {error}") from None
     return cache
+
+
+def _state(path: Path, cache: SlotCache | ExplicitCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a cache holds: JSON-serialisable, and tensors."""
+    from evomem.memory.explicit import ExplicitCache
+    from evomem.memory.kv.snapshot import check, take
+
+    if isinstance(cache, ExplicitCache):
+        layers, tensors = cache.state()
+        return {"memories": layers}, tensors
+    taken = take(cache)
+    try:  # what could not be loaded is not saved
+        check(taken, cache)
+    except CacheError as error:
+        raise CacheError(f"{path}: this cache cannot be saved: {error}") from None
+    return taken.facts, dict(taken.tensors)
+
+
+def _go_on(cache: Any, facts: Any, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
+    """Let an empty cache hold what a file says; raises `CacheError` where that is of no such cache."""
+    from evomem.memory.explicit import ExplicitCache
+    from evomem.memory.kv.snapshot import Snapshot, put
+
+    if isinstance(cache, ExplicitCache) != (isinstance(facts, dict) and set(facts) == {"memories"}):
+        raise CacheError("cache: is none of this kind of memory; save it again")
+    if isinstance(cache, ExplicitCache):  # lengths of heads are read by the processor
+        there = {n: t if n.endswith(".lengths") else t.to(model.device) for n, t in tensors.items()}
+        cache.load_state(facts["memories"], there)
+        return
+    put(Snapshot(facts, tensors), cache, _devices(model, cache.depth))
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

@@ -20,12 +20,15 @@ from evomem.report.packages import require_for
 from evomem.report.subjects import Subject, searched_tasks
 from evomem.runs.experiment_parts import TaskConfig
 from evomem.tasks.base import Split, at_hand
+from evomem.tasks.building import is_stream
 from evomem.validation import validate
 
 Say = Callable[[str], None]
 
 MODEL = "smollm2-135m"
 """What a manager without a search is measured on when no model is named."""
+STREAM_MODEL, STREAMING = "pair-memory", EvaluationProtocol(kind="streaming", every=1)
+"""The same, and the protocol, where all tasks are streams of requests."""
 SAMPLES = 50
 """Samples per task when neither the user nor a search says how many."""
 _CHECKED = 8
@@ -137,15 +140,17 @@ def make_scenarios(conditions: Conditions, subjects: Sequence[Subject]) -> list[
     RunError : the tasks are a search's, and their files have changed since.
     MissingPackagesError : a model or a task needs packages that are not installed.
     """
-    searched = next((subject.models for subject in subjects if subject.models), (MODEL,))
-    models: Sequence[str | LoadedModel] = conditions.models or searched
     tasks = [TaskConfig(spec=spec) for spec in conditions.tasks] or list(searched_tasks(subjects))
     if not tasks:
         raise ConfigError(
             "--task: say what to measure on, e.g. --task multikey_1:length=500 (evomem list tasks; from Python: "
             'tasks="multikey_1:length=500")'
         )
-    default = next((subject.protocol for subject in subjects if subject.protocol), EvaluationProtocol())
+    streams = all(is_stream(task.spec) for task in tasks)
+    fallback = (STREAM_MODEL, STREAMING) if streams else (MODEL, EvaluationProtocol())
+    searched = next((subject.models for subject in subjects if subject.models), fallback[:1])
+    models: Sequence[str | LoadedModel] = conditions.models or searched
+    default = next((subject.protocol for subject in subjects if subject.protocol), fallback[1])
     protocol = parse_protocol(conditions.protocol, conditions.mode, default)
     if conditions.models and not conditions.tasks:  # the user's models do what others did in the search
         tasks = list({task.title: task.for_all_models() for task in tasks}.values())

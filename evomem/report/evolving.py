@@ -12,10 +12,10 @@ import yaml
 from evomem import plugins
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.compare import NamedManager, Progress, Scenario, compare
-from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.rows import Budget, Row
 from evomem.evaluation.store import PrefillStore
+from evomem.evaluation.streams import evaluator_of
 from evomem.files.atomic import write_atomically
 from evomem.managers import names
 from evomem.models import LoadedModel
@@ -130,7 +130,7 @@ def scenarios_of(loaded: LoadedModel, tasks: Sequence[TaskConfig], protocol: Eva
     """Return a scenario per task that is for the model; contexts are read once per sample and not kept."""
     from evomem import tasks as registry
 
-    evaluator = Evaluator(loaded, protocol, store=PrefillStore())
+    evaluator = evaluator_of(loaded, protocol, store=PrefillStore())
     return [
         Scenario(loaded.name, t.title, evaluator, registry.build(t.spec, loaded.tokenizer, t.length, **t.options))
         for t in tasks

@@ -190,9 +190,9 @@ def _bench(
 def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings) -> Bench:
     """Return the bench of one model."""
     from evomem import tasks
-    from evomem.evaluation.evaluator import Evaluator
+    from evomem.evaluation.streams import evaluator_of
 
-    evaluator = Evaluator(loaded, config.protocol, store=readings)
+    evaluator = evaluator_of(loaded, config.protocol, store=readings)
     evaluator.traces = traces_of(config, loaded)
 
     def make_task(task: TaskConfig) -> Task:

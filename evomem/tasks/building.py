@@ -6,6 +6,7 @@ from typing import Any
 
 from evomem.spec import is_call, name_of, parse_call, parse_settings
 from evomem.tasks.base import Task, Tokenizer, tasks
+from evomem.tasks.streams.base import StreamTask
 
 EXAMPLES = "'passkey:length=1000,haystack=noise' or 'passkey(length=1000, haystack=noise)'"
 """How tasks are written, for messages."""
@@ -31,6 +32,16 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
         known = getattr(getattr(cls, "Options", None), "model_fields", ())
         call = parse_settings(spec, "task", main, known)
     return call.name, call.options
+
+
+def is_stream(spec: str) -> bool:
+    """Whether a spec names a task of streams, which memories read and no language models.
+
+    Raises
+    ------
+    UnknownNameError : no task has that name.
+    """
+    return issubclass(tasks.get(name_of(spec)), StreamTask)
 
 
 def build(spec: str, tokenizer: Tokenizer, length: int | None = None, **options: Any) -> Task:

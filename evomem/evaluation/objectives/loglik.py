@@ -70,7 +70,8 @@ class Answers(Measure):
         tokens = evaluator.tokens(sample)
         ready = [evaluator.scheduled(manager) for manager in managers]
         by_number: dict[int, Evaluation] = {}
-        for members in _batches(evaluator, ready):
+        once = evaluator.protocol.kind == "compress_once"
+        for members in [list(range(len(ready)))] if once and ready else batches_alike(ready):
             begin = time.perf_counter()
             with attached(evaluator.loaded.model):
                 policies = PopulationPolicy([ready[i] for i in members])
@@ -80,14 +81,12 @@ class Answers(Measure):
         return [by_number[i] for i in range(len(managers))]
 
 
-def _batches(evaluator: Evaluator, managers: Sequence[MemoryManager]) -> list[list[int]]:
-    """Return the indices of the managers of each batch: all together; in ``streaming`` those that observe the same.
+def batches_alike(managers: Sequence[MemoryManager]) -> list[list[int]]:
+    """Return the indices of the managers of each batch in ``streaming``: of those that observe the same.
 
-    In ``streaming`` the cache goes on recording, so a row must not pay for observations that only others need.
-    Managers that decide layer by layer are also kept apart from those that wait for the end of a pass.
+    The memory goes on recording, so a row must not pay for observations that only others need. Managers that decide
+    layer by layer are also kept apart from those that wait for the end of a pass.
     """
-    if evaluator.protocol.kind == "compress_once":
-        return [list(range(len(managers)))] if managers else []
     alike: dict[tuple[frozenset[str], bool], list[int]] = {}
     for number, manager in enumerate(managers):
         alike.setdefault((manager.observes, manager.whole_model), []).append(number)

@@ -148,6 +148,11 @@ def on_model(modules: Sequence[Module], model: PreTrainedModel) -> list[Module]:
     return ready
 
 
+def observes_heads(module: nn.Module) -> bool:
+    """Whether an allocation of a module looks at what a model's attention heads do (`ProbedAllocation`)."""
+    return bool(_probed(module))
+
+
 def keep_probes(module: nn.Module, model: PreTrainedModel) -> None:
     """Let all allocations of a module keep the probes of a model."""
     for part in _probed(module):

@@ -93,10 +93,17 @@ class FeatureScorer(MemoryManager):
         """The first and the newest tokens."""
         return Ends(self.options.sinks, self.options.recent)
 
+    def prepare(self, view: LayerView) -> None:
+        """Compute the features."""
+        self._features(view)
+
+    def _features(self, view: LayerView) -> Tensor:
+        names = self.options.features
+        return view.once(("features", *names), lambda: features(view, names))
+
     def score(self, view: LayerView) -> Tensor:
         """Return (batch, kv_heads, slots) fp32 scores."""
-        names = self.options.features
-        x = view.once(("features", *names), lambda: features(view, names))
+        x = self._features(view)
         depth = view.depth + 0.5 if view.layers > 1 else 0.0
         weights = interpolate(self.weights.float(), depth)[None]
         if self.options.layers:

@@ -14,6 +14,7 @@ from evomem.memory.explicit.layer import ExplicitLayer
 from evomem.memory.kv.attention import full_precision
 from evomem.memory.kv.due import decisions, needs_all_layers
 from evomem.memory.kv.policy import CachePolicy
+from evomem.memory.observations import Wanted
 
 
 class ExplicitCache(Cache):
@@ -29,6 +30,8 @@ class ExplicitCache(Cache):
 
     layers: list[ExplicitLayer]  # type: ignore[assignment]
     max_cache_len = -1
+    model: None = None
+    """The cache does not know which model it is of; whoever saves it says so."""
 
     def __init__(self, layers: Sequence[ExplicitLayer], policy: CachePolicy) -> None:
         self.policy = policy
@@ -39,6 +42,11 @@ class ExplicitCache(Cache):
                 "observes=manager.observes"
             )
         super().__init__(layers=list(layers))
+
+    @property
+    def wanted(self) -> Wanted:
+        """The observations that the memories record."""
+        return self.layers[0].wanted
 
     @property
     def depth(self) -> int:
@@ -117,12 +125,12 @@ class ExplicitCache(Cache):
         ------
         CacheError : the state is of another number of layers, or no state of such memories.
         """
-        if len(facts) != self.depth:
-            raise CacheError(f"a state of {len(facts)} layers for a cache of {self.depth}")
+        if not isinstance(facts, list) or not all(isinstance(own, dict) for own in facts) or len(facts) != self.depth:
+            raise CacheError(f"a state of other layers than the {self.depth} of this cache")
         named: list[dict[str, Tensor]] = [{} for _ in self.layers]
         for name, tensor in tensors.items():
             number, _, rest = name.partition(".")
-            if not (number.isascii() and number.isdecimal() and int(number) < self.depth):
+            if not (number.isascii() and number.isdecimal() and len(number) < 9 and int(number) < self.depth):
                 raise CacheError(f"state: {name!r} is a tensor of no layer")
             named[int(number)][rest] = tensor
         for layer, own, parts in zip(self.layers, facts, named, strict=True):

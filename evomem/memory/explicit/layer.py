@@ -37,6 +37,7 @@ class ExplicitLayer(LayerMemory):  # type: ignore[no-untyped-call]
     ----------------
     title : its name in messages, with an article.
     has : what it has of `Observation.needs`.
+    slot_marks : tensors that a slot has besides key, value, token and log-decay (`SlotStorage.append`).
 
     Raises
     ------
@@ -45,6 +46,7 @@ class ExplicitLayer(LayerMemory):  # type: ignore[no-untyped-call]
 
     title: ClassVar[str] = "an explicit memory"
     has: ClassVar[frozenset[str]] = frozenset()
+    slot_marks: ClassVar[frozenset[str]] = frozenset()
     is_sliding = False
     is_croppable = False
 
@@ -162,7 +164,12 @@ class ExplicitLayer(LayerMemory):  # type: ignore[no-untyped-call]
         """Return all that the memory is between two tokens: plain values, and tensors by name (not copies)."""
         recorder, storage = self.recorder, self.storage
         facts = {name: getattr(self, name) for name in ("seen", "decided", "bytes_peak", "_byte_tokens", "_read")}
-        facts |= {"dense": storage.dense, "begin": recorder.begin, "observes": sorted(self.observes)}
+        facts |= {
+            "dense": storage.dense,
+            "padded": storage.padded,
+            "begin": recorder.begin,
+            "observes": sorted(self.observes),
+        }
         tensors = {name: getattr(self, name) for name in ("start", "evicted") if getattr(self, name) is not None}
         groups = {
             "even.": storage.even, "flat.": storage.flat, "flat_recorded.": recorder.flat,

@@ -43,12 +43,14 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
 
     Parameters
     ----------
-    beta : β of the softmax; None: reads are exact, by name.
+    beta : β of the softmax; None: reads are exact, by name, as a softmax's are for β → ∞, in which no finite log-decay
+        counts any more.
     index, layers, observes : see `ExplicitLayer`.
     """
 
     title: ClassVar[str] = "a pair memory"
     has: ClassVar[frozenset[str]] = frozenset({"predictions of what is written"})
+    slot_marks: ClassVar[frozenset[str]] = frozenset({"names", "marks"})
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
             weights if wants_values else None,
             self.storage.whole("marks") if wants_values else None,
         )
-        self.storage.settle(self.recorder)
+        self.storage.align(self.recorder)
         self.note_bytes(step, count)
         return result
 

@@ -40,7 +40,8 @@ def fill(layer: ExplicitLayer, facts: Mapping[str, Any], tensors: Mapping[str, T
         _require(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < _LARGEST, layer, name)
     total: Any = facts.get("_byte_tokens")
     _require(isinstance(total, int | float) and math.isfinite(total) and total >= 0, layer, "_byte_tokens")
-    _require(isinstance(facts.get("dense"), bool), layer, "dense")
+    for name in ("dense", "padded"):
+        _require(isinstance(facts.get(name), bool), layer, name)
     groups: dict[str, dict[str, Tensor]] = {
         name: {} for name in ("even", "flat", "slotwise", "flat_recorded", "rowwise")
     }
@@ -61,7 +62,8 @@ def fill(layer: ExplicitLayer, facts: Mapping[str, Any], tensors: Mapping[str, T
         setattr(layer, name, facts[name])
     layer._byte_tokens = float(total)
     storage = SlotStorage()
-    storage.even, storage.flat, storage.dense = groups["even"], groups["flat"], facts["dense"]
+    storage.even, storage.flat = groups["even"], groups["flat"]
+    storage.dense, storage.padded = facts["dense"], facts["padded"]
     if "lengths" in single:
         storage.layout = RaggedLayout(single["lengths"], storage.even["slots"].device)
     layer.storage = storage
@@ -78,7 +80,10 @@ def _check_tensors(
     layer: ExplicitLayer, facts: Mapping[str, Any], groups: dict[str, dict[str, Tensor]], single: dict[str, Tensor]
 ) -> None:
     even, flat = groups["even"], groups["flat"]
-    _require({"keys", "values", "slots"} <= even.keys() and "start" in single, layer, "keys, values, slots or start")
+    names = {"keys", "values", "slots"} | layer.slot_marks
+    _require(even.keys() in (names, names | {"decays"}) and "start" in single, layer, "a tensor of the slots, or start")
+    _require(all(even[name].dim() == 4 for name in ("keys", "values")), layer, "even.keys, even.values")
+    _require(all(even[name].dtype == torch.int64 for name in layer.slot_marks), layer, "a mark of the slots")
     slots = even["slots"]
     _require(slots.dim() == 3 and slots.dtype == torch.int64, layer, "even.slots")
     _require(bool(((slots >= -1) & (slots < facts["seen"])).all()), layer, "even.slots")
@@ -102,6 +107,9 @@ def _check_tensors(
     _require(bool(flat) == ragged, layer, "lengths")
     for mine, whole in ((flat, even), (groups["flat_recorded"], groups["slotwise"])):
         _require(mine.keys() == (whole.keys() if ragged else set()), layer, "the parts of slots")
+        for name, tensor in mine.items():
+            same = tensor.shape[1:] == whole[name].shape[3:] and tensor.dtype == whole[name].dtype
+            _require(same, layer, f"flat.{name}")
     if ragged:
         lengths = single["lengths"]
         _require(lengths.shape == slots.shape[:2] and lengths.dtype == torch.int64, layer, "lengths")

@@ -19,18 +19,14 @@ from evomem.memory.kv.callers import Generating, generating
 from evomem.memory.kv.due import decide_all, fell_due, needs_all_layers
 from evomem.memory.kv.evicted import count_evicted, rows_cropped
 from evomem.memory.kv.layer import SlotLayer
-from evomem.memory.kv.policy import CachePolicy
+from evomem.memory.kv.policy import CachePolicy, wanted_of
 from evomem.memory.kv.positions import beyond, position_limit
 from evomem.memory.kv.rotary import Rotary, find_rotaries
-from evomem.memory.observations import Recorder, Wanted
+from evomem.memory.observations import Recorder
 from evomem.memory.view import LayerView
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
-
-
-HAS = frozenset({"queries at positions"})
-"""What a KV cache has for observations that need more than attention (`Observation.needs`)."""
 
 
 class SlotCache(Cache):
@@ -71,8 +67,7 @@ class SlotCache(Cache):
         model: PreTrainedModel | None = None,
     ) -> None:
         self.policy = policy
-        self.wanted = Wanted.parse(policy.observes)
-        self.wanted.require("a KV cache", HAS)
+        self.wanted = wanted_of(policy)
         self.rotaries = rotaries or (None,) * layers
         self.depth = layers
         self.decides_after_forward = True

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from evomem.memory.observations.base import Wanted
 from evomem.memory.view import Decision, LayerView
+
+HAS = frozenset({"queries at positions"})
+"""What a KV cache has for observations that need more than attention (`Observation.needs`)."""
 
 
 class SchedulePolicy(Protocol):
@@ -46,3 +50,15 @@ class ModelPolicy(CachePolicy, Protocol):
     def decide_all(self, views: Sequence[LayerView]) -> list[Decision]:
         """Decide about all layers, the first first; nothing has left any of them since the last decision."""
         ...
+
+
+def wanted_of(policy: CachePolicy) -> Wanted:
+    """Return what a manager observes of a KV cache.
+
+    Raises
+    ------
+    ConfigError : there is no such observation, or a KV cache does not have what it is of.
+    """
+    wanted = Wanted.parse(policy.observes)
+    wanted.require("a KV cache", HAS)
+    return wanted

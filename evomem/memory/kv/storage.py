@@ -170,6 +170,27 @@ class SlotStorage:
         if self.padded:
             self.keep(torch.ones(self.shape, dtype=torch.bool, device=self.even["slots"].device), recorder)
 
+    def align(self, recorder: Recorder) -> None:
+        """Put empty slots before the others in every head, and let go of those that every head has.
+
+        For a moment this costs less than `settle`, which leaves no head an empty slot, and more bytes.
+        """
+        if self.layout is not None:
+            self.settle(recorder)
+        if not self.padded:
+            return
+        filled = self.even["slots"] >= 0
+        counts = filled.sum(-1)
+        width = int(counts.max())
+        order = torch.sort(filled.byte(), dim=-1, stable=True).indices[..., filled.shape[-1] - width :]
+
+        def change(flat: Tensor | None, even: Tensor) -> tuple[Tensor | None, Tensor]:
+            index = order.view(*order.shape, *[1] * (even.dim() - 3))
+            return None, even.gather(2, index.expand(*order.shape, *even.shape[3:]))
+
+        self._change(change, recorder)
+        self.padded = int(counts.sum()) < order.numel()
+
     def crop(self, length: int, recorder: Recorder) -> None:
         """Evict the slots of all tokens from index ``length`` on."""
         if self.dense:  # and stays so

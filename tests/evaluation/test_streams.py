@@ -1,0 +1,156 @@
+"""Managers on streams: a cache of Python says the same, alone or in a population; what does not fit is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import evomem
+from evomem.errors import ConfigError, ModelError
+from evomem.evaluation import EXACT, Evaluator, Measurement
+from evomem.evaluation.measurement import HEAD_MEMORY, EvaluationProtocol
+from evomem.evaluation.streams import DOUBT, StreamEvaluator, evaluator_of
+from evomem.managers import build
+from evomem.models import LoadedModel
+from evomem.models.architectures.pair_memory import PairMemoryConfig, PairMemoryModel, pair_memory_tokenizer
+from evomem.models.sharing import assemble, dismantle
+from evomem.tasks import build as build_task
+from evomem.testing.models import tiny, tiny_tokenizer
+from tests.support import slow_stream
+
+BUDGET = 8
+ORDERS = {"-recency": lambda stored, used, reads: used, "-age": lambda stored, used, reads: stored}
+TOKENIZER = pair_memory_tokenizer()
+
+
+def memory(**options):
+    """Return a memory that reads streams."""
+    torch.manual_seed(0)
+    return LoadedModel("pairs", PairMemoryModel(PairMemoryConfig(**options)).eval(), TOKENIZER, "pairs")
+
+
+def evaluator(every=1, **options):
+    return evaluator_of(memory(**options), EvaluationProtocol(kind="streaming", every=every))
+
+
+def scorer(**weights):
+    """Return a scorer with weights by the names of features."""
+    manager = build("feature_scorer", features=list(weights), knots=1, sinks=0, recent=1, budget=BUDGET)
+    with torch.no_grad():
+        manager.weights[:] = torch.tensor(list(weights.values()))
+    return manager
+
+
+def sample_of(task):
+    return task.samples("train", 1, 0)[0]
+
+
+ZIPF = build_task("zipf:length=120,keys=40,dim=8", TOKENIZER)
+FILLED = build_task("zipf:length=120,keys=40,dim=8,filler=0.3,filler_keys=5", TOKENIZER)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("task", [ZIPF, FILLED], ids=["zipf", "filler"])
+def test_hit_rates_are_those_of_a_cache(task, every):
+    sample = sample_of(task)
+    stream = task.stream(sample)
+    managers = [build("full"), scorer(recency=-1.0), scorer(age=-1.0)]
+    measured = evaluator(every).evaluate(managers, sample, task, EXACT.also(HEAD_MEMORY))
+    orders = [None, ORDERS["-recency"], ORDERS["-age"]]
+    for evaluation, order in zip(measured, orders, strict=True):
+        right = slow_stream.answered(stream, BUDGET, every, order)
+        assert evaluation.exact == pytest.approx(slow_stream.exact(stream, right), abs=1e-12)
+        wanted = slow_stream.loglik(stream, right, sample.meta["items"], DOUBT)
+        assert evaluation.loglik == pytest.approx(wanted, abs=1e-6)
+        words = [word if answer else "-" for word, answer in zip(map(str, stream.values), right, strict=True)]
+        output = " ".join(word for word, read in zip(words, stream.reads, strict=True) if read)
+        assert evaluation.exact == pytest.approx(task.score(sample, output), abs=1e-12)
+    assert measured[1].table("head_slots") == ((float(BUDGET),),)
+    assert measured[0].exact > measured[1].exact
+
+
+def test_candidates_are_measured_as_if_each_were_alone():
+    task = build_task("zipf:length=50,keys=30,dim=8", TOKENIZER)
+    sample, one = sample_of(task), evaluator()
+    draw = torch.Generator().manual_seed(0)
+    names = ("recency", "frequency", "frequency_decayed:16", "relevance:4", "novelty", "surprise")
+    managers = [scorer(**dict(zip(names, torch.randn(6, generator=draw).tolist(), strict=True))) for _ in range(3)]
+    managers += [build("random", budget=BUDGET), build("keydiff", budget=2 * BUDGET), build("snapkv", budget=BUDGET)]
+    together = one.evaluate(managers, sample, task, EXACT)
+    for manager, evaluation in zip(managers, together, strict=True):
+        alone = one.evaluate_plainly(manager, sample, task, EXACT)
+        assert alone.values == evaluation.values
+        assert (alone.slots, alone.bytes_peak, alone.bytes_mean) == (
+            evaluation.slots, evaluation.bytes_peak, evaluation.bytes_mean,
+        )  # fmt: skip
+    assert len({evaluation.exact for evaluation in together}) > 3
+
+
+def test_a_new_value_is_wanted_and_the_old_one_misleads():
+    task = build_task("key_overwrites:length=80,keys=12,dim=8", TOKENIZER)
+    sample = sample_of(task)
+    full = build("full")
+    exact = evaluator().evaluate([full], sample, task, EXACT)[0]
+    assert exact.exact == 1.0
+    assert exact.loglik == pytest.approx(math.log(1 - DOUBT + DOUBT / 12), abs=1e-6)
+    # A softmax mixes all values that a key ever had; it is never surer than the newest of them.
+    soft = evaluator(beta=50.0).evaluate([full], sample, task, EXACT)[0]
+    assert soft.exact < 1.0
+    assert soft.loglik < exact.loglik
+
+
+def test_a_softmax_reads_by_blurred_keys():
+    task = build_task("noisy_recall:length=60,keys=8,dim=32,noise=0.3", TOKENIZER)
+    sample, full = sample_of(task), build("full")
+    by_beta = [evaluator(beta=beta).evaluate([full], sample, task, EXACT)[0] for beta in (0.0, 4.0, 16.0)]
+    assert by_beta[2].exact == 1.0
+    assert by_beta[0].loglik < by_beta[1].loglik < by_beta[2].loglik
+
+
+def test_sets_have_slots_of_their_own_and_share_a_budget():
+    sample = sample_of(ZIPF)
+    equal = scorer(recency=-1.0).with_options(budget=3)
+    shared = equal.with_options(allocation="across_heads")
+    measured = evaluator(num_attention_heads=4).evaluate([equal, shared], sample, ZIPF, EXACT.also(HEAD_MEMORY))
+    slots, slots_shared = (evaluation.table("head_slots")[0] for evaluation in measured)
+    assert max(slots) == 3.0
+    assert len(slots) == 4
+    assert sum(slots_shared) >= sum(slots)
+    assert max(slots_shared) > 3.0
+
+
+def test_a_memory_that_was_sent_to_a_worker_measures_the_same():
+    loaded, sample = memory(beta=3.0), sample_of(ZIPF)
+    protocol = EvaluationProtocol(kind="streaming", every=2)
+    there = evaluator_of(assemble(dismantle(loaded)), protocol).evaluate([scorer(recency=-1.0)], sample, ZIPF, EXACT)
+    here = evaluator_of(loaded, protocol).evaluate([scorer(recency=-1.0)], sample, ZIPF, EXACT)
+    assert here[0].values == there[0].values
+
+
+def test_shipped_memories_load():
+    for name, beta in (("pair-memory", None), ("pair-memory-soft", 16.0)):
+        loaded = evomem.load_model(name)
+        assert loaded.model.config.beta == beta
+        with pytest.raises(ModelError, match="reads streams of requests"):
+            loaded.model(torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_what_does_not_fit_is_refused():
+    sample, one = sample_of(ZIPF), evaluator()
+    assert isinstance(one, StreamEvaluator)
+    with pytest.raises(ConfigError, match=r"--protocol streaming:1"):
+        evaluator_of(memory(), EvaluationProtocol())
+    with pytest.raises(ConfigError, match="'query_statistics' needs queries at positions, which a pair memory"):
+        one.evaluate([build("expected_attention", budget=BUDGET)], sample, ZIPF)
+    with pytest.raises(ConfigError, match=r"measurement head_attention.*exact"):
+        one.evaluate([build("full")], sample, ZIPF, Measurement.of("head_attention"))
+    with pytest.raises(ConfigError, match="looks at what attention heads do"):
+        one.evaluate([build("keydiff", budget=BUDGET, allocation="probe_shares")], sample, ZIPF)
+    text = build_task("passkey:length=100", tiny_tokenizer())
+    with pytest.raises(ConfigError, match="is a text"):
+        one.evaluate([build("full")], text.samples("train", 1, 0)[0], text)
+    language = Evaluator(LoadedModel("tiny", tiny("llama", layers=1), tiny_tokenizer(), "tiny"))
+    with pytest.raises(ConfigError, match="pair-memory"):
+        language.evaluate([build("full")], sample, ZIPF)
