@@ -47,6 +47,13 @@ def test_each_moon_moves_evenly_on_the_unit_circle_from_its_phase():
         )
 
 
+def test_from_a_planet_the_others_are_seen_less_where_the_planet_stands():
+    for sun, planet in zip(orbits(Split.TRAIN), orbits(Split.TRAIN, planet=True), strict=True):
+        seen, true = planet.series(50), sun.series(50)
+        np.testing.assert_allclose(seen[:, :-1] + seen[:, -1:], true[:, :-1], atol=1e-5)
+        np.testing.assert_array_equal(seen[:, -1], true[:, -1])
+
+
 def test_too_few_observations_are_refused():
     with pytest.raises(TaskError, match="observations for the shortest period"):
         orbits(Split.TRAIN, length=20)

@@ -166,6 +166,19 @@ def test_scans_ask_for_one_item_after_another():
     assert abs(follows.mean() - 0.3) < 0.06
 
 
+def test_every_write_gives_its_item_a_value_that_nobody_had():
+    _, pairs = drawn("key_overwrites:length=3000,keys=30,reads=0.4")
+    for _, stream in pairs:
+        assert stream.values[stream.writes].tolist() == list(range(int(stream.writes.sum())))
+        assert (stream.reads != stream.writes).all()
+        assert abs(stream.reads.mean() - 0.4) < 0.05
+        newest = dict(zip(stream.ids.tolist(), stream.values.tolist(), strict=True))
+        assert len(set(newest.values())) == len(newest) == 30
+        read, written = (np.bincount(stream.ids[part], minlength=30) for part in (stream.reads, stream.writes))
+        assert read.max() > 2 * np.median(read)
+        assert written.max() > 2 * np.median(written)
+
+
 def test_every_pair_amid_noise_is_stated_as_often_as_asked_and_read_once_at_the_end():
     _, pairs = drawn("noisy_recall:length=200,keys=10,repeats=3,marker=0.8,noise=0,dim=128")
     for _, stream in pairs:
