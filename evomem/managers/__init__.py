@@ -26,6 +26,7 @@ from evomem.managers.heuristics.lava import LavaKV
 from evomem.managers.heuristics.observed_attention import ObservedAttention
 from evomem.managers.heuristics.pyramidkv import PyramidKV
 from evomem.managers.heuristics.random import Random
+from evomem.managers.heuristics.replacement import FIFO, LFU, LRU, SlotRelevance
 from evomem.managers.heuristics.snapkv import SnapKV
 from evomem.managers.heuristics.streaming_llm import StreamingLLM
 from evomem.managers.heuristics.tova import TOVA
@@ -37,7 +38,10 @@ from evomem.managers.reallocation import Reallocated, reallocate
 from evomem.managers.stochastic import StochasticManager
 
 __all__ = [
+    "FIFO",
     "H2O",
+    "LFU",
+    "LRU",
     "NAMM",
     "TOVA",
     "AdaKV",
@@ -63,6 +67,7 @@ __all__ = [
     "Random",
     "Reallocated",
     "Schedule",
+    "SlotRelevance",
     "SnapKV",
     "StochasticManager",
     "StreamingLLM",

@@ -32,6 +32,10 @@ SPECS = (
     "expected_attention",
     "cake(window=8, allocation=uniform)",
     "lava(window=8, allocation=uniform)",
+    "fifo",
+    "lru",
+    "lfu",
+    "slot_relevance(frequency=0.7, recency=0.2, context=2.0, window=8)",
 )
 """A scorer whose own allocation is of the whole model stands here with another one: views come layer by layer."""
 
@@ -89,6 +93,12 @@ def slow_scores(name, view, b, h, recent):
         largest = max((sum(map(abs, v[p])) for p in a), default=0.0)
         line = [0.0] * 3 + [a.get(p, 0.0) for _, p in held] + [0.0] * 3
         return {p: largest * max(line[i : i + 7]) if p in a else 0.0 for i, (_, p) in enumerate(held)}
+    if name in ("fifo", "lru", "lfu", "slot_relevance"):
+        reads, since = ({p: math.log(1 + x) for p, x in seen_by(what).items()} for what in ("frequency", "recency"))
+        if name == "slot_relevance":
+            return {p: 0.7 * reads[p] - 0.2 * since[p] + 2 * x for p, x in seen_by("relevance:8").items()}
+        places = {p: -place for place, p in enumerate(sorted(k, key=lambda p: (-reads[p], since[p], p)))}
+        return {p: {"fifo": p - read, "lru": -since[p], "lfu": places[p]}[name] for p in k}
     if name == "tova":
         everyone = [
             {p: float(view.recorded["window_attention:1"][b, other, s]) for s, p in tokens(view, b, other)}
@@ -137,6 +147,7 @@ def slow_protected(name, view, b, n):
     sinks = min(n, {"streaming_llm": 4, "expected_attention": 4}.get(name, 0))
     recent = {"h2o": n // 2, "snapkv": min(8, n // 2), "pyramidkv": min(8, n // 2)}.get(name, 0)
     recent = min(8, n // 2) if name in ("cake", "lava") else recent
+    recent = min(1, n) if name in ("fifo", "lru", "lfu", "slot_relevance") else recent
     return sinks, recent
 
 

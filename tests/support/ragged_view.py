@@ -33,6 +33,10 @@ def make_view(seed: int = 0, layer: int = 1, layers: int = 4, held=HELD, equal: 
     }
     for name in ("window_variance:8", "window_group_peak:8"):
         recorded[name] = torch.rand(shape, generator=torch.Generator().manual_seed(seed + len(name))) ** 3 / 100
+    other = torch.Generator().manual_seed(seed + 1000)
+    recorded["frequency"] = torch.randint(0, 4, shape, generator=other).float()
+    recorded["recency"] = torch.randint(0, SEEN, shape, generator=other)
+    recorded["relevance:8"] = 2 * torch.rand(shape, generator=other) - 1
     root = torch.randn(batch, HEADS * GROUP, DIM, DIM, generator=g)
     recorded["query_mean"] = torch.randn(batch, HEADS * GROUP, DIM, generator=g)
     recorded["query_covariance"] = root @ root.mT / DIM

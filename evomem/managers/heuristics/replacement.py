@@ -1,0 +1,129 @@
+"""Manager: the replacement policies of caches that are a ranking of what is stored: LRU, LFU, FIFO, and their sum."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from evomem.bounds import NEIGHBOURS, TOKENS, VALUE
+from evomem.managers.base import MemoryManager, register
+from evomem.managers.options import ManagerOptions
+from evomem.managers.selection import Ends
+from evomem.memory.view import LayerView
+
+
+def places(view: LayerView, first: Tensor, second: Tensor) -> Tensor:
+    """Return every slot's place in the order of ``first``, of equals in that of ``second``, of those the older first.
+
+    first, second : (batch, kv_heads, slots), larger is better. Returns fp32 of that shape; the best slot of every head
+    has place 0, the others have negative ones, empty slots the lowest.
+    """
+    by_second = torch.sort(second, dim=-1, descending=True, stable=True).indices
+    held = torch.where(view.valid, first, -torch.inf).gather(-1, by_second)
+    order = by_second.gather(-1, torch.sort(held, dim=-1, descending=True, stable=True).indices)
+    place = -torch.arange(first.shape[-1], device=first.device, dtype=torch.float32)
+    return torch.zeros_like(first).scatter(-1, order, place.expand(order.shape))
+
+
+class ReplacementOptions(ManagerOptions):
+    """Options of the replacement policies."""
+
+    recent: int = Field(default=1, ge=0, le=TOKENS, description="newest tokens that are always kept; a cache keeps 1")
+
+
+class SlotRelevanceOptions(ReplacementOptions):
+    """Options of `SlotRelevance`."""
+
+    frequency: float = Field(default=1.0, ge=0, le=VALUE, description="weight of log(1 + reads received)")
+    recency: float = Field(default=1.0, ge=0, le=VALUE, description="weight of -log(1 + tokens since the last read)")
+    context: float = Field(default=0.0, ge=0, le=VALUE, description="weight of the match with what is read now")
+    window: int = Field(default=8, ge=1, le=NEIGHBOURS, description="newest reads that what is read now is the mean of")
+
+
+@register("slot_relevance")
+class SlotRelevance(MemoryManager):
+    """Keeps slots by R(M_i) = α·frequency + β·recency + γ·context; (1, 0, 0) is LFU and (0, 1, 0) is LRU, exactly.
+
+    Frequency is log(1 + reads received), recency -log(1 + tokens since the last read), context the mean cosine of the
+    slot's key with the newest reads. Where recency has no weight, many slots have the same R; the one that was read
+    last comes first then, and scores are places within a head, which an allocation cannot compare between heads.
+    """
+
+    Options = SlotRelevanceOptions
+    options: SlotRelevanceOptions
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """What has a weight, and recency, which decides between equals."""
+        options = self.options
+        weighed = {"frequency": options.frequency, f"relevance:{options.window}": options.context}
+        return frozenset({"recency"} | {name for name, weight in weighed.items() if weight})
+
+    def make_ends(self) -> Ends:
+        """The newest tokens."""
+        return Ends(recent=self.options.recent)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return R, or places by it: (batch, kv_heads, slots) fp32."""
+        options = self.options
+        since = view.recorded["recency"].float()
+        score = -options.recency * torch.log1p(since)
+        if options.frequency:
+            score = score + options.frequency * torch.log1p(view.recorded["frequency"].float())
+        if options.context:
+            score = score + options.context * view.recorded[f"relevance:{options.window}"].float()
+        return score if options.recency else places(view, score, -since)
+
+
+class _Replacement(MemoryManager):
+    """What LRU, LFU and FIFO share."""
+
+    Options = ReplacementOptions
+    options: ReplacementOptions
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """What the policy looks at."""
+        return self.needs
+
+    def make_ends(self) -> Ends:
+        """The newest tokens."""
+        return Ends(recent=self.options.recent)
+
+
+@register("lru")
+class LRU(_Replacement):
+    """Keeps the slots that were read, or written, the latest: evicts the least recently used."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"recency"})
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the negative number of tokens since the last read or write: (batch, kv_heads, slots) fp32."""
+        return -view.recorded["recency"].float()
+
+
+@register("lfu")
+class LFU(_Replacement):
+    """Keeps the slots that were read the most since they were written; of equals the one that was read last.
+
+    Scores are places within a head, which an allocation cannot compare between heads.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"recency", "frequency"})
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return places by reads received: (batch, kv_heads, slots) fp32."""
+        return places(view, view.recorded["frequency"].float(), -view.recorded["recency"].float())
+
+
+@register("fifo")
+class FIFO(_Replacement):
+    """Keeps the slots that were written the latest: first in, first out."""
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the negative age in tokens: (batch, kv_heads, slots) fp32."""
+        return -view.age.float()
