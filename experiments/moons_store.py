@@ -166,9 +166,10 @@ def report(results: Mapping[str, Any]) -> None:
     best = np.array(min((results[name]["errors"] for name in ("random", "FIFO", "LRU", "LFU")), key=np.mean))
     for name in (*FIELD, *sorted(results.keys() - FIELD.keys())):
         row = results[name]
+        gap = percentile_interval(np.array(row["errors"]) - best)
         split = ", ".join(f"{count:.0f}" for count in row["pairs_by_head"])
         print(
-            f"| {name} | {np.mean(row['errors']):.4f} | {percentile_interval(np.array(row['errors']) - best)} | "
+            f"| {name} | {np.mean(row['errors']):.4f} | {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}] | "
             f"{row['pairs']:.0f} ({split}) | {row['bytes']:,} |"
         )
 

@@ -7,7 +7,7 @@ whether the new one is stored, and which other one it replaces. Rows are read by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, ClassVar
 
@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
+from evomem.memory.explicit.beside import LayerWithTensors
 from evomem.memory.explicit.cache import ExplicitCache
-from evomem.memory.explicit.layer import ExplicitLayer
 from evomem.memory.explicit.matrix import WINDOW, Exchange, MatrixLayer, layer_of
 from evomem.memory.explicit.matrix_rules import Write, written
 from evomem.memory.kv.policy import CachePolicy
-
-WITH_ROWS = (*WINDOW, "tail")
-"""Tensors of a layer that are none of its slots'; the batch is axis 0 of each."""
 
 
 def row_of(write: Write, rule: str) -> Tensor:
@@ -35,7 +32,7 @@ def row_of(write: Write, rule: str) -> Tensor:
     return written(empty, share, write, "leaky" if rule == "ema" else rule, None).squeeze(-2)
 
 
-class MatrixRows(ExplicitLayer):  # type: ignore[no-untyped-call]
+class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
     """The rows of one layer's memory; keys and values of a slot are the row.
 
     Attributes
@@ -44,16 +41,11 @@ class MatrixRows(ExplicitLayer):  # type: ignore[no-untyped-call]
     """
 
     title: ClassVar[str] = "a memory matrix"
+    beside_names: ClassVar[tuple[str, ...]] = (*WINDOW, "tail")
     window_keys: Tensor | None
     window_values: Tensor | None
     window_real: Tensor | None
     tail: Tensor | None
-
-    def reset(self) -> None:
-        """Forget everything; the memory is as new."""
-        super().reset()
-        for name in WITH_ROWS:
-            setattr(self, name, None)
 
     def exchange(
         self, writes: Write, keys: Tensor, rule: str, decay: Tensor | None, initial: Tensor, real: Tensor | None
@@ -65,7 +57,7 @@ class MatrixRows(ExplicitLayer):  # type: ignore[no-untyped-call]
         batch, _, count, _ = keys.shape
         self._begin(batch, keys)
         if real is not None:
-            self._note_padding(real)
+            self.note_padding(real)
         new = row_of(writes, rule)
         self.storage.append(new, new, self.seen, real, self.recorder)
         rows, slots = self.keys, self.slots
@@ -84,73 +76,6 @@ class MatrixRows(ExplicitLayer):  # type: ignore[no-untyped-call]
             self.recorder.queried(keys, None, None, None, self.start)
         self.storage.settle(self.recorder)
         return Exchange(rows[:, :, None], weights @ rows, bias)
-
-    def _note_padding(self, real: Tensor) -> None:
-        """Move the beginning of rows that have read nothing but padding behind the padding of a chunk."""
-        padding = (~real).long().cumprod(1).sum(1)
-        self.start = torch.where(self.start == self.seen, self.start + padding, self.start)
-        self.starts = tuple(self.start.tolist())
-
-    def finish(self, tokens: int) -> None:
-        """Note that a chunk of so many tokens has been read."""
-        before = self.nbytes()
-        self.seen += tokens
-        self._read += tokens
-        self.is_initialized = True
-        self.note_bytes(before, tokens)
-
-    # ---- rows, bytes and state, with the window's -----------------------------------------------------------------
-
-    def window(self) -> dict[str, Tensor]:
-        """Return the tensors that are none of the slots', by name."""
-        parts = {name: getattr(self, name) for name in WITH_ROWS}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def select_rows(self, index: Tensor) -> None:
-        """Rows ``index`` (new_batch,) of everything held."""
-        if self.seen:
-            super().select_rows(index)
-            for name, part in self.window().items():
-                setattr(self, name, part.index_select(0, torch.as_tensor(index, device=part.device)))
-
-    def expand(self, rows: int) -> None:
-        """Let the only row become ``rows`` equal ones."""
-        super().expand(rows)
-        for name, part in self.window().items():
-            setattr(self, name, part.expand(rows, *part.shape[1:]))
-
-    def nbytes(self) -> int:
-        """Bytes of every tensor held now, the window's included."""
-        return super().nbytes() + sum(part.numel() * part.element_size() for part in self.window().values())
-
-    def bytes_by_row(self) -> Tensor:
-        """Bytes that every row holds, as it would in a memory of its own: (batch,) int64."""
-        window = sum(part.shape[1:].numel() * part.element_size() for part in self.window().values())
-        return super().bytes_by_row() + window
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return all that the memory is between two tokens; see `ExplicitLayer.state`."""
-        facts, tensors = super().state()
-        return facts, tensors | self.window()
-
-    def load_state(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on, to the bit, as the memory that `state` was taken of.
-
-        Raises
-        ------
-        CacheError : see `ExplicitLayer.load_state`; or the window is missing.
-        """
-        window = {name: tensor for name, tensor in tensors.items() if name in WITH_ROWS}
-        if facts.get("seen") and len(window) != len(WITH_ROWS):
-            missing = min(set(WITH_ROWS) - window.keys())
-            raise CacheError(f"state of {self.title}: {missing!r} is missing; save it again")
-        super().load_state(facts, {name: tensor for name, tensor in tensors.items() if name not in window})
-        for name, tensor in window.items():
-            if len(tensor) != len(self.starts):
-                raise CacheError(
-                    f"state of {self.title}: {name!r} has {len(tensor)} rows instead of {len(self.starts)}"
-                )
-            setattr(self, name, tensor)
 
 
 class MatrixRowsCache(ExplicitCache):

@@ -18,8 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import CacheError, ConfigError
+from evomem.memory.kv.due import turns
+from evomem.memory.kv.policy import CachePolicy
+from evomem.memory.kv.switch import note_pass
 from evomem.memory.kv.versions import as_output
-from evomem.models.architectures.mosaic_cache import MosaicCache, UnitMemory
+from evomem.models.architectures.mosaic_cache import CONTEXTUAL, UNITS, MosaicCache
+from evomem.models.architectures.mosaic_decided import DecidedMosaicCache
 from evomem.models.architectures.mosaic_units import (
     AdaptiveBandwidth,
     ContextualUnit,
@@ -27,6 +31,7 @@ from evomem.models.architectures.mosaic_units import (
     GatedKeys,
     GatedPersistentUnit,
     LeakyKeys,
+    Memory,
     PeekingValues,
     PersistentUnit,
 )
@@ -80,10 +85,6 @@ class MosaicConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             )
 
 
-UNITS = 2
-"""Units of a layer that keep something of the text: v1's contextual and persistent one, v2's short and long memory."""
-
-
 class MosaicLayer(nn.Module):
     """One layer: contextual units, whose outputs are concatenated, then a persistent one; both added to the input.
 
@@ -123,7 +124,7 @@ class MosaicLayer(nn.Module):
         self.contextual_out = nn.Linear(width * len(self.contextual), width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, real: Tensor | None, memories: list[UnitMemory]) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None, memories: list[Memory]) -> Tensor:
         """Return (batch, tokens, width) of tokens x (batch, tokens, width).
 
         real : (batch, tokens) bool, or None: no token is padding. memories : `UNITS` of them.
@@ -139,7 +140,7 @@ class MosaicLayer(nn.Module):
 class MemoryMosaic(PreTrainedModel, GenerationMixin):
     """A Memory Mosaic that reads tokens and says what comes next.
 
-    What it knows of the text lies in the `MosaicCache` that it is given, so reading in pieces, ``generate``, beams and
+    What it knows of the text lies in the cache that it is given, so reading in pieces, ``generate``, beams and
     rows of a batch work as with any model, and a cache can be saved and resumed. Tokens cannot be taken back.
 
     Attributes
@@ -201,6 +202,19 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
         """Return an empty cache."""
         return MosaicCache(self.units)
 
+    def decided_cache(self, policy: CachePolicy) -> DecidedMosaicCache:
+        """Return an empty cache about whose pairs a manager decides: the bounded store of the papers' outlook.
+
+        It decides every ``schedule.every`` tokens, counted with padding; without ``every``, when its ``decide`` is
+        called.
+
+        Raises
+        ------
+        ConfigError : the manager observes something that means nothing here.
+        """
+        contextual = CONTEXTUAL[self.config.form] * len(self.layers)
+        return DecidedMosaicCache(contextual, self.units - contextual, policy)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -217,7 +231,8 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
         ----------
         input_ids : (batch, tokens) int64.
         attention_mask : (batch, tokens ever read), 0 = padding, which stands on the left; None: there is none.
-        past_key_values, cache : a `MosaicCache`, by its older or its newer name; None: nothing was read before.
+        past_key_values, cache : of `new_cache` or `decided_cache`, by its older or its newer name; None: nothing was
+            read before.
         logits_to_keep : how many of the last tokens have logits (0: all), or the indices of those that have.
 
         Raises
@@ -227,21 +242,33 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
         given = past_key_values if cache is None else cache
         memory = self.new_cache() if given is None else self._checked(given, len(input_ids))
         real = None if attention_mask is None else self._real(attention_mask, input_ids.shape[1])
-        x = self.embedding(input_ids)
+        decided = isinstance(memory, DecidedMosaicCache)
+        note_pass(self, memory if decided else None)  # type: ignore[arg-type]
+        every = memory.policy.schedule.every if isinstance(memory, DecidedMosaicCache) else None
+        embedded, (batch, tokens), at, parts = self.embedding(input_ids), input_ids.shape, 0, []
         memory.interrupted = True  # if an error ends the pass, some units have read what others have not
-        for index, layer in enumerate(self.layers):
-            x = layer(x, real, memory.layers[UNITS * index :][:UNITS])
+        for end, due in turns(memory.get_seq_length(), tokens, (0,), every):
+            x = embedded[:, at:end]
+            for index, layer in enumerate(self.layers):
+                memories = memory.memories(index, CONTEXTUAL[self.config.form], batch)
+                x = layer(x, None if real is None else real[:, at:end], memories)
+            parts.append(x)
+            if any(due) and isinstance(memory, DecidedMosaicCache):
+                memory.decide()
+            at = end
         memory.interrupted = False
+        x = torch.cat(parts, 1)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.norm(x[:, kept]))
         returned = memory if given is not None or use_cache is not False else None
         return CausalLMOutputWithPast(logits=logits, **as_output(returned, CausalLMOutputWithPast))
 
-    def _checked(self, cache: Any, rows: int) -> MosaicCache:
-        if not isinstance(cache, MosaicCache) or len(cache.layers) != self.units:
+    def _checked(self, cache: Any, rows: int) -> MosaicCache | DecidedMosaicCache:
+        count = len(cache.parts) if isinstance(cache, DecidedMosaicCache) else len(cache)
+        if not isinstance(cache, MosaicCache | DecidedMosaicCache) or count != self.units:
             raise CacheError(
-                f"a mosaic was given {type(cache).__name__} of {len(cache)} layers as its cache; give it "
-                "model.new_cache(), or no cache"
+                f"a mosaic was given {type(cache).__name__} of {count} layers as its cache; give it "
+                "model.new_cache(), model.decided_cache(manager), or no cache"
             )
         cache.require_whole()
         average = cache.layers[0].average

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -10,9 +11,40 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from evomem.errors import CacheError
+from evomem.models.architectures.mosaic_memory import read_pairs, readable
+
+UNITS = 2
+"""Units of a layer that keep something of the text: v1's contextual and persistent one, v2's short and long memory."""
+CONTEXTUAL = {"v1": 1, "v2": 2}
+"""Those of them that store pairs, the first ones."""
 
 TENSORS = ("average", "keys", "values", "slots", "next_key", "next_value", "next_real")
 """Attributes of a `UnitMemory` that are its state, besides ``seen``; the batch is axis 0 of each."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back tokens read: pairs of tokens at least and at most so many tokens before; None: all."""
+
+    nearest: int = 1
+    farthest: int | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs that are complete since the next token is known.
+
+    Attributes
+    ----------
+    keys, values : (batch, heads, pairs, dim).
+    first : index of the token that the first pair's key was made of; the others follow.
+    real : (batch, pairs) bool, False for pairs of padding; None: there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first: int
+    real: Tensor | None
 
 
 class UnitMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -25,8 +57,7 @@ class UnitMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
     seen : tokens read so far, padding included.
     average : (batch, heads, dim), the leaky average of keys.
     keys, values : (batch, heads, pairs, dim); keys have length 1.
-    slots : (batch, heads or 1, pairs) int64, index of the token that a pair's key was made of, ascending; -1: padding.
-        One head where all hold pairs of the same tokens.
+    slots : (batch, 1, pairs) int64, index of the token that a pair's key was made of, ascending; -1: padding.
     next_key, next_value : (batch, heads, dim), key and projected value of the newest token. They become a pair when
         the token after it is read, of which the pair's value knows.
     next_real : (batch,) bool: the newest token is no padding.
@@ -52,18 +83,50 @@ class UnitMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forget everything."""
         self._forget()
 
-    def store(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Append pairs: keys and values (batch, heads, new, dim), slots (batch, 1, new)."""
-        if self.keys is None or self.values is None or self.slots is None:
-            self.keys, self.values, self.slots = keys, values, slots
-        else:
-            if self.slots.shape[1] != slots.shape[1]:
-                slots = slots.expand(-1, self.slots.shape[1], -1)
-            self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
-            self.slots = torch.cat((self.slots, slots), 2)
-        self.is_initialized = True
+    def exchange(
+        self,
+        pairs: Pairs,
+        queries: Tensor,
+        reach: Reach,
+        bandwidth: Callable[[Tensor], Tensor],
+        real: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        """Store pairs, and let tokens read: (batch, heads, tokens, dim); zeros where there is nothing to read.
 
-    def keep_newest(self, farthest: int) -> None:
+        Parameters
+        ----------
+        pairs : those that the tokens have made complete; none of the first token.
+        queries : (batch, heads, tokens, dim), of the tokens after those that were read.
+        reach : what the tokens may read.
+        bandwidth : gives β of the number of pairs that each may read, (batch, heads or 1, tokens).
+        real : (batch, tokens) bool, or None: no token is padding. What padding reads does not matter.
+        dropout : share of the pairs that each token overlooks.
+        """
+        keys, values, slots = self._stored(pairs)
+        if not slots.shape[2]:
+            return torch.zeros_like(queries)
+        indices = torch.arange(self.seen, self.seen + queries.shape[2], device=queries.device)
+        allowed = readable(slots, indices, reach.nearest, reach.farthest)
+        return read_pairs(queries, keys, values, allowed, bandwidth(allowed.sum(-1)), dropout)
+
+    def _stored(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """Append pairs, and return keys, values and slots of all."""
+        slots = torch.arange(pairs.first, pairs.first + pairs.keys.shape[2], device=pairs.keys.device)[None]
+        slots = (slots.expand(len(pairs.keys), -1) if pairs.real is None else slots.where(pairs.real, -1))[:, None]
+        keys, values = pairs.keys, pairs.values
+        if self.keys is not None and self.values is not None and self.slots is not None:
+            keys, values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
+            slots = torch.cat((self.slots, slots), 2)
+        self.keys, self.values, self.slots = keys, values, slots
+        self.is_initialized = True
+        return keys, values, slots
+
+    def finish(self, tokens: int) -> None:
+        """Note that so many tokens have been read."""
+        self.seen += tokens
+
+    def forget_beyond(self, farthest: int) -> None:
         """Let pairs go that no later token reads, because it reads at most ``farthest`` tokens back."""
         if self.keys is None or self.values is None or self.slots is None:
             return
@@ -158,6 +221,10 @@ class MosaicCache(Cache):
         """Tokens read so far, padding included."""
         return self.layers[layer_idx].seen
 
+    def memories(self, layer: int, count: int, batch: int) -> list[UnitMemory]:
+        """Return what the units of a model's layer keep, `UNITS` of them."""
+        return self.layers[UNITS * layer :][:UNITS]
+
     def nbytes(self) -> int:
         """Bytes of the tensors held, over all units and rows."""
         return sum(layer.nbytes() for layer in self.layers)
@@ -232,7 +299,7 @@ def _check(index: int, parts: Mapping[str, Tensor], seen: int) -> None:
         raise CacheError(f"{where}: keys, values and slots are saved together or not at all; the file is damaged")
     if "slots" in parts:
         slots = parts["slots"]
-        if slots.dtype != torch.int64 or slots.shape[:2] not in ((batch, 1), (batch, heads)):
+        if slots.dtype != torch.int64 or slots.shape[:2] != (batch, 1):
             raise CacheError(f"{where}: 'slots' is {slots.dtype} of shape {tuple(slots.shape)}; the file is damaged")
         if pairs and (int(slots.min()) < -1 or int(slots.max()) >= seen):
             raise CacheError(f"{where}: pairs of tokens that were not read; the file is damaged")

@@ -79,7 +79,9 @@ def readable(slots: Tensor, queries: Tensor, nearest: int, farthest: int | None)
     return allowed if farthest is None else allowed & (back <= farthest)
 
 
-def read_weights(queries: Tensor, keys: Tensor, allowed: Tensor, inverse_temperature: Tensor) -> Tensor:
+def read_weights(
+    queries: Tensor, keys: Tensor, allowed: Tensor, inverse_temperature: Tensor, decays: Tensor | None = None
+) -> Tensor:
     """Return the softmax over pairs: (batch, heads, queries, pairs); a query that may read nothing gives zeros.
 
     Parameters
@@ -88,8 +90,11 @@ def read_weights(queries: Tensor, keys: Tensor, allowed: Tensor, inverse_tempera
     keys : (batch or 1, heads, pairs, dim).
     allowed : (batch, heads or 1, queries, pairs) bool.
     inverse_temperature : (batch or 1, heads, queries or 1), β.
+    decays : (batch, heads, pairs) <= 0, added to the pairs' logits; None: nothing fades.
     """
-    scores = precise(queries @ keys.transpose(-1, -2)) * inverse_temperature[..., None]
+    scores = (precise(queries) @ precise(keys).transpose(-1, -2)) * inverse_temperature[..., None]
+    if decays is not None:
+        scores = scores + decays[:, :, None]
     # Not -inf: a row of nothing else would be NaN, and its gradient too.
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     return scores.softmax(-1) * allowed.any(-1, keepdim=True)

@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomem.models.architectures.mosaic_cache import UnitMemory
-from evomem.models.architectures.mosaic_memory import (
-    bandwidth,
-    leaky_average,
-    precise,
-    read_pairs,
-    readable,
-    unit_norm,
-)
+from evomem.models.architectures.mosaic_cache import Pairs, Reach, UnitMemory
+from evomem.models.architectures.mosaic_decided import DecidedPairs
+from evomem.models.architectures.mosaic_memory import bandwidth, leaky_average, precise, unit_norm
+
+Memory = UnitMemory | DecidedPairs
+"""What a unit keeps of a text."""
 
 RATE = 10.0
 """Factor of learned exponents: a parameter θ stands for exp(RATE θ), as in the authors' code."""
@@ -44,7 +41,7 @@ class LeakyKeys(nn.Module):
         self.projection = nn.Linear(width, width, bias=False)
         self.decay = nn.Parameter(torch.linspace(0.5, 5.0, heads) / RATE)
 
-    def forward(self, x: Tensor, real: Tensor | None, memory: UnitMemory) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None, memory: Memory) -> Tensor:
         """Return keys (batch, heads, tokens, dim) of length 1, and let the memory keep the last average.
 
         x : (batch, tokens, width). real : (batch, tokens) bool, or None: no token is padding.
@@ -73,7 +70,7 @@ class GatedKeys(nn.Module):
         self.gate = nn.Linear(width, heads, bias=False)
         self.decay = nn.Linear(width, heads, bias=False)
 
-    def forward(self, x: Tensor, real: Tensor | None, memory: UnitMemory) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None, memory: Memory) -> Tensor:
         """Return keys as `LeakyKeys` does."""
         gates = precise(self.gate(x)).exp().transpose(1, 2)[..., None]
         return _averaged(gates * precise(per_head(self.projection(x), self.heads)), self.log_decay(x), real, memory)
@@ -83,7 +80,7 @@ class GatedKeys(nn.Module):
         return -precise(self.decay(x)).abs().transpose(1, 2)
 
 
-def _averaged(inputs: Tensor, log_decay: Tensor, real: Tensor | None, memory: UnitMemory) -> Tensor:
+def _averaged(inputs: Tensor, log_decay: Tensor, real: Tensor | None, memory: Memory) -> Tensor:
     dtype = inputs.dtype
     inputs = precise(inputs)
     if real is not None:
@@ -176,7 +173,7 @@ class ContextualUnit(nn.Module):
         self.nearest, self.drawn_nearest = 1, 1
         self.farthest: int | None = None
 
-    def forward(self, x: Tensor, real: Tensor | None, memory: UnitMemory) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None, memory: Memory) -> Tensor:
         """Read tokens; return what the memory says at each: (batch, tokens, width).
 
         Parameters
@@ -185,20 +182,13 @@ class ContextualUnit(nn.Module):
         real : (batch, tokens) bool, or None: no token is padding.
         memory : what the unit knows of the tokens before; it is given what it knows afterwards.
         """
-        tokens = x.shape[1]
         queries = self.keys(x, real, memory)
-        projected = self.values.projected(x)
-        begin = memory.seen
-        self._store(queries, projected, real, memory)
-        y = torch.zeros_like(projected)
-        if memory.keys is not None and memory.values is not None and memory.slots is not None:
-            indices = torch.arange(begin, begin + tokens, device=x.device)
-            allowed = readable(memory.slots, indices, self._nearest(), self.farthest)
-            beta = self.bandwidth(allowed.sum(-1))
-            y = read_pairs(queries, memory.keys, memory.values, allowed, beta, self.dropout * self.training)
+        pairs = self._pairs(queries, self.values.projected(x), real, memory)
+        reach = Reach(self._nearest(), self.farthest)
+        y = memory.exchange(pairs, queries, reach, self.bandwidth, real, self.dropout * self.training)
+        memory.finish(x.shape[1])
         if self.farthest is not None:
-            memory.keep_newest(self.farthest)
-        memory.seen += tokens
+            memory.forget_beyond(self.farthest)
         return y.transpose(1, 2).flatten(2)
 
     def _nearest(self) -> int:
@@ -206,8 +196,8 @@ class ContextualUnit(nn.Module):
             return self.nearest
         return int(torch.randint(self.nearest, self.drawn_nearest + 1, ()))
 
-    def _store(self, keys: Tensor, projected: Tensor, real: Tensor | None, memory: UnitMemory) -> None:
-        """Make pairs of all tokens whose next one is known now: keys and projected (batch, heads, tokens, dim)."""
+    def _pairs(self, keys: Tensor, projected: Tensor, real: Tensor | None, memory: Memory) -> Pairs:
+        """Return pairs of all tokens whose next one is known now: keys and projected (batch, heads, tokens, dim)."""
         batch, _, tokens, _ = keys.shape
         if real is None:
             real = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device)
@@ -218,11 +208,9 @@ class ContextualUnit(nn.Module):
             projected = torch.cat((memory.next_value[:, :, None], projected), 2)
             real = torch.cat((memory.next_real[:, None], real), 1)
             first -= 1
-        if keys.shape[2] > 1:
-            values = self.values.values(projected[:, :, :-1], projected[:, :, 1:])
-            slots = torch.arange(first, first + keys.shape[2] - 1, device=keys.device)
-            memory.store(keys[:, :, :-1], values, slots.where(real[:, :-1], -1)[:, None])
         memory.next_key, memory.next_value, memory.next_real = newest
+        values = self.values.values(projected[:, :, :-1], projected[:, :, 1:])
+        return Pairs(keys[:, :, :-1], values, first, real[:, :-1])
 
 
 class PersistentUnit(nn.Module):
@@ -244,7 +232,7 @@ class PersistentUnit(nn.Module):
         self.key_scale = nn.Parameter(torch.full((heads,), 1.0 / RATE))
         self.scale = nn.Parameter(torch.full((heads,), -0.5 / RATE))
 
-    def forward(self, x: Tensor, real: Tensor | None, memory: UnitMemory) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None, memory: Memory) -> Tensor:
         """Read tokens, as a `ContextualUnit` does."""
         queries = self.keys(x, real, memory)
         batch, heads, tokens, dim = queries.shape
@@ -258,7 +246,7 @@ class PersistentUnit(nn.Module):
             dropout_p=self.dropout * self.training,
             scale=1.0,
         )
-        memory.seen += tokens
+        memory.finish(tokens)
         return read.reshape(heads, batch, tokens, dim).permute(1, 2, 0, 3).flatten(2).to(x.dtype)
 
 
@@ -270,7 +258,7 @@ class GatedPersistentUnit(nn.Module):
         self.gate, self.up = (nn.Linear(width, size, bias=False) for _ in range(2))
         self.down = nn.Linear(size, width, bias=False)
 
-    def forward(self, x: Tensor, real: Tensor | None, memory: UnitMemory) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None, memory: Memory) -> Tensor:
         """Return (batch, tokens, width) of tokens x (batch, tokens, width); see `ContextualUnit.forward`."""
         y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return y
