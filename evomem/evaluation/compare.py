@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,8 @@ __all__ = [
     "evaluate",
     "field_of",
 ]
+
+logger = logging.getLogger("evomem")
 
 _NOT_IN_ALL = frozenset({"full", "namm", "feature_scorer"})
 """Managers that "all heuristics" leaves out: the reference, which is always there, and those that a search makes."""
@@ -135,6 +138,8 @@ def compare(
     field = field_of(against)
     names_taken = {subject.name for subject in subjects}
     field = [member for member in field if member.name not in names_taken]
+    if against is None or "all" in ([against] if isinstance(against, str) else against):
+        field = _applicable(field, scenarios)
     entrants = entrants_of(subjects, "subject", budgets, own) + entrants_of(field, "field", budgets, own)
     if "full" not in names_taken and field:
         entrants += entrants_of([NamedManager("full", build("full"))], "full", budgets)
@@ -169,6 +174,18 @@ def evaluate(
     pools = pools_of(scenarios, samples, split, seed, exact=exact)
     evaluations = measure(entrants, pools, split=split, seed=seed, exact=exact, keep=keep, progress=progress)
     return _comparison(None, subject.name, entrants, pools, evaluations, split)
+
+
+def _applicable(field: Sequence[NamedManager], scenarios: Sequence[Scenario]) -> list[NamedManager]:
+    """Return the members of "all" that decide about the memories of all scenarios; the others are warned of."""
+    kept = []
+    for member in field:
+        reasons = [scenario.evaluator.refusal(member.manager) for scenario in scenarios]
+        if reason := next(filter(None, reasons), ""):
+            logger.warning("%s is left out of the field: %s", member.name, reason)
+        else:
+            kept.append(member)
+    return kept
 
 
 def _distinct(scenarios: Sequence[Scenario], budgets: Sequence[Budget]) -> tuple[list[Scenario], list[Budget]]:

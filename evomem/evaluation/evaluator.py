@@ -161,6 +161,19 @@ class Evaluator:
         """Compare samples with the positions that the model has; see `SampleEncoder.check_positions`."""
         return self.sample_encoder.check_positions(samples, exact=exact)
 
+    def refusal(self, manager: MemoryManager) -> str:
+        """Return why the model's memory cannot be decided about by a manager; "" if it can.
+
+        What a manager observes may mean nothing in a memory that is no KV cache.
+        """
+        model: Any = self.loaded.model
+        if has_own_memory(model):
+            try:
+                model.decided_cache(Recording(manager.observes))
+            except ConfigError as error:
+                return str(error)
+        return ""
+
     def scheduled(self, manager: AnyManager) -> AnyManager:
         """Return the manager on the protocol's schedule."""
         every = None if self.protocol.kind == "compress_once" else self.protocol.every

@@ -25,8 +25,9 @@ from evomem.evaluation.byte_meter import Meter, head_memory
 from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol, Measurement
 from evomem.evaluation.measures import Draws
-from evomem.evaluation.objectives.loglik import batches_alike
+from evomem.evaluation.objectives.loglik import batches_alike, drawing
 from evomem.evaluation.population import Deciding, PopulationPolicy
+from evomem.evaluation.rollouts import RolloutPolicy, sample_number
 from evomem.evaluation.sample_tokens import Reach, Tokens
 from evomem.evaluation.store import Reading, Readings
 from evomem.managers.allocation.probed import observes_heads
@@ -40,7 +41,7 @@ from evomem.tasks.streams.base import Stream, StreamTask
 
 DOUBT = 0.01
 """ε: how often a reader takes what the memory says for wrong."""
-MEASURED = frozenset({"loglik", "exact", "head_memory"})
+MEASURED = frozenset({"loglik", "exact", "head_memory", "rollout"})
 """Quantities that mean something on a stream."""
 
 
@@ -121,12 +122,19 @@ class StreamEvaluator(Evaluator):
                 f"measurement {', '.join(others)}: a stream has {', '.join(sorted(MEASURED))} only; take objective "
                 "exact (the hit rate) or loglik"
             )
+        if measurement.options("rollout").get("listens"):
+            raise ConfigError(
+                "fitness.reading: rewards for what is read are likelihoods of a text's tokens, and a stream has no "
+                "text; leave it out"
+            )
         for manager in managers:
             if observes_heads(manager):
                 raise ConfigError(
                     f"manager {manager.name!r}: allocation {manager.allocation.name!r} looks at what attention heads "
                     f"do, and model {self.loaded.name!r} has none; take another allocation"
                 )
+        if "rollout" in measurement:
+            return self._rollouts(managers, stream, sample, measurement, draws or Draws())
         ready = [self.scheduled(manager) for manager in managers]
         evaluations: dict[int, Evaluation] = {}
         for members in batches_alike(ready):
@@ -136,6 +144,26 @@ class StreamEvaluator(Evaluator):
             for i, (values, rest) in zip(members, batch, strict=True):
                 evaluations[i] = Evaluation(sample=sample.id, values=values, seconds=seconds, **rest)
         return [evaluations[i] for i in range(len(managers))]
+
+    def _rollouts(
+        self,
+        managers: Sequence[MemoryManager],
+        stream: Stream,
+        sample: Sample,
+        measurement: Measurement,
+        draws: Draws,
+    ) -> list[Evaluation]:
+        """Return rollouts of one stochastic policy, each with decisions drawn by another seed."""
+        older, other = (None if one is None else self.scheduled(one) for one in (draws.behaviour, draws.reference))
+        manager = self.scheduled(drawing(managers, draws))
+        policy = RolloutPolicy(manager, list(draws.seeds), sample_number(sample.id), older, other)
+        begin = time.perf_counter()
+        batch = self._run(policy, stream, sample, measurement)
+        seconds = (time.perf_counter() - begin) / len(batch)
+        return [
+            Evaluation(sample=sample.id, values=values, seconds=seconds, steps=policy.steps(place), **rest)
+            for place, (values, rest) in enumerate(batch)
+        ]
 
     def _run(
         self, policy: Deciding, stream: Stream, sample: Sample, measurement: Measurement

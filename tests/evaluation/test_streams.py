@@ -10,7 +10,9 @@ import torch
 import evomem
 from evomem.errors import ConfigError, ModelError
 from evomem.evaluation import EXACT, Evaluator, Measurement
-from evomem.evaluation.measurement import HEAD_MEMORY, EvaluationProtocol
+from evomem.evaluation.compare import NamedManager, Scenario, compare
+from evomem.evaluation.measurement import HEAD_MEMORY, EvaluationProtocol, Step
+from evomem.evaluation.measures import Draws
 from evomem.evaluation.streams import DOUBT, StreamEvaluator, evaluator_of
 from evomem.managers import build
 from evomem.models import LoadedModel
@@ -154,3 +156,48 @@ def test_what_does_not_fit_is_refused():
     language = Evaluator(LoadedModel("tiny", tiny("llama", layers=1), tiny_tokenizer(), "tiny"))
     with pytest.raises(ConfigError, match="pair-memory"):
         language.evaluate([build("full")], sample, ZIPF)
+
+
+def test_rollouts_are_drawn_and_their_gradients_are_those_of_any_memory():
+    sample, one = sample_of(ZIPF), evaluator(every=6)
+    policy = build("kv_policy", features=["recency", "frequency"], budget=BUDGET)
+    measurement = EXACT.also(Measurement.of("rollout"))
+    drawn = one.evaluate([policy] * 4, sample, ZIPF, measurement, Draws([1, 2, 3, 3]))
+    assert drawn[2].values == drawn[3].values
+    assert len({evaluation.exact for evaluation in drawn}) > 1
+    for evaluation in drawn:
+        assert len(evaluation.steps) == 120 // 6
+        gradients = torch.stack([torch.from_numpy(Step.numbers(step.gradient)) for step in evaluation.steps])
+        assert gradients.shape[1] == sum(parameter.numel() for parameter in policy.parameters())
+        assert gradients.abs().sum() > 0
+    alone = one.evaluate([policy], sample, ZIPF, measurement, Draws([2]))[0]
+    assert alone.values == drawn[1].values
+    for mine, theirs in zip(alone.steps, drawn[1].steps, strict=True):
+        assert mine.choices == theirs.choices
+        for name in ("gradient", "lower"):
+            numbers = (Step.numbers(getattr(step, name)) for step in (mine, theirs))
+            torch.testing.assert_close(*map(torch.from_numpy, numbers), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"fitness.reading"):
+        one.evaluate([policy], sample, ZIPF, measurement.with_options("rollout", listens=True), Draws([2]))
+
+
+def test_a_field_of_all_leaves_out_what_a_memory_has_not(caplog):
+    one, task = evaluator(every=5), build_task("zipf:length=20,keys=10,dim=4,topics=2", TOKENIZER)
+    members = [NamedManager("lru", scorer(recency=-1.0))]
+    compared = compare(members, [Scenario("pairs", "zipf", one, task)], samples=1, budgets=[3])
+    assert "expected_attention is left out of the field: observation 'query_statistics'" in caplog.text
+    assert {"keydiff", "snapkv", "h2o", "full", "lru"} <= {row.manager for row in compared.rows}
+    assert "expected_attention" not in {row.manager for row in compared.rows}
+
+
+def test_a_scorer_of_streams_decides_about_a_kv_cache_as_it_is(tmp_path):
+    names = ("recency", "frequency", "frequency_decayed:16", "relevance:4", "novelty", "age")
+    scorer_of_streams = scorer(**dict.fromkeys(names, 0.5))
+    scorer_of_streams.save_pretrained(tmp_path / "plugin")
+    manager, model = evomem.load(tmp_path / "plugin"), tiny("llama", layers=2)
+    ids = torch.randint(8, 100, (2, 30), generator=torch.Generator().manual_seed(0))
+    with manager.attach(model) as cache:
+        model(ids, past_key_values=cache)
+        assert [held.tolist() for held in cache.slots_held()] == [[[BUDGET, BUDGET]] * 2] * 2
+    with pytest.raises(ConfigError, match="'surprise' needs predictions"), scorer(surprise=1.0).attach(model) as cache:
+        model(ids, past_key_values=cache)

@@ -120,7 +120,7 @@ def test_hidden_units_in_plain_loops():
 @pytest.mark.parametrize("heuristic", sorted(set(FeatureScorer.STARTS) - {"snapkv"}))
 @pytest.mark.parametrize("knots", [1, 3])
 def test_start_ranks_as_the_heuristic(heuristic, knots):
-    names = [*LINEAR_20, "value_step"]
+    names = [*LINEAR_20, "value_step", "recency", "frequency"]
     scorer = FeatureScorer.start_from(heuristic, features=names, knots=knots, sinks=0, recent=0)
     other = build(heuristic)
     for seed, layer in ((0, 0), (1, 3)):

@@ -36,7 +36,7 @@ def view_of(seed=0, **changes):
     more = {"attention_spectrum": spectrum, "window_statistics:64": statistics}
     for name in SHARED:
         more[name] = 9 * torch.rand(view.slots.shape, generator=g)
-    more["recency"] = more["recency"].long()
+    more["recency"] = more["recency"].argsort(-1)  # no two the same
     return replace(view, recorded={**view.recorded, **more})
 
 

@@ -11,7 +11,6 @@ from evomem.runs import open_run, parse_experiment, search
 from evomem.runs.bench import model_bench
 from tests.runs.test_runs import Stop, outcome, same
 
-LRU = "feature_scorer(features=['recency'], knots=1, sinks=0, recent=1)"
 CONFIG = {
     "name": "streams",
     "model": "pair-memory",
@@ -27,7 +26,7 @@ CONFIG = {
                 "budget": 6,
             },
         },
-        "start": {"vector": [-1, 0, 0]},
+        "start": {"heuristic": "lru"},
         "sigma": 0.3,
     },
     "tasks": [{"spec": "zipf", "length": 40, "options": {"keys": 24, "dim": 8, "topics": 4}}],
@@ -69,7 +68,7 @@ def test_an_interrupted_search_ends_the_same(tmp_path, whole, monkeypatch):
 def test_a_winner_is_a_plugin_that_is_compared_like_any_other(tmp_path, whole):
     winner = open_run(whole).winner
     winner.save_pretrained(tmp_path / "plugin")
-    rows = evomem.compare([str(whole), str(tmp_path / "plugin")], against=[LRU], budgets=[6], samples=2, check=False)
+    rows = evomem.compare([str(whole), str(tmp_path / "plugin")], against=["lru"], budgets=[6], samples=2, check=False)
     by_name = {row.manager: row for row in rows}
     assert len(by_name) == 4
     assert {row.model for row in rows} == {"pair-memory"}

@@ -60,11 +60,7 @@ class Answers(Measure):
     ) -> list[Evaluation]:
         """Return the evaluations; see `Measure.evaluations`."""
         if "rollout" in measurement:
-            policy = managers[0]
-            if not isinstance(policy, StochasticManager) or len(draws.seeds) != len(managers):
-                raise ConfigError(
-                    f"manager {policy.name!r} draws no decisions: rollouts need a stochastic one, and a seed each"
-                )
+            policy = drawing(managers, draws)
             others = {"behaviour": draws.behaviour, "reference": draws.reference}
             return rollouts(evaluator, policy, sample, task, list(draws.seeds), measurement, **others)
         tokens = evaluator.tokens(sample)
@@ -79,6 +75,21 @@ class Answers(Measure):
             seconds = (time.perf_counter() - begin) / len(members)
             by_number.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
         return [by_number[i] for i in range(len(managers))]
+
+
+def drawing(managers: Sequence[MemoryManager], draws: Draws) -> StochasticManager:
+    """Return the one policy of which rollouts are drawn.
+
+    Raises
+    ------
+    ConfigError : it draws no decisions, or has not a seed for each.
+    """
+    policy = managers[0]
+    if not isinstance(policy, StochasticManager) or len(draws.seeds) != len(managers):
+        raise ConfigError(
+            f"manager {policy.name!r} draws no decisions: rollouts need a stochastic one, and a seed each"
+        )
+    return policy
 
 
 def batches_alike(managers: Sequence[MemoryManager]) -> list[list[int]]:

@@ -64,11 +64,12 @@ class FeatureScorer(MemoryManager):
     parameter_options: ClassVar[frozenset[str]] = frozenset({"features", "knots"})
     STARTS: ClassVar[dict[str, str]] = {
         "keydiff": "keydiff", "knorm": "-key_norm", "h2o": "attention", "observed_attention": "attention_per_query",
-        "snapkv": "window:32", "streaming_llm": "-age",
+        "snapkv": "window:32", "streaming_llm": "-age", "lru": "-recency", "lfu": "frequency", "fifo": "-age",
     }  # fmt: skip
     """Heuristics that a search may start from: the one feature, with its sign, that each is made of.
 
-    ``snapkv`` is only near: it averages its window's attention over 5 neighbours, the feature takes their maximum.
+    ``snapkv`` is only near: it averages its window's attention over 5 neighbours, the feature takes their maximum. Of
+    slots that were read as often ``lfu`` keeps the one that was read last, the scorer the one that was written first.
     """
 
     def __init__(self, **options: Any) -> None:
