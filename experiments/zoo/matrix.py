@@ -1,39 +1,50 @@
-"""Model: how the zoo's memory matrix begins, and what it recalls beyond its window."""
+"""Model: how the zoo's memory matrix begins."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from evomem.models.architectures.memory_matrix import MemoryMatrix
 
 SHARP = 15.0
 """Logit of a row that matches a read key, beside rows that do not (about 0)."""
-EMPTY, HASH = 18.0, 4.0
+EMPTY, HASH = 40.0, 8.0
 """Logit of a slot that nothing was written into; deviation of the logits by which a key chooses among those."""
+STORED = 6.0
+"""Logit of the gate at a pair, and its negative elsewhere."""
+ROLE = 0.7
+"""Length of what the words that are keys, and those that are values, have in common."""
 ADDRESS = 8
 """Numbers of a row that say which slot it is; they are never written."""
 
 
-def begin_as_pairs(model: MemoryMatrix) -> None:
-    """Let the memories begin as stores of pairs: a token and the one after it.
+def begin_as_pairs(model: MemoryMatrix, keys_and_values: tuple[Tensor, Tensor]) -> None:
+    """Let the memories begin as stores of pairs: a key and the value after it.
 
-    A row has a code of the first token (its key), a code of the second (its value), numbers by which slots differ, and
-    one that says that the slot is empty. A write goes to an empty slot, chosen by the key; a read looks for the code of
-    the token that it stands on, and half of the attention heads copy the value to where the output reads it. A random
-    start would have to find all of this. What to store, and everything else, remains to be learnt; all is trained.
+    The words that are keys have a direction in common, those that are values another one; where one follows the other,
+    the gate stores. A row has a code of the key, a code of the value, numbers by which slots differ, and one that says
+    that the slot is empty. A write goes to an empty slot, chosen by the key; a read looks for the code of the token that
+    it stands on, and half of the attention heads copy the value to where the output reads it. A random start would have
+    to find all of this; everything is trained.
+
+    keys_and_values : ids of the words that are keys, and of those that are values.
     """
     config = model.config
     width, code = config.hidden_size, config.hidden_size // config.num_attention_heads
     spare = config.matrix_width - 2 * code - ADDRESS - 1
     keys, values = slice(0, code), slice(code, 2 * code)
     address, flag = slice(2 * code, 2 * code + ADDRESS), 2 * code + ADDRESS
-    tokens, copies = torch.nn.init.orthogonal_(torch.empty(width, width)).split((width // 2, width // 2))
-    copies = copies[:code]
+    tokens, rest = torch.nn.init.orthogonal_(torch.empty(width, width)).split((width // 2, width // 2))
+    copies, roles = rest[:code], rest[code : code + 2]
     as_key, as_value = (torch.nn.init.orthogonal_(torch.empty(code, width // 2)) @ tokens for _ in range(2))
     words, head = model.embed.weight, model.lm_head.weight
     words.copy_(torch.randn(len(words), width // 2) / (width // 2) ** 0.5 @ tokens)
     head.copy_(words @ as_value.T @ copies * 2**0.5)
-    unit = (2 / width) ** 0.5  # makes codes of length 1 of tokens after the norm
+    for ids, role in zip(keys_and_values, roles, strict=True):
+        words[ids] += ROLE * role
+    shown = ROLE * (width / (1 + ROLE**2)) ** 0.5  # a role after the norm
+    unit = (2 * (1 + ROLE**2) / width) ** 0.5  # makes codes of length 1 of tokens after the norm
     for block in model.blocks:
         block.down.weight.zero_()  # the noise of what has nothing to say yet would drown the codes
         attention = block.attention
@@ -42,7 +53,7 @@ def begin_as_pairs(model: MemoryMatrix) -> None:
         if memory is None:
             continue
         now, before = slice(0, width), slice(width, 2 * width)
-        for layer in (memory.write_key, memory.write_value, memory.read_key):
+        for layer in (memory.write_key, memory.write_value, memory.read_key, memory.store):
             layer.weight.mul_(0.1)
         memory.initial.zero_()
         memory.initial[:, :, address] = torch.randn(config.matrix_slots, ADDRESS)
@@ -53,6 +64,9 @@ def begin_as_pairs(model: MemoryMatrix) -> None:
         memory.write_key.weight[address, before] = HASH / ADDRESS**0.5 * unit * torch.randn(ADDRESS, code) @ as_key
         memory.write_key.bias[flag] = EMPTY
         memory.read_key.weight[keys, now] = SHARP * unit * as_key
+        memory.store.bias.fill_(-STORED)
+        memory.store.weight[:, before] += STORED / shown * roles[0]
+        memory.store.weight[:, now] += STORED / shown * roles[1]
         memory.erase.bias.fill_(4.0)
         memory.erase.bias[address] = -6.0
         if spare:

@@ -16,10 +16,12 @@ import evomem.models
 from evomem.evaluation import Evaluation, Evaluator
 from evomem.evaluation.measurement import EXACT
 from evomem.managers import build as build_manager
+from evomem.memory.kv.attach import has_own_memory
 from evomem.models.pretrained.files import sha256, write_json
 from evomem.tasks import Split
 from evomem.tasks import build as build_task
 from experiments.zoo.data import RESTATED
+from experiments.zoo.matrix_recall import own_recall
 
 if TYPE_CHECKING:
     from experiments.zoo.train import Training
@@ -51,6 +53,8 @@ def accuracy(loaded: evomem.models.LoadedModel, task: str, length: int, samples:
 def measured(folder: Path, tasks: Sequence[str], samples: int = SAMPLES) -> dict[str, Any]:
     """Return what the model in a folder can do: by kind and length, ``[share of right words, log-likelihood]``."""
     loaded = evomem.models.load(str(folder))
+    if has_own_memory(loaded.model):
+        return own_measured(loaded, tasks, samples)
     found: dict[str, Any] = {}
     for task in tasks:
         for length in LENGTHS:
@@ -58,6 +62,23 @@ def measured(folder: Path, tasks: Sequence[str], samples: int = SAMPLES) -> dict
                 found.setdefault(kind, {})[str(length)] = [round(value, 4) for value in values]
                 print(f"{folder.name} {kind} {length} {found[kind][str(length)]}", flush=True)
     return found
+
+
+def own_measured(loaded: evomem.models.LoadedModel, tasks: Sequence[str], samples: int) -> dict[str, Any]:
+    """Return what `measured` does of a model with a memory of its own, written by itself.
+
+    Under ``TASK emptied``, what is left of it when the memory is emptied between context and question.
+    """
+    evaluator, values = Evaluator(loaded), dict[str, Any]()
+    for task in tasks:
+        for length in LENGTHS[:3]:
+            drawn = build_task(task, loaded.tokenizer, length).samples(Split.SEALED, samples, 0)
+            for kind, empties in ((task, False), (f"{task} emptied", True)):
+                results = own_recall(evaluator, loaded.model, drawn, empties=empties)
+                means = [round(sum(column) / len(results), 4) for column in zip(*results, strict=True)]
+                values.setdefault(kind, {})[str(length)] = means
+                print(f"{loaded.name} {kind} {length} {means}", flush=True)
+    return values
 
 
 def publish(training: Training, name: str, models: Path = MODELS) -> Path:

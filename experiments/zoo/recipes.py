@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
+from evomem.tasks.text.zoo_words import KEYS, VALUES
 from experiments.zoo.data import FEW, POSITIONS, TASKS
 from experiments.zoo.matrix import begin_as_pairs
 
@@ -106,7 +107,8 @@ RECIPES["memory-matrix"] = Recipe(
     lengths=(64, 128, 256),
     learning_rate=7e-4,
     warmup=30,
-    decay=100,
+    decay=60,
+    passed=0.92,
 )
 """Every recipe by name, its family's or its task's; the model's alias is ``zoo-`` and this name."""
 
@@ -126,7 +128,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             if isinstance(model, MemoryMatrix):
-                begin_as_pairs(model)
+                ids: Any = tokenizer.convert_tokens_to_ids
+                begin_as_pairs(model, (torch.tensor(ids(list(KEYS))), torch.tensor(ids(list(VALUES)))))
             else:
                 _begin_as_induction(model, recipe.notes)
     return model

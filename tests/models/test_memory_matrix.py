@@ -13,9 +13,16 @@ from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from evomem.errors import ConfigError, ModelError
+from evomem.evaluation import Evaluator
+from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.memory.explicit.matrix import MatrixCache, MatrixLayer
 from evomem.memory.explicit.matrix_rules import RULES
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
+from evomem.models.loading import load as load_model
+from evomem.tasks import Split
+from evomem.tasks import build as build_task
+from experiments.zoo.data import zoo_tokenizer
+from experiments.zoo.matrix_recall import own_recall, with_slots
 from tests.support.slow_matrix import SlowMatrix
 
 SIZES = {
@@ -180,6 +187,21 @@ def test_it_is_saved_loaded_and_trains(rule, tmp_path):
     assert out.past_key_values is None
     out.logits.square().mean().backward()
     assert all(bool(parameter.grad.abs().sum() > 0) for parameter in model.parameters())
+
+
+def test_a_folder_is_loaded_as_every_model_is(tmp_path):
+    tokenizer = zoo_tokenizer()
+    model = tiny(vocab_size=len(tokenizer)).float()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert torch.equal(loaded.model(ids_of(9, 7)).logits, model(ids_of(9, 7)).logits)
+    evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=4))
+    task = build_task("zoo_recall", loaded.tokenizer, 48)
+    samples = task.samples(Split.SELECT, 2, 0)
+    own = own_recall(evaluator, with_slots(loaded.model, 3), samples)
+    assert own != own_recall(evaluator, loaded.model, samples)
+    assert own != own_recall(evaluator, with_slots(loaded.model, 3), samples, empties=True)
 
 
 def test_half_precision_decides_in_single():
