@@ -24,9 +24,9 @@ def begin_as_pairs(model: MemoryMatrix, keys_and_values: tuple[Tensor, Tensor]) 
 
     The words that are keys have a direction in common, those that are values another one; where one follows the other,
     the gate stores. A row has a code of the key, a code of the value, numbers by which slots differ, and one that says
-    that the slot is empty. A write goes to an empty slot, chosen by the key; a read looks for the code of the token that
-    it stands on, and half of the attention heads copy the value to where the output reads it. A random start would have
-    to find all of this; everything is trained.
+    that the slot is empty. A write goes to an empty slot, chosen by the key; a read looks for the code of the token
+    that it stands on, and half of the attention heads copy the value to where the output reads it. A random start would
+    have to find all of this; everything is trained.
 
     keys_and_values : ids of the words that are keys, and of those that are values.
     """

@@ -104,10 +104,10 @@ RECIPES["memory-matrix"] = Recipe(
     },
     tasks=(FEW,),
     tokens=(1024, 1024),
-    lengths=(64, 128, 256),
-    learning_rate=7e-4,
-    warmup=30,
-    decay=60,
+    lengths=(128, 256),
+    learning_rate=2e-4,
+    warmup=10,
+    decay=40,
     passed=0.92,
 )
 """Every recipe by name, its family's or its task's; the model's alias is ``zoo-`` and this name."""

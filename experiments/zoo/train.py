@@ -27,11 +27,10 @@ SAVED_EVERY = 60.0
 """Seconds between two states on disk."""
 REMEMBERED = 0.9
 """What the running accuracy keeps of its past at each step."""
-SHARES = {"wpe": 0.1, "memory.store": 10.0}
+SHARES = {"wpe": 0.1}
 """Share of the learning rate that parameters get, by a part of their name.
 
-A learned position is met in few batches; at the full rate Adam's momentum would make noise of it. What a memory matrix
-stores is a decision of one number a token, which has to be found before anything else can be learnt.
+A learned position is met in few batches; at the full rate Adam's momentum would make noise of it.
 """
 REVIEW = 0.25
 """Share of the steps with the lessons of an earlier stage, so that nothing is unlearnt."""

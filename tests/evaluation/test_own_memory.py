@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evomem.errors import CacheError, ConfigError
+from evomem.errors import CacheError, ConfigError, UnsupportedModelError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
 from evomem.managers import build
 from evomem.memory import attached
+from evomem.memory.kv.snapshot import take
 from evomem.models import LoadedModel
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
 from evomem.tasks import Split
@@ -46,6 +47,9 @@ def test_candidates_of_a_batch_are_each_alone(loaded, every):
         plain = logits[:, -answer:].log_softmax(-1).gather(-1, ids[:, -answer:, None]).mean()
         assert result.loglik == pytest.approx(float(plain), abs=1e-4)
         assert result.exact is not None
+        whole = evaluator.evaluate_plainly(manager, sample, task, EXACT)
+        assert (whole.exact, whole.slots) == (result.exact, pytest.approx(result.slots))
+        assert whole.loglik == pytest.approx(result.loglik, abs=1e-4)
         if manager.options.budget is not None:
             assert result.slots <= 4 + every
             assert result.bytes_peak < 2 * result.bytes_mean
@@ -56,6 +60,10 @@ def test_what_cannot_be_measured_is_refused(loaded):
     (sample,) = task.samples(Split.SELECT, 1, 0)
     with pytest.raises(ConfigError, match="streaming:1"):
         Evaluator(loaded).evaluate([build("full")], sample, task)
+    with pytest.raises(UnsupportedModelError, match="attention heads"):
+        build("knorm(budget=4,every=1,allocation=razor)").for_model(loaded.model)
+    with build("full(every=4)").attach(loaded.model) as cache, pytest.raises(CacheError, match="state"):
+        take(cache)
     with pytest.raises(ConfigError, match="every=1"), build("knorm(budget=4)").attach(loaded.model):
         pass
     with pytest.raises(CacheError, match="pass"), build("knorm(budget=4,every=1)").attach(loaded.model):

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evomem.errors import ModelError
+from evomem.errors import ModelError, UnsupportedModelError
 from evomem.memory import Decision, LayerView, attached
+from evomem.memory.kv.attach import has_own_memory
 from evomem.memory.kv.attention import full_precision
 from evomem.memory.kv.positions import position_limit
 from evomem.memory.kv.switch import uncounted
@@ -287,6 +288,11 @@ def _read(model: PreTrainedModel, ids: Tensor, scores: Callable[[Tensor], Tensor
     """Return the scores of the model's attention over texts (draws, tokens): per layer (kv_heads, scores) fp32."""
     from evomem.memory import SlotCache
 
+    if has_own_memory(model):
+        raise UnsupportedModelError(
+            f"the allocation asks what attention heads do, and {type(model).__name__} has a memory of its own in place "
+            "of a KV cache; take another allocation: uniform, across_heads, lava, threshold, ..."
+        )
     ids, probing = ids.to(model.device), _Probing(ids.shape[1], scores)
     with _evaluating(model), uncounted(), attached(model):
         cache = SlotCache.for_model(model, _Watching())

@@ -7,7 +7,8 @@ whether the new one is stored, and which other one it replaces. Rows are read by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, ClassVar
 
@@ -120,6 +121,24 @@ class MatrixRowsCache(ExplicitCache):
                 "a forward pass over this cache was cut short, so some layers read tokens that others did not; reset() "
                 "it and read the text again"
             )
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read a context in any number of passes; a manager without ``every`` decides when the block ends."""
+        yield
+        self.require_whole()
+        if self.policy.schedule.every is None:
+            self.decide()
+
+    @property
+    def bytes_peak(self) -> int:
+        """The layers' peaks together."""
+        return sum(layer.bytes_peak for layer in self.layers) + sum(one.nbytes() for one in self.windows.values())
+
+    @property
+    def bytes_mean(self) -> float:
+        """Mean of the bytes held, over the tokens read."""
+        return sum(layer.bytes_mean for layer in self.layers) + sum(one.nbytes() for one in self.windows.values())
 
     def require_finished(self) -> None:
         """Raise `CacheError` when the last pass was cut short; asked where a block of ``manager.attach`` ends."""

@@ -85,19 +85,16 @@ class SlotCache(Cache):
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, policy: CachePolicy) -> SlotCache:
-        """Return an empty cache for ``model``, or what stands in its place; raises `UnsupportedModelError`.
+        """Return an empty cache for ``model``, which makes one itself if it has a memory of its own.
 
-        A model with a memory of its own (`evomem.memory.kv.attach.has_own_memory`) makes its cache itself.
-
+        Raises `UnsupportedModelError`.
         A policy that decides otherwise on another model (a method ``for_model``) is asked what it is on this one.
         """
         from evomem.memory.kv.attach import check_supported, has_own_memory
 
         policy = policy.for_model(model) if hasattr(policy, "for_model") else policy
         if has_own_memory(model):
-            own: Any = model
-            made: SlotCache = own.decided_cache(policy)  # has what evaluations and users of a cache of slots ask for
-            return made
+            return model.decided_cache(policy)  # type: ignore[operator,no-any-return]
         from evomem.memory.kv.parallel import check_parallel
 
         layers = check_supported(model)

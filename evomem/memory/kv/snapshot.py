@@ -58,8 +58,13 @@ def take(cache: SlotCache) -> Snapshot:
 
     Raises
     ------
-    CacheError : a forward pass over it was cut short.
+    CacheError : a forward pass over it was cut short; or it is the cache of a model with a memory of its own.
     """
+    if not isinstance(cache, SlotCache):
+        raise CacheError(
+            f"{type(cache).__name__} is the cache of a model with a memory of its own, which a file of slots has no place "
+            "for: cache.state() returns what it holds, and load_state() of a new one goes on from there"
+        )
     cache.require_whole()
     if cache.awaiting is not None or any(layer.pending is not None or layer.ahead for layer in cache.layers):
         raise CacheError("a forward pass over this cache was cut short; reset() it and read the context again")
