@@ -85,10 +85,9 @@ class SlotCache(Cache):
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, policy: CachePolicy) -> SlotCache:
-        """Return an empty cache for ``model``, which makes one itself if it has a memory of its own.
+        """Return an empty cache for ``model``; raises `UnsupportedModelError`.
 
-        Raises `UnsupportedModelError`.
-        A policy that decides otherwise on another model (a method ``for_model``) is asked what it is on this one.
+        A model with a memory of its own makes its cache itself. A policy that decides otherwise on another model (a method ``for_model``) is asked what it is on this one.
         """
         from evomem.memory.kv.attach import check_supported, has_own_memory
 

@@ -62,8 +62,8 @@ def take(cache: SlotCache) -> Snapshot:
     """
     if not isinstance(cache, SlotCache):
         raise CacheError(
-            f"{type(cache).__name__} is the cache of a model with a memory of its own, which a file of slots has no place "
-            "for: cache.state() returns what it holds, and load_state() of a new one goes on from there"
+            f"{type(cache).__name__} belongs to a model with a memory of its own, and a file of slots has no place for it: "
+            "cache.state() returns what it holds, and load_state() of a new one goes on from there"
         )
     cache.require_whole()
     if cache.awaiting is not None or any(layer.pending is not None or layer.ahead for layer in cache.layers):
