@@ -87,7 +87,8 @@ class SlotCache(Cache):
     def for_model(cls, model: PreTrainedModel, policy: CachePolicy) -> SlotCache:
         """Return an empty cache for ``model``; raises `UnsupportedModelError`.
 
-        A model with a memory of its own makes its cache itself. A policy that decides otherwise on another model (a method ``for_model``) is asked what it is on this one.
+        A model with a memory of its own makes it itself. A policy that decides otherwise on another model (a method
+        ``for_model``) is asked what it is on this one.
         """
         from evomem.memory.kv.attach import check_supported, has_own_memory
 

@@ -62,7 +62,7 @@ def take(cache: SlotCache) -> Snapshot:
     """
     if not isinstance(cache, SlotCache):
         raise CacheError(
-            f"{type(cache).__name__} belongs to a model with a memory of its own, and a file of slots has no place for it: "
+            f"{type(cache).__name__} belongs to a model with a memory of its own; files of slots have no place for it: "
             "cache.state() returns what it holds, and load_state() of a new one goes on from there"
         )
     cache.require_whole()
