@@ -31,7 +31,7 @@ NEEDLES = (2, 12)
 """Fewest and most needles of a lesson."""
 TASKS = ("zoo_needle", "zoo_recall")
 """What a model of the zoo is trained on unless its recipe says otherwise."""
-FEW_PAIRS = 24
+FEW_PAIRS = 16
 """Most pairs of a lesson of few."""
 FEW = f"zoo_recall(pairs={FEW_PAIRS})"
 """Name of the lessons of few pairs."""
