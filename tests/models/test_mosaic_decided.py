@@ -13,15 +13,18 @@ from evomem.evaluation import Evaluator
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
 from evomem.managers import build
 from evomem.models import LoadedModel
+from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
+from evomem.plugins import load_cache, save_cache
 from evomem.tasks import Split
 from evomem.tasks import build as build_task
+from evomem.testing.memories import CHECKS, Subject
 from experiments.zoo.data import zoo_tokenizer
 from tests.models.test_mosaic import MODELS, tiny_mosaic, tokens
 
 FIFO = "streaming_llm(sinks=0, budget=6, every=1)"
 
 
-@examples(max_examples=15, deadline=None)
+@examples(max_examples=8, deadline=None)
 @given(
     form=st.sampled_from(["v1", "v2"]), cuts=st.lists(st.integers(1, 23), max_size=4), every=st.integers(1, 9),
     padding=st.lists(st.integers(0, 9), min_size=2, max_size=2),
@@ -90,7 +93,7 @@ def test_new_pairs_can_be_refused():
 def test_a_saved_memory_goes_on_to_the_bit(form):
     model, ids = tiny_mosaic(form), tokens(2, 26)
     manager = build("feature_scorer(features=['surprise', 'frequency', 'relevance:4'])", budget=5, every=2)
-    for cut in (1, 2, 13):
+    for cut in (1, 13):
         cache, again = model.decided_cache(manager), model.decided_cache(manager)
         model(ids[:, :cut], past_key_values=cache)
         again.load_state(*cache.state())
@@ -99,6 +102,20 @@ def test_a_saved_memory_goes_on_to_the_bit(form):
         for begin, end in ((cut, cut + 1), (cut + 1, 26)):
             going_on, *others = (model(ids[:, begin:end], past_key_values=one).logits for one in (cache, again, copied))
             assert all(torch.equal(going_on, other) for other in others)
+
+
+def test_a_file_brings_the_memory_back(tmp_path):
+    model, ids = tiny_mosaic("v1"), tokens(2, 20)
+    with build("feature_scorer(features=['surprise'])", budget=5, every=2).attach(model) as cache:
+        model(ids[:, :9], past_key_values=cache)
+        save_cache(cache, tmp_path / "memory.safetensors", model=model)
+        again = load_cache(tmp_path / "memory.safetensors", model)
+        logits = [model(ids[:, 9:], past_key_values=one).logits for one in (cache, again)]
+    assert torch.equal(*logits)
+    facts, tensors = cache.state()
+    tensors["0.next_key"] = tensors["0.next_key"][..., 1:]
+    with pytest.raises(CacheError, match="'next_key' has shape"):
+        cache.load_state(facts, tensors)
 
 
 @pytest.mark.parametrize("form", MODELS)
@@ -134,11 +151,26 @@ def test_a_pass_that_was_cut_short_is_not_gone_on_from(monkeypatch):
         model.decided_cache(build("expected_attention", budget=4, every=1))
 
 
+@pytest.mark.parametrize(
+    ("form", "spec"),
+    [
+        ("v1", "feature_scorer(features=['recency', 'frequency_decayed:8', 'relevance:4', 'surprise'], sinks=0)"),
+        ("v2", "lava(window=4)"),
+    ],
+)
+def test_the_store_conforms(form, spec):
+    ids = tokens(3, 26, seed=7)
+
+    def feed(cache, rows, begin, end):
+        MODELS[form](ids[list(rows), begin:end], past_key_values=cache)
+
+    for check in CHECKS.values():
+        check(Subject(MODELS[form].decided_cache, feed, 3, 26), build(spec, budget=6))
+
+
 @pytest.mark.parametrize(("form", "every"), [("v1", 1), ("v2", 3)])
 def test_candidates_of_a_batch_are_each_alone(form, every):
     """The likelihood is that of one pass over context, question and answer with the manager's own cache."""
-    from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
-
     tokenizer = zoo_tokenizer()
     torch.manual_seed(0)
     config = MosaicConfig(
@@ -147,7 +179,7 @@ def test_candidates_of_a_batch_are_each_alone(form, every):
     )  # fmt: skip
     loaded = LoadedModel("tiny", MemoryMosaic(config).eval().requires_grad_(False), tokenizer, "0" * 64)
     evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=every))
-    task = build_task("zoo_recall", loaded.tokenizer, 48)
+    task = build_task("zoo_recall", loaded.tokenizer, 32)
     (sample,) = task.samples(Split.SELECT, 1, 0)
     managers = [build(f"{name}(budget=4)") for name in ("full", "streaming_llm", "h2o", "keydiff", "lava")]
     for manager, result in zip(managers, evaluator.evaluate(managers, sample, task, EXACT), strict=True):

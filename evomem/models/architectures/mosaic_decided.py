@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -105,6 +105,30 @@ class DecidedPairs(LayerWithTensors):  # type: ignore[no-untyped-call]
         """Return all that the memory is between two tokens; see `ExplicitLayer.state`."""
         self.storage.settle(self.recorder)
         return super().state()
+
+    def load_state(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on, to the bit, as the memory that `state` was taken of.
+
+        Raises
+        ------
+        CacheError : see `LayerWithTensors.load_state`; or the newest token's half of a pair has other sizes than pairs.
+        """
+        super().load_state(facts, tensors)
+        if not self.seen:
+            return
+        keys, values = self.storage.even["keys"], self.storage.even["values"]
+        like_keys, like_values = (tuple(part.shape[:2]) + tuple(part.shape[3:]) for part in (keys, values))
+        shapes = {
+            "average": like_keys, "next_key": like_keys, "next_value": like_values, "next_read": like_values,
+            "next_real": like_keys[:1],
+        }  # fmt: skip
+        for name, part in self.beside().items():
+            if tuple(part.shape) != shapes[name]:
+                self.reset()
+                raise CacheError(
+                    f"state of {self.title}: {name!r} has shape {tuple(part.shape)} beside pairs of keys "
+                    f"{tuple(keys.shape)}; save it again"
+                )
 
     def forget_beyond(self, farthest: int) -> None:
         """Let pairs go that no later token reads, because it reads at most ``farthest`` tokens back."""
