@@ -1,0 +1,54 @@
+"""Every kind of explicit memory is held to one kit, with one scorer over the observations that all of them have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evomem.managers import build
+from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
+from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
+from evomem.testing.memories import CHECKS, Subject
+
+ROWS, TOKENS, VOCABULARY = 3, 30, 20
+IDS = torch.randint(2, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+SHARED = "['recency', 'frequency', 'frequency_decayed:8', 'relevance:4', 'novelty', 'age']"
+SPECS = (f"feature_scorer(features={SHARED}, sinks=0, recent=1)", "h2o")
+
+
+def matrix():
+    return MemoryMatrix(
+        MemoryMatrixConfig(
+            vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=4, intermediate_size=24, window=4,
+            matrix_slots=5, matrix_width=6, matrix_heads=2, initializer_range=0.4,
+        )
+    )  # fmt: skip
+
+
+def mosaic():
+    return MemoryMosaic(
+        MosaicConfig(
+            form="v2", vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=2, persistent_size=8, short_window=8,
+            long_delay=3, longest_delay=3, initializer_range=0.4,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[matrix, mosaic], ids=["matrix", "mosaic"])
+def subject(request):
+    torch.manual_seed(0)
+    model = request.param().eval().requires_grad_(False)
+
+    def feed(cache, rows, begin, end):
+        with torch.no_grad():
+            model(IDS[list(rows), begin:end], past_key_values=cache)
+
+    return Subject(model.decided_cache, feed, ROWS, TOKENS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "spec", [f"feature_scorer(features={SHARED}, sinks=0, recent=1)", "h2o"], ids=["shared", "h2o"]
+)
+def test_a_kind_of_memory_conforms(subject, spec, check):
+    CHECKS[check](subject, build(spec, budget=4))
