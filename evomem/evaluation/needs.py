@@ -26,6 +26,8 @@ PER_EVALUATION = 64
 """Tokens of question and answer that an evaluation costs, about."""
 PER_SAMPLE = 8
 """Bytes of a sample's text for each of its tokens, about."""
+PER_REQUEST = 0.003
+"""Seconds that a memory takes for a request of a stream and a decision, for a batch of candidates, about."""
 RECORD = 350
 """Bytes of an evaluation in a journal, about."""
 _CHEAP = 1e14
@@ -88,7 +90,7 @@ def needs_of(works: Iterable[Work], *, store: int, spill: Path, workers: int = 1
     store : bytes of memory for contexts that were read; what is more goes to the folder ``spill``.
     """
     needs, kept, peak, on_processor = Needs(), 0.0, 0.0, False
-    costs = list[tuple[Any, float]]()
+    costs, streams = list[tuple[Any, float]](), 0.0
     for work in works:
         tokens = length_of(work.task)
         reading = tokens * bytes_per_token(work.model)
@@ -98,11 +100,14 @@ def needs_of(works: Iterable[Work], *, store: int, spill: Path, workers: int = 1
             on_processor = True
         needs.memory += work.contexts * tokens * PER_SAMPLE
         needs.evaluations += work.evaluations
+        if getattr(work.model, "reads_streams", False):  # every candidate reads for itself, as a row of a batch
+            streams += work.evaluations / max(work.rows, 1) * tokens * PER_REQUEST
+            continue
         costs.append((work.model, work.contexts * tokens + work.evaluations * PER_EVALUATION))
     needs.memory += peak + (min(kept, store) if on_processor else 0.0)
     if kept > store:
         needs.write(spill, kept - store)
-    needs.seconds = sum(_seconds(model, tokens) for model, tokens in costs) / max(workers, 1)
+    needs.seconds = (streams + sum(_seconds(model, tokens) for model, tokens in costs)) / max(workers, 1)
     return needs
 
 

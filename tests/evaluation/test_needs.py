@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,13 @@ def test_populations_and_covariances_count(room):
     assert vectors_needs(experiment("driver.options.diagonal=true"), 20_000).memory < GIB
     with pytest.raises(PlanError, match="memory"):
         require(vectors_needs(config, 20_000))
+
+
+def test_streams_take_the_time_that_every_batch_reads_for_itself():
+    from evomem.models.architectures.pair_memory import PairMemoryConfig, PairMemoryModel, pair_memory_tokenizer
+
+    model, task = PairMemoryModel(PairMemoryConfig()), build("zipf:length=1000", pair_memory_tokenizer())
+    work = Work(model, task, contexts=10, evaluations=400, rows=8)
+    needed = needs_of([work], store=GIB, spill=Path("."))
+    assert needed.seconds == pytest.approx(50 * 1000 * needs.PER_REQUEST)
+    assert needed.evaluations == 400

@@ -101,7 +101,7 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
         batch, count = keys.shape[0], keys.shape[2]
         self._begin(batch, keys)
         self._check(keys, values, names)
-        step = self.nbytes()
+        bytes_before = self.nbytes()
         everything = torch.ones(names.shape, dtype=torch.bool, device=names.device)
         reads, writes = (everything if part is None else part for part in (reads, writes))
         marks = torch.zeros_like(names) if marks is None else marks
@@ -139,7 +139,7 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
             self.storage.whole("marks") if wants_values else None,
         )
         self.storage.align(self.recorder)
-        self.note_bytes(step, count)
+        self.note_bytes(bytes_before, count)
         return result
 
     def read(self, queries: Tensor) -> Tensor:
