@@ -25,7 +25,7 @@ from evomem.statistics import bootstrap_mean
 from evomem.tasks import Sample, Split
 from evomem.tasks import build as build_task
 
-FIELD = ("random", "streaming_llm", "keydiff", "h2o")
+FIELD = ("random", "fifo", "lru", "lfu", "keydiff")
 
 
 def with_slots(model: Any, slots: int) -> Any:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import evomem.models
 from evomem.errors import ModelError, TaskError
 from evomem.evaluation import Evaluator
-from evomem.evaluation.measurement import EXACT
+from evomem.evaluation.measurement import EXACT, EvaluationProtocol
 from evomem.managers import build as build_manager
 from evomem.models.aliases import Shipped, aliases
 from evomem.models.pretrained.files import sha256
@@ -22,10 +22,12 @@ from evomem.tasks.splits import split_of
 from evomem.tasks.text.zoo import LINE, draw_facts, needle_facts, pair_facts
 from evomem.tasks.text.zoo_words import DIGITS, KEYS, VALUES, VOCABULARY
 from experiments.zoo.data import TASKS, Lessons, needle_lesson, recall_lesson, zoo_tokenizer
+from experiments.zoo.matrix_recall import own_recall
 from experiments.zoo.recipes import RECIPES
 from experiments.zoo.train import Training
 
-NAMES = [name for name in aliases if name.removeprefix("zoo-") in RECIPES]
+OWN_MEMORY = "zoo-memory-matrix"
+NAMES = [name for name in aliases if name.removeprefix("zoo-") in RECIPES and name != OWN_MEMORY]
 TOKENIZER = zoo_tokenizer()
 
 
@@ -163,6 +165,30 @@ def test_a_shipped_model_is_what_its_recipe_says_and_solves_its_tasks(name):
             assert (
                 sum(one.loglik for one in full) / count > sum(one.loglik for one in few) / count + 1
             )  # memory matters
+
+
+def test_the_shipped_memory_matrix_recalls_what_its_window_does_not_see():
+    """By its own writing, and by a scorer that keeps what was written most strongly; not where M is emptied."""
+    folder = aliases[OWN_MEMORY].source()
+    weights = folder / "model.safetensors"
+    assert weights.stat().st_size <= 5e6
+    assert sha256(weights) == json.loads((folder / "recipe.json").read_text())["sha256"]
+    loaded = evomem.models.load(OWN_MEMORY)
+    assert loaded.tokenizer.get_vocab() == TOKENIZER.get_vocab()
+    task = build("zoo_recall", loaded.tokenizer, 128, pairs=12)
+    samples = task.samples(Split.SEALED, 8, seed=7)
+    evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=16))
+    own, emptied = (own_recall(evaluator, loaded.model, samples, empties=empties) for empties in (False, True))
+    assert sum(right for right, _ in own) >= 7
+    assert sum(right for right, _ in emptied) <= 2
+    strongest = build_manager("feature_scorer(budget=16,features=[key_norm],sinks=0,recent=1)")
+    with torch.no_grad():
+        strongest.weights.fill_(1.0)
+    managers = [strongest, build_manager("fifo(budget=16)")]
+    results = [evaluator.evaluate(managers, sample, task, EXACT) for sample in samples]
+    by_strength, newest = (sum(one[number].exact for one in results) for number in (0, 1))
+    assert by_strength >= 7
+    assert newest <= 3
 
 
 def test_a_shipped_folder_that_is_not_there_is_a_clear_error(monkeypatch):
