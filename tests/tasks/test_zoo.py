@@ -176,18 +176,18 @@ def test_the_shipped_memory_matrix_recalls_what_its_window_does_not_see():
     loaded = evomem.models.load(OWN_MEMORY)
     assert loaded.tokenizer.get_vocab() == TOKENIZER.get_vocab()
     task = build("zoo_recall", loaded.tokenizer, 128, pairs=12)
-    samples = task.samples(Split.SEALED, 8, seed=7)
+    samples = task.samples(Split.SEALED, 6, seed=7)
     evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=16))
     own, emptied = (own_recall(evaluator, loaded.model, samples, empties=empties) for empties in (False, True))
-    assert sum(right for right, _ in own) >= 7
-    assert sum(right for right, _ in emptied) <= 2
+    assert sum(right for right, _ in own) >= 5
+    assert sum(right for right, _ in emptied) <= 1
     strongest = build_manager("feature_scorer(budget=16,features=[key_norm],sinks=0,recent=1)")
     with torch.no_grad():
         strongest.weights.fill_(1.0)
     managers = [strongest, build_manager("fifo(budget=16)")]
     results = [evaluator.evaluate(managers, sample, task, EXACT) for sample in samples]
     by_strength, newest = (sum(one[number].exact for one in results) for number in (0, 1))
-    assert by_strength >= 7
+    assert by_strength >= 5
     assert newest <= 3
 
 
