@@ -31,6 +31,7 @@ FEW = 10
 _COLUMNS = (
     "manager", "loglik", "advantage", "net", "net advantage", "exact", "slots", "min-max", "total", "KiB", "recovered",
 )  # fmt: skip
+_OF_WORDS = ("manager", "advantage", "net advantage", "total", "advantage [95 %]", "net advantage [95 %]")
 _INTERVAL = " [95 %]"
 
 
@@ -137,7 +138,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         )  # fmt: skip
         headings = _headings(group)
         for heading in ("budget", *headings):
-            table.add_column(heading, justify="left" if heading == "manager" else "right", no_wrap=True)
+            # On a narrow terminal words go on in the next line; a number is never cut.
+            words = heading in _OF_WORDS
+            table.add_column(heading, justify="left" if heading == "manager" else "right", no_wrap=not words, overflow="fold")
         for budget, section in groupby(group, key=lambda row: row.budget):
             members = list(section)
             best = best_heuristic(members) if members[0].net is None else best_on_net(members)
