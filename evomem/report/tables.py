@@ -140,7 +140,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for heading in ("budget", *headings):
             # On a narrow terminal words go on in the next line; a number is never cut.
             words = heading in _OF_WORDS
-            table.add_column(heading, justify="left" if heading == "manager" else "right", no_wrap=not words, overflow="fold")
+            table.add_column(
+                heading, justify="left" if heading == "manager" else "right", no_wrap=not words, overflow="fold"
+            )
         for budget, section in groupby(group, key=lambda row: row.budget):
             members = list(section)
             best = best_heuristic(members) if members[0].net is None else best_on_net(members)

@@ -22,7 +22,10 @@ def front_table(members: Sequence[Member]) -> Table:
         title_justify="left", title_style="bold", header_style="dim", expand=False,
     )  # fmt: skip
     for heading in ("place", "budget", "KiB", "slots", "select", "sealed", "loglik [95 %]", "exact", "found"):
-        words = heading in ("loglik [95 %]", "found")  # on a narrow terminal they go on in the next line; a number is never cut
+        words = heading in (
+            "loglik [95 %]",
+            "found",
+        )  # on a narrow terminal they go on in the next line; a number is never cut
         table.add_column(heading, justify="left" if heading == "found" else "right", no_wrap=not words, overflow="fold")
     for member in members:
         sealed = member.sealed
