@@ -36,6 +36,11 @@ class RaggedLayout:
         return int(self.lengths.max())
 
     @cached_property
+    def equal_rows(self) -> bool:
+        """Whether every row has the lengths of the first, head by head."""
+        return bool((self.lengths == self.lengths[:1]).all())
+
+    @cached_property
     def bounds(self) -> Tensor:
         """Where every head begins, and the last one ends: (batch * kv_heads + 1,) int64 on the processor."""
         return torch.nn.functional.pad(self.lengths.flatten().cumsum(0), (1, 0))

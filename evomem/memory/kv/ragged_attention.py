@@ -6,7 +6,8 @@ logarithm of its softmax's denominator, by which the two outputs are weighed (as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -78,35 +79,78 @@ def _kernels(query: Tensor, keys: Tensor, values: Tensor) -> Kernels | None:
     return None
 
 
-# ---- on the processor: one call a head -------------------------------------------------------------------------------
+# ---- on the processor: a call for every KV head ----------------------------------------------------------------------
 
 
 def by_head(
     query: Tensor, flat_keys: Tensor, flat_values: Tensor, layout: RaggedLayout, keys: Tensor, values: Tensor,
     scale: float,
 ) -> tuple[Part, Part] | None:  # fmt: skip
-    """Attend head by head; None for `SHORT` heads, which are padded faster. See `Kernels`."""
+    """Attend KV head by KV head; None for `SHORT` heads, which are padded faster. See `Kernels`."""
     if 2 * layout.longest * keys.shape[-1] * keys.element_size() <= SHORT:
         return None
     batch, kv_heads, group, count, size = query.shape
-    rows = query.reshape(batch * kv_heads, 1, 1, group * count, size)
-    outputs = rows.new_zeros(batch * kv_heads, group * count, size)
-    logs = torch.full(outputs.shape[:2], -torch.inf)
-    bounds = layout.bounds.tolist()
-    wide_keys, wide_values = flat_keys[None, None], flat_values[None, None]
-    for head, (begin, end) in enumerate(pairwise(bounds)):
-        if begin < end:
-            output, log = _flash(rows[head], wide_keys[:, :, begin:end], wide_values[:, :, begin:end], scale)
-            outputs[head], logs[head] = output[0, 0], log[0, 0]
+    attend_older = _rows_at_once if layout.equal_rows and batch > 1 else _heads_in_turn
+    rows = query.reshape(batch, kv_heads, group * count, size)
+    outputs, logs = attend_older(rows, flat_keys, flat_values, layout, scale)
     mask = None
     if count > 1:  # every query sees what came before it, and itself; the group's heads lie one after the other
         causal = torch.ones(count, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - count)
         mask = torch.where(causal, 0.0, -torch.inf).to(query.dtype).repeat(group, 1)[None, None]
-    output, log = _flash(rows.view(batch, kv_heads, group * count, size), keys, values, scale, mask)
+    output, log = _flash(rows, keys, values, scale, mask)
     shape = batch, kv_heads, group, count
     older = outputs.view(*shape, size).transpose(2, 3), logs.view(shape).transpose(2, 3)
     newer = output.view(*shape, size).transpose(2, 3), log.view(shape).transpose(2, 3)
     return older, newer
+
+
+def _rows_at_once(query: Tensor, keys: Tensor, values: Tensor, layout: RaggedLayout, scale: float) -> Part:
+    """Attend to a KV head of all rows in one call: rows of equal lengths lie at equal distances in the flat tensors.
+
+    From queries (batch, kv_heads, queries, head_dim), flat keys and values: the output, as the queries, and the
+    logarithm of its denominator (batch, kv_heads, queries).
+    """
+    batch, kv_heads, _, size = query.shape
+    outputs, logs = query.new_zeros(query.shape), torch.full(query.shape[:3], -torch.inf)
+    bounds = layout.bounds[: kv_heads + 1].tolist()
+    by_row = keys.view(batch, 1, bounds[-1], size), values.view(batch, 1, bounds[-1], size)
+    for head, (begin, end) in enumerate(pairwise(bounds)):
+        if begin < end:
+            some_keys, some_values = (tensor[:, :, begin:end] for tensor in by_row)
+            output, log = _flash(query[:, head : head + 1], some_keys, some_values, scale)
+            outputs[:, head], logs[:, head] = output[:, 0], log[:, 0]
+    return outputs, logs
+
+
+def _heads_in_turn(query: Tensor, keys: Tensor, values: Tensor, layout: RaggedLayout, scale: float) -> Part:
+    """Attend to every head of every row in a call of its own, on one thread. As `_rows_at_once`.
+
+    The kernel shares out rows and heads over threads. For a single head nothing is left but its products, which are so
+    small that threads wait for each other longer than they work.
+    """
+    flat_queries = query.flatten(0, 1)
+    outputs, logs = query.new_zeros(flat_queries.shape), torch.full(flat_queries.shape[:2], -torch.inf)
+    wide_keys, wide_values = keys[None, None], values[None, None]
+    with _one_thread():
+        for head, (begin, end) in enumerate(pairwise(layout.bounds.tolist())):
+            if begin < end:
+                some_keys, some_values = wide_keys[:, :, begin:end], wide_values[:, :, begin:end]
+                output, log = _flash(flat_queries[None, head : head + 1], some_keys, some_values, scale)
+                outputs[head], logs[head] = output[0, 0], log[0, 0]
+    return outputs.view(query.shape), logs.view(query.shape[:3])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None = None) -> Part:
