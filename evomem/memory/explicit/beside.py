@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
+from evomem.memory.explicit.cache_layer import named_tensors
 from evomem.memory.explicit.layer import ExplicitLayer
 
 
@@ -31,8 +32,7 @@ class LayerWithTensors(ExplicitLayer):  # type: ignore[no-untyped-call]
 
     def beside(self) -> dict[str, Tensor]:
         """Return the tensors that are none of the slots', by name."""
-        parts = {name: getattr(self, name) for name in self.beside_names}
-        return {name: part for name, part in parts.items() if part is not None}
+        return named_tensors(self, self.beside_names)
 
     def note_padding(self, real: Tensor) -> None:
         """Move the beginning of rows that have read nothing but padding behind the padding of a chunk.

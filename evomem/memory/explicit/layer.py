@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
+from evomem.memory.explicit.cache_layer import MemoryCacheLayer
 from evomem.memory.kv.attention import full_precision
 from evomem.memory.kv.layer_memory import LayerMemory
 from evomem.memory.kv.policy import CachePolicy
@@ -21,7 +22,7 @@ from evomem.memory.observations import Recorder, Wanted
 from evomem.memory.view import Decision, LayerView
 
 
-class ExplicitLayer(LayerMemory):  # type: ignore[no-untyped-call]
+class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-call]
     """An explicit memory: the protocol, and all of it that does not depend on how the memory is read and written.
 
     A subclass writes into ``storage`` (`SlotStorage.append`), tells ``recorder`` of every read (`Recorder.attended`,
@@ -35,7 +36,6 @@ class ExplicitLayer(LayerMemory):  # type: ignore[no-untyped-call]
 
     Class attributes
     ----------------
-    title : its name in messages, with an article.
     has : what it has of `Observation.needs`.
     slot_marks : tensors that a slot has besides key, value, token and log-decay (`SlotStorage.append`).
 
@@ -44,11 +44,8 @@ class ExplicitLayer(LayerMemory):  # type: ignore[no-untyped-call]
     ConfigError : an observation means nothing here (a rotary one, say).
     """
 
-    title: ClassVar[str] = "an explicit memory"
     has: ClassVar[frozenset[str]] = frozenset()
     slot_marks: ClassVar[frozenset[str]] = frozenset()
-    is_sliding = False
-    is_croppable = False
 
     def __init__(
         self, index: int = 0, layers: int = 1, *, observes: frozenset[str] = frozenset(), scale: float = 1.0
@@ -69,41 +66,6 @@ class ExplicitLayer(LayerMemory):  # type: ignore[no-untyped-call]
         self.seen = self.decided = 0
         self.is_initialized = False
         self.bytes_peak, self._byte_tokens, self._read = 0, 0.0, 0
-
-    # ---- what transformers calls ----------------------------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: tensors come with what is written."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse; raises `CacheError`: what a model of transformers hands over here is to be attended to whole."""
-        raise CacheError(
-            f"{self.title} was given the keys and values of a model's attention; give that model a cache of its own"
-        )
-
-    def get_seq_length(self) -> int:
-        """Tokens read so far, padding included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over all tokens read."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
-    def crop(self, max_length: int) -> None:
-        """Refuse to take tokens back; raises `CacheError`.
-
-        What they have read is counted, and what they have written may have stood in the place of something else.
-        """
-        length = self.seen + int(max_length) if max_length <= 0 else int(max_length)
-        if length < self.seen:
-            raise CacheError(
-                f"{self.title} cannot take tokens back: what it was before they were read is not kept; clone() it "
-                "before tokens that may be taken back, and go on from the clone"
-            )
 
     @property
     def observes(self) -> frozenset[str]:
@@ -157,6 +119,19 @@ class ExplicitLayer(LayerMemory):  # type: ignore[no-untyped-call]
     def decay(self, log_decay: Tensor) -> None:
         """Let slots fade: log-decay (batch, kv_heads, slots) <= 0 that is added to the logits of every later read."""
         self.storage.set_decays(log_decay.float())
+
+    def note_reads(self, queries: Tensor, weights: Tensor | None) -> None:
+        """Let the recorder see what tokens have read, before empty slots go.
+
+        queries : (batch, heads, tokens, key_dim).
+        weights : (batch, heads, tokens, slots), what each slot was read with; None: nobody observes that.
+        """
+        if weights is not None and self.wanted.every_query:
+            whole = self.recorder.whole(self.storage.layout)
+            whole.attended(weights.float(), self.seen, self.starts)
+            self.recorder.take_over(whole, self.storage.layout)
+        if self.wanted.observations:
+            self.recorder.queried(queries, None, None, None, self.start)
 
     # ---- state ----------------------------------------------------------------------------------------------------
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from evomem.errors import CacheError
+from evomem.memory.explicit.cache_layer import TensorCache, TensorLayer
 from evomem.memory.explicit.matrix_rules import Write, latest, read, scan
 
 WINDOW = ("window_keys", "window_values", "window_real")
@@ -38,7 +38,7 @@ class Exchange:
     bias: Tensor | None = None
 
 
-class MatrixLayer(CacheLayerMixin):
+class MatrixLayer(TensorLayer):  # type: ignore[no-untyped-call]
     """The memory matrix of one layer, for every row and head, and the last tokens that its attention sees.
 
     Attributes
@@ -53,6 +53,9 @@ class MatrixLayer(CacheLayerMixin):
     tail : (batch, reach, hidden), inputs of the last tokens, which later tokens' writes and reads look back to.
     """
 
+    title: ClassVar[str] = "a memory matrix"
+    not_undone: ClassVar[str] = "a write cannot be undone"
+    tensor_names: ClassVar[tuple[str, ...]] = TENSORS
     matrix: Tensor | None
     frequency: Tensor | None
     last_read: Tensor | None
@@ -61,20 +64,6 @@ class MatrixLayer(CacheLayerMixin):
     window_values: Tensor | None
     window_real: Tensor | None
     tail: Tensor | None
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._forget()
-
-    def _forget(self) -> None:
-        self.seen = 0
-        for name in TENSORS:
-            setattr(self, name, None)
-        self.is_initialized = False
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._forget()
 
     def exchange(
         self, writes: Write, keys: Tensor, rule: str, decay: Tensor | None, initial: Tensor, real: Tensor | None
@@ -111,11 +100,6 @@ class MatrixLayer(CacheLayerMixin):
         self.last_read = latest(self.last_read, reads, self.seen)
         self.last_written = latest(self.last_written, writes.clamp(max=1), self.seen)
 
-    def finish(self, tokens: int) -> None:
-        """Note that a chunk of so many tokens has been read."""
-        self.seen += tokens
-        self.is_initialized = True
-
     @property
     def recency(self) -> Tensor:
         """(batch, heads, slots) fp32, steps since the last read; ``seen`` for a slot that was never read."""
@@ -132,97 +116,43 @@ class MatrixLayer(CacheLayerMixin):
             raise CacheError("nothing has been read yet: an empty memory matrix has no slots to look at")
         return tensor
 
-    # ---- what transformers asks of a cache's layer ----------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the tensors come with the first tokens."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse; raises `CacheError`."""
-        raise CacheError(
-            "a memory matrix was given keys and values by another model; give every model a cache of its own"
-        )
-
-    def get_seq_length(self) -> int:
-        """Tokens read so far, padding included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over all tokens read."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
-    def crop(self, max_length: int) -> None:
-        """Refuse to take tokens back; raises `CacheError`."""
-        length = self.seen + max_length if max_length <= 0 else max_length
-        if length < self.seen:
+    def check(self, where: str, tensors: Mapping[str, Tensor], seen: int) -> None:
+        """Raise `CacheError` unless tensors fit each other and the number of tokens read."""
+        if not seen and not tensors:
+            return
+        names = TENSORS if tensors.keys() - set(WINDOW) else WINDOW
+        if missing := set(names) - tensors.keys():
+            raise CacheError(f"{where}: {min(missing)!r} is missing; the file is damaged")
+        keys = tensors["window_keys"]
+        if keys.dim() != 4 or keys.shape[2] > seen:
             raise CacheError(
-                "a memory matrix cannot take tokens back: a write cannot be undone; copy the cache (copy.deepcopy) "
-                "before tokens that may be taken back, and go on from the copy"
+                f"{where}: 'window_keys' has shape {tuple(keys.shape)} after {seen} tokens; its axes are (batch, "
+                "attention_heads, tokens, head_dim)"
             )
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change every tensor; the batch is axis 0 of each."""
-        for name, tensor in self.tensors().items():
-            setattr(self, name, change(tensor))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on as row ``beam_idx[i]``."""
-        self.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, (rows,) int64 or bool."""
-        self.map(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.map(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor held, by name; not copies."""
-        parts = {name: getattr(self, name) for name in TENSORS}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def nbytes(self) -> int:
-        """Bytes of the tensors held; they do not grow with the tokens read once the window is full."""
-        return sum(part.numel() * part.element_size() for part in self.tensors().values())
+        batch, tokens = keys.shape[0], keys.shape[2]
+        shapes = {"window_values": tuple(keys.shape), "window_real": (batch, tokens)}
+        if "matrix" in tensors:
+            matrix = tensors["matrix"]
+            shapes |= dict.fromkeys(("frequency", "last_read", "last_written"), tuple(matrix.shape[:-1]))
+            shapes |= {"matrix": (batch, *matrix.shape[1:4]), "tail": (batch, *tensors["tail"].shape[1:3])}
+        for name, shape in shapes.items():
+            if tuple(tensors[name].shape) != shape:
+                raise CacheError(f"{where}: {name!r} has shape {tuple(tensors[name].shape)} instead of {shape}")
+        for name, tensor in tensors.items():
+            if (tensor.dtype == torch.bool) != (name == "window_real") or not bool(torch.isfinite(tensor).all()):
+                raise CacheError(
+                    f"{where}: {name!r} is {tensor.dtype}, or holds what is no number; the file is damaged"
+                )
 
 
-class MatrixCache(Cache):
+class MatrixCache(TensorCache):
     """The memory matrices of all layers: what a model with memory matrices sees as its `past_key_values`."""
 
-    layers: list[MatrixLayer]  # type: ignore[assignment]
-    max_cache_len = -1
+    layers: list[MatrixLayer]
+    saved_title: ClassVar[str] = "saved memory matrices"
 
     def __init__(self, layers: int) -> None:
-        super().__init__(layers=[MatrixLayer() for _ in range(layers)])
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far, padding included."""
-        return self.layers[layer_idx].seen
-
-    def nbytes(self) -> int:
-        """Bytes of the tensors held, over all layers and rows."""
-        return sum(layer.nbytes() for layer in self.layers)
-
-    def require_whole(self) -> None:
-        """Raise `CacheError` when an error or interruption cut a forward pass short, so that layers disagree."""
-        if len({layer.seen for layer in self.layers}) > 1:
-            raise CacheError(
-                "a forward pass over this cache was cut short, so some layers read tokens that others did not; reset() "
-                "it and read the text again"
-            )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return everything that is held, by ``LAYER.NAME``; not copies. ``seen`` is a tensor () int64."""
-        self.require_whole()
-        named = {"seen": torch.tensor(self.get_seq_length())}
-        for index, layer in enumerate(self.layers):
-            named |= {f"{index}.{name}": tensor for name, tensor in layer.tensors().items()}
-        return named
+        super().__init__([MatrixLayer() for _ in range(layers)])
 
     def by_block(self, batch: int) -> list[MatrixLayer]:
         """Return what every layer of the model reads and writes."""
@@ -230,64 +160,5 @@ class MatrixCache(Cache):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], layers: int) -> Self:
-        """Return the cache that `tensors` describe; it goes on, to the bit, as the one that they were taken of.
-
-        Raises
-        ------
-        CacheError : names or shapes that no cache of so many layers has.
-        """
-        cache, rest = cls(layers), dict(tensors)
-        seen = rest.pop("seen", None)
-        if seen is None or seen.shape or seen.dtype != torch.int64 or seen < 0:
-            raise CacheError(
-                "saved memory matrices: 'seen' is no count of tokens; the file is damaged or something else"
-            )
-        for index in range(layers):
-            parts = {name: rest.pop(f"{index}.{name}") for name in TENSORS if f"{index}.{name}" in rest}
-            cache.layers[index] = layer_of(index, parts, int(seen))
-        if rest:
-            raise CacheError(
-                f"saved memory matrices: {min(rest)!r} belongs to no layer of this model, which has {layers}; load it "
-                "with the model that it was saved with"
-            )
-        if len({len(layer.window_keys) for layer in cache.layers if layer.window_keys is not None}) > 1:
-            raise CacheError("saved memory matrices: the layers have differently many rows; the file is damaged")
-        return cache
-
-
-def layer_of(index: int, parts: Mapping[str, Tensor], seen: int) -> MatrixLayer:
-    """Return layer ``index`` with these tensors after ``seen`` tokens; raises `CacheError` where they do not fit."""
-    _check(index, parts, seen)
-    layer = MatrixLayer()
-    for name, part in parts.items():
-        setattr(layer, name, part)
-    layer.seen, layer.is_initialized = seen, bool(parts)
-    return layer
-
-
-def _check(index: int, parts: Mapping[str, Tensor], seen: int) -> None:
-    """Raise `CacheError` unless a layer's tensors fit each other and the number of tokens read."""
-    where = f"saved memory matrices, layer {index}"
-    if not seen and not parts:
-        return
-    names = TENSORS if parts.keys() - set(WINDOW) else WINDOW
-    if missing := set(names) - parts.keys():
-        raise CacheError(f"{where}: {min(missing)!r} is missing; the file is damaged")
-    keys = parts["window_keys"]
-    if keys.dim() != 4 or keys.shape[2] > seen:
-        raise CacheError(
-            f"{where}: 'window_keys' has shape {tuple(keys.shape)} after {seen} tokens; its axes are (batch, "
-            "attention_heads, tokens, head_dim)"
-        )
-    batch, tokens = keys.shape[0], keys.shape[2]
-    shapes = {"window_values": tuple(keys.shape), "window_real": (batch, tokens)}
-    if "matrix" in parts:
-        matrix = parts["matrix"]
-        shapes |= dict.fromkeys(("frequency", "last_read", "last_written"), tuple(matrix.shape[:-1]))
-        shapes |= {"matrix": (batch, *matrix.shape[1:4]), "tail": (batch, *parts["tail"].shape[1:3])}
-    for name, shape in shapes.items():
-        if tuple(parts[name].shape) != shape:
-            raise CacheError(f"{where}: {name!r} has shape {tuple(parts[name].shape)} instead of {shape}")
-    for name, tensor in parts.items():
-        if (tensor.dtype == torch.bool) != (name == "window_real") or not bool(torch.isfinite(tensor).all()):
-            raise CacheError(f"{where}: {name!r} is {tensor.dtype}, or holds what is no number; the file is damaged")
+        """Return the cache that `tensors` describe; see `TensorCache.fill`."""
+        return cls(layers).fill(tensors)

@@ -128,7 +128,7 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
         if weights is not None:
             weights = weights * reads[..., None]
             output = torch.matmul(weights, self.values.float()).to(values.dtype) if wants_values else None
-        self._record(keys, reads, weights if observed else None)
+        self.note_reads(keys * reads[..., None], weights)
         self.seen += count
         self._read += count
         result = Reads(
@@ -183,15 +183,6 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
             if self.decays is not None:
                 logits = logits + self.decays[:, :, None]
             return torch.softmax(logits.masked_fill(~visible, -torch.inf), -1).nan_to_num(nan=0.0)
-
-    def _record(self, queries: Tensor, reads: Tensor, weights: Tensor | None) -> None:
-        """Let the recorder see what was read, before empty slots go."""
-        if weights is not None:
-            whole = self.recorder.whole(self.storage.layout)
-            whole.attended(weights, self.seen, self.starts)
-            self.recorder.take_over(whole, self.storage.layout)
-        if self.wanted.observations:
-            self.recorder.queried(queries * reads[..., None], None, None, None, self.start)
 
     def _record_error(self, predicted: Tensor, values: Tensor) -> None:
         """Note how far what was read lies from what is written."""

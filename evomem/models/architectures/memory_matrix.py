@@ -216,11 +216,12 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
                     "= padding: who is seen follows from its window"
                 )
             real = attention_mask[:, -tokens:].bool()
-        parts, at = [], 0
+        embedded, parts, at = self.embed(input_ids), [], 0
+        cache.interrupted = True  # if an error ends the pass, some layers have read what others have not
         for end, due in turns(
             seen, tokens, (0,), None if isinstance(cache, MatrixCache) else cache.policy.schedule.every
         ):
-            hidden: Tensor = self.embed(input_ids[:, at:end])
+            hidden: Tensor = embedded[:, at:end]
             places, unpadded = position_ids[:, at:end], None if real is None else real[:, at:end]
             for block, layer in zip(self.blocks, cache.by_block(batch), strict=True):
                 hidden = block(hidden, places, unpadded, layer)
@@ -228,6 +229,7 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
             if any(due) and not isinstance(cache, MatrixCache):
                 cache.decide()
             at = end
+        cache.interrupted = False
         hidden = torch.cat(parts, 1)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.norm(hidden[:, kept]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
-from evomem.memory.explicit import ExplicitCache
 from evomem.memory.explicit.beside import LayerWithTensors
+from evomem.memory.explicit.cache_layer import TensorLayer
+from evomem.memory.explicit.decided import DecidedCache
 from evomem.memory.kv.attention import full_precision
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.view import LayerView
@@ -59,8 +60,6 @@ class DecidedPairs(LayerWithTensors):  # type: ignore[no-untyped-call]
             read = self._read_pairs(queries, reach, bandwidth, real)
         self._note_surprise(pairs.values, read)
         self.next_read = read[:, :, -1]
-        if self.wanted.observations:
-            self.recorder.queried(queries, None, None, None, self.start)
         if not first:
             self.storage.settle(self.recorder)
         return read
@@ -73,10 +72,7 @@ class DecidedPairs(LayerWithTensors):  # type: ignore[no-untyped-call]
         weights = read_weights(queries, self.keys, allowed, bandwidth(allowed.sum(-1)), self.decays)
         if real is not None:
             weights = weights * real[:, None, :, None]
-        if self.wanted.every_query:
-            whole = self.recorder.whole(self.storage.layout)
-            whole.attended(weights.float(), self.seen, self.starts)
-            self.recorder.take_over(whole, self.storage.layout)
+        self.note_reads(queries, weights)
         return (weights @ precise(self.values)).to(queries.dtype)
 
     def _note_surprise(self, values: Tensor, read: Tensor) -> None:
@@ -144,7 +140,7 @@ def _placeholder(pairs: Pairs) -> Pairs:
     )
 
 
-class DecidedMosaicCache(ExplicitCache):
+class DecidedMosaicCache(DecidedCache):
     """The pairs of all contextual units, and what the other units keep.
 
     Parameters
@@ -155,101 +151,38 @@ class DecidedMosaicCache(ExplicitCache):
     """
 
     layers: list[DecidedPairs]  # type: ignore[assignment]
+    beside_title: ClassVar[str] = "other"
 
     def __init__(self, units: int, others: int, policy: CachePolicy) -> None:
-        super().__init__([DecidedPairs(index, units, observes=policy.observes) for index in range(units)], policy)
-        self.others = [UnitMemory() for _ in range(others)]
-        self.interrupted = False
+        pairs = [DecidedPairs(index, units, observes=policy.observes) for index in range(units)]
+        super().__init__(pairs, {number: UnitMemory() for number in range(others)}, policy)
 
-    @property
-    def parts(self) -> list[DecidedPairs | UnitMemory]:
-        """Everything that has rows of the batch."""
-        return [*self.layers, *self.others]
+    def copy_empty(self) -> DecidedMosaicCache:
+        """Return an empty cache of the same units."""
+        return type(self)(len(self.layers), len(self.beside), self.policy)
 
     def memories(self, layer: int, count: int, batch: int) -> list[Any]:
         """Return what the units of a model's layer keep: ``count`` contextual ones, then the others."""
-        for other in self.others:
-            if other.average is not None and len(other.average) == 1 < batch:
-                other.map(lambda part: part.expand(batch, *part.shape[1:]))
-        return [*self.layers[count * layer :][:count], *self.others[layer : layer + 1]]
+        self.expand_beside(batch)
+        return [*self.layers[count * layer :][:count], *(self.beside[n] for n in (layer,) if n in self.beside)]
 
-    def require_whole(self) -> None:
-        """Raise `CacheError` when an error or interruption cut a forward pass short, so that units disagree."""
-        if self.interrupted or len({layer.seen for layer in self.parts}) > 1:
-            raise CacheError(
-                "a forward pass over this cache was cut short, so some units read tokens that others did not; reset() "
-                "it and read the text again"
-            )
+    def tensor_name(self, number: int, name: str) -> str:
+        """Return what the average of a unit that stores no pairs is called in a state: it is all that the unit has."""
+        return f"{self.beside_title}.{number}" if name == "average" else super().tensor_name(number, name)
 
-    def require_finished(self) -> None:
-        """Raise `CacheError` when the last pass was cut short; asked where a block of ``manager.attach`` ends."""
-        self.require_whole()
-
-    # ---- what there is besides the layers that are decided about --------------------------------------------------
-
-    def reset(self) -> None:
-        """Forget everything; the cache is as new."""
-        super().reset()
-        for other in self.others:
-            other.reset()
-        self.interrupted = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on as row ``beam_idx[i]``."""
-        for part in self.parts:
-            part.reorder_cache(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        for part in self.parts:
-            part.batch_select_indices(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        for part in self.parts:
-            part.batch_repeat_interleave(repeats)
-
-    def nbytes(self) -> int:
-        """Bytes of the tensors held, over all units and rows."""
-        return super().nbytes() + sum(other.nbytes() for other in self.others)
-
-    def bytes_by_row(self) -> Tensor:
-        """Bytes that every row would hold in a cache of its own: (batch,) int64."""
-        averages = [other.average for other in self.others if other.average is not None]
-        return super().bytes_by_row() + sum(part.shape[1:].numel() * part.element_size() for part in averages)
-
-    def clone(self) -> DecidedMosaicCache:
-        """Return an independent continuation of this cache."""
-        other = type(self)(len(self.layers), len(self.others), self.policy)
-        other.layers = [layer.clone() for layer in self.layers]
-        for mine, copy in zip(self.others, other.others, strict=True):
-            vars(copy).update(vars(mine))
-        other.interrupted = self.interrupted
-        return other
-
-    def state(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """Return all that the cache is between two tokens; see `ExplicitCache.state`. Others are ``other.N``."""
-        self.require_whole()
-        facts, tensors = super().state()
-        averages = {f"other.{number}": other.average for number, other in enumerate(self.others)}
-        return facts, tensors | {name: part for name, part in averages.items() if part is not None}
-
-    def load_state(self, facts: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
-        """Go on, to the bit, as the cache that `state` was taken of.
+    def fill_beside(self, layer: TensorLayer, number: int, tensors: Mapping[str, Tensor], seen: int) -> None:
+        """Let a unit that stores no pairs hold what a state has of it.
 
         Raises
         ------
-        CacheError : the state is of another number of units, or no state of such memories.
+        CacheError : its average is missing, or has other rows than the pairs.
         """
-        averages = {name: part for name, part in tensors.items() if name.startswith("other.")}
-        super().load_state(facts, {name: part for name, part in tensors.items() if name not in averages})
-        seen = self.get_seq_length()
-        expected = {f"other.{number}" for number in range(len(self.others))} if seen else set()
-        if averages.keys() != expected or any(len(part) != len(self.layers[0].starts) for part in averages.values()):
+        if tensors.keys() != ({"average"} if seen else set()) or any(
+            len(part) != len(self.layers[0].starts) for part in tensors.values()
+        ):
             raise CacheError(
-                f"state of a mosaic's memory: averages {sorted(averages)} for {len(self.others)} units that store no "
-                "pairs; load it with the model that it was saved with"
+                f"state of a mosaic's memory: {sorted(tensors)} of unit {number} of the {len(self.beside)} units that "
+                "store no pairs, which have an average each, of as many rows as the pairs; load it with the model that "
+                "it was saved with"
             )
-        for number, other in enumerate(self.others):
-            other.reset()
-            other.average, other.seen = averages.get(f"other.{number}"), seen
+        super().fill_beside(layer, number, tensors, seen)
