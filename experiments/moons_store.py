@@ -5,8 +5,9 @@
 The network of `experiments.moons` with a head for each moon reads a series; each head's pairs lie in a `PairMemory`,
 and a manager decides every few observations which of them stay. Then the series is continued from what is left. A
 head needs one period of its moon, so heads need unequal numbers, and what was seen again needs no second pair.
-Managers: the newest (FIFO), what was read last (LRU) or most (LFU), what surprised when it was written, and a policy
-that stores and evicts, whose numbers CMA-ES searches on the triples of periods that are not sealed.
+Managers: the newest (FIFO), what was read last (LRU) or most (LFU), what surprised when it was written, and policies
+that store and evict, whose numbers CMA-ES searches on the triples of periods that are not sealed: one for each way to
+share the budget out over heads.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ POLICY = (
 )
 """Nine numbers: weights of the features for evicting and for storing, and the log-odds to store. One ranking for all
 heads, so that the budget over heads follows from the scores."""
+POLICIES: Mapping[str, str] = {
+    "evolved": POLICY,
+    "evolved, equal split": POLICY.replace("across_heads", "uniform"),
+    "evolved, shares per head": POLICY.replace("across_heads", f"per_head_shares(layers=1, heads={MOONS})"),
+}
+"""What is searched, by name: one policy under one ranking, under equal budgets, and with a learned share a head."""
 FIELD: Mapping[str, tuple[str, dict[str, float]]] = {
     "full": ("full", {}),
     "random": ("random", {}),
@@ -56,10 +63,10 @@ FIELD: Mapping[str, tuple[str, dict[str, float]]] = {
 """Managers by name: spec, and the weights of its features."""
 
 
-def manager_of(name: str, vector: np.ndarray | None = None) -> MemoryManager:
-    """Return a manager of the field, or the policy with a vector's numbers."""
-    spec, weights = (POLICY, {}) if vector is not None else FIELD[name]
-    manager = build(spec, budget=None if name == "full" else BUDGET)
+def manager_of(name: str, vector: np.ndarray | None = None, budget: int = BUDGET) -> MemoryManager:
+    """Return a manager of the field, or a policy of `POLICIES` with a vector's numbers."""
+    spec, weights = (POLICIES[name], {}) if vector is not None else FIELD[name]
+    manager = build(spec, budget=None if name == "full" else budget)
     if vector is not None:
         load_vector(manager, vector)
     elif weights:
@@ -115,12 +122,14 @@ def measure(model: MoonsMosaic, series: Tensor, manager: MemoryManager, every: i
     }
 
 
-def search(model: MoonsMosaic, seed: int, *, generations: int, popsize: int) -> tuple[np.ndarray, list[float]]:
-    """Return the numbers of the policy that CMA-ES finds, and the best fitness of each generation.
+def search(
+    model: MoonsMosaic, seed: int, *, generations: int, popsize: int, name: str = "evolved", budget: int = BUDGET
+) -> tuple[np.ndarray, list[float]]:
+    """Return the numbers of a policy that CMA-ES finds, and the best fitness of each generation.
 
     Fitness: minus the mean error on series of the triples that are not sealed, drawn anew for each generation.
     """
-    start = to_vector(build(POLICY, budget=BUDGET))
+    start = to_vector(build(POLICIES[name], budget=budget))
     driver = drivers.get("cmaes")(len(start), start, seed, popsize=popsize, sigma=1.0)
     history = []
     for generation in range(generations):
@@ -128,7 +137,8 @@ def search(model: MoonsMosaic, seed: int, *, generations: int, popsize: int) -> 
             [series_of(split, 1, 7 * (1 + generation) + 1000 * seed) for split in (Split.TRAIN, Split.SELECT)]
         )
         population = driver.ask()
-        worth = [-float(np.mean(measure(model, lessons, manager_of("", one))["errors"])) for one in population.vectors]
+        managers = [manager_of(name, one, budget) for one in population.vectors]
+        worth = [-float(np.mean(measure(model, lessons, one)["errors"])) for one in managers]
         driver.tell(population, Fitness(np.array(worth)))
         history.append(max(worth))
     return driver.mean, history
@@ -142,20 +152,27 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=12)
     parser.add_argument("--popsize", type=int, default=8)
     parser.add_argument("--starts", type=int, default=32, help="sealed series")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="pairs a head on average")
     options = parser.parse_args()
+    if options.budget < 1:
+        parser.error(f"--budget {options.budget}: a head keeps at least one pair")
     model, sealed = MoonsMosaic.given(MOONS), series_of(Split.SEALED, options.starts, 100_000)
     path = options.out.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if other := {row.get("budget", BUDGET) for row in results.values()} - {options.budget}:
+        parser.error(f"{path} was measured with --budget {min(other)}: name another --out for {options.budget}")
     for name in FIELD.keys() - results.keys():
-        results[name] = measure(model, sealed, manager_of(name))
-    for seed in range(options.seeds):
-        name, begun = f"evolved, seed {seed}", time.process_time()
+        results[name] = measure(model, sealed, manager_of(name, budget=options.budget)) | {"budget": options.budget}
+    for policy, seed in ((policy, seed) for policy in POLICIES for seed in range(options.seeds)):
+        name, begun = f"{policy}, seed {seed}", time.process_time()
         if name in results:
             continue
-        vector, history = search(model, seed, generations=options.generations, popsize=options.popsize)
-        results[name] = measure(model, sealed, manager_of("", vector))
-        results[name] |= {"vector": vector.tolist(), "fitness": history}
+        vector, history = search(
+            model, seed, generations=options.generations, popsize=options.popsize, name=policy, budget=options.budget
+        )
+        results[name] = measure(model, sealed, manager_of(policy, vector, options.budget))
+        results[name] |= {"budget": options.budget, "vector": vector.tolist(), "fitness": history}
         results[name]["cpu_seconds"] = round(time.process_time() - begun, 1)
         write_atomically(path, (json.dumps(results) + "\n").encode())
     report(results)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from evomem.files.atomic import write_atomically
 from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
 from evomem.statistics import percentile_interval
 from evomem.tasks.base import Split
@@ -95,8 +96,12 @@ def batch_of(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
 
 
 def train(name: str, seed: int, *, steps: int, rate: float) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return a trained model and how it was trained. AdamW, decay .1, clipped at 1; the rate rises, then falls to 0."""
-    model, lessons = new_model(name, seed).train(), texts(Split.TRAIN, AUTOMATA)
+    """Return a trained model and how it was trained. AdamW, decay .1, clipped at 1; the rate rises, then falls to 0.
+
+    A batch is of texts of about equal length, so that little of it is padding.
+    """
+    model = new_model(name, seed).train()
+    lessons = sorted(texts(Split.TRAIN, AUTOMATA), key=lambda one: len(one.symbols))
     matrices = [part for part in model.parameters() if part.dim() > 1]
     others = [part for part in model.parameters() if part.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -107,7 +112,8 @@ def train(name: str, seed: int, *, steps: int, rate: float) -> tuple[PreTrainedM
     )
     running = 0.0
     for step in range(steps):
-        read, said = batch_of([lessons[number] for number in draw.integers(len(lessons), size=BATCH)])
+        first = int(draw.integers(len(lessons) - BATCH + 1))
+        read, said = batch_of(lessons[first : first + BATCH])
         loss = cross_entropy(model(input_ids=read, use_cache=False).logits.flatten(0, 1), said.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -148,7 +154,7 @@ def main() -> None:
     parser.add_argument("action", choices=("train", "report"))
     parser.add_argument("model", nargs="?", choices=NAMES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--runs", type=Path, default=Path("runs/regbench"), help="folder of the trainings' records")
     parser.add_argument("--out", type=Path, default=Path("runs/regbench/regbench"), help="of report: file, no suffix")
@@ -158,13 +164,22 @@ def main() -> None:
         return
     if options.model is None:
         parser.error("train needs a model: " + ", ".join(NAMES))
+    folder = options.runs / f"{options.model}-{options.seed}"
+    path = folder / "record.json"
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if (known["steps"], known["rate"]) != (options.steps, options.rate):
+            parser.error(
+                f"{folder} was trained with --steps {known['steps']} --rate {known['rate']}: name another --runs"
+            )
+        print(f"{folder} is trained already")
+        return
     model, record = train(options.model, options.seed, steps=options.steps, rate=options.rate)
     for split in (Split.TRAIN, Split.SEALED):
         tested = texts(split, TESTED)
         record[split.value] = measured([predictions(model, one) for one in tested], tested)
-    folder = options.runs / f"{options.model}-{options.seed}"
     model.save_pretrained(folder)
-    (folder / "record.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(record) + "\n").encode())
     print(
         {
             split: {name: round(float(np.mean(v)), 4) for name, v in record[split].items()}
@@ -174,29 +189,43 @@ def main() -> None:
 
 
 def report(runs: Path, out: Path) -> None:
-    """Print a table of all records of a folder, with the mosaics' paired differences to the transformer; write them."""
+    """Print a table of all records of a folder, with the mosaics' paired differences to the transformer; write them.
+
+    A difference is that of the seeds' means on every automaton, with an interval over automata; behind it, seed by
+    seed, the mean over automata.
+    """
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("*/record.json"))]
     tested = texts(Split.SEALED, TESTED)
     ngram = measured([backoff_predictions(one.symbols) for one in tested], tested)
     records.append({"model": "3-gram", "seed": 0, "parameters": 0, "cpu_seconds": 0.0, "sealed": ngram})
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(records) + "\n", encoding="utf-8")
-    means = {}
+    write_atomically(out.with_suffix(".json"), (json.dumps(records) + "\n").encode())
+    print("| model | parameters | seconds | seeds: accuracy / TVD, held-out automata | those of training |")
+    by_name: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name in (*NAMES, "3-gram"):
-        own = [one for one in records if one["model"] == name]
-        if not own:
+        of_model = [one for one in records if one["model"] == name]
+        if not of_model:
             continue
-        means[name] = {kind: np.mean([one["sealed"][kind] for one in own], 0) for kind in ("accuracy", "tvd")}
-        seeds = " ".join(f"{np.mean(one['sealed']['accuracy']):.3f}/{np.mean(one['sealed']['tvd']):.3f}" for one in own)
-        trained = (
-            [np.mean([one["train"][kind] for one in own]) for kind in ("accuracy", "tvd")] if "train" in own[0] else []
+        by_name[name] = {kind: np.array([one["sealed"][kind] for one in of_model]) for kind in ("accuracy", "tvd")}
+        seeds = ", ".join(
+            f"{np.mean(one['sealed']['accuracy']):.3f} / {np.mean(one['sealed']['tvd']):.3f}" for one in of_model
         )
-        iid = f"{trained[0]:.3f} / {trained[1]:.3f}" if trained else ""
-        print(f"| {name} | {own[0]['parameters']:,} | {own[0]['cpu_seconds']:.0f} | {seeds} | {iid} |")
-    for name in ("v1", "v2"):
+        trained = [one["train"] for one in of_model if "train" in one]
+        means = (f"{np.mean([one[kind] for one in trained]):.3f}" for kind in ("accuracy", "tvd") if trained)
+        seconds = np.mean([one["cpu_seconds"] for one in of_model])
+        print(f"| {name} | {of_model[0]['parameters']:,} | {seconds:.0f} | {seeds} | {' / '.join(means)} |")
+    for name, other in (("v1", "transformer"), ("v2", "transformer"), ("v2", "v1"), ("v1", "3-gram")):
         for kind in ("accuracy", "tvd"):
-            if name in means and "transformer" in means:
-                print(name, kind, percentile_interval(means[name][kind] - means["transformer"][kind]))
+            if name in by_name and other in by_name:
+                print(f"{name} minus {other}, {kind}: {difference(by_name[name][kind], by_name[other][kind])}")
+
+
+def difference(first: NDArray[np.float64], second: NDArray[np.float64]) -> str:
+    """Return in words how two models differ, each (seeds, automata): on average, its interval, and by seed."""
+    interval = percentile_interval(first.mean(0) - second.mean(0))
+    count = min(len(first), len(second))
+    seeds = ", ".join(f"{gap:+.3f}" for gap in (first[:count] - second[:count]).mean(1))
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] (by seed {seeds})"
 
 
 if __name__ == "__main__":

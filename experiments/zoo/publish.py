@@ -14,9 +14,10 @@ import transformers
 
 import evomem.models
 from evomem.evaluation import Evaluation, Evaluator
-from evomem.evaluation.measurement import EXACT
+from evomem.evaluation.measurement import EXACT, EvaluationProtocol
 from evomem.managers import build as build_manager
 from evomem.memory.kv.attach import has_own_memory
+from evomem.models.architectures.memory_matrix import MemoryMatrix
 from evomem.models.pretrained.files import sha256, write_json
 from evomem.tasks import Split
 from evomem.tasks import build as build_task
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 MODELS = Path(__file__).resolve().parent / "models"
 LENGTHS = (128, 256, 512, 1024)
 SAMPLES = 50
-"""Sealed samples of each kind of question; of a model with a memory of its own `OWN_SAMPLES`, which it reads twice."""
+"""Sealed samples of each kind of question; of a model with a memory of its own `OWN_SAMPLES`."""
 OWN_SAMPLES = 16
 RECORD = "recipe.json"
 
@@ -40,7 +41,9 @@ def accuracy(loaded: evomem.models.LoadedModel, task: str, length: int, samples:
     By kind of question: the task's name, and with ``zoo_forgetting`` those about restated keys apart; ``samples`` each.
     """
     built = build_task(task, loaded.tokenizer, length)
-    evaluator, full = Evaluator(loaded), [build_manager("full")]
+    # A memory of the model's own is decided about while it reads; as `full` keeps everything, when does not matter.
+    protocol = EvaluationProtocol(kind="streaming", every=length) if has_own_memory(loaded.model) else None
+    evaluator, full = Evaluator(loaded, protocol), [build_manager("full")]
     found: dict[str, list[Evaluation]] = {}
     for sample in built.samples(Split.SEALED, samples * (1 + (task == "zoo_forgetting")), 0):
         kind = RESTATED if sample.meta.get("restated") else task
@@ -54,7 +57,7 @@ def accuracy(loaded: evomem.models.LoadedModel, task: str, length: int, samples:
 def measured(folder: Path, tasks: Sequence[str], samples: int = SAMPLES) -> dict[str, Any]:
     """Return what the model in a folder can do: by kind and length, ``[share of right words, log-likelihood]``."""
     loaded = evomem.models.load(str(folder))
-    if has_own_memory(loaded.model):
+    if isinstance(loaded.model, MemoryMatrix):
         return own_measured(loaded, tasks)
     found: dict[str, Any] = {}
     for task in tasks:
@@ -66,7 +69,7 @@ def measured(folder: Path, tasks: Sequence[str], samples: int = SAMPLES) -> dict
 
 
 def own_measured(loaded: evomem.models.LoadedModel, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return what `measured` does of a model with a memory of its own, written by itself.
+    """Return what `measured` does of a memory matrix, written by itself.
 
     Under ``TASK emptied``, what is left of it when the memory is emptied between context and question.
     """
@@ -98,7 +101,7 @@ def publish(training: Training, name: str, models: Path = MODELS) -> Path:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "sha256": sha256(fresh / "model.safetensors"),
-        "sealed": {"samples": samples, "share_right_and_loglik": measured(fresh, training.recipe.tasks)},
+        "sealed": {"samples": samples, "share_right_and_loglik": measured(fresh, training.recipe.tasks, samples)},
     }
     write_json(fresh / RECORD, record)
     for path in fresh.iterdir():

@@ -18,9 +18,11 @@ from transformers import (
 )
 
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
+from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
 from evomem.tasks.text.zoo_words import KEYS, VALUES
 from experiments.zoo.data import FEW, POSITIONS, TASKS
 from experiments.zoo.matrix import begin_as_pairs
+from experiments.zoo.mosaic import begin_as_copies
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,21 @@ RECIPES["memory-matrix"] = Recipe(
     decay=40,
     passed=0.9,
 )
+RECIPES["mosaic"] = Recipe(
+    MosaicConfig,
+    {
+        "form": "v1",
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "persistent_size": 256,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": False,
+    },
+    learning_rate=1e-3,
+    warmup=30,
+    decay=100,
+)
 """Every recipe by name, its family's or its task's; the model's alias is ``zoo-`` and this name."""
 
 
@@ -130,6 +147,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
             if isinstance(model, MemoryMatrix):
                 ids: Any = tokenizer.convert_tokens_to_ids
                 begin_as_pairs(model, (torch.tensor(ids(list(KEYS))), torch.tensor(ids(list(VALUES)))))
+            elif isinstance(model, MemoryMosaic):
+                begin_as_copies(model)
             else:
                 _begin_as_induction(model, recipe.notes)
     return model

@@ -1,6 +1,6 @@
 """Run: train a model of the zoo and write it as a folder, ``experiments/zoo/models/zoo-NAME``.
 
-    OMP_NUM_THREADS=1 python -m experiments.zoo.train gpt-neox      # or gpt2, qwen3, forgetting, memory-matrix
+    OMP_NUM_THREADS=1 python -m experiments.zoo.train gpt-neox      # or gpt2, qwen3, forgetting, memory-matrix, mosaic
 
 A training that was killed goes on from its state, ``runs/zoo/NAME/state.pt``; ``--fresh`` begins again. The same recipe
 and seed give the same weights on the same machine with the same number of threads, interrupted or not.

@@ -39,7 +39,7 @@ def test_what_surprised_is_enough():
     assert max(ranked["errors"]) < 0.005
     assert ranked["pairs_by_head"] == sorted(ranked["pairs_by_head"])  # moons are ordered by their periods
     # Rank by surprise, and store where 10 * surprise - 1 >= 0.
-    gated = measure(MODEL, SERIES, manager_of("", np.array([1, 0, 0, 0, 10, 0, 0, 0, -1.0])))
+    gated = measure(MODEL, SERIES, manager_of("evolved", np.array([1, 0, 0, 0, 10, 0, 0, 0, -1.0])))
     assert max(gated["errors"]) < 0.005
     assert gated["pairs"] <= 56 < 0.2 * MOONS * (LENGTH - 1)
     equal = measure(MODEL, SERIES, manager_of("surprise, equal split"))
@@ -50,4 +50,4 @@ def test_a_search_changes_the_policy():
     vector, history = search(MODEL, 0, generations=2, popsize=4)
     assert np.isfinite(vector).all()
     assert len(history) == 2
-    assert not np.array_equal(vector, to_vector(manager_of("", vector * 0)))
+    assert not np.array_equal(vector, to_vector(manager_of("evolved", vector * 0)))

@@ -23,11 +23,12 @@ from evomem.tasks.text.zoo import LINE, draw_facts, needle_facts, pair_facts
 from evomem.tasks.text.zoo_words import DIGITS, KEYS, VALUES, VOCABULARY
 from experiments.zoo.data import TASKS, Lessons, needle_lesson, recall_lesson, zoo_tokenizer
 from experiments.zoo.matrix_recall import own_recall
-from experiments.zoo.recipes import RECIPES
+from experiments.zoo.recipes import RECIPES, new_model
 from experiments.zoo.train import Training
 
-OWN_MEMORY = "zoo-memory-matrix"
-NAMES = [name for name in aliases if name.removeprefix("zoo-") in RECIPES and name != OWN_MEMORY]
+MATRIX, MOSAIC = "zoo-memory-matrix", "zoo-mosaic"
+OWN_MEMORY = (MATRIX, MOSAIC)
+NAMES = [name for name in aliases if name.removeprefix("zoo-") in RECIPES and name not in OWN_MEMORY]
 TOKENIZER = zoo_tokenizer()
 
 
@@ -132,6 +133,21 @@ def test_the_same_seed_gives_the_same_weights_also_after_a_resume(name, tmp_path
     assert any(not torch.equal(value, whole.model.state_dict()[key]) for key, value in fresh.items())
 
 
+def test_a_mosaic_begins_by_copying_what_followed_the_last_time():
+    """Of every key, the untrained model says what came after it; of a key that is new it cannot."""
+    model = new_model(RECIPES["mosaic"], TOKENIZER, 3).eval()
+    ids = torch.tensor([TOKENIZER.encode("ant coin, bear ladder, cat boot. ant coin, cat boot, bear ladder.")])
+    words = [TOKENIZER.convert_ids_to_tokens(int(token)) for token in ids[0]]
+    with torch.no_grad():
+        said = model(ids).logits.argmax(-1)[0]
+    second = words.index(".") + 1
+    for place in range(second, len(words) - 1):
+        if words[place] in KEYS:
+            assert int(said[place]) == int(ids[0, place + 1])
+    first = [place for place in range(second) if words[place] in KEYS]
+    assert all(int(said[place]) != int(ids[0, place + 1]) for place in first)
+
+
 # ---- the models ------------------------------------------------------------------------------------------------------
 
 
@@ -167,14 +183,20 @@ def test_a_shipped_model_is_what_its_recipe_says_and_solves_its_tasks(name):
             )  # memory matters
 
 
-def test_the_shipped_memory_matrix_recalls_what_its_window_does_not_see():
-    """By its own writing, and by a scorer that keeps what was written most strongly; not where M is emptied."""
-    folder = aliases[OWN_MEMORY].source()
+def loaded_as_recorded(name: str) -> evomem.models.LoadedModel:
+    """Return a shipped model, after its weights were held to its recipe and its tokenizer to the zoo's."""
+    folder = aliases[name].source()
     weights = folder / "model.safetensors"
     assert weights.stat().st_size <= 5e6
     assert sha256(weights) == json.loads((folder / "recipe.json").read_text())["sha256"]
-    loaded = evomem.models.load(OWN_MEMORY)
+    loaded = evomem.models.load(name)
     assert loaded.tokenizer.get_vocab() == TOKENIZER.get_vocab()
+    return loaded
+
+
+def test_the_shipped_memory_matrix_recalls_what_its_window_does_not_see():
+    """By its own writing, and by a scorer that keeps what was written most strongly; not where M is emptied."""
+    loaded = loaded_as_recorded(MATRIX)
     task = build("zoo_recall", loaded.tokenizer, 128, pairs=12)
     samples = task.samples(Split.SEALED, 6, seed=7)
     evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=16))
@@ -189,6 +211,20 @@ def test_the_shipped_memory_matrix_recalls_what_its_window_does_not_see():
     by_strength, newest = (sum(one[number].exact for one in results) for number in (0, 1))
     assert by_strength >= 5
     assert newest <= 3
+
+
+def test_the_shipped_mosaic_solves_its_tasks_and_needs_its_pairs():
+    loaded = loaded_as_recorded(MOSAIC)
+    evaluator, count = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=32)), 8
+    managers = [build_manager("full"), build_manager("fifo(budget=24)")]
+    for task in RECIPES["mosaic"].tasks:
+        built = build(task, loaded.tokenizer, 512)
+        results = [
+            evaluator.evaluate(managers, sample, built, EXACT) for sample in built.samples(Split.SEALED, count, seed=7)
+        ]
+        everything, newest = ([one[number] for one in results] for number in (0, 1))
+        assert sum(one.exact for one in everything) / count >= 0.9
+        assert sum(one.loglik for one in everything) / count > sum(one.loglik for one in newest) / count + 1
 
 
 def test_a_shipped_folder_that_is_not_there_is_a_clear_error(monkeypatch):
