@@ -174,18 +174,31 @@ def measure(
     with SampleFile(keep, fingerprint, finished) as file:
         for number, pool in enumerate(pools):
             scenario = pool.scenario
-            for sample in pool.samples:
-                evaluations = file.get(number, sample.id)
-                if evaluations is None:
-                    evaluations = on_sample(entrants, scenario, sample, exact)
-                    require_numbers([entrant.name for entrant in entrants], scenario, sample, evaluations)
-                    file.append(number, sample.id, evaluations)
-                for entrant, evaluation in zip(entrants, evaluations, strict=True):
-                    key = (scenario.model, scenario.task, entrant.name, entrant.budget)
-                    results.setdefault(key, []).append(evaluation)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+            # Blocks are the same ones when a comparison goes on: a batch's shape moves the last digits.
+            size = max(1, scenario.evaluator.samples_at_once(min(len(entrants), ROWS)))
+            for begin in range(0, len(pool.samples), size):
+                block = pool.samples[begin : begin + size]
+                known = [file.get(number, sample.id) for sample in block]
+                measured: list[list[Evaluation]] = []
+                if None in known:
+                    alone = len(block) == 1
+                    measured = (
+                        [on_sample(entrants, scenario, block[0], exact)]
+                        if alone
+                        else on_samples(entrants, scenario, block, exact)
+                    )
+                for place, sample in enumerate(block):
+                    evaluations = known[place]
+                    if evaluations is None:
+                        evaluations = measured[place]
+                        require_numbers([entrant.name for entrant in entrants], scenario, sample, evaluations)
+                        file.append(number, sample.id, evaluations)
+                    for entrant, evaluation in zip(entrants, evaluations, strict=True):
+                        key = (scenario.model, scenario.task, entrant.name, entrant.budget)
+                        results.setdefault(key, []).append(evaluation)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
     return results
 
 
@@ -228,23 +241,35 @@ def pools_of(scenarios: Sequence[Scenario], count: int, split: Split, seed: int,
 
 
 def on_sample(entrants: Sequence[Entrant], scenario: Scenario, sample: Sample, exact: bool) -> list[Evaluation]:
-    """Evaluate all entrants on one sample: the context is read once, the batches hold rows of about the same size."""
+    """Evaluate all entrants on one sample, see `on_samples`."""
+    return on_samples(entrants, scenario, [sample], exact)[0]
+
+
+def on_samples(
+    entrants: Sequence[Entrant], scenario: Scenario, samples: Sequence[Sample], exact: bool
+) -> list[list[Evaluation]]:
+    """Evaluate all entrants on samples: a context is read once, the batches hold rows of about the same size.
+
+    Returns per sample one evaluation an entrant.
+    """
     observes = frozenset[str]().union(*(entrant.manager.observes for entrant in entrants))
     measurement = (EXACT if exact else LOGLIK).also(HEAD_MEMORY).observing(observes)
-    by_entrant: dict[int, Evaluation] = {}
+    task, evaluator = scenario.subject_task, scenario.evaluator
+    by_entrant: dict[int, Sequence[Evaluation]] = {}
     for index, entrant in enumerate(entrants):
         if entrant.role == "oracle":
-            by_entrant[index] = evaluate_oracle(
-                scenario.evaluator, sample, scenario.subject_task, entrant.budget, measurement
-            )
+            by_entrant[index] = [
+                evaluate_oracle(evaluator, sample, task, entrant.budget, measurement) for sample in samples
+            ]
+    names = ", ".join(sample.id for sample in samples)
     batches = list(batches_of(entrants))
     while batches:
         batch = batches.pop(0)
         members = [entrants[index].manager for index in batch]
         try:
-            evaluations = scenario.evaluator.evaluate(members, sample, scenario.subject_task, measurement)
+            evaluations = evaluator.evaluate_together(members, samples, task, measurement)
         except Exception as error:
-            ended = out_of_memory(error, f"sample {sample.id}: {len(batch)} managers as one batch")
+            ended = out_of_memory(error, f"sample {names}: {len(batch)} managers as one batch")
             if ended is None:
                 raise
             if len(batch) == 1:
@@ -256,9 +281,9 @@ def on_sample(entrants: Sequence[Entrant], scenario: Scenario, sample: Sample, e
             logger.warning("%s They are measured as two batches", ended)
             batches[:0] = [batch[:half], batch[half:]]
             continue
-        by_entrant.update(zip(batch, evaluations, strict=True))
-    scenario.evaluator.store.close()
-    return [by_entrant[index] for index in range(len(entrants))]
+        by_entrant.update(zip(batch, zip(*evaluations, strict=True), strict=True))
+    evaluator.store.close()
+    return [[by_entrant[index][place] for index in range(len(entrants))] for place in range(len(samples))]
 
 
 def batches_of(entrants: Sequence[Entrant]) -> Iterator[list[int]]:

@@ -63,6 +63,7 @@ class Evaluator:
     ) -> None:
         self.loaded = loaded
         self.protocol = protocol or EvaluationProtocol()
+        self.check_protocol()
         self.store: Readings = store if store is not None else PrefillStore()
         self.future = FutureAttention()
         self.traces: KnownSamples | None = None
@@ -78,6 +79,9 @@ class Evaluator:
         config = loaded.model.generation_config
         ends = getattr(config, "eos_token_id", None) if config is not None else None
         self._ends = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id} - {None}
+
+    def check_protocol(self) -> None:
+        """Raise `ConfigError` for a protocol that means nothing for what the model reads; texts are read under all."""
 
     # ---- the fast way ---------------------------------------------------------------------------------------------
 
@@ -102,14 +106,44 @@ class Evaluator:
         -------
         One `Evaluation` a manager, in order.
         """
+        return self.on_samples(managers, [sample], task, measurement, draws or Draws())[0]
+
+    @outside_inference_mode()
+    @torch.no_grad()
+    def evaluate_together(
+        self,
+        managers: Sequence[MemoryManager],
+        samples: Sequence[Sample],
+        task: Task,
+        measurement: Measurement = LOGLIK,
+        draws: Draws | None = None,
+    ) -> list[list[Evaluation]]:
+        """Return per sample what `evaluate` does, up to the rounding of batches of `samples_at_once` samples."""
+        size, draws = max(1, self.samples_at_once(len(managers))), draws or Draws()
+        parts = [samples[begin : begin + size] for begin in range(0, len(samples), size)]
+        return [one for part in parts for one in self.on_samples(managers, part, task, measurement, draws)]
+
+    def samples_at_once(self, managers: int) -> int:
+        """Return how many samples so many managers are measured on as one batch; 1 where every sample is one."""
+        return 1
+
+    def on_samples(
+        self,
+        managers: Sequence[MemoryManager],
+        samples: Sequence[Sample],
+        task: Task,
+        measurement: Measurement,
+        draws: Draws,
+    ) -> list[list[Evaluation]]:
+        """Measure managers on samples, which `evaluate` and `evaluate_together` ask for; override this."""
         if isinstance(task, StreamTask):
             raise ConfigError(
                 f"task {task.name!r} is a stream of requests to a memory, no text for a language model; measure it on "
                 "one that reads streams: --model pair-memory (in an experiment model: {name: pair-memory})"
             )
         model = self.loaded.model
-        draws = (draws or Draws()).for_model(model)
-        return run_measures(self, on_model(managers, model), sample, task, measurement, draws)
+        managers, draws = on_model(managers, model), draws.for_model(model)
+        return [run_measures(self, managers, sample, task, measurement, draws) for sample in samples]
 
     def answer(
         self, policy: Deciding, tokens: Tokens, sample: Sample, task: Task, measurement: Measurement
@@ -156,6 +190,11 @@ class Evaluator:
     def tokens(self, sample: Sample) -> Tokens:
         """Return a sample in tokens; see `SampleEncoder.tokens`."""
         return self.sample_encoder.tokens(sample)
+
+    def length_of(self, sample: Sample) -> int:
+        """Return how many tokens a sample has, those that are fed: all but the answer's last."""
+        tokens = self.tokens(sample)
+        return tokens.read.shape[1] + tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
 
     def check_positions(self, samples: Sequence[Sample], *, exact: bool = False) -> Reach:
         """Compare samples with the positions that the model has; see `SampleEncoder.check_positions`."""

@@ -74,6 +74,10 @@ class Deciding(Protocol):
         """Take in logits (candidates, tokens, vocabulary) and the tokens that came (candidates, tokens)."""
         ...
 
+    def observe_rewards(self, rewards: Tensor, tokens: Tensor) -> None:
+        """Take in what was gained since the last decision, and of how many tokens: (candidates,) each."""
+        ...
+
     def independent_copy(self) -> Deciding:
         """Return an independent copy: it decides the same from here on."""
         ...
@@ -137,6 +141,9 @@ class PopulationPolicy:
 
     def observe_logits(self, logits: Tensor, following: Tensor) -> None:
         """Do nothing: deterministic managers do not learn from what is read."""
+
+    def observe_rewards(self, rewards: Tensor, tokens: Tensor) -> None:
+        """Do nothing, as `observe_logits`."""
 
     def independent_copy(self) -> PopulationPolicy:
         """Return itself: it has no state that a decision depends on."""

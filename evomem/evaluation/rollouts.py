@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 
 from evomem.evaluation.future import sample_key
 from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement, Step
+from evomem.evaluation.measures import Draws
 from evomem.managers.options import Schedule
 from evomem.managers.stochastic import Action, Noise, StochasticManager
 from evomem.managers.vector import to_vector
@@ -62,12 +63,9 @@ def rollouts(
     One `Evaluation` a seed, in order, with the decisions in `Evaluation.steps`.
     """
     tokens, observes = evaluator.tokens(sample), measurement.observes
-    older, other = (None if one is None else evaluator.scheduled(one) for one in (behaviour, reference))
-    wants_logits = bool(measurement.options("rollout").get("listens", False))
     begin = time.perf_counter()
-    number = sample_number(sample.id)
-    policy = RolloutPolicy(evaluator.scheduled(manager), list(seeds), number, older, other, wants_logits)
-    drawing = older if older is not None else manager
+    policy = rollout_policy(evaluator, manager, [sample], Draws(list(seeds), behaviour, reference), measurement)
+    drawing = policy.behaviour if policy.behaviour is not None else manager
     key = (
         task.name,
         sample.id,
@@ -89,6 +87,25 @@ def rollouts(
             evaluator.known_rollouts.popitem(last=False)
     seconds = (time.perf_counter() - begin) / len(batch)
     return [replace(one, seconds=seconds, steps=policy.steps(place)) for place, one in enumerate(batch)]
+
+
+def rollout_policy(
+    evaluator: Evaluator,
+    manager: StochasticManager,
+    samples: Sequence[Sample],
+    draws: Draws,
+    measurement: Measurement,
+) -> RolloutPolicy:
+    """Return the policy that draws for all seeds on every sample, one sample's rollouts after the other's."""
+    older, other = (None if one is None else evaluator.scheduled(one) for one in (draws.behaviour, draws.reference))
+    return RolloutPolicy(
+        evaluator.scheduled(manager),
+        [seed for _ in samples for seed in draws.seeds],
+        [sample_number(sample.id) for sample in samples for _ in draws.seeds],
+        older,
+        other,
+        bool(measurement.options("rollout").get("listens", False)),
+    )
 
 
 def sample_number(identity: str) -> int:
@@ -119,7 +136,7 @@ class RolloutPolicy:
     ----------
     manager : the policy that gradients are of.
     seeds : one a rollout.
-    sample : `sample_number` of what is read.
+    samples : one a rollout, `sample_number` of what it reads.
     behaviour : the policy that draws, if another one than ``manager``; then ratios are clipped.
     reference : the policy that `Step.reference` is by.
     wants_logits : note the likelihood of what is read between the decisions.
@@ -127,7 +144,7 @@ class RolloutPolicy:
 
     manager: StochasticManager
     seeds: Sequence[int]
-    sample: int
+    samples: Sequence[int]
     behaviour: StochasticManager | None = None
     reference: StochasticManager | None = None
     wants_logits: bool = False
@@ -166,7 +183,7 @@ class RolloutPolicy:
         """Return the decisions of all rollouts: masks (rollouts, kv_heads, slots)."""
         number = self._decided.get(view.layer, 0)
         self._decided[view.layer] = number + 1
-        noise = Noise.of([(seed, self.sample, number) for seed in self.seeds], view)
+        noise = Noise.of([(seed, sample, number) for seed, sample in zip(self.seeds, self.samples, strict=True)], view)
         drawing = self.behaviour if self.behaviour is not None else self.manager
         action = drawing.draw(view, noise)
         self._learn(number, view, action)
@@ -190,6 +207,15 @@ class RolloutPolicy:
             _fades=set(self._fades),
         )
 
+    def observe_rewards(self, rewards: Tensor, tokens: Tensor) -> None:
+        """Take in what was gained since the last decision: rewards and tokens (rollouts,), their sum and number.
+
+        Before the first decision nothing is counted.
+        """
+        if self.wants_logits and self.decisions:
+            both = torch.stack((rewards.double().cpu(), tokens.double().cpu()))
+            self.decisions[-1].rewards = self.decisions[-1].rewards + both
+
     def observe_logits(self, logits: Tensor, following: Tensor) -> None:
         """Take in the logits (rollouts, tokens, vocabulary) of what was read since the last decision.
 
@@ -197,9 +223,7 @@ class RolloutPolicy:
         """
         if self.wants_logits and self.decisions:
             chosen = logits.gather(-1, following[..., None])[..., 0].float() - torch.logsumexp(logits.float(), -1)
-            self.decisions[-1].rewards = self.decisions[-1].rewards + torch.stack(
-                (chosen.double().sum(1).cpu(), torch.full((self.size,), float(following.shape[1]), dtype=torch.float64))
-            )
+            self.observe_rewards(chosen.double().sum(1), torch.full((self.size,), float(following.shape[1])))
 
     def steps(self, rollout: int) -> tuple[Step, ...]:
         """Return the decisions of one rollout."""

@@ -212,6 +212,11 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
         return isinstance(self.allocation, LayerAllocation) and self.allocation.by_depth
 
     @property
+    def uses_statistics(self) -> bool:
+        """Whether decisions depend on its statistics; a memory without contexts to measure cannot give any."""
+        return self.calibrates
+
+    @property
     def counts_evicted(self) -> bool:
         """Whether its decisions count what they take from every layer; see `Rule.counts_evicted`."""
         return self.rule.counts_evicted(self.shares())

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from evomem.errors import ConfigError
-from evomem.managers.allocation import AcrossHeads, Allocation, EmergentAllocation, LayerAllocation, ModelAllocation
+from evomem.managers.allocation import (
+    AcrossHeads,
+    Allocation,
+    ByDistinctRate,
+    EmergentAllocation,
+    LayerAllocation,
+    ModelAllocation,
+)
 from evomem.managers.selection import Ends, best, finite, slots_of_budget, tokens_read
 from evomem.memory.view import Decision, LayerView
 
@@ -182,6 +189,11 @@ class Rule:
         """Raise `ConfigError` unless rankings can be drawn, see `open`."""
         emerges = isinstance(self.allocation, EmergentAllocation)
         depends = not isinstance(self.allocation, LayerAllocation) or isinstance(self.allocation, AcrossHeads)
+        if isinstance(self.allocation, ByDistinctRate) and self.budget is not None:
+            raise ConfigError(
+                f"allocation {self.allocation.name!r}: nothing is drawn of how many slots an input gets, so a policy "
+                "gradient would leave its numbers as they are; search them by evolution"
+            )
         if emerges or (depends and self.budget is not None):
             raise ConfigError(
                 f"allocation {self.allocation.name!r}: a ranking that is drawn head by head needs to know how many "

@@ -282,10 +282,14 @@ def calibrate_manager(manager: MemoryManager, chosen: Sequence[tuple[Any, Sequen
     ----------
     chosen : evaluators, and samples that each of them reads; all are pooled.
     """
+    from evomem.evaluation.streams import reads_streams
+
     if chosen:
         keep_probes(manager, chosen[0][0].loaded.model)
     if not manager.calibrates:
         return
+    if not manager.uses_statistics and any(reads_streams(evaluator.loaded) for evaluator, _ in chosen):
+        return  # a stream is no context that is read with everything kept
     readings = (
         evaluator.reading(evaluator.tokens(sample).read, manager.observes)
         for evaluator, samples in chosen

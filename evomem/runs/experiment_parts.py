@@ -116,13 +116,16 @@ class FitnessConfig(Settings):
     normalise : ``full`` measures against the full cache on the same samples: its likelihood is subtracted (nats lost
         to eviction), its exact score divides. With several models it should be set: they differ in what they can do.
     reading : for a policy gradient under ``streaming``: how much the mean log-likelihood of the tokens that are read
-        after a decision, until the next, adds to the fitness; each decision is credited with what comes after it.
+        after a decision, until the next, adds to the fitness; each decision is credited with what comes after it. On
+        a stream of requests it is the share of right reads in place of the likelihood.
+    discount : how much of what is read n decisions later a decision is credited with: discount^n.
     """
 
     objective: str = "loglik"
     price_per_megabyte: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
     normalise: Literal["none", "full"] = "none"
     reading: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
+    discount: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
 
 
 class DiagnosticsConfig(Settings):

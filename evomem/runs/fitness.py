@@ -152,7 +152,9 @@ def rollouts_of(evaluations: Sequence[Evaluation], values: Array, config: Fitnes
     values : (candidates,) `worth` of the evaluations.
     """
     reading = read_between(evaluations, config)
-    return Rollouts(weight, rewards_to_go(values, reading), [evaluation.steps or () for evaluation in evaluations])
+    return Rollouts(
+        weight, rewards_to_go(values, reading, config.discount), [evaluation.steps or () for evaluation in evaluations]
+    )
 
 
 def baseline_scale(full: Sequence[float]) -> float:

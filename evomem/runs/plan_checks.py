@@ -33,6 +33,10 @@ def check_objectives(config: ExperimentConfig) -> None:
             raise ConfigError(f"{what} needs protocol.kind {kinds}{why}")
         if stage.fitness.reading and (kind != "streaming" or not rollouts):
             raise ConfigError(f"{what}: fitness.reading is for rollouts (driver policy_gradient) in protocol streaming")
+        if stage.fitness.discount < 1 and not stage.fitness.reading:
+            raise ConfigError(
+                f"{what}: fitness.discount is of what is read between decisions; set fitness.reading, or leave it at 1"
+            )
     if config.diagnostics.every and config.protocol.kind != "compress_once":
         raise ConfigError("diagnostics.every: a look at the oracle needs protocol.kind compress_once; leave it out")
     check_bytes_may_vary(config)

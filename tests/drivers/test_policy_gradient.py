@@ -52,6 +52,11 @@ def test_rewards_to_go_in_loops():
         for j in range(3):
             assert found[i, j] == pytest.approx(worth[i] - sum(reading[i, k] for k in range(j)))
     assert rewards_to_go(worth, np.zeros((4, 0))).shape == (4, 0)
+    soon = rewards_to_go(worth, reading, discount=0.5)
+    for i in range(4):
+        for j in range(3):
+            rest = worth[i] - reading[i].sum()
+            assert soon[i, j] == pytest.approx(rest + sum(0.5 ** (k - j) * reading[i, k] for k in range(j, 3)))
 
 
 def test_a_groups_gradient_in_loops():

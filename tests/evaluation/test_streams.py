@@ -10,10 +10,12 @@ import torch
 import evomem
 from evomem.errors import ConfigError, ModelError
 from evomem.evaluation import EXACT, Evaluator, Measurement
+from evomem.evaluation import streams as streams_module
 from evomem.evaluation.compare import NamedManager, Scenario, compare
 from evomem.evaluation.measurement import HEAD_MEMORY, EvaluationProtocol, Step
 from evomem.evaluation.measures import Draws
-from evomem.evaluation.streams import DOUBT, StreamEvaluator, evaluator_of
+from evomem.evaluation.stream_requests import DOUBT
+from evomem.evaluation.streams import StreamEvaluator, evaluator_of
 from evomem.managers import build
 from evomem.models import LoadedModel
 from evomem.models.architectures.pair_memory import PairMemoryConfig, PairMemoryModel, pair_memory_tokenizer
@@ -177,8 +179,6 @@ def test_rollouts_are_drawn_and_their_gradients_are_those_of_any_memory():
         for name in ("gradient", "lower"):
             numbers = (Step.numbers(getattr(step, name)) for step in (mine, theirs))
             torch.testing.assert_close(*map(torch.from_numpy, numbers), rtol=1e-3, atol=1e-4)
-    with pytest.raises(ConfigError, match=r"fitness.reading"):
-        one.evaluate([policy], sample, ZIPF, measurement.with_options("rollout", listens=True), Draws([2]))
 
 
 def test_a_field_of_all_leaves_out_what_a_memory_has_not(caplog):
@@ -201,3 +201,58 @@ def test_a_scorer_of_streams_decides_about_a_kv_cache_as_it_is(tmp_path):
         assert [held.tolist() for held in cache.slots_held()] == [[[BUDGET, BUDGET]] * 2] * 2
     with pytest.raises(ConfigError, match="'surprise' needs predictions"), scorer(surprise=1.0).attach(model) as cache:
         model(ids, past_key_values=cache)
+
+
+def test_streams_side_by_side_are_measured_as_if_each_were_alone(monkeypatch):
+    task, one = build_task("zipf:length=60,keys=30,dim=8,topics=4,fewest_keys=15", TOKENIZER), evaluator(2)
+    samples = task.samples("train", 5, 0)
+    managers = [build("full"), scorer(recency=-1.0, novelty=0.3), scorer(recency=-0.4, novelty=1.0)]
+    monkeypatch.setattr(streams_module, "ROWS", 6)  # two streams at a time, the last one alone
+    assert one.samples_at_once(len(managers)) == 2
+    together = one.evaluate_together(managers, samples, task, EXACT.also(HEAD_MEMORY))
+    assert len({evaluations[1].exact for evaluations in together}) > 2
+    for sample, evaluations in zip(samples, together, strict=True):
+        alone = one.evaluate(managers, sample, task, EXACT.also(HEAD_MEMORY))
+        for mine, theirs in zip(evaluations, alone, strict=True):
+            assert mine.sample == sample.id
+            assert (mine.values, mine.slots, mine.bytes_mean) == (theirs.values, theirs.slots, theirs.bytes_mean)
+
+
+def test_a_comparison_goes_on_in_the_same_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams_module, "ROWS", 4)
+    one, task = evaluator(5), build_task("zipf:length=20,keys=10,dim=4,topics=2", TOKENIZER)
+    blocks, measure = [], StreamEvaluator.on_samples
+
+    def counted(self, managers, samples, *arguments):
+        blocks.append(len(samples))
+        return measure(self, managers, samples, *arguments)
+
+    monkeypatch.setattr(StreamEvaluator, "on_samples", counted)
+    places, file = [Scenario("pairs", "zipf", one, task)], tmp_path / "samples.jsonl"
+
+    def rows():
+        members = [NamedManager("a", scorer(recency=-1.0)), NamedManager("b", scorer(age=-1.0))]
+        return compare(members, places, samples=4, budgets=[3], against=[], keep=file).rows
+
+    whole = rows()
+    assert set(blocks) == {2}
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:4]) + "\n")  # killed in the middle of the second block
+    count = len(blocks)
+    assert [(row.manager, row.score) for row in rows()] == [(row.manager, row.score) for row in whole]
+    assert blocks[count:] == blocks[: len(blocks) - count]
+
+
+def test_a_decision_is_credited_with_the_reads_after_it():
+    task, one = build_task("zipf:length=30,keys=12,dim=8,topics=2", TOKENIZER), evaluator(4)
+    sample, policy = sample_of(task), build("kv_policy", features=["recency"], budget=4, draws="evicted")
+    measurement = EXACT.also(Measurement.of("rollout")).with_options("rollout", listens=True)
+    drawn = one.evaluate([policy] * 8, sample, task, measurement, Draws(list(range(8))))
+    for rollout in drawn:
+        assert len(rollout.steps) == 7
+        rewards = [step.reward * 4 for step in rollout.steps]  # every request of this stream reads
+        rewards[-1] /= 2  # after the last decision there are two
+        assert sum(rewards) <= rollout.exact * 30 + 1e-9
+        assert sum(rewards) >= rollout.exact * 30 - 4
+        assert all(reward == pytest.approx(round(reward)) for reward in rewards)
+    assert len({rollout.exact for rollout in drawn}) > 1

@@ -36,7 +36,7 @@ ALL = (
     "recency",
     "relevance:5",
 )
-EXPLICIT = {"surprise"}
+EXPLICIT = {"distinct_rate", "surprise"}
 """Observations that no KV cache has; tests/memory/explicit tries them."""
 
 

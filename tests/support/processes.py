@@ -10,7 +10,10 @@ from multiprocessing.context import ForkServerContext
 
 import pytest
 
-PRELOADED = ["tests.support.synthetic_search", "tests.support.policy_search", "tests.runs.test_block_search", "cma"]
+PRELOADED = [
+    "tests.support.synthetic_search", "tests.support.policy_search", "tests.support.stream_search",
+    "tests.runs.test_block_search", "cma",
+]  # fmt: skip
 """All modules whose functions such processes run: one server serves all tests of a process, with what it began with."""
 
 

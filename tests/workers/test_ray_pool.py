@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomem.runs import search
+from evomem.runs import parse_experiment, search
+from evomem.runs.bench import model_bench
 from evomem.tasks.base import Sample
 from evomem.workers import Recipe, Unit, WorkerOptions
 from evomem.workers.ray import pool as ray_pool
@@ -18,6 +19,7 @@ from evomem.workers.schedule import Policy
 from tests.runs.test_block_search import without_tokens
 from tests.runs.test_runs import outcome, same
 from tests.support.faulty_search import SETTINGS, entries, weighing
+from tests.support.stream_search import CONFIG, POLICY
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 from tests.support.tiny_search import bench, configured
 
@@ -43,6 +45,13 @@ def test_a_model_search_is_the_same_with_shared_weights_and_contexts(tmp_path):
     assert found.keys() == read.keys()
     assert max(found.values()) <= 2  # who has nothing else to do reads what another one is just reading
     assert len({pid for _, pid, _ in entries(log)}) == 2
+
+
+@pytest.mark.parametrize("config", [CONFIG, POLICY], ids=["evolution", "policy gradient"])
+def test_a_search_on_streams_is_the_same_with_two_workers(tmp_path, config):
+    search(parse_experiment(config), tmp_path / "0", model_bench)
+    search(parse_experiment(config), tmp_path / "2", model_bench, workers=WorkerOptions(2, cpus=0.5))
+    same(outcome(tmp_path / "2"), outcome(tmp_path / "0"))
 
 
 def test_contexts_are_read_once_and_a_pool_leaves_nothing_behind(tmp_path):

@@ -192,8 +192,7 @@ def _speeds(
             timed[row.manager, row.budget] = manager if own else manager.with_options(budget=row.budget)
     speeds: dict[tuple[str, Budget], list[float]] = {key: [] for key in timed}
     for sample in samples:
-        tokens = scenario.evaluator.tokens(sample)
-        length = tokens.read.shape[1] + tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
+        length = scenario.evaluator.length_of(sample)
         for key, manager in timed.items():
             evaluation = scenario.evaluator.evaluate_plainly(manager, sample, scenario.subject_task)
             speeds[key].append(length / evaluation.seconds)

@@ -23,6 +23,7 @@ from evomem.managers.allocation.base import (
     recorded_for,
     register_allocation,
 )
+from evomem.managers.allocation.by_distinct_rate import ByDistinctRate
 from evomem.managers.allocation.by_weight import limits_by_weight
 from evomem.managers.allocation.cake import Cake
 from evomem.managers.allocation.composing import settle
@@ -47,6 +48,7 @@ __all__ = [
     "AcrossHeads",
     "Allocation",
     "AllocationOptions",
+    "ByDistinctRate",
     "Cake",
     "Dense",
     "DepthShares",

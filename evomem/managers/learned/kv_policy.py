@@ -82,6 +82,11 @@ class KVPolicy(StochasticManager):
             description="points of depth at which the layers' shares of the budget are learned (0: equal shares), or "
             "an allocation, e.g. pyramid(beta=20)",
         )
+        draws: Literal["kept", "evicted"] = Field(
+            "kept",
+            description="what is drawn one after another while it is trained: the slots that stay, or those that leave "
+            "(less noise where few leave a decision)",
+        )
         odds: float = Field(3.0, ge=-20, le=20, description="log-odds of storing at first, before training")
         rate: float = Field(-6.0, ge=-20, le=4, description="logarithm of how fast slots fade at first, in nats")
         fades: Literal["at_once", "with_age"] = Field(
@@ -138,6 +143,11 @@ class KVPolicy(StochasticManager):
         """What the declared features need."""
         return required(self.options.features)
 
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether features are standardised by mean and deviation of the whole model."""
+        return self.options.scale == "model"
+
     def make_ends(self) -> Ends:
         """The first and the newest tokens."""
         return Ends(self.options.sinks, self.options.recent)
@@ -148,7 +158,7 @@ class KVPolicy(StochasticManager):
 
     STARTS: ClassVar[dict[str, str]] = {
         "keydiff": "keydiff", "knorm": "-key_norm", "h2o": "attention", "observed_attention": "attention_per_query",
-        "streaming_llm": "-age",
+        "streaming_llm": "-age", "lru": "-recency", "lfu": "frequency", "fifo": "-age",
     }  # fmt: skip
     """Heuristics that a search may start from: the one feature, with its sign, that each is made of."""
     SHARPNESS: ClassVar[float] = 2.0
@@ -264,7 +274,11 @@ class KVPolicy(StochasticManager):
             stored = outputs["store"] + noise.logistic(view.slots) > 0
         if "evict" in outputs:
             scores, _ = self.rule.open(outputs["evict"], view, stored, shares)
-            ranking = torch.argsort(scores + noise.gumbel(view.slots), dim=-1, descending=True, stable=True)
+            gumbel = noise.gumbel(view.slots)
+            if self.options.draws == "kept":
+                ranking = torch.argsort(scores + gumbel, dim=-1, descending=True, stable=True)
+            else:  # from the last place on; what may not leave, or not stay, is dealt with by the rule
+                ranking = torch.argsort(_reversed(scores) + gumbel, dim=-1, descending=True, stable=True).flip(-1)
         if "forget" in outputs:
             rates = outputs["forget"] + SPREAD * noise.normal(view.slots)
         return Action(ranking, stored, rates, shares)
@@ -289,7 +303,11 @@ class KVPolicy(StochasticManager):
         if action.ranking is not None:
             shares = self.shares() if action.shares is None else action.shares
             scores, picks = self.rule.open(outputs["evict"], view, action.stored, shares)
-            log_probs.append(plackett_luce.log_probs(scores.expand_as(action.ranking), action.ranking, picks))
+            ranking = action.ranking
+            if self.options.draws == "evicted":
+                picks = self._leaving(scores, picks)
+                scores, ranking = _reversed(scores), ranking.flip(-1)
+            log_probs.append(plackett_luce.log_probs(scores.expand_as(ranking), ranking, picks))
         if action.rates is not None:
             z = (action.rates - outputs["forget"]) / SPREAD
             terms = -0.5 * z.square() - math.log(SPREAD * math.sqrt(2 * math.pi))
@@ -310,15 +328,29 @@ class KVPolicy(StochasticManager):
             nothing = torch.zeros(action.ranking.shape, device=view.slots.device, dtype=torch.float32)
             shares = self.shares() if action.shares is None else action.shares
             scores, picks = self.rule.open(nothing, view, action.stored, shares)
-            total = total + torch.minimum(picks, torch.isfinite(scores).sum(-1))
+            drawn = torch.minimum(picks, torch.isfinite(scores).sum(-1))
+            total = total + (drawn if self.options.draws == "kept" else self._leaving(scores, picks))
         if action.rates is not None:
             total = total + view.valid.sum(-1)
         return total
+
+    def _leaving(self, scores: Tensor, picks: Tensor) -> Tensor:
+        """Return how many slots are drawn that leave: (batch, kv_heads), what may leave less what stays of it.
+
+        Without a budget everything is ranked, as it is where those that stay are drawn.
+        """
+        may_leave = torch.isfinite(scores).sum(-1)
+        return may_leave if self.options.budget is None else (may_leave - picks).clamp(min=0)
 
     def log_decays(self, view: LayerView, rates: Tensor) -> Tensor:
         """Return what log-rates (batch, kv_heads, slots) add to the slots' attention logits: nothing or less."""
         amount = torch.exp(rates.clamp(max=4.0))
         return -amount * view.age.clamp(min=0) / AGE if self.options.fades == "with_age" else -amount
+
+
+def _reversed(scores: Tensor) -> Tensor:
+    """Return scores by which slots leave: -scores, and -inf where nothing is decided (-inf in ``scores``)."""
+    return torch.where(torch.isfinite(scores), -scores, -torch.inf)
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:

@@ -49,7 +49,7 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
     """
 
     title: ClassVar[str] = "a pair memory"
-    has: ClassVar[frozenset[str]] = frozenset({"predictions of what is written"})
+    has: ClassVar[frozenset[str]] = frozenset({"predictions of what is written", "queries without positions"})
     slot_marks: ClassVar[frozenset[str]] = frozenset({"names", "marks"})
 
     def __init__(

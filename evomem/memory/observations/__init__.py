@@ -25,6 +25,8 @@ name                      what ``LayerView.recorded`` holds
 ``frequency_decayed:H``   (batch, kv_heads, slots): the same, a read of n tokens ago counting 2^(-n/H)
 ``recency``               (batch, kv_heads, slots) int64: tokens since the slot was last read, or else written
 ``relevance:W``           (batch, kv_heads, slots): mean cosine of the slot's key with the row's last W queries
+``distinct_rate:W``       (batch, kv_heads): share of the latest reads whose key is among none of the W reads before;
+                          explicit memories only
 ``surprise``              (batch, kv_heads, slots): error of what the memory predicted when the slot was written;
                           explicit memories only
 ========================  ==================================================================================
@@ -35,6 +37,7 @@ To add one, copy `evomem.memory.observations.attention_sum` and import it here.
 from evomem.memory.observations import (
     attention_spectrum,
     attention_sum,
+    distinct_rate,
     matching,
     query_statistics,
     reads,
@@ -71,6 +74,7 @@ __all__ = [
     "attention_spectrum",
     "attention_sum",
     "axes_of",
+    "distinct_rate",
     "known_specs",
     "matching",
     "observations",

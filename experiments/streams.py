@@ -1,0 +1,295 @@
+"""Run: streams of requests: a tuned grid of R, evolved replacement against the field, slot counts by the input.
+
+    python -m experiments.streams grid --task zipf:length=600 --slots 16,32,64 --json runs/grid-zipf.json
+    python -m experiments.streams table --task zipf:length=600 --slots 16,32,64 --grid runs/grid-zipf.json \
+        --runs runs/streams-1,runs/streams-2,runs/streams-3 --more runs/streams-pg-1 --json docs/results/streams.json
+    python -m experiments.streams count --runs runs/count-1,runs/count-2 --json docs/results/streams.json
+
+``grid`` measures 60 points of R = α·frequency + β·recency + γ·context on training streams and names the best at every
+number of slots. ``table`` measures managers on held-out streams beside the policies of `replacement` (with libCacheSim
+on the path: ``make test-libcachesim`` puts it into build/libcachesim) and Belady's bound; differences are paired stream
+by stream, intervals are of 95 %. ``count`` sets an input-dependent number of slots against the same ranking at every
+fixed number, by hit rate less a price a slot. Every command writes its rows into one file, under a key of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import evomem
+from evomem.errors import EvomemError, MissingPackagesError, TaskError
+from evomem.evaluation import EXACT
+from evomem.evaluation.measurement import EvaluationProtocol
+from evomem.evaluation.streams import StreamEvaluator
+from evomem.managers import MemoryManager, build
+from evomem.managers.allocation import ByDistinctRate
+from evomem.managers.heuristics.replacement import SlotRelevance, places
+from evomem.managers.reallocation import with_allocation
+from evomem.memory import LayerView
+from evomem.models import load
+from evomem.statistics import Interval, paired_bootstrap
+from evomem.tasks import build as build_task
+from evomem.tasks.base import Sample
+from evomem.tasks.streams.base import StreamTask
+from evomem.tasks.streams.replacement import belady_hits, hit_rate, hits
+
+POLICIES = ("arc", "sieve", "s3fifo")
+"""Of the library; FIFO, LRU and LFU are managers."""
+MANAGERS = ("random", "fifo", "lru", "lfu")
+FREQUENCIES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+CONTEXTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+POINTS = (
+    *((a, 1.0, c) for a in FREQUENCIES for c in CONTEXTS),
+    *((1.0, 0.0, c) for c in (0.0, 1.0, 4.0, 16.0)),
+)
+"""Weights of frequency, recency and context: R has no scale, so that of recency is 1, or 0."""
+WINDOW = 8
+
+
+class GridRelevance(SlotRelevance):
+    """`SlotRelevance` whose weights are parameters, so that a whole grid of them is one batch."""
+
+    def __init__(self, frequency: float, recency: float, context: float, budget: int) -> None:
+        super().__init__(budget=budget, frequency=1.0, recency=1.0, context=1.0, window=WINDOW)
+        self.point = nn.Parameter(torch.tensor([frequency, recency, context]), requires_grad=False)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return places by R, of equals the one that was read last: (batch, kv_heads, slots)."""
+        frequency, recency, context = self.point.unbind(-1)
+        since = view.recorded["recency"].float()
+        worth = frequency * torch.log1p(view.recorded["frequency"].float()) - recency * torch.log1p(since)
+        return places(view, worth + context * view.recorded[f"relevance:{WINDOW}"].float(), -since)
+
+
+def spec_of(point: Sequence[float]) -> str:
+    """Return the manager that a point of the grid is."""
+    names = ("frequency", "recency", "context")
+    return f"slot_relevance({', '.join(f'{name}={value:g}' for name, value in zip(names, point, strict=True))})"
+
+
+def task_and_samples(spec: str, split: str, count: int) -> tuple[StreamEvaluator, StreamTask[Any], list[Sample]]:
+    """Return the evaluator of a pair memory that decides at every request, the task, and its first samples.
+
+    Raises
+    ------
+    TaskError : the task has no streams.
+    """
+    model = load("pair-memory")
+    task = build_task(spec, model.tokenizer)
+    if not isinstance(task, StreamTask):
+        raise TaskError(f"task {spec}: has no streams of requests; take zipf, context_switches or key_overwrites")
+    evaluator = StreamEvaluator(model, EvaluationProtocol(kind="streaming", every=1))
+    return evaluator, task, task.samples(split, count, 0)
+
+
+def measured(
+    evaluator: StreamEvaluator, task: StreamTask[Any], samples: Sequence[Sample], managers: Sequence[MemoryManager]
+) -> dict[str, np.ndarray]:
+    """Return hit rates, slots and bytes, (managers, samples) each."""
+    rows = evaluator.evaluate_together(managers, samples, task, EXACT)
+    names = {"exact": "exact", "slots": "slots", "bytes": "bytes_mean"}
+    return {name: np.array([[getattr(one, field) for one in row] for row in rows]).T for name, field in names.items()}
+
+
+def grid(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the grid on training streams; returns the best point at every number of slots, and all means."""
+    evaluator, task, samples = task_and_samples(arguments.task, "train", arguments.streams)
+    result: dict[str, Any] = {
+        "task": arguments.task,
+        "split": "train",
+        "streams": len(samples),
+        "best": {},
+        "means": {},
+    }
+    for slots in arguments.slots:
+        means = measured(evaluator, task, samples, [GridRelevance(*point, slots) for point in POINTS])["exact"].mean(1)
+        best = int(means.argmax())
+        result["best"][str(slots)] = spec_of(POINTS[best])
+        result["means"][str(slots)] = {
+            spec_of(point): round(float(m), 4) for point, m in zip(POINTS, means, strict=True)
+        }
+        print(f"{slots} slots: {spec_of(POINTS[best])} {means[best]:.4f}", flush=True)
+    return result
+
+
+def replacement_rates(task: StreamTask[Any], samples: Sequence[Sample], slots: int) -> dict[str, np.ndarray]:
+    """Return hit rates (samples,) of Belady's bound and of the library's policies, where they are made for the task."""
+    streams, rates = [task.stream(sample) for sample in samples], {}
+    if not any((stream.reads & ~stream.writes).any() for stream in streams):
+        rates["belady"] = np.array([hit_rate(stream, belady_hits(stream, slots)) for stream in streams])
+        for policy in POLICIES:
+            try:
+                rates[policy] = np.array([hit_rate(stream, hits(stream, policy, slots)) for stream in streams])
+            except MissingPackagesError as error:
+                raise EvomemError(f"{error}; make test-libcachesim installs it into build/libcachesim: put that on "
+                                  "PYTHONPATH") from None  # fmt: skip
+    return rates
+
+
+def winner(run: str, slots: int) -> MemoryManager:
+    """Return a run's winner, or a plug-in, at a number of slots."""
+    return loaded(run).with_options(budget=slots)
+
+
+def loaded(run: str) -> MemoryManager:
+    """Return a run's winner, or a plug-in."""
+    plugin = Path(run) / "winner" / "plugin"
+    return evomem.load(plugin if plugin.exists() else run)
+
+
+def ahead(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """Return the paired difference of hit rates (samples,) with its interval."""
+    found: Interval = paired_bootstrap(list(first), list(second))
+    return {"mean": round(found.mean, 4), "interval": [round(found.low, 4), round(found.high, 4)]}
+
+
+def table(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure managers on held-out streams; returns rows by number of slots, and prints them as a table."""
+    evaluator, task, samples = task_and_samples(arguments.task, "sealed", arguments.streams)
+    grids = [part for part in json.loads(arguments.grid.read_text()).values() if "best" in part]
+    tuned = next((part for part in grids if part["task"] == arguments.task), None)
+    if tuned is None:
+        raise EvomemError(
+            f"{arguments.grid}: holds no grid of {arguments.task}; make one with: python -m experiments.streams grid"
+        )
+    subjects = [*arguments.runs, *arguments.more]
+    result: dict[str, Any] = {"task": arguments.task, "split": "sealed", "streams": len(samples), "slots": {}}
+    for slots in arguments.slots:
+        if str(slots) not in tuned["best"]:
+            raise EvomemError(f"{arguments.grid}: has no grid at {slots} slots; it has {', '.join(tuned['best'])}")
+        field = {name: build(name, budget=slots) for name in MANAGERS}
+        field[f"best R: {tuned['best'][str(slots)]}"] = build(tuned["best"][str(slots)], budget=slots)
+        managers = [*(winner(run, slots) for run in subjects), *field.values()]
+        numbers = measured(evaluator, task, samples, managers)
+        names = [*subjects, *field]
+        rates = dict(zip(names, numbers["exact"], strict=True)) | replacement_rates(task, samples, slots)
+        evolved = np.mean([rates[run] for run in arguments.runs], axis=0)
+        rows: dict[str, Any] = {"evolved": {"mean": round(float(evolved.mean()), 4)}}
+        for name, rate in rates.items():
+            rows[name] = {"mean": round(float(rate.mean()), 4), "evolved_ahead_by": ahead(evolved, rate)}
+            rows[name]["rates"] = [round(float(value), 4) for value in rate]
+            if name in names:
+                place = names.index(name)
+                rows[name] |= {field: round(float(numbers[field][place].mean()), 1) for field in ("slots", "bytes")}
+        for run in arguments.more:
+            rows[run]["ahead_of_field"] = {name: ahead(rates[run], rate) for name, rate in rates.items() if name != run}
+        result["slots"][str(slots)] = rows
+        print(f"\n{arguments.task}, {slots} slots, {len(samples)} streams\n")
+        print("| | hit rate | share of Belady's | evolved, ahead by |\n|---|---|---|---|")
+        for name, row in rows.items():
+            share = f"{row['mean'] / rows['belady']['mean']:.3f}" if "belady" in rows else "-"
+            by = row.get("evolved_ahead_by")
+            print(
+                f"| {name} | {row['mean']:.4f} | {share} | " + (f"{by['mean']:+.4f} {by['interval']} |" if by else "|")
+            )
+    return result
+
+
+def count(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Set counts that the input decides against every fixed count of the same ranking, by hit rate - price x slots."""
+    evaluator, task, samples = task_and_samples(arguments.task, "sealed", arguments.streams)
+    result: dict[str, Any] = {"task": arguments.task, "price": arguments.price, "streams": len(samples), "runs": {}}
+    for run in arguments.runs:
+        adaptive = loaded(run)
+        if not isinstance(adaptive.allocation, ByDistinctRate):
+            raise EvomemError(f"{run}: its allocation is {adaptive.allocation.name!r}; count is about by_distinct_rate")
+        fixed = [with_allocation(adaptive, "uniform").with_options(budget=slots) for slots in arguments.fixed]
+        numbers = measured(evaluator, task, samples, [adaptive, *fixed])
+        net = numbers["exact"] - arguments.price * numbers["slots"]
+        best = 1 + int(net[1:].mean(1).argmax())
+        row: dict[str, Any] = {
+            "coefficients": [round(x, 3) for x in adaptive.allocation.coefficients.tolist()],
+            "hit_rate": round(float(numbers["exact"][0].mean()), 4),
+            "slots": round(float(numbers["slots"][0].mean()), 2),
+            "net": round(float(net[0].mean()), 4),
+            "best_fixed": arguments.fixed[best - 1],
+            "net_of_fixed": {str(n): round(float(v), 4) for n, v in zip(arguments.fixed, net[1:].mean(1), strict=True)},
+            "ahead_of_best_fixed": ahead(net[0], net[best]),
+            "by_keys": {}, "by_filler": {},
+        }  # fmt: skip
+        for name, values in (("keys", arguments.keys), ("filler", arguments.fillers)):
+            for value in values:
+                spec = arguments.by_keys.format(value) if name == "keys" else arguments.by_filler.format(value)
+                _, other, streams = task_and_samples(spec, "sealed", max(4, arguments.streams // 3))
+                slots = measured(evaluator, other, streams, [adaptive])["slots"][0]
+                row[f"by_{name}"][str(value)] = [round(float(slots.mean()), 2), round(float(slots.std()), 2)]
+        result["runs"][run] = row
+        print(run, json.dumps(row, indent=1), flush=True)
+    return result
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Return numbers that commas separate; raise `argparse.ArgumentTypeError` for anything else."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers of at least 1, for example 16,32,64")
+    return [int(part) for part in parts]
+
+
+def shares(text: str) -> list[float]:
+    """Return shares in [0, 1) that commas separate."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: give shares of at least 0 and less than 1, for example 0,0.5")
+    return values
+
+
+def names(text: str) -> list[str]:
+    """Return names that commas separate."""
+    return [part for part in text.split(",") if part]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = root.add_subparsers(dest="command", required=True)
+    parts = {name: commands.add_parser(name) for name in ("grid", "table", "count")}
+    for name, part in parts.items():
+        mix = "zipf:length=600,keys=128,topics=4,fewest_keys=16"
+        part.add_argument("--task", default=mix if name == "count" else "zipf:length=600", help="a task of streams")
+        part.add_argument("--streams", type=int, default=8 if name == "grid" else 24, help="streams of the split")
+        part.add_argument("--json", type=Path, required=True, help="file that the rows are written into")
+        part.add_argument("--key", default=None, help="under which key; by default the command and the task")
+    for name in ("grid", "table"):
+        parts[name].add_argument("--slots", type=whole_numbers, default=[16, 32, 64], help="for example 16,32,64")
+    parts["table"].add_argument("--grid", type=Path, required=True, help="file that `grid` wrote")
+    for name in ("table", "count"):
+        parts[name].add_argument("--runs", type=names, required=True, help="runs or plug-ins, one a search seed")
+    parts["table"].add_argument("--more", type=names, default=[], help="further runs or plug-ins, not in the mean")
+    one = parts["count"]
+    one.add_argument("--price", type=float, default=0.002, help="of a slot, in hit rate")
+    one.add_argument("--fixed", type=whole_numbers, default=[8, 12, 16, 20, 24, 32, 40, 48, 64], help="fixed counts")
+    one.add_argument("--keys", type=whole_numbers, default=[16, 32, 64, 128], help="different items of a stream")
+    one.add_argument("--fillers", type=shares, default=[0.0, 0.2, 0.4, 0.6], help="shares of requests nobody reads")
+    one.add_argument("--by-keys", default="zipf:length=600,keys={},topics=4", help="task for --keys")
+    one.add_argument("--by-filler", default="zipf:length=600,keys=64,topics=4,filler={},filler_keys=400")
+    return root
+
+
+def main() -> None:
+    """Run one command, and put its rows into the file."""
+    arguments = parser().parse_args()
+    if arguments.streams < 1:
+        raise SystemExit(f"--streams {arguments.streams}; give at least 1")
+    try:
+        result = {"grid": grid, "table": table, "count": count}[arguments.command](arguments)
+        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    except (EvomemError, OSError, json.JSONDecodeError) as error:
+        raise SystemExit(str(error)) from None
+    key = arguments.key or f"{arguments.command} {arguments.task}"
+    arguments.json.write_text(json.dumps({**known, key: result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The script of the streams' page: its grid is `slot_relevance` point by point, and its rows are what caches do."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from evomem.managers import build
+from evomem.plugins import save
+from experiments import streams
+from tests.support import slow_stream
+from tests.support.slow_replacement import relevance, replay
+
+TASK = "zipf:length=80,keys=40,dim=8,topics=4"
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["streams", *map(str, words)])
+    streams.main()
+
+
+def test_a_grid_is_the_manager_point_by_point():
+    evaluator, task, samples = streams.task_and_samples(TASK, "train", 2)
+    points = [(0.5, 1.0, 2.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, 4.0), (8.0, 1.0, 32.0)]
+    as_grid = streams.measured(evaluator, task, samples, [streams.GridRelevance(*point, 8) for point in points])
+    as_managers = streams.measured(
+        evaluator, task, samples, [build(streams.spec_of(point), budget=8) for point in points]
+    )
+    assert as_grid["exact"].tolist() == as_managers["exact"].tolist()
+    for place, sample in enumerate(samples):
+        stream = task.stream(sample)
+        for number, rank in ((1, relevance(1, 0)), (2, relevance(0, 1))):
+            assert as_grid["exact"][number, place] == slow_stream.exact(stream, replay(stream, rank, 8))
+
+
+def test_the_table_has_paired_rows_and_refuses_what_it_cannot_have(tmp_path, monkeypatch, capsys):
+    scorer = build("feature_scorer(features=['recency', 'frequency'], knots=1, sinks=0, recent=1)", budget=6)
+    with torch.no_grad():
+        scorer.weights[:] = torch.tensor([-1.0, 0.2])
+    save(scorer, tmp_path / "plugin", {})
+    monkeypatch.setattr(streams, "POINTS", streams.POINTS[:2])
+    monkeypatch.setattr(streams, "POLICIES", ())
+    common = ("--task", TASK, "--streams", "3", "--slots", "6,12", "--json", tmp_path / "rows.json")
+    run(monkeypatch, "grid", *common)
+    run(monkeypatch, "table", *common, "--grid", tmp_path / "rows.json", "--runs", tmp_path / "plugin")
+    rows = json.loads((tmp_path / "rows.json").read_text())[f"table {TASK}"]["slots"]["6"]
+    mine, lru, bound = rows[str(tmp_path / "plugin")], rows["lru"], rows["belady"]
+    assert mine["evolved_ahead_by"] == {"mean": 0.0, "interval": [0.0, 0.0]}
+    assert lru["evolved_ahead_by"]["mean"] == pytest.approx(mine["mean"] - lru["mean"], abs=2e-4)
+    assert all(best >= other for best, other in zip(bound["rates"], lru["rates"], strict=True))
+    assert mine["bytes"] >= lru["bytes"]
+    assert "share of Belady's" in capsys.readouterr().out
+    for words, message in (
+        (("table", "--task", "zipf:length=30,keys=12,topics=2", *common[2:]), "holds no grid of"),
+        (("table", *common[:4], "--slots", "7", *common[6:]), "has no grid at 7 slots"),
+        (("count", *common[:4], *common[6:]), "by_distinct_rate"),
+    ):
+        more = () if words[0] == "count" else ("--grid", tmp_path / "rows.json")
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, *words, *more, "--runs", tmp_path / "plugin")
