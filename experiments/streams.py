@@ -57,9 +57,16 @@ WINDOW = 8
 class GridRelevance(SlotRelevance):
     """`SlotRelevance` whose weights are parameters, so that a whole grid of them is one batch."""
 
-    def __init__(self, frequency: float, recency: float, context: float, budget: int) -> None:
-        super().__init__(budget=budget, frequency=1.0, recency=1.0, context=1.0, window=WINDOW)
-        self.point = nn.Parameter(torch.tensor([frequency, recency, context]), requires_grad=False)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "frequency": 1.0, "recency": 1.0, "context": 1.0, "window": WINDOW, "every": 1})
+        self.point = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    @classmethod
+    def at(cls, point: Sequence[float], slots: int) -> GridRelevance:
+        """Return R with the weights of a point, at a number of slots."""
+        made = cls(budget=slots)
+        made.point.copy_(torch.tensor(point))
+        return made
 
     def score(self, view: LayerView) -> Tensor:
         """Return places by R, of equals the one that was read last: (batch, kv_heads, slots)."""
@@ -110,7 +117,9 @@ def grid(arguments: argparse.Namespace) -> dict[str, Any]:
         "means": {},
     }
     for slots in arguments.slots:
-        means = measured(evaluator, task, samples, [GridRelevance(*point, slots) for point in POINTS])["exact"].mean(1)
+        means = measured(evaluator, task, samples, [GridRelevance.at(point, slots) for point in POINTS])["exact"].mean(
+            1
+        )
         best = int(means.argmax())
         result["best"][str(slots)] = spec_of(POINTS[best])
         result["means"][str(slots)] = {

@@ -98,7 +98,7 @@ def test_an_exported_plugin_hits_as_often_where_it_is_loaded_and_is_measured_on_
     arguments = [
         "transfer", str(folder), "--models", "pair-memory", "--tasks", "key_overwrites:length=40,keys=12,dim=8",
         "--budgets", "4,6", "--samples", "2", "--against", "lru,fifo", "--protocol", "streaming:2",
-        "--json", str(table),
+        "--exact", "--json", str(table),
     ]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

@@ -25,7 +25,7 @@ def run(monkeypatch, *words):
 def test_a_grid_is_the_manager_point_by_point():
     evaluator, task, samples = streams.task_and_samples(TASK, "train", 2)
     points = [(0.5, 1.0, 2.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, 4.0), (8.0, 1.0, 32.0)]
-    as_grid = streams.measured(evaluator, task, samples, [streams.GridRelevance(*point, 8) for point in points])
+    as_grid = streams.measured(evaluator, task, samples, [streams.GridRelevance.at(point, 8) for point in points])
     as_managers = streams.measured(
         evaluator, task, samples, [build(streams.spec_of(point), budget=8) for point in points]
     )
