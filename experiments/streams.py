@@ -263,9 +263,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = root.add_subparsers(dest="command", required=True)
+    filler = "filler=0.4,filler_keys=400"
+    mix = f"zipf:length=600,keys=128,topics=4,fewest_keys=16,{filler}"
     parts = {name: commands.add_parser(name) for name in ("grid", "table", "count")}
     for name, part in parts.items():
-        mix = "zipf:length=600,keys=128,topics=4,fewest_keys=16"
         part.add_argument("--task", default=mix if name == "count" else "zipf:length=600", help="a task of streams")
         part.add_argument("--streams", type=int, default=8 if name == "grid" else 24, help="streams of the split")
         part.add_argument("--json", type=Path, required=True, help="file that the rows are written into")
@@ -277,11 +278,11 @@ def parser() -> argparse.ArgumentParser:
         parts[name].add_argument("--runs", type=names, required=True, help="runs or plug-ins, one a search seed")
     parts["table"].add_argument("--more", type=names, default=[], help="further runs or plug-ins, not in the mean")
     one = parts["count"]
-    one.add_argument("--price", type=float, default=0.002, help="of a slot, in hit rate")
+    one.add_argument("--price", type=float, default=0.003, help="of a slot, in hit rate")
     one.add_argument("--fixed", type=whole_numbers, default=[8, 12, 16, 20, 24, 32, 40, 48, 64], help="fixed counts")
     one.add_argument("--keys", type=whole_numbers, default=[16, 32, 64, 128], help="different items of a stream")
     one.add_argument("--fillers", type=shares, default=[0.0, 0.2, 0.4, 0.6], help="shares of requests nobody reads")
-    one.add_argument("--by-keys", default="zipf:length=600,keys={},topics=4", help="task for --keys")
+    one.add_argument("--by-keys", default=f"zipf:length=600,keys={{}},topics=4,{filler}", help="task for --keys")
     one.add_argument("--by-filler", default="zipf:length=600,keys=64,topics=4,filler={},filler_keys=400")
     return root
 
