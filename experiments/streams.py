@@ -181,6 +181,8 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
         names = [*subjects, *field]
         rates = dict(zip(names, numbers["exact"], strict=True)) | replacement_rates(task, samples, slots)
         evolved = np.mean([rates[run] for run in arguments.runs], axis=0)
+        if arguments.more:
+            rates["mean of --more"] = np.mean([rates[run] for run in arguments.more], axis=0)
         rows: dict[str, Any] = {"evolved": {"mean": round(float(evolved.mean()), 4)}}
         for name, rate in rates.items():
             rows[name] = {"mean": round(float(rate.mean()), 4), "evolved_ahead_by": ahead(evolved, rate)}
@@ -188,8 +190,10 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
             if name in names:
                 place = names.index(name)
                 rows[name] |= {field: round(float(numbers[field][place].mean()), 1) for field in ("slots", "bytes")}
-        for run in arguments.more:
-            rows[run]["ahead_of_field"] = {name: ahead(rates[run], rate) for name, rate in rates.items() if name != run}
+        if arguments.more:
+            mean = rates["mean of --more"]
+            others = {name: ahead(mean, rates[name]) for name in (*field, "belady", *POLICIES) if name in rates}
+            rows["mean of --more"]["ahead_by"] = others
         result["slots"][str(slots)] = rows
         print(f"\n{arguments.task}, {slots} slots, {len(samples)} streams\n")
         print("| | hit rate | share of Belady's | evolved, ahead by |\n|---|---|---|---|")
