@@ -38,6 +38,7 @@ class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
     """
 
     title: ClassVar[str] = "a memory matrix"
+    has: ClassVar[frozenset[str]] = frozenset({"queries without positions"})
     beside_names: ClassVar[tuple[str, ...]] = (*WINDOW, "tail")
     window_keys: Tensor | None
     window_values: Tensor | None

@@ -17,6 +17,7 @@ MANAGERS = (
     "streaming_llm",
     "knorm",
     "h2o",
+    "lru(allocation=by_distinct_rate(window=4))",
     "snapkv(window=4)",
     "tova",
     "keydiff",

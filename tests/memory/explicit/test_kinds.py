@@ -13,6 +13,7 @@ from evomem.testing.memories import CHECKS, Subject
 ROWS, TOKENS, VOCABULARY = 3, 30, 20
 IDS = torch.randint(2, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
 SHARED = "['recency', 'frequency', 'frequency_decayed:8', 'relevance:4', 'novelty', 'age']"
+BY_RATE = "lru(allocation=by_distinct_rate(window=4))"
 SPECS = (f"feature_scorer(features={SHARED}, sinks=0, recent=1)", "h2o")
 
 
@@ -48,7 +49,7 @@ def subject(request):
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(
-    "spec", [f"feature_scorer(features={SHARED}, sinks=0, recent=1)", "h2o"], ids=["shared", "h2o"]
+    "spec", [f"feature_scorer(features={SHARED}, sinks=0, recent=1)", "h2o", BY_RATE], ids=["shared", "h2o", "by rate"]
 )
 def test_a_kind_of_memory_conforms(subject, spec, check):
     CHECKS[check](subject, build(spec, budget=4))
