@@ -155,7 +155,7 @@ def test_a_pass_that_was_cut_short_is_not_gone_on_from(monkeypatch):
     ("form", "spec"),
     [
         ("v1", "feature_scorer(features=['recency', 'frequency_decayed:8', 'relevance:4', 'surprise'], sinks=0)"),
-        ("v2", "lava(window=4)"),
+        ("v2", "h2o(allocation=per_head_shares(points=3,heads=2))"),
     ],
 )
 def test_the_store_conforms(form, spec):
@@ -181,7 +181,8 @@ def test_candidates_of_a_batch_are_each_alone(form, every):
     evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=every))
     task = build_task("zoo_recall", loaded.tokenizer, 32)
     (sample,) = task.samples(Split.SELECT, 1, 0)
-    managers = [build(f"{name}(budget=4)") for name in ("full", "streaming_llm", "h2o", "keydiff", "lava")]
+    managers = [build(f"{name}(budget=4)") for name in ("full", "streaming_llm", "h2o", "keydiff")]
+    managers.append(build("keydiff(budget=4, allocation=per_head_shares(points=3,heads=2))"))
     for manager, result in zip(managers, evaluator.evaluate(managers, sample, task, EXACT), strict=True):
         read = evaluator.tokens(sample)
         ids = torch.cat((read.read, read.prompt, read.answer), 1)

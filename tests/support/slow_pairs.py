@@ -65,8 +65,8 @@ class SlowPairs:
             "recency": [last - max([t for t, w in s.received if w >= 1 / 64], default=s.token) for s in self.slots],
             "surprise": [s.error for s in self.slots],
         }
-        newest = self.queries[-width:]
-        rows[f"relevance:{width}"] = [sum(cosine(q, s.key) for q in newest) / len(newest) for s in self.slots]
+        newest = [query for query in self.queries[-width:] if any(query)]
+        rows[f"relevance:{width}"] = [sum(cosine(q, s.key) for q in newest) / max(len(newest), 1) for s in self.slots]
         return rows
 
 

@@ -36,7 +36,7 @@ class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-c
 
     Class attributes
     ----------------
-    has : what it has of `Observation.needs`.
+    has : what it has of `Observation.needs`; an instance may have more.
     slot_marks : tensors that a slot has besides key, value, token and log-decay (`SlotStorage.append`).
 
     Raises
@@ -44,7 +44,7 @@ class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-c
     ConfigError : an observation means nothing here (a rotary one, say).
     """
 
-    has: ClassVar[frozenset[str]] = frozenset()
+    has: frozenset[str] = frozenset()
     slot_marks: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(

@@ -17,6 +17,7 @@ from evomem.memory.explicit.decided import DecidedCache
 from evomem.memory.explicit.matrix import WINDOW, Exchange, MatrixLayer
 from evomem.memory.explicit.matrix_rules import Write, written
 from evomem.memory.kv.policy import CachePolicy
+from evomem.memory.observations.windows import SOFTMAX_READS
 
 
 def row_of(write: Write, rule: str) -> Tensor:
@@ -38,7 +39,7 @@ class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
     """
 
     title: ClassVar[str] = "a memory matrix"
-    has: ClassVar[frozenset[str]] = frozenset({"queries without positions"})
+    has: frozenset[str] = frozenset({"queries without positions", SOFTMAX_READS})
     beside_names: ClassVar[tuple[str, ...]] = (*WINDOW, "tail")
     window_keys: Tensor | None
     window_values: Tensor | None

@@ -15,6 +15,7 @@ from torch import Tensor
 from evomem.errors import CacheError
 from evomem.memory.explicit.layer import ExplicitLayer
 from evomem.memory.kv.attention import full_precision
+from evomem.memory.observations.windows import SOFTMAX_READS
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
     """
 
     title: ClassVar[str] = "a pair memory"
-    has: ClassVar[frozenset[str]] = frozenset({"predictions of what is written", "queries without positions"})
+    has: frozenset[str] = frozenset({"predictions of what is written", "queries without positions"})
     slot_marks: ClassVar[frozenset[str]] = frozenset({"names", "marks"})
 
     def __init__(
@@ -60,6 +61,8 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
         observes: frozenset[str] = frozenset(),
         beta: float | None = None,
     ) -> None:
+        if beta is not None:
+            self.has = self.has | {SOFTMAX_READS}
         super().__init__(index, layers, observes=observes, scale=1.0 if beta is None else beta)
         self.beta = beta
 

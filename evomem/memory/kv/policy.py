@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from evomem.memory.observations.base import Wanted
+from evomem.memory.observations.windows import SOFTMAX_READS
 from evomem.memory.view import Decision, LayerView
 
-HAS = frozenset({"queries at positions"})
+HAS = frozenset({"queries at positions", SOFTMAX_READS})
 """What a KV cache has for observations that need more than attention (`Observation.needs`)."""
 
 

@@ -18,6 +18,7 @@ from evomem.memory.observations.recorder import Recorder
 class Relevance(Observation):
     """Mean cosine between the slot's key and the row's last W queries: the match with what is read now.
 
+    Where not every token reads (a stream of requests), a query of zeros stands for one that does not, and is left out.
     In a KV cache keys and queries are those of the attention, turned to their positions, and the mean is also over the
     query heads of the group.
     """
@@ -35,11 +36,11 @@ class Relevance(Observation):
         query = recorder.rowwise["queries"][:, :, -self.argument :]
         batch, heads, queries, size = query.shape
         index = torch.arange(moment.seen - queries, moment.seen, device=query.device)
-        real = (index >= moment.start[:, None]).float()
-        directions = F.normalize(query.float(), dim=-1) * real[:, None, :, None]
         kv_heads = moment.keys.shape[1]
-        total = directions.view(batch, kv_heads, heads // kv_heads, queries, size).mean(2).sum(2)
-        mean = total / real.sum(1).clamp(min=1)[:, None, None]
+        grouped = query.float().view(batch, kv_heads, heads // kv_heads, queries, size)
+        asks = (index >= moment.start[:, None])[:, None] & (grouped.abs().amax((2, 4)) > 0)
+        total = (F.normalize(grouped, dim=-1).mean(2) * asks[..., None]).sum(2)
+        mean = total / asks.sum(-1, keepdim=True).clamp(min=1)
         return {self.spec: (F.normalize(moment.keys.float(), dim=-1) @ mean[..., None])[..., 0]}
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from evomem.memory.observations.base import PER_SLOT, Axes, Moment, Observation, Window, register_observation
 from evomem.memory.observations.recorder import Recorder
 
+SOFTMAX_READS = "reads that are one softmax over all slots"
+"""What a memory must have for the attention of its last queries to be worked out again at a decision."""
 FADING = 0.9
 """Weight of a query against the next one in the last of the window's statistics."""
 USED = 1 / 64
@@ -23,6 +25,7 @@ class WindowObservation(Observation):
 
     takes: ClassVar[str] = "W"
     looks_back: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({SOFTMAX_READS})
 
     @property
     def newest_queries(self) -> int:

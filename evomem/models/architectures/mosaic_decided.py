@@ -32,7 +32,7 @@ class DecidedPairs(LayerWithTensors):  # type: ignore[no-untyped-call]
     """
 
     title: ClassVar[str] = "a mosaic's memory"
-    has: ClassVar[frozenset[str]] = frozenset({"predictions of what is written", "queries without positions"})
+    has: frozenset[str] = frozenset({"predictions of what is written", "queries without positions"})
     beside_names: ClassVar[tuple[str, ...]] = ("average", "next_key", "next_value", "next_real", "next_read")
     average: Tensor | None
     next_key: Tensor | None

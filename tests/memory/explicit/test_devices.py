@@ -28,7 +28,8 @@ def test_streams_are_read_on_an_accelerator(beta):
     for scorer in scorers:
         with torch.no_grad():
             scorer.weights.copy_(torch.randn(scorer.weights.shape, generator=draw))
-    managers = [*scorers, build("random", budget=3), build("snapkv", budget=3), build("kv_policy", budget=3)]
+    managers = [*scorers, build("random", budget=3), build("h2o", budget=3)]
+    managers.append(build("kv_policy(features=['recency', 'relevance:4'])", budget=3))
     protocol, measurement = EvaluationProtocol(kind="streaming", every=3), EXACT.also(HEAD_MEMORY)
 
     def measured():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from evomem.errors import CacheError, ConfigError
 from evomem.memory.explicit import ExplicitCache, PairMemory
@@ -202,6 +203,30 @@ def test_bytes_are_those_of_the_tensors():
     assert memory.nbytes() == int(memory.bytes_by_row().sum()) == slots * each
     memory.decay(torch.zeros(memory.slots.shape))
     assert memory.nbytes() == slots * (each + 4)
+
+
+def test_the_match_is_with_the_queries_of_the_tokens_that_read():
+    memory = PairMemory(observes=frozenset({"relevance:6"}))
+    keys, names = torch.randn(2, 1, 9, 4), torch.arange(9).expand(2, 1, 9)
+    reads = torch.rand(2, 1, 9, generator=torch.Generator().manual_seed(3)) < 0.5
+    reads[1, :, 3:] = False  # in one row none of the last six reads
+    memory.feed(keys, keys, names, reads=reads)
+    match = memory.view().recorded["relevance:6"]
+    for row in range(2):
+        queries = [keys[row, 0, token] for token in range(3, 9) if reads[row, 0, token]]
+        for slot in range(9):
+            cosines = [float(F.cosine_similarity(keys[row, 0, slot], query, dim=0)) for query in queries]
+            assert float(match[row, 0, slot]) == pytest.approx(sum(cosines) / max(len(cosines), 1), abs=1e-6)
+
+
+def test_attention_of_last_queries_is_observed_where_reads_are_a_softmax():
+    keys, names = torch.randn(2, 1, 9, 4), torch.arange(9).expand(2, 1, 9)
+    memory = PairMemory(observes=frozenset({"window_attention:1"}), beta=3.0)
+    memory.feed(keys, keys, names)
+    wanted = (3.0 * keys[:, :, -1:] @ keys.transpose(-1, -2)).softmax(-1)[:, :, 0]
+    torch.testing.assert_close(memory.view().recorded["window_attention:1"], wanted)
+    with pytest.raises(ConfigError, match="reads that are one softmax over all slots, which a pair memory does not"):
+        PairMemory(observes=frozenset({"window_attention:1"}))
 
 
 def test_what_makes_no_sense_is_refused():
