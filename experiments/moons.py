@@ -31,8 +31,10 @@ from evomem.tasks.streams.moons import MOONS, Orbits, orbits
 
 LENGTH = 240
 """Observations in which the slowest moons come back three times; published: 800."""
-STEPS, BATCH = 1500, 8
-"""Of a training; published: 500 steps of 64 series."""
+STEPS, BATCH, LESSON = 1500, 8, 144
+"""Steps of a training, series a step, and their observations: twice around; published: 500, 64 and 800."""
+BETAS = (50.0, 500.0)
+"""β at the first and at the last step of a training, rising by the same factor a step; published: 50."""
 AHEAD = 25
 """Observations that are continued at every length of the context."""
 
@@ -127,27 +129,29 @@ def observed(moons: Orbits, length: int, starts: Sequence[int]) -> Tensor:
 
 
 def train(
-    heads: int, *, seed: int, steps: int = STEPS, batch: int = BATCH, length: int = LENGTH, beta: float = 50.0
+    heads: int, *, seed: int, steps: int = STEPS, batch: int = BATCH, length: int = LESSON
 ) -> tuple[MoonsMosaic, float]:
     """Return a network trained on the triples that are not sealed, and its loss (mean of the last 50 steps).
 
     AdamW without decay, rate 1e-2 falling linearly to 5e-6; loss: mean of clip(error, -1/2, 1/2)². As published, but
-    for steps, batch and length (500 steps of 64 series of 800 observations there), and for periods that are whole
-    numbers of observations: with so few of them, what was seen would else never come back closely enough. And the
-    loss begins where every moon of every lesson has gone round once: guesses before that made the kernels blunt.
+    for steps, batch and length, and for this: periods are whole numbers of observations (with so few of them, what was
+    seen would else never come back closely enough); a series' loss begins where each of its moons has gone round once
+    (guesses before that are noise); and β rises. With a constant 50 heads find their moons, but read more than one
+    place of the orbit at once; with a constant 500 two heads may stay with the same moon.
     """
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
-    model = MoonsMosaic(heads, beta)
+    model = MoonsMosaic(heads)
     lessons = orbits(Split.TRAIN, LENGTH, whole=True) + orbits(Split.SELECT, LENGTH, whole=True)
-    known = min(int(max(moons.longest for moons in lessons)), length // 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 5e-4, steps)
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
+        model.unit.bandwidth.beta = BETAS[0] * (BETAS[1] / BETAS[0]) ** (step / max(1, steps - 1))  # type: ignore[union-attr]
         chosen = draw.integers((len(lessons), 10_000), size=(batch, 2)).tolist()
         x = torch.cat([observed(lessons[moons], length + 1, [start]) for moons, start in chosen])
-        loss = (model(x[:, :-1]) - x[:, 1:])[:, known:].clamp(-0.5, 0.5).square().mean()
+        known = torch.tensor([int(lessons[moons].longest) for moons, _ in chosen])[:, None] <= torch.arange(length)
+        loss = (model(x[:, :-1]) - x[:, 1:])[known].clamp(-0.5, 0.5).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -29,6 +29,7 @@ from evomem.memory.kv.parallel import degree
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.positions import beyond, position_limit
 from evomem.memory.kv.versions import passed
+from evomem.memory.view import LayerView
 from evomem.models import LoadedModel
 from evomem.modes import outside_inference_mode
 from evomem.tasks.base import Sample, Task
@@ -236,6 +237,17 @@ class Evaluator:
                 "it reads depends on what was kept, and is not read once for all; give --protocol streaming:1 (in an "
                 "experiment protocol: {kind: streaming, every: 1}), or a larger number of tokens between decisions"
             )
+        return self._read_all(tokens, observes)
+
+    @outside_inference_mode()
+    @torch.no_grad()
+    def all_kept(self, tokens: Tensor, observes: frozenset[str]) -> tuple[LayerView, ...]:
+        """Return what a manager sees of every layer after a context (1, length) of which everything is kept."""
+        if has_own_memory(self.loaded.model):
+            return self._read_all(tokens, observes).views
+        return self.reading(tokens, observes).views
+
+    def _read_all(self, tokens: Tensor, observes: frozenset[str]) -> Reading:
         with attached(self.loaded.model):
             cache = SlotCache.for_model(self.loaded.model, Recording(observes))
             cache.decides_after_forward = False

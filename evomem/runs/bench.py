@@ -290,10 +290,9 @@ def calibrate_manager(manager: MemoryManager, chosen: Sequence[tuple[Any, Sequen
         return
     if not manager.uses_statistics and any(reads_streams(evaluator.loaded) for evaluator, _ in chosen):
         return  # a stream is no context that is read with everything kept
-    readings = (
-        evaluator.reading(evaluator.tokens(sample).read, manager.observes)
+    manager.calibrate(
+        view
         for evaluator, samples in chosen
         for sample in samples
+        for view in evaluator.all_kept(evaluator.tokens(sample).read, manager.observes)
     )
-    views = (view for reading in readings for view in reading.views)
-    manager.calibrate(views)

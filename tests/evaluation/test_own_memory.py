@@ -8,11 +8,13 @@ import torch
 from evomem.errors import CacheError, ConfigError, UnsupportedModelError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
+from evomem.evaluation.population import Recording
 from evomem.managers import build
 from evomem.memory import attached
 from evomem.memory.kv.snapshot import take
 from evomem.models import LoadedModel
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
+from evomem.runs.bench import calibrate_manager
 from evomem.tasks import Split
 from evomem.tasks import build as build_task
 from experiments.zoo.data import zoo_tokenizer
@@ -53,6 +55,28 @@ def test_candidates_of_a_batch_are_each_alone(loaded, every):
         if manager.options.budget is not None:
             assert result.slots <= 4 + every
             assert result.bytes_peak < 2 * result.bytes_mean
+
+
+def test_statistics_are_measured_with_everything_kept(loaded):
+    """A manager with statistics gets those of memories in which every write stays, whatever the protocol."""
+    evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=4))
+    task = build_task("zoo_recall", loaded.tokenizer, 48)
+    samples = task.samples(Split.TRAIN, 2, 0)
+    policy, by_hand = (build("kv_policy(features=[recency, novelty], scale=model, budget=4)") for _ in range(2))
+    calibrate_manager(policy, [(evaluator, samples)])
+    views = []
+    for sample in samples:
+        cache = loaded.model.decided_cache(Recording(policy.observes))
+        with torch.no_grad():
+            loaded.model(evaluator.tokens(sample).read, past_key_values=cache)
+        views += [layer.view() for layer in cache.layers]
+    by_hand.calibrate(views)
+    measured = dict(policy.named_buffers())
+    assert measured
+    for name, value in by_hand.named_buffers():
+        assert torch.equal(measured[name], value)
+    fresh = dict(build("kv_policy(features=[recency, novelty], scale=model, budget=4)").named_buffers())
+    assert any(not torch.equal(fresh[name], value) for name, value in measured.items())
 
 
 def test_what_cannot_be_measured_is_refused(loaded):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ from evomem.models.architectures.mosaic_cache import UnitMemory
 from evomem.tasks.base import Split
 from evomem.tasks.streams.moons import orbits
 from experiments.moons import LENGTH, MoonsMosaic, errors, observed, train
+
+RECORDED = Path(__file__).parents[2] / "docs" / "results" / "moons.json"
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +63,23 @@ def test_training_lowers_the_loss():
     _, first = train(3, seed=0, steps=2, batch=4, length=60)
     _, later = train(3, seed=0, steps=25, batch=4, length=60)
     assert later < first
+
+
+@pytest.mark.parametrize(("seed", "reached"), [(0, 0.002), (1, 0.002), (2, 0.2)])
+def test_the_recorded_three_heads_drop_at_the_longest_period(moons, seed, reached):
+    """Trained weights, measured by reading everything again for every observation; one of seed 2's heads is blunt."""
+    (one,) = [
+        one
+        for one in json.loads(RECORDED.read_text())
+        if (one["weights"], one["heads"], one["seed"]) == ("trained", 3, seed)
+    ]
+    model = MoonsMosaic(3, one["beta"]).requires_grad_(False)
+    model.load_state_dict({name: torch.tensor(part) for name, part in one["state"].items()})
+    for length, bound in ((int(moons.longest) - 3, None), (int(moons.longest) + 4, reached)):
+        series = observed(moons, length + 25, range(0, 311 * one["starts"], 311))
+        text = series[:, :length]
+        for _ in range(25):
+            text = torch.cat((text, model(text)[:, -1:]), 1)
+        error = float((text[:, length:] - series[:, length:]).abs().mean())
+        assert error == pytest.approx(one["errors"][length - 1], abs=2e-3)
+        assert error > 0.2 if bound is None else error < bound
