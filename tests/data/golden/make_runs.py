@@ -8,25 +8,21 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from evomem.evaluation.types import Step
 from evomem.varying import Bounded, Categorical, Integer, Variable
+from make_bench import bench
 from make_files import made_with, pack, write
 
 from evomem.drivers import build as build_driver
 from evomem.drivers import drivers as registry
 from evomem.drivers.estimators import Rollouts
 from evomem.drivers.state import overlay, snapshot
-from evomem.evaluation import Evaluator
-from evomem.models import LoadedModel
-from evomem.runs import Bench, open_run, parse_experiment, search
 from evomem.runs import checkpoint as checkpoints
-from evomem.tasks.base import Sample
-from evomem.testing.models import tiny, tiny_tokenizer
+from evomem.runs import open_run, parse_experiment, search
 
 SHORT = {
     "model": "none", "tasks": ["words"], "samples_per_generation": 2, "train_contexts": 4, "chunk": 4,
@@ -69,37 +65,6 @@ RUNS = {
 """Searches on a tiny model. Where layers have shares of the budget, no floor binds and all shares can be had."""
 KILLED_AFTER = 0.25
 """Share of the journal's lines after which a run is killed."""
-
-
-WORDS = (
-    "the", "of", "and", "to", "is", "in", "a", "an", "for", "on", "that", "with", "are", "was", "it", "all",
-    "one", "some", "1", "2", "3", "4", "5", "6", "7", "8", "9",
-)  # fmt: skip
-
-
-class Words:
-    """Texts of the tiny tokenizer's words, drawn by the sample's name."""
-
-    name, uniform_chance, has_exact = "words", 0.0, False
-
-    def samples(self, split, n, seed):
-        return [self.sample(f"words/{split.value}/{number}") for number in range(n)]
-
-    def sample(self, name):
-        drawn = np.random.default_rng(zlib.crc32(name.encode())).integers(0, len(WORDS), 47)
-        said = [WORDS[place] for place in drawn]
-        return Sample(name, " ".join(said[:40]), " ".join(said[40:44]), " ".join(said[44:]), ("w",), 0)
-
-    def score(self, sample, output):
-        return 0.0
-
-    def describe(self):
-        return {}
-
-
-def bench(config):
-    loaded = LoadedModel("tiny", tiny("llama", layers=2), tiny_tokenizer(), "tiny")
-    return Bench(Evaluator(loaded, config.protocol), lambda task: Words(), provenance={"model_digest": "tiny"})
 
 
 def goes_on(name, folder, resume=True):
