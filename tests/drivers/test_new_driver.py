@@ -11,7 +11,7 @@ from evomem.errors import ConfigError
 from evomem.registry import Registry
 from evomem.runs import search
 from tests.drivers import test_drivers as every
-from tests.runs.test_runs import Interrupted, Stop, outcome, same
+from tests.support.interrupted_search import Interrupted, Stop, outcome, same
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 
 INVARIANTS = [

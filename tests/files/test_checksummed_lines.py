@@ -15,7 +15,7 @@ from evomem.files.checksummed_lines import LineChecks, checksummed
 from evomem.runs import open_run, search
 from evomem.runs.folder import RunFolder
 from evomem.runs.journal import Journal, read_journal
-from tests.runs.test_runs import SMALL, broken_off, outcome, same
+from tests.support.interrupted_search import SMALL, broken_off, outcome, same
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 
 JSON = st.recursive(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from evomem.runs import search
-from tests.runs.test_runs import SMALL, broken_off
+from tests.support.interrupted_search import SMALL, broken_off
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 
 

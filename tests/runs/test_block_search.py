@@ -17,7 +17,7 @@ from evomem.runs import Bench, open_run, search
 from evomem.search_space.space import SearchSpace
 from evomem.testing.models import tiny, tiny_tokenizer
 from tests.evaluation.test_evaluation import TASK, make_sample
-from tests.runs.test_runs import outcome, same
+from tests.support.interrupted_search import outcome, same
 from tests.support.processes import forkserver
 from tests.support.synthetic_search import experiment
 

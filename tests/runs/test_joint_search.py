@@ -18,7 +18,7 @@ from evomem.search_space.space import SearchSpace
 from evomem.testing.models import tiny, tiny_tokenizer
 from tests.evaluation.test_evaluation import TASK
 from tests.runs.test_block_search import NAMES, SETTINGS, Words
-from tests.runs.test_runs import Interrupted, Stop, outcome, same
+from tests.support.interrupted_search import Interrupted, Stop, outcome, same
 from tests.support.synthetic_search import DIM, ToyEvaluator, experiment, factory
 
 SHARES = {"name": "per_head_shares", "options": {"layers": 2, "heads": 2}}

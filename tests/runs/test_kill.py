@@ -7,7 +7,7 @@ import time
 
 from evomem.runs import search
 from evomem.runs.journal import read_journal
-from tests.runs.test_runs import outcome, same
+from tests.support.interrupted_search import outcome, same
 from tests.support.processes import forkserver
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory, run
 

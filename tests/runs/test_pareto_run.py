@@ -29,7 +29,7 @@ from evomem.runs.front import MEMBERS, FrontArchive, front_of, member_of, plugin
 from evomem.runs.samples import Samples
 from evomem.tasks.base import Split
 from tests.drivers.test_nsga2 import dominates, hypervolume
-from tests.runs.test_runs import outcome, same
+from tests.support.interrupted_search import outcome, same
 from tests.support.synthetic_search import DIM, ToyEvaluator, ToyTask, experiment, factory, number
 
 SPACE = {

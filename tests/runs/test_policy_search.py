@@ -19,7 +19,7 @@ from evomem.search_space.space import SearchSpace
 from evomem.tracking.base import Tracker
 from evomem.workers import WorkerOptions
 from tests.runs.test_block_search import lines, without_tokens
-from tests.runs.test_runs import outcome, same
+from tests.support.interrupted_search import outcome, same
 from tests.support.policy_search import FEATURES, STAGES, configured, run
 from tests.support.processes import forkserver
 

@@ -17,7 +17,7 @@ from evomem.runs.samples import Samples
 from evomem.runs.warm_start import replay
 from evomem.search_space.space import SearchSpace
 from tests.runs.test_block_search import without_tokens
-from tests.runs.test_runs import Interrupted, Stop, outcome, same
+from tests.support.interrupted_search import Interrupted, Stop, outcome, same
 from tests.support.policy_search import STAGES, configured
 from tests.support.synthetic_search import ToyEvaluator, ToyTask, experiment, factory
 

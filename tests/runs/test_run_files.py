@@ -32,7 +32,7 @@ from evomem.runs.front import read_front
 from evomem.runs.pools import limited_threads
 from evomem.tracking import JsonlTracker
 from evomem.tracking.replay import replay
-from tests.runs.test_runs import SMALL, Interrupted, Stop, outcome, same
+from tests.support.interrupted_search import SMALL, Interrupted, Stop, outcome, same
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 
 

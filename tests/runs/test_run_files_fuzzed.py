@@ -21,7 +21,7 @@ from evomem.runs import open_run, search
 from evomem.runs.experiment_file import as_stored, to_yaml
 from evomem.runs.folder_reading import read_config, read_json, read_numbers, read_state
 from evomem.runs.front import read_front
-from tests.runs.test_runs import SMALL, Interrupted, Stop
+from tests.support.interrupted_search import SMALL, Interrupted, Stop
 from tests.support.synthetic_search import experiment, factory
 
 ODD = settings(max_examples=160, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

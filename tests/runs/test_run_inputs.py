@@ -23,7 +23,7 @@ from evomem.runs.experiment_file import load_experiment
 from evomem.runs.folder import RunFolder
 from evomem.runs.inputs import changed_tasks, inputs_of
 from evomem.testing.models import tiny_tokenizer
-from tests.runs.test_runs import SMALL, Interrupted, Stop, outcome, same
+from tests.support.interrupted_search import SMALL, Interrupted, Stop, outcome, same
 from tests.support.synthetic_search import ToyEvaluator, ToyTask, experiment, factory
 from tests.support.toy_tokenizer import ToyTokenizer
 

@@ -1,54 +1,31 @@
-"""Runs: the loop equals a plain one, and nothing that happens to it loses or changes anything."""
+"""Runs: the loop equals a plain one, and what it is refused, tracked and given."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import resource
-import signal
 
 import numpy as np
 import pytest
 import yaml
 
 from evomem.drivers import Fitness, build
-from evomem.errors import ConfigError, FitnessError, RunError, TaskError, UnknownNameError
+from evomem.errors import FitnessError, RunError, TaskError
 from evomem.evaluation.measurement import LOGLIK
 from evomem.managers.vector import to_vector
 from evomem.plugins import load as load_plugin
-from evomem.runs import load_experiment, open_run, search
+from evomem.runs import open_run, search
 from evomem.runs.archive import Archive, evenly_spaced
 from evomem.runs.bench import Bench
 from evomem.runs.fitness import TaskValues, combine, preflight
 from evomem.runs.folder import RunFolder
-from evomem.runs.journal import Journal
 from evomem.runs.samples import Samples
 from evomem.search_space.space import SearchSpace
 from evomem.tasks.base import Split
 from evomem.tracking import JsonlTracker, TerminalTracker
+from tests.support.interrupted_search import SMALL, Interrupted, Stop, broken_off, outcome, same
 from tests.support.synthetic_search import DIM, ToyEvaluator, ToyTask, experiment, factory
-
-SMALL = ("generations=3", "samples_per_generation=2", "select.contexts=2", "sealed.contexts=2")
-
-
-def outcome(folder):
-    """Everything that must not depend on interruptions: what was measured for whom, fitness, winner."""
-    run = open_run(folder)
-    units = {}
-    for record in run.records():
-        if record["kind"] == "unit":
-            key = (record["key"], record["candidates"])
-            assert key not in units, f"{key} was evaluated twice"
-            units[key] = [{**e, "seconds": 0} for e in record["evaluations"]]
-    fitness = [generation.fitness for generation in run.generations()]
-    result = {**run.result.to_json(), "spent": run.result.spent["evaluations"]}
-    return units, repr(fitness), run.winner_vector.tobytes(), repr(result)
-
-
-def same(one, other):
-    assert one[0].keys() == other[0].keys()
-    assert one == other
 
 
 @pytest.fixture(scope="module")
@@ -200,131 +177,6 @@ def test_archive():
     finalists = archive.finalists(np.zeros(3), np.zeros(3))
     assert finalists[0].label == "mean"
     assert len(finalists) == 5  # the start is the mean here
-
-
-# ---- interruptions ----------------------------------------------------------------------------------------------
-
-
-class Stop(BaseException):
-    """Stands for whatever ends a process."""
-
-
-class Interrupted(ToyEvaluator):
-    def __init__(self, after):
-        super().__init__()
-        self.after = after
-
-    def evaluate(self, *arguments, **options):
-        if len(self.calls) >= self.after:
-            raise Stop
-        return super().evaluate(*arguments, **options)
-
-
-@pytest.mark.parametrize("every", [2, 7, 16, 29])
-def test_interrupted_again_and_again(tmp_path, undisturbed, every):
-    config, sessions = experiment(*SMALL), 0
-    while True:
-        sessions += 1
-        try:
-            search(config, tmp_path / "run", factory(Interrupted(every)), resume=True)
-            break
-        except Stop:
-            assert sessions < 200
-    assert sessions > 1
-    same(outcome(tmp_path / "run"), undisturbed)
-
-
-def broken_off(folder, after=40):
-    with pytest.raises(Stop):
-        search(experiment(*SMALL), folder, factory(Interrupted(after)))
-
-
-@pytest.mark.parametrize("damaged", [1, 2])
-@pytest.mark.parametrize("how", ["truncate", "flip", "empty"])
-def test_damaged_checkpoints(tmp_path, undisturbed, damaged, how, caplog):
-    folder = tmp_path / "run"
-    broken_off(folder)
-    files = sorted((folder / "checkpoints").iterdir())
-    assert len(files) == 2
-    for path in files[-damaged:]:
-        content = bytearray(path.read_bytes())
-        content[-5] ^= 1
-        path.write_bytes({"truncate": content[:-7], "flip": content, "empty": b""}[how])
-    search(experiment(*SMALL), folder, factory(ToyEvaluator()), resume=True)
-    assert caplog.text.count("is damaged") == damaged
-    same(outcome(folder), undisturbed)
-
-
-def test_without_any_checkpoint_the_journal_is_enough(tmp_path, undisturbed):
-    folder = tmp_path / "run"
-    broken_off(folder, after=60)
-    for path in (folder / "checkpoints").iterdir():
-        path.unlink()
-    search(experiment(*SMALL), folder, factory(ToyEvaluator()), resume=True)
-    same(outcome(folder), undisturbed)
-
-
-@pytest.mark.parametrize("cut", [1, 20, 300])
-def test_a_torn_last_line_is_cut_off(tmp_path, undisturbed, cut, caplog):
-    folder = tmp_path / "run"
-    broken_off(folder)
-    journal = folder / "journal.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-cut])
-    search(experiment(*SMALL), folder, factory(ToyEvaluator()), resume=True)
-    assert "torn" in caplog.text
-    same(outcome(folder), undisturbed)
-
-
-def test_a_damaged_line_in_the_middle_is_evaluated_again(tmp_path, undisturbed, caplog):
-    folder = tmp_path / "run"
-    broken_off(folder)
-    lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    place = max(i for i, line in enumerate(lines) if b'"unit"' in line) - 1
-    lines[place] = b"\0" * 40 + b"\n"
-    (folder / "journal.jsonl").write_bytes(b"".join(lines))
-    search(experiment(*SMALL), folder, factory(ToyEvaluator()), resume=True)
-    assert f"line {place + 1} is damaged" in caplog.text
-    same(outcome(folder), undisturbed)
-
-
-def test_a_full_disk_says_so_and_the_run_goes_on_later(tmp_path, undisturbed):
-    folder = tmp_path / "run"
-    full = os.open("/dev/full", os.O_WRONLY)
-
-    class Filling(ToyEvaluator):
-        def evaluate(self, *arguments, **options):
-            if len(self.calls) == 30:
-                target = str(folder / "journal.jsonl")
-                for name in os.listdir("/proc/self/fd"):
-                    if os.path.realpath(f"/proc/self/fd/{name}") == target:
-                        os.dup2(full, int(name))
-            return super().evaluate(*arguments, **options)
-
-    with pytest.raises(RunError, match=r"disk is full.*resume"):
-        search(experiment(*SMALL), folder, factory(Filling()))
-    os.close(full)
-    search(experiment(*SMALL), folder, factory(ToyEvaluator()), resume=True)
-    same(outcome(folder), undisturbed)
-
-
-def test_a_line_that_the_disk_took_half_of_is_taken_back(tmp_path):
-    """A limit on the file's size in a process of its own: the kernel writes what fits, then refuses."""
-    path = tmp_path / "j.jsonl"
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        journal = Journal(path)
-        journal.append({"kind": "event", "event": "one"})
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, resource.RLIM_INFINITY))
-        try:
-            journal.append({"kind": "event", "event": "two"})
-        except RunError:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            journal.append({"kind": "event", "event": "three"})
-            os._exit(0)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["one", "three"]
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------
@@ -516,56 +368,3 @@ def test_trackers_hear_of_the_end_whatever_it_is(tmp_path):
     assert [h["status"] for h in heard if h["event"] == "finish"] == ["interrupted", "finished"]
     assert [h["done"] for h in heard if h["event"] == "start"] == [0, 1]
     assert [h["generation"] for h in heard if h["event"] == "generation"] == [0, 1, 2]
-
-
-# ---- experiments ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["driver.popluation=4"], r"driver\.popluation: unknown key; did you mean 'population'"),
-        (["tasks.0.lenght=4"], r"tasks\.0\.lenght: unknown key; did you mean 'length'"),
-        (["generations=many"], r"generations: .*got 'many'"),
-        (["budgets=[0]"], r"budgets: .*keep nothing"),
-        (["samples_per_generation=9", "train_contexts=3"], "more than the pool"),
-        (["tasks=[a, {spec: a, weight: 3}]"], "task a is given twice"),
-        (["tasks=[]"], "tasks"),
-        (["space=namm_blm"], "Did you mean 'namm_bam'"),
-        (["space.sigma=-1"], r"space\.sigma"),
-        (["stages=[{generation: 3}]"], r"stages\.0\.generation: unknown key; did you mean 'generations'"),
-        (["fitness.objective=logik", "generations=1"], None),
-    ],
-)
-def test_experiment_errors_name_file_field_and_value(settings, message, tmp_path):
-    if message is None:
-        with pytest.raises(UnknownNameError, match="Did you mean 'loglik'"):
-            search(load_experiment("demo", settings), tmp_path / "run", factory(ToyEvaluator()))
-        assert not (tmp_path / "run").exists()
-        return
-    with pytest.raises(ConfigError, match=message):
-        load_experiment("demo", settings)
-
-
-def test_experiments_resolve_to_everything_that_counts(tmp_path):
-    path = tmp_path / "mine.yaml"
-    data = {"name": "x", "model": "m", "space": {"name": "namm_mlp", "sigma": 0.7}, "tasks": ["passkey"]}
-    path.write_text(yaml.safe_dump(data))
-    config = load_experiment(path, ["space.manager.options.budget=9", "seed=4", "stages=[{generations: 2, length: 7}]"])
-    assert config.space.sigma == 0.7
-    assert config.space.manager.options["budget"] == 9
-    assert config.space.manager.options["scorer"] == "mlp"
-    assert [task.length for task in config.plan()[0].tasks] == [7]
-    other, kept = (load_experiment(path, [f"{key}=namm_linear"]).space for key in ("space", "space.name"))
-    assert other.manager.options["scorer"] == kept.manager.options["scorer"] == "linear"
-    assert (other.sigma, kept.sigma) == (0.2, 0.7)
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.resolved()))
-    assert load_experiment(tmp_path / "again.yaml") == config
-
-
-def test_a_driver_may_be_named_alone(tmp_path):
-    path = tmp_path / "e.yaml"
-    path.write_text(
-        "name: e\nmodel: zoo-gpt2\nspace: feature_scorer\ntasks: [zoo_needle]\ndriver: snes\n", encoding="utf-8"
-    )
-    assert load_experiment(path).driver.name == "snes"

@@ -13,7 +13,7 @@ from evomem.runs.bench import calibrate_manager
 from evomem.runs.samples import Samples
 from evomem.tasks.base import Sample
 from evomem.testing.models import tiny, tiny_tokenizer
-from tests.runs.test_runs import Stop, outcome, same
+from tests.support.interrupted_search import Stop, outcome, same
 from tests.support.synthetic_search import experiment
 
 WORDS = 96

@@ -21,7 +21,7 @@ from evomem.runs import open_run, parse_experiment, search
 from evomem.runs.bench import model_bench
 from evomem.tasks import build as build_task
 from tests.runs.test_block_search import lines
-from tests.runs.test_runs import Stop, outcome, same
+from tests.support.interrupted_search import Stop, outcome, same
 from tests.support.processes import forkserver
 from tests.support.stream_search import CONFIG, POLICY, run
 

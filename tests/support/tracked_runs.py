@@ -13,7 +13,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from evomem.runs import open_run, search
 from evomem.tracking.weights_and_biases import run_id
 from tests.cli.test_cli import world  # noqa: F401 (a fixture)
-from tests.runs.test_runs import SMALL, Interrupted, Stop
+from tests.support.interrupted_search import SMALL, Interrupted, Stop
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 
 

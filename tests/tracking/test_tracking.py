@@ -25,7 +25,7 @@ from evomem.tracking import (
     weights_and_biases,
 )
 from tests.cli.test_cli import world  # noqa: F401 (a fixture)
-from tests.runs.test_runs import SMALL, Interrupted, Stop, outcome, same
+from tests.support.interrupted_search import SMALL, Interrupted, Stop, outcome, same
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 from tests.support.tracked_runs import broken_and_resumed, check_events, check_wandb, events, whole
 

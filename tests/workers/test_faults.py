@@ -23,7 +23,6 @@ from evomem.runs import open_run, search
 from evomem.search_space.space import SearchSpace
 from evomem.workers import WorkerOptions
 from evomem.workers.ray import pool as ray_pool
-from tests.runs.test_runs import outcome, same
 from tests.support.faulty_search import (
     SETTINGS,
     All,
@@ -50,6 +49,7 @@ from tests.support.faulty_search import (
     wait_for,
     weights,
 )
+from tests.support.interrupted_search import outcome, same
 from tests.support.synthetic_search import experiment, factory
 
 pytestmark = pytest.mark.usefixtures("ray_here")

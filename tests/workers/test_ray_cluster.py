@@ -20,8 +20,8 @@ from evomem.workers import WorkerOptions
 from evomem.workers.ray import local as ray_local
 from evomem.workers.ray.janitor import processes
 from tests.cli.test_cli import questions
-from tests.runs.test_runs import outcome, same
 from tests.support.faulty_search import SETTINGS, begun, entries, events_in, logged, names_of_units, units_in
+from tests.support.interrupted_search import outcome, same
 from tests.support.synthetic_search import experiment
 from tests.workers.test_faults import nothing_again
 from tests.workers.test_ray_pool import until

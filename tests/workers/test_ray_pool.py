@@ -17,8 +17,8 @@ from evomem.workers import Recipe, Unit, WorkerOptions
 from evomem.workers.ray import pool as ray_pool
 from evomem.workers.schedule import Policy
 from tests.runs.test_block_search import without_tokens
-from tests.runs.test_runs import outcome, same
 from tests.support.faulty_search import SETTINGS, entries, weighing
+from tests.support.interrupted_search import outcome, same
 from tests.support.stream_search import CONFIG, POLICY
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 from tests.support.tiny_search import bench, configured
