@@ -81,7 +81,8 @@ def compare(
     """Compare managers on the same samples at the same budgets, with paired bootstrap intervals and measured bytes.
 
     The first subject is the one that all differences are taken of. The full cache is the reference; only with
-    `--against none` it is left out too.
+    `--against none` it is left out too. By default the field is all: every manager whose numbers no search gives, also
+    lru, lfu, fifo and slot_relevance.
 
     [bold]Examples[/bold]
 

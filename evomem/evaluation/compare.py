@@ -44,9 +44,6 @@ __all__ = [
 
 logger = logging.getLogger("evomem")
 
-_NOT_IN_ALL = frozenset({"full", "namm", "feature_scorer"})
-"""Managers that "all heuristics" leaves out: the reference, which is always there, and those that a search makes."""
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -71,7 +68,8 @@ def field_of(against: str | Sequence[str] | None) -> list[NamedManager]:
 
     Parameters
     ----------
-    against : specs such as ``keydiff`` or ``adakv(keydiff)``; None or ``all``: every heuristic, and ``adakv(keydiff)``.
+    against : specs such as ``keydiff`` or ``adakv(keydiff)``; None or ``all``: every heuristic, ``lru`` and
+        other policies of caches among them, and ``adakv(keydiff)``.
 
     Raises
     ------
@@ -81,11 +79,15 @@ def field_of(against: str | Sequence[str] | None) -> list[NamedManager]:
     chosen: list[str] = []
     for spec in specs:
         if spec == "all":
-            heuristics = [name for name in names() if name not in _NOT_IN_ALL]
-            chosen += [f"{name}(keydiff)" if name == "adakv" else name for name in heuristics]
+            chosen += [f"{name}(keydiff)" if name == "adakv" else name for name in _heuristics()]
         elif spec != "full":
             chosen.append(spec)
     return [NamedManager(spec, build(spec)) for spec in dict.fromkeys(chosen)]
+
+
+def _heuristics() -> list[str]:
+    """Return all managers but the reference, which is always there, and those whose numbers a search gives."""
+    return [name for name in names() if name != "full" and not any(True for _ in build(name).parameters())]
 
 
 def compare(

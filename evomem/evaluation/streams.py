@@ -127,6 +127,7 @@ class StreamEvaluator(Evaluator):
                 "exact (the hit rate) or loglik"
             )
         for manager in managers:
+            self._require_forgetting(manager)
             if observes_heads(manager):
                 raise ConfigError(
                     f"manager {manager.name!r}: allocation {manager.allocation.name!r} looks at what attention heads "
@@ -217,6 +218,14 @@ class StreamEvaluator(Evaluator):
     def reading(self, tokens: Tensor, observes: frozenset[str]) -> Reading:
         """Refuse; raises `ConfigError`."""
         self._refuse("a context that is read once for all")
+
+    def _require_forgetting(self, manager: MemoryManager) -> None:
+        """Raise `ConfigError` if a manager lets slots fade and the memory's reads do not depend on that."""
+        if manager.forgets and self.loaded.model.config.beta is None:
+            raise ConfigError(
+                f"manager {manager.name!r} lets slots fade, and model {self.loaded.name!r} is read by names, which "
+                "finds a slot however far it has faded; leave out its action forget, or take the model pair-memory-soft"
+            )
 
     def _refuse(self, what: str) -> NoReturn:
         raise ConfigError(

@@ -188,6 +188,11 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
         """Forget: log-decay (batch, kv_heads, slots) <= 0 added to the slots' attention logits; None leaves them."""
         return None
 
+    @property
+    def forgets(self) -> bool:
+        """Whether it lets slots fade; a memory on whose reads that has no effect refuses it."""
+        return type(self).decay is not MemoryManager.decay
+
     def calibrate(self, views: Iterable[LayerView]) -> None:
         """Measure the manager's statistics on contexts that were read with everything kept; by default there are none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from evomem.runs.pools import limited_threads
 from evomem.tasks.base import Split
 from evomem.tracking.base import Tracker
 from evomem.workers import WorkerOptions
+
+logger = logging.getLogger("evomem")
 
 _COMPARED = 3
 """Sizes of the front at which the field is measured."""
@@ -166,6 +169,14 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member], progress
             loaded = evaluator.loaded if model.dtype == dtype else None
         scenarios += scenarios_of(loaded or load_model(model, dtype), stage.tasks, config.protocol)
     require_inputs(run)  # again: the files have been read since
+    if (price := stage.fitness.price_per_megabyte) and stage.fitness.objective != "loglik":
+        logger.warning(
+            "comparison.md: no net is shown, because the search's price of memory (%g) is in units of the objective "
+            "%s, and net is of log-likelihoods",
+            price,
+            stage.fitness.objective,
+        )
+        price = 0.0
     budgets: Sequence[Budget] = stage.budgets or compared_budgets(front) or (run.winner.options.budget,)
     comparison = compare(
         # At the front's smaller sizes the winner's scorer stands beside their own members.
@@ -176,6 +187,7 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member], progress
         against=config.against or None,
         split=Split.SEALED,
         exact=config.sealed.exact,
+        price_per_megabyte=price or None,
         keep=partial_file(str(path)),
         progress=progress,
     )

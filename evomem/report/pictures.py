@@ -17,7 +17,7 @@ MEMORY, HEADS = "memory", "heads"
 """Names of the pictures."""
 
 
-def claim_folder(option: str, given: str | Path | None) -> Path | None:
+def claim_folder(option: str, path: str | Path | None) -> Path | None:
     """Return the folder for pictures, made if it is not there; None stays None.
 
     Parameters
@@ -29,18 +29,18 @@ def claim_folder(option: str, given: str | Path | None) -> Path | None:
     ConfigError : it is a file, or cannot be written.
     MissingPackagesError : nothing is installed that draws.
     """
-    if given is None:
+    if path is None:
         return None
     require([("matplotlib", "plots")])
     try:
-        folder = user_path(str(given))
+        folder = user_path(str(path))
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"{option} {given}: is no folder and cannot become one: {getattr(error, 'strerror', None) or error}"
+            f"{option} {path}: is no folder and cannot become one: {getattr(error, 'strerror', None) or error}"
         ) from None
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"{option} {given}: the folder cannot be written")
+        raise ConfigError(f"{option} {path}: the folder cannot be written")
     return folder
 
 

@@ -169,7 +169,7 @@ class ExperimentConfig(Settings):
         """
         stages, begin, driver, since = [], 0, self.driver, 0
         searches: tuple[str, ...] | None = None
-        for place, stage in enumerate(self.stages or [StageConfig(generations=self.generations)]):
+        for index, stage in enumerate(self.stages or [StageConfig(generations=self.generations)]):
             if stage.driver is not None or stage.searches is not None:
                 driver, since = stage.driver or driver, begin
                 searches = None if stage.searches is None else tuple(stage.searches)
@@ -181,8 +181,8 @@ class ExperimentConfig(Settings):
                 tasks = [t.model_copy(update={"model": n}) for t in tasks for n in names if t.model in (None, n)]
             stages.append(
                 Stage(
-                    place=place,
-                    name=stage.name or f"stage {place + 1}",
+                    index=index,
+                    name=stage.name or f"stage {index + 1}",
                     begin=begin,
                     end=begin + stage.generations,
                     tasks=tuple(tasks),
@@ -240,7 +240,7 @@ class Stage(Settings):
     names; None: everything.
     """
 
-    place: int = Field(ge=0, le=LISTED)
+    index: int = Field(ge=0, le=LISTED)
     name: str
     begin: int = Field(ge=0, le=LISTED * GENERATIONS)
     end: int = Field(ge=0, le=LISTED * GENERATIONS)

@@ -132,8 +132,8 @@ class Samples:
         pool = self.pool(task, Split.TRAIN, stage.train_contexts)
         count = min(stage.samples_per_generation, len(pool))
         number, step = divmod(generation - stage.begin, len(pool) // count)
-        place = stage.tasks.index(task)
-        rng = np.random.default_rng([self._config.seed, stage.place, place, number, 4])
+        task_index = stage.tasks.index(task)
+        rng = np.random.default_rng([self._config.seed, stage.index, task_index, number, 4])
         order = rng.permutation(len(pool))
         return [pool[i] for i in order[step * count : (step + 1) * count].tolist()]
 

@@ -269,7 +269,7 @@ class Search:
             if driver.stopped() is not None:
                 generation = relay.following(stage)
                 continue
-            if generation == stage.begin and stage.place and stage.fitness != self.plan[stage.place - 1].fitness:
+            if generation == stage.begin and stage.index and stage.fitness != self.plan[stage.index - 1].fitness:
                 self.archive.best.clear()  # its numbers mean something else
             population = driver.ask()
             sizes = self.chunks.sizes  # memory may have ended in the middle of a generation

@@ -254,6 +254,19 @@ def test_compare_prices_memory_without_measuring_again(world, tmp_path):
     assert "price_per_megabyte: nan" in error(*words, "--price-per-megabyte", "nan")
 
 
+@pytest.mark.parametrize("objective", ["loglik", "exact"])
+def test_the_price_of_a_search_is_that_of_its_report(world, tmp_path, objective, caplog):
+    """A price in units of another objective says nothing about likelihoods, and is not taken for one."""
+    settings = ["fitness.price_per_megabyte=30", f"fitness.objective={objective}", "generations=1"]
+    changes = [word for setting in settings for word in ("-s", setting)]
+    run("evolve", world / "small.yaml", "--out", tmp_path / "run", *changes)
+    rows = read_rows(tmp_path / "run" / "comparison.json")
+    text = (tmp_path / "run" / "comparison.md").read_text()
+    assert {row.price_per_megabyte for row in rows} == {30.0 if objective == "loglik" else None}
+    assert ("At 30 nats per MB: " in text) == (objective == "loglik")
+    assert ("no net is shown" in caplog.text) == (objective == "exact")
+
+
 def test_errors_name_what_was_wrong_and_end_with_2(world, tmp_path):
     model = ["--model", str(world / "model"), "--task", f"file:{world}/task.jsonl"]
     assert "Known: demo" in error("evolve", "nonesuch")

@@ -257,3 +257,11 @@ def test_a_decision_is_credited_with_the_reads_after_it():
         assert sum(rewards) >= rollout.exact * 30 - 4
         assert all(reward == pytest.approx(round(reward)) for reward in rewards)
     assert len({rollout.exact for rollout in drawn}) > 1
+
+
+def test_a_manager_that_lets_slots_fade_is_refused_where_that_changes_nothing():
+    fading = build("kv_policy(actions=[evict, forget], features=[age])", budget=BUDGET)
+    evicting = build("adakv(kv_policy(features=[age]))", budget=BUDGET)
+    assert [one.forgets for one in (fading, evicting, build("lru"))] == [True, False, False]
+    with pytest.raises(ConfigError, match=r"'kv_policy' lets slots fade, and model .* is read by names"):
+        evaluator(every=5).evaluate([evicting, fading], sample_of(ZIPF), ZIPF)

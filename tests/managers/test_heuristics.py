@@ -94,11 +94,12 @@ def slow_scores(name, view, b, h, recent):
         line = [0.0] * 3 + [a.get(p, 0.0) for _, p in held] + [0.0] * 3
         return {p: largest * max(line[i : i + 7]) if p in a else 0.0 for i, (_, p) in enumerate(held)}
     if name in ("fifo", "lru", "lfu", "slot_relevance"):
-        reads, since = ({p: math.log(1 + x) for p, x in seen_by(what).items()} for what in ("frequency", "recency"))
+        reads, since = seen_by("frequency"), seen_by("recency")
         if name == "slot_relevance":
-            return {p: 0.7 * reads[p] - 0.2 * since[p] + 2 * x for p, x in seen_by("relevance:8").items()}
-        places = {p: -place for place, p in enumerate(sorted(k, key=lambda p: (-reads[p], since[p], p)))}
-        return {p: {"fifo": p - read, "lru": -since[p], "lfu": places[p]}[name] for p in k}
+            match = seen_by("relevance:8")
+            return {p: 0.7 * math.log(1 + reads[p]) - 0.2 * math.log(1 + since[p]) + 2 * match[p] for p in k}
+        # Of lfu one number in place of two: the view has no recency that comes near 1,000.
+        return {p: {"fifo": p - read, "lru": -since[p], "lfu": 1000 * reads[p] - since[p]}[name] for p in k}
     if name == "tova":
         everyone = [
             {p: float(view.recorded["window_attention:1"][b, other, s]) for s, p in tokens(view, b, other)}

@@ -86,8 +86,8 @@ def depth_limits(log_shares: Tensor, view: LayerView, mean: Tensor, floor: int) 
     weights = torch.softmax(logs.double(), 0)
     until = (weights.cumsum(0) * layers)[..., None, None]
     rounded = torch.round(mean * until).long()
-    own = torch.diff(rounded, dim=0, prepend=torch.zeros_like(rounded[:1]))
-    return water_fill(own, weights[..., None, None], mean, floor, slots_at_most(view))
+    parts = torch.diff(rounded, dim=0, prepend=torch.zeros_like(rounded[:1]))
+    return water_fill(parts, weights[..., None, None], mean, floor, slots_at_most(view))
 
 
 @cache
@@ -121,16 +121,16 @@ def _between(count: int, layers: int, device: torch.device) -> tuple[Tensor, Ten
         return torch.tensor(low, dtype=torch.int64, device=device), weights[0], weights[1]
 
 
-def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, most: Tensor) -> Tensor:
+def water_fill(parts: Tensor, weights: Tensor, mean: Tensor, floor: int, most: Tensor) -> Tensor:
     """Return whole slots of every layer that add up to layers x mean and respect a floor and what can be held.
 
-    Where no bound binds in a row, that is ``own``. Else layer l gets clamp(λ w_l, floor, most_l) with the λ that makes
-    the sum right: what a floor takes and a ceiling leaves is shared by the others as before. Found at the kinks of
-    Σ_l clamp(λ w_l, …), which is piecewise linear in λ; rounded by the running sum, in whole numbers.
+    Where no bound binds in a row, that is ``parts``. Else layer l gets clamp(λ w_l, floor, most_l) with the λ that
+    makes the sum right: what a floor takes and a ceiling leaves is shared by the others as before. Found at the kinks
+    of Σ_l clamp(λ w_l, …), which is piecewise linear in λ; rounded by the running sum, in whole numbers.
 
     Parameters
     ----------
-    own : (layers, batch or 1, 1, 1) int64 whose sum is layers x mean.
+    parts : (layers, batch or 1, 1, 1) int64 whose sum is layers x mean.
     weights : the same shape, float64 >= 0.
     mean : (batch or 1, 1, 1) int64.
     floor : a floor above the mean, or above what can be held, counts as that.
@@ -141,13 +141,13 @@ def water_fill(own: Tensor, weights: Tensor, mean: Tensor, floor: int, most: Ten
     -------
     (layers, batch, 1, 1) int64.
     """
-    layers = own.shape[0]
+    layers = parts.shape[0]
     most = most.expand(layers, *most.shape[-3:])
     total = mean * layers
     most = torch.where(most.sum(0) >= total, most, torch.maximum(mean, most))
     least = torch.minimum(mean.clamp(max=floor), most)
-    bound = ((own < least) | (own > most)).any(0)
-    return torch.where(bound, clamped_shares(weights, least, most, total), own)
+    bound = ((parts < least) | (parts > most)).any(0)
+    return torch.where(bound, clamped_shares(weights, least, most, total), parts)
 
 
 _BITS = 4

@@ -8,20 +8,20 @@ from evomem.managers.allocation.over_heads import AcrossHeads
 from evomem.managers.allocation.over_layers import Uniform
 
 
-def settle(given: Allocation | None, own: Allocation, manager: str) -> Allocation:
-    """Return the allocation of a manager that has one of its ``own`` and for which another may be ``given``.
+def settle(option: Allocation | None, built_in: Allocation, manager: str) -> Allocation:
+    """Return the allocation of a manager that has one ``built_in`` and whose ``option`` may name another.
 
     ``across_heads`` shares out what the manager's own allocation gives a layer. Two allocations that do the same job
     are refused.
     """
-    if given is None:
-        return own
-    if isinstance(own, Uniform):
-        return given
-    if isinstance(given, AcrossHeads) and isinstance(given.layers, Uniform) and isinstance(own, LayerAllocation):
-        return given.over(own)
+    if option is None:
+        return built_in
+    if isinstance(built_in, Uniform):
+        return option
+    if isinstance(option, AcrossHeads) and isinstance(option.layers, Uniform) and isinstance(built_in, LayerAllocation):
+        return option.over(built_in)
     raise ConfigError(
-        f"manager {manager!r}: allocation: {given.name!r} does the same job as {getattr(own, 'name', 'its own')!r}, "
-        "which the manager has by itself; leave the option out, or give it to the scorer alone, "
-        "e.g. snapkv(allocation=...)"
+        f"manager {manager!r}: allocation: {option.name!r} does the same job as "
+        f"{getattr(built_in, 'name', 'its own')!r}, which the manager has by itself; leave the option out, or give it "
+        "to the scorer alone, e.g. snapkv(allocation=...)"
     )

@@ -106,3 +106,8 @@ class AdaKV(MemoryManager):
     def decay(self, view: LayerView) -> Tensor | None:
         """Return what the inner manager says."""
         return self.inner.decay(view)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the inner manager does."""
+        return self.inner.forgets

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 
 from evomem.bounds import NEIGHBOURS, TOKENS, VALUE
 from evomem.managers.base import MemoryManager, register
@@ -15,17 +16,26 @@ from evomem.managers.selection import Ends
 from evomem.memory.view import LayerView
 
 
-def places(view: LayerView, first: Tensor, second: Tensor) -> Tensor:
-    """Return every slot's place in the order of ``first``, of equals in that of ``second``, of those the older first.
+def ranks(view: LayerView, first: Tensor, second: Tensor) -> Tensor:
+    """Return every slot's rank in its layer, by ``first`` and of equals by ``second``; equals in both have one rank.
 
-    first, second : (batch, kv_heads, slots), larger is better. Returns fp32 of that shape; the best slot of every head
-    has place 0, the others have negative ones, empty slots the lowest.
+    Heads of a layer are ranked together, so that an allocation can compare their slots.
+
+    Parameters
+    ----------
+    first, second : (batch, kv_heads, slots) fp32, larger is better.
+
+    Returns
+    -------
+    (batch, kv_heads, slots) fp32: 0 for the best of the layer, -1 for the next best, and so on; empty slots come last.
     """
-    by_second = torch.sort(second, dim=-1, descending=True, stable=True).indices
-    held = torch.where(view.valid, first, -torch.inf).gather(-1, by_second)
-    order = by_second.gather(-1, torch.sort(held, dim=-1, descending=True, stable=True).indices)
-    place = -torch.arange(first.shape[-1], device=first.device, dtype=torch.float32)
-    return torch.zeros_like(first).scatter(-1, order, place.expand(order.shape))
+    first, second = (torch.where(view.valid, part, -torch.inf).flatten(-2) for part in (first, second))
+    by_second = torch.sort(second, dim=-1, descending=True).indices
+    by_first = torch.sort(first.gather(-1, by_second), dim=-1, descending=True, stable=True).indices
+    order = by_second.gather(-1, by_first)
+    worse = [part[..., 1:] != part[..., :-1] for part in (first.gather(-1, order), second.gather(-1, order))]
+    rank = pad((worse[0] | worse[1]).cumsum(-1), (1, 0)).float()
+    return torch.zeros_like(first).scatter(-1, order, -rank).reshape(view.slots.shape)
 
 
 class ReplacementOptions(ManagerOptions):
@@ -49,7 +59,7 @@ class SlotRelevance(MemoryManager):
 
     Frequency is log(1 + reads received), recency -log(1 + tokens since the last read), context the mean cosine of the
     slot's key with the newest reads. Where recency has no weight, many slots have the same R; the one that was read
-    last comes first then, and scores are places within a head, which an allocation cannot compare between heads.
+    last comes first then, and scores are ranks within the layer.
     """
 
     Options = SlotRelevanceOptions
@@ -67,7 +77,7 @@ class SlotRelevance(MemoryManager):
         return Ends(recent=self.options.recent)
 
     def score(self, view: LayerView) -> Tensor:
-        """Return R, or places by it: (batch, kv_heads, slots) fp32."""
+        """Return R, or ranks by it: (batch, kv_heads, slots) fp32."""
         options = self.options
         since = view.recorded["recency"].float()
         score = -options.recency * torch.log1p(since)
@@ -75,7 +85,7 @@ class SlotRelevance(MemoryManager):
             score = score + options.frequency * torch.log1p(view.recorded["frequency"].float())
         if options.context:
             score = score + options.context * view.recorded[f"relevance:{options.window}"].float()
-        return score if options.recency else places(view, score, -since)
+        return score if options.recency else ranks(view, score, -since)
 
 
 class _Replacement(MemoryManager):
@@ -108,16 +118,13 @@ class LRU(_Replacement):
 
 @register("lfu")
 class LFU(_Replacement):
-    """Keeps the slots that were read the most since they were written; of equals the one that was read last.
-
-    Scores are places within a head, which an allocation cannot compare between heads.
-    """
+    """Keeps the slots that were read the most since they were written; of equals the one that was read last."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"recency", "frequency"})
 
     def score(self, view: LayerView) -> Tensor:
-        """Return places by reads received: (batch, kv_heads, slots) fp32."""
-        return places(view, view.recorded["frequency"].float(), -view.recorded["recency"].float())
+        """Return ranks by reads received: (batch, kv_heads, slots) fp32."""
+        return ranks(view, view.recorded["frequency"].float(), -view.recorded["recency"].float())
 
 
 @register("fifo")

@@ -248,6 +248,11 @@ class KVPolicy(StochasticManager):
         rates = self.outputs(view).get("forget")
         return None if rates is None else self.log_decays(view, rates)
 
+    @property
+    def forgets(self) -> bool:
+        """Whether the action forget is among its actions."""
+        return "forget" in self.options.actions
+
     # ---- decisions ------------------------------------------------------------------------------------------------
 
     def judge(self, view: LayerView) -> Judgement:

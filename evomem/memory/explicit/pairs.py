@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evomem.errors import CacheError
+from evomem.errors import CacheError, ConfigError
 from evomem.memory.explicit.layer import ExplicitLayer
 from evomem.memory.kv.attention import full_precision
 from evomem.memory.observations.windows import SOFTMAX_READS
@@ -44,8 +44,8 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
 
     Parameters
     ----------
-    beta : β of the softmax; None: reads are exact, by name, as a softmax's are for β → ∞, in which no finite log-decay
-        counts any more.
+    beta : β of the softmax; None: reads are exact, by name, as a softmax's are for β → ∞. No log-decay changes what
+        they find, so a decision that lets slots fade is refused.
     index, layers, observes : see `ExplicitLayer`.
     """
 
@@ -159,6 +159,21 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
         if not self.seen:
             raise CacheError("a pair memory that nothing was fed to has no values to read")
         return torch.matmul(self._weights(queries, self.slots[:, :, None] >= 0), self.values.float())
+
+    def decay(self, log_decay: Tensor) -> None:
+        """Let slots fade; see `ExplicitLayer.decay`.
+
+        Raises
+        ------
+        ConfigError : the memory is read by names, which finds a slot however far it has faded.
+        """
+        if self.beta is None:
+            raise ConfigError(
+                "a pair memory without beta is read by names, which finds a slot however far it has faded: a manager "
+                "that lets slots fade changes nothing here; leave out its action forget, or read by a softmax "
+                "(PairMemory(beta=...), model pair-memory-soft)"
+            )
+        super().decay(log_decay)
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 

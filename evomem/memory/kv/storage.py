@@ -158,7 +158,7 @@ class SlotStorage:
         def change(flat: Tensor | None, even: Tensor) -> tuple[Tensor | None, Tensor]:
             chosen = take(flat, even)
             if even_now:
-                return None, chosen.view(*lengths.shape, -1 if total else 0, *even.shape[3:])
+                return None, chosen.view(*lengths.shape, int(lengths[0, 0]), *even.shape[3:])
             return chosen, even.new_empty(*lengths.shape, 0, *even.shape[3:])
 
         self._change(change, recorder)

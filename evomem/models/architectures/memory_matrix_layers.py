@@ -149,7 +149,7 @@ class WindowAttention(nn.Module):
         visible = near & (
             real[:, None, None] | (behind == 0)
         )  # padding sees itself, so that nothing is divided by zero
-        window = precise(rotate(query, positions) @ key.transpose(-1, -2)) / math.sqrt(self.size)
+        window = precise(rotate(query, positions)) @ precise(key).transpose(-1, -2) / math.sqrt(self.size)
         scores.append(window.masked_fill(~visible, -torch.inf))
         weights = torch.softmax(torch.cat(scores, -1), -1)
         output = weights[..., weights.shape[-1] - key.shape[2] :] @ precise(value)

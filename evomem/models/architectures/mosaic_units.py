@@ -46,7 +46,7 @@ class LeakyKeys(nn.Module):
 
         x : (batch, tokens, width). real : (batch, tokens) bool, or None: no token is padding.
         """
-        return _averaged(per_head(self.projection(x), self.heads), self.log_decay(x), real, memory)
+        return _averaged(per_head(self.projection(x), self.heads), self.log_decay(x), real, memory).to(x.dtype)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """Return log λ: (1, heads, 1) in fp32."""
@@ -73,7 +73,8 @@ class GatedKeys(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None, memory: Memory) -> Tensor:
         """Return keys as `LeakyKeys` does."""
         gates = precise(self.gate(x)).exp().transpose(1, 2)[..., None]
-        return _averaged(gates * precise(per_head(self.projection(x), self.heads)), self.log_decay(x), real, memory)
+        gated = gates * precise(per_head(self.projection(x), self.heads))
+        return _averaged(gated, self.log_decay(x), real, memory).to(x.dtype)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """Return log λ of every token: (batch, heads, tokens) in fp32."""
@@ -81,13 +82,13 @@ class GatedKeys(nn.Module):
 
 
 def _averaged(inputs: Tensor, log_decay: Tensor, real: Tensor | None, memory: Memory) -> Tensor:
-    dtype = inputs.dtype
+    """Return normalised leaky averages of inputs (batch, heads, tokens, dim), in fp32 or finer."""
     inputs = precise(inputs)
     if real is not None:
         inputs = inputs * real[:, None, :, None]  # padding comes first, where the average is still zero
     before = inputs.new_zeros(inputs.shape[0], *inputs.shape[1::2]) if memory.average is None else memory.average
     averages, memory.average = leaky_average(inputs, log_decay, before)
-    return unit_norm(averages).to(dtype)
+    return unit_norm(averages)
 
 
 class PeekingValues(nn.Module):

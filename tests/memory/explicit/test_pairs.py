@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from evomem.errors import CacheError, ConfigError
 from evomem.memory.explicit import ExplicitCache, PairMemory
+from evomem.memory.view import Decision
 from tests.support.slow_pairs import SlowPairs
 
 HALF_LIFE, WIDTH = 5, 3
@@ -195,7 +196,7 @@ class Nobody:
 
 
 def test_bytes_are_those_of_the_tensors():
-    memory = PairMemory()
+    memory = PairMemory(beta=1.0)
     memory.feed(**tokens(10, 0))
     memory.keep(torch.rand(memory.slots.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     slots = int(memory.counts().sum())
@@ -248,5 +249,7 @@ def test_what_makes_no_sense_is_refused():
         memory.feed(**{**fed, "names": fed["names"] - 9})
     with pytest.raises(CacheError, match="by names"):
         memory.read(fed["keys"])
+    with pytest.raises(ConfigError, match="read by names, which finds a slot however far it has faded"):
+        memory.apply(Decision(memory.slots >= 0, torch.zeros(memory.slots.shape)))
     with pytest.raises(CacheError, match="observes"):
         ExplicitCache([memory], policy=Nobody())
