@@ -7,11 +7,13 @@ whether the new one is stored, and which other one it replaces. Rows are read by
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from evomem.errors import CacheError
 from evomem.memory.explicit.beside import LayerWithTensors
 from evomem.memory.explicit.decided import DecidedCache
 from evomem.memory.explicit.matrix import WINDOW, Exchange, MatrixLayer
@@ -31,7 +33,7 @@ def row_of(write: Write, rule: str) -> Tensor:
 
 
 class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
-    """The rows of one layer's memory; keys and values of a slot are the row.
+    """The rows of one layer's memory; keys and values of a slot are both the row, which is held once.
 
     Attributes
     ----------
@@ -46,6 +48,26 @@ class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
     window_real: Tensor | None
     tail: Tensor | None
 
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """Values, which are the rows, as `keys` are."""
+        return self.keys
+
+    def load_state(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on, to the bit, as the memory that `state` was taken of.
+
+        Raises
+        ------
+        CacheError : see `LayerWithTensors.load_state`; or rows are there a second time, as values.
+        """
+        super().load_state(facts, tensors)
+        if self.seen and self.storage.even["values"].shape[-1]:
+            self.reset()
+            raise CacheError(
+                f"state of {self.title}: it holds its rows twice, as keys and as values, which is no state of this "
+                "version; read the text again"
+            )
+
     def exchange(
         self, writes: Write, keys: Tensor, rule: str, decay: Tensor | None, initial: Tensor, real: Tensor | None
     ) -> Exchange:
@@ -58,7 +80,7 @@ class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
         if real is not None:
             self.note_padding(real)
         new = row_of(writes, rule)
-        self.storage.append(new, new, self.seen, real, self.recorder)
+        self.storage.append(new, new[..., :0], self.seen, real, self.recorder)
         rows, slots = self.keys, self.slots
         earlier = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril(-1)
         visible = torch.cat((earlier.new_ones(count, slots.shape[2] - count), earlier), 1) & (slots >= 0)[:, :, None]

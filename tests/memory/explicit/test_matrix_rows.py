@@ -151,6 +151,19 @@ def test_padding_is_neither_written_nor_seen(model):
     assert cache.slots_held()[0].tolist() == [[8, 8], [8, 8]]
 
 
+def test_a_row_is_held_and_counted_once(model):
+    """Beside it a slot has the index of its token, and what is observed of it; a manager sees it as key and value."""
+    _, cache = fed(model, ids_of(7, 12), build("random(budget=3,every=2)"))
+    (layer,) = cache.layers
+    slots = int(layer.counts().sum())
+    beside = sum(part.numel() * part.element_size() for part in layer.beside().values())
+    assert layer.nbytes() == slots * (6 * 8 + 8) + beside
+    assert torch.equal(layer.view().values, layer.view().keys)
+    facts, tensors = cache.state()
+    with pytest.raises(CacheError, match="holds its rows twice"):
+        model.decided_cache(cache.policy).load_state(facts, {**tensors, "0.even.values": tensors["0.even.keys"]})
+
+
 def test_generate_decides(model):
     manager, ids = build("knorm(budget=3,every=1)"), ids_of(6, 8)
     slow = ids
