@@ -20,9 +20,10 @@ HALVES = (torch.float16, torch.bfloat16)
 EVICTING = "feature_scorer(features=[recency, frequency, novelty, 'relevance:4'], sinks=0)"
 
 
-def tiny_matrix():
+def tiny_matrix(**sizes):
     torch.manual_seed(0)
     config = MemoryMatrixConfig(
+        **sizes,
         vocab_size=30, hidden_size=16, num_attention_heads=4, intermediate_size=24, window=4, matrix_slots=5,
         matrix_width=6, matrix_heads=2, initializer_range=0.4, decay=0.9, decay_per_slot=True,
     )  # fmt: skip
@@ -136,7 +137,7 @@ def test_padding_on_the_left_is_not_there(name, spec):
             managed(model, model, padded, manager, attention_mask=mask), managed(model, model, ids, manager),
         )  # fmt: skip
         assert all(torch.equal(torch.where(a >= 0, a - pad, -1), b) for a, b in zip(slots, others, strict=True))
-    assert float((whole[:, pad:] - alone).abs().max() / alone.abs().max()) <= 2e-6
+    assert float((whole[:, pad:] - alone).abs().max() / alone.abs().max()) <= 1e-5
 
 
 @every_model
@@ -161,13 +162,18 @@ def test_padding_on_the_right_is_not_there_or_refused(name):
 
 @every_model
 def test_compiled_it_answers_the_same_to_the_bit(name):
-    model, ids, manager = MODELS[name], ids_of(7, 10, rows=1), evicting(budget=4, every=5)
+    """One layer of it, which is compiled in a fifth of the time; before a manager is attached, and under it."""
+    one_layer = {"num_hidden_layers": 1}
+    model = tiny_matrix(**one_layer) if name == "matrix" else tiny_mosaic(name, **one_layer)
+    ids, manager = ids_of(7, 6, rows=1), build("knorm(budget=2, every=6)")
     stock, (wanted, slots) = model(ids).logits, managed(model, model, ids, manager)
+    assert {part.shape[2] for part in slots} == {2}
+    (layer,) = model.blocks if name == "matrix" else model.layers
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager")
     try:
-        assert torch.equal(compiled(ids).logits, stock)
-        logits, others = managed(model, compiled, ids, manager)
+        layer.compile(backend="eager")
+        assert torch.equal(model(ids).logits, stock)
+        logits, others = managed(model, model, ids, manager)
         assert torch.equal(logits, wanted)
         assert all(torch.equal(a, b) for a, b in zip(slots, others, strict=True))
     finally:
@@ -190,7 +196,7 @@ def test_a_damaged_folder_is_refused(harm, message, tmp_path):
     shutil.copytree(where, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
-    harm(tensors, "blocks.0.attention.memory.initial")
+    harm(tensors, "blocks.1.attention.memory.initial")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=message):
         load(str(tmp_path / "model"))
