@@ -47,10 +47,10 @@ POLICY = (
 heads, so that the budget over heads follows from the scores."""
 POLICIES: Mapping[str, str] = {
     "evolved": POLICY,
-    "evolved, equal split": POLICY.replace("across_heads", "uniform"),
     "evolved, shares per head": POLICY.replace("across_heads", f"per_head_shares(layers=1, heads={MOONS})"),
+    "evolved, equal split": POLICY.replace("across_heads", "uniform"),
 }
-"""What is searched, by name: one policy under one ranking, under equal budgets, and with a learned share a head."""
+"""What is searched, by name: one policy under one ranking, with a learned share a head, and under equal budgets."""
 FIELD: Mapping[str, tuple[str, dict[str, float]]] = {
     "full": ("full", {}),
     "random": ("random", {}),

@@ -10,7 +10,7 @@ from evomem.managers.vector import to_vector
 from evomem.models.architectures.mosaic_cache import UnitMemory
 from evomem.tasks.base import Split
 from experiments.moons import LENGTH, MOONS, MoonsMosaic
-from experiments.moons_store import BUDGET, FIELD, manager_of, measure, read, search, series_of
+from experiments.moons_store import BUDGET, FIELD, POLICIES, manager_of, measure, read, search, series_of
 
 MODEL, SERIES = MoonsMosaic.given(MOONS), series_of(Split.SEALED, 4, 100_000)
 
@@ -46,8 +46,23 @@ def test_what_surprised_is_enough():
     assert np.mean(equal["errors"]) > 0.05
 
 
-def test_a_search_changes_the_policy():
-    vector, history = search(MODEL, 0, generations=2, popsize=4)
+def test_shares_per_head_give_each_moon_what_it_needs():
+    """With 18 pairs a head, the moons' 12, 18 and 24 are all there is; an equal split of them is not enough."""
+    needed = [12.0, 18.0, 24.0]
+    ranks, stores = [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 20.0]
+    shares = np.array([*ranks, *stores, *np.log(needed)])
+    row = measure(MODEL, SERIES, manager_of("evolved, shares per head", shares, budget=18))
+    assert row["pairs_by_head"] == needed
+    assert max(row["errors"]) < 1e-3
+    equal = measure(MODEL, SERIES, manager_of("evolved, equal split", shares[:-3], budget=18))
+    assert equal["pairs_by_head"] == [18.0] * 3
+    assert min(equal["errors"]) > 0.05
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_search_changes_the_policy(name):
+    vector, history = search(MODEL, 0, generations=1, popsize=4, name=name)
     assert np.isfinite(vector).all()
-    assert len(history) == 2
-    assert not np.array_equal(vector, to_vector(manager_of("evolved", vector * 0)))
+    assert len(history) == 1
+    assert len(vector) == 9 + (MOONS if "shares" in name else 0)
+    assert not np.array_equal(vector, to_vector(manager_of(name, vector * 0)))
