@@ -42,7 +42,7 @@ from evomem.models import LoadedModel
 from evomem.tasks.base import Sample, Task
 from evomem.tasks.streams.base import Stream, StreamTask
 
-ROWS = 128
+ROWS = 256
 """Rows of a memory that are read side by side, unless more managers are measured on one stream."""
 MEASURED = frozenset({"loglik", "exact", "head_memory", "rollout"})
 """Quantities that mean something on a stream."""

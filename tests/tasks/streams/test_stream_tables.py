@@ -43,6 +43,7 @@ def test_the_table_has_paired_rows_and_refuses_what_it_cannot_have(tmp_path, mon
     save(scorer, tmp_path / "plugin", {})
     monkeypatch.setattr(streams, "POINTS", streams.POINTS[:2])
     monkeypatch.setattr(streams, "POLICIES", ())
+    monkeypatch.setattr(streams, "MANAGERS", ("lru",))
     common = ("--task", TASK, "--streams", "3", "--slots", "6,12", "--json", tmp_path / "rows.json")
     run(monkeypatch, "grid", *common)
     run(monkeypatch, "table", *common, "--grid", tmp_path / "rows.json", "--runs", tmp_path / "plugin")
@@ -61,3 +62,24 @@ def test_the_table_has_paired_rows_and_refuses_what_it_cannot_have(tmp_path, mon
         more = () if words[0] == "count" else ("--grid", tmp_path / "rows.json")
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, *words, *more, "--runs", tmp_path / "plugin")
+
+
+def test_counts_are_set_against_the_same_ranking_at_fixed_counts(tmp_path, monkeypatch):
+    manager = build("lru(allocation=by_distinct_rate(total=[0.5, 2]))", budget=6)
+    with torch.no_grad():
+        manager.allocation.coefficients[:] = torch.tensor([0.0, 30.0])  # always twice the budget
+    save(manager, tmp_path / "plugin", {})
+    small = "zipf:length=60,keys={},dim=8,topics=4"
+    words = (
+        "count", "--runs", tmp_path / "plugin", "--json", tmp_path / "rows.json", "--streams", "2", "--price", "0.01",
+        "--task", small.format(24), "--fixed", "4,12", "--keys", "12,24", "--fillers", "0",
+        "--by-keys", small, "--by-filler", "zipf:length=60,keys=24,dim=8,topics=4,filler={},filler_keys=9",
+    )  # fmt: skip
+    run(monkeypatch, *words)
+    found = json.loads((tmp_path / "rows.json").read_text())[f"count {small.format(24)}"]["runs"]
+    row = found[str(tmp_path / "plugin")]
+    assert row["net"] == row["net_of_fixed"]["12"]
+    assert row["net"] == pytest.approx(row["hit_rate"] - 0.01 * row["slots"], abs=2e-4)
+    assert row["best_fixed"] in (4, 12)
+    assert row["by_keys"]["24"][0] > row["by_keys"]["12"][0]
+    assert set(row["by_filler"]) == {"0.0"}
