@@ -39,7 +39,7 @@ from evomem.statistics import Interval, paired_bootstrap
 from evomem.tasks import build as build_task
 from evomem.tasks.base import Sample
 from evomem.tasks.streams.base import StreamTask
-from evomem.tasks.streams.replacement import READ_ONLY, belady_hits, hit_rate, hits
+from evomem.tasks.streams.replacement import FEWEST_SLOTS, READ_ONLY, belady_hits, hit_rate, hits
 
 POLICIES = ("fifo", "lru", "lfu", "arc", "sieve", "s3fifo")
 """Of the library; the managers of the first three names hit where they do (`tests/managers/test_replacement.py`)."""
@@ -136,7 +136,7 @@ def replacement_rates(task: StreamTask[Any], samples: Sequence[Sample], slots: i
     if fetched:
         rates["belady"] = np.array([hit_rate(stream, belady_hits(stream, slots)) for stream in streams])
     for policy in POLICIES:
-        if not fetched and policy not in READ_ONLY:
+        if (not fetched and policy not in READ_ONLY) or slots < FEWEST_SLOTS.get(policy, 1):
             continue
         try:
             rates[policy] = np.array([hit_rate(stream, hits(stream, policy, slots)) for stream in streams])

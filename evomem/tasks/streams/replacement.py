@@ -30,8 +30,9 @@ POLICIES: Mapping[str, str] = {
 """Policies by name, and what the library calls them. Its random policy is left out: it has no seed."""
 READ_ONLY = ("fifo", "lru", "lfu")
 """Policies whose state after a read that stores nothing is beyond doubt."""
-FEWEST_SLOTS = {"s3fifo": 10}
-"""Of policies that divide their slots; with fewer the library would end the process."""
+FEWEST_SLOTS = {"s3fifo": 20}
+"""Of policies that divide their slots; with fewer than 20 the library answers no read at all, with fewer than 10 it ends
+the process."""
 INSTALL = {"libcachesim": "pip install --no-deps libcachesim"}
 
 
