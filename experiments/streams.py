@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,10 @@ def main() -> None:
     except (EvomemError, OSError, json.JSONDecodeError) as error:
         raise SystemExit(str(error)) from None
     key = arguments.key or f"{arguments.command} {arguments.task}"
-    arguments.json.write_text(json.dumps({**known, key: result}, indent=1) + "\n")
+    text = json.dumps({**known, key: result}, indent=1)
+    arguments.json.write_text(
+        re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
+    )
 
 
 if __name__ == "__main__":

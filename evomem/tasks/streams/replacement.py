@@ -31,8 +31,8 @@ POLICIES: Mapping[str, str] = {
 READ_ONLY = ("fifo", "lru", "lfu")
 """Policies whose state after a read that stores nothing is beyond doubt."""
 FEWEST_SLOTS = {"s3fifo": 20}
-"""Of policies that divide their slots; with fewer than 20 the library answers no read at all, with fewer than 10 it ends
-the process."""
+"""Of policies that divide their slots; with fewer than 20 the library answers no read, with fewer than 10 it ends the
+process."""
 INSTALL = {"libcachesim": "pip install --no-deps libcachesim"}
 
 
