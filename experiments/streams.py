@@ -32,7 +32,7 @@ from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.streams import StreamEvaluator
 from evomem.managers import MemoryManager, build
 from evomem.managers.allocation import ByDistinctRate
-from evomem.managers.heuristics.replacement import SlotRelevance, places
+from evomem.managers.heuristics.replacement import SlotRelevance, ranks
 from evomem.managers.reallocation import with_allocation
 from evomem.memory import LayerView
 from evomem.models import load
@@ -70,11 +70,11 @@ class GridRelevance(SlotRelevance):
         return made
 
     def score(self, view: LayerView) -> Tensor:
-        """Return places by R, of equals the one that was read last: (batch, kv_heads, slots)."""
+        """Return ranks by R, of equals the one that was read last: (batch, kv_heads, slots)."""
         frequency, recency, context = self.point.unbind(-1)
         since = view.recorded["recency"].float()
         worth = frequency * torch.log1p(view.recorded["frequency"].float()) - recency * torch.log1p(since)
-        return places(view, worth + context * view.recorded[f"relevance:{WINDOW}"].float(), -since)
+        return ranks(view, worth + context * view.recorded[f"relevance:{WINDOW}"].float(), -since)
 
 
 def spec_of(point: Sequence[float]) -> str:
