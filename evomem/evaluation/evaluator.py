@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from evomem.devices import devices_of, stacked
-from evomem.errors import ConfigError, TaskError, UnsupportedModelError
+from evomem.errors import ConfigError, UnsupportedModelError
 from evomem.evaluation.byte_meter import Meter, head_memory
 from evomem.evaluation.future import FutureAttention, KnownSamples
+from evomem.evaluation.greedy import greedy_texts
 from evomem.evaluation.likelihood import mean_loglik
 from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol, Measurement
 from evomem.evaluation.measures import Draws, run_measures
 from evomem.evaluation.population import Deciding, Recording
 from evomem.evaluation.reference import evaluate_plainly, loglik_without_context
-from evomem.evaluation.sample_tokens import Reach, SampleEncoder, Tokens, positions_needed
+from evomem.evaluation.sample_tokens import Reach, SampleEncoder, Tokens
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.managers.allocation.probed import on_model
 from evomem.managers.base import MemoryManager
@@ -27,7 +28,6 @@ from evomem.memory.kv.attach import has_own_memory
 from evomem.memory.kv.due import check_heads, decisions, turns
 from evomem.memory.kv.parallel import degree
 from evomem.memory.kv.policy import CachePolicy
-from evomem.memory.kv.positions import beyond, position_limit
 from evomem.memory.kv.versions import passed
 from evomem.memory.view import LayerView
 from evomem.models import LoadedModel
@@ -79,7 +79,7 @@ class Evaluator:
             )
         config = loaded.model.generation_config
         ends = getattr(config, "eos_token_id", None) if config is not None else None
-        self._ends = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id} - {None}
+        self.end_tokens = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id} - {None}
 
     def check_protocol(self) -> None:
         """Raise `ConfigError` for a protocol that means nothing for what the model reads; texts are read under all."""
@@ -355,28 +355,7 @@ class Evaluator:
 
     def generate(self, cache: SlotCache, policy: CachePolicy, tokens: Tokens, limit: int) -> tuple[list[str], int]:
         """Return the greedy continuation of the prompt per row, and how many tokens a row was fed."""
-        positions = position_limit(self.loaded.model)
-        if positions is not None and positions.learned and positions_needed(tokens, limit) > positions.tokens:
-            raise TaskError(
-                f"max_new_tokens {limit:,} after {positions_needed(tokens, 1):,} tokens: "
-                f"{beyond(self.loaded.model, positions)}; ask for fewer"
-            )
-        cache.policy = policy  # decides while it answers
-        rows = len(cache.layers[0].starts)
-        following = self.forward_in_pieces(tokens.prompt.expand(rows, -1), cache, 1)[:, -1].argmax(-1)
-        fed = tokens.prompt.shape[1]
-        done = torch.zeros(rows, dtype=torch.bool, device=following.device)
-        written: list[list[int]] = [[] for _ in range(rows)]
-        for step in range(limit):
-            for row, token in enumerate(following.tolist()):
-                done[row] |= token in self._ends
-                if not done[row]:
-                    written[row].append(token)
-            if bool(done.all()) or step == limit - 1:
-                break
-            following = self.forward(following[:, None], cache, 1)[:, -1].argmax(-1)
-            fed += 1
-        return [str(self.loaded.tokenizer.decode(row, skip_special_tokens=True)) for row in written], fed
+        return greedy_texts(self, cache, policy, tokens, limit)
 
     def forward(self, tokens: Tensor, cache: SlotCache, keep: int) -> Tensor:
         """Return the logits of the last ``keep`` tokens: (rows, keep, vocabulary)."""

@@ -308,7 +308,7 @@ def test_greedy_text_ends_at_an_end_token_row_by_row(llama):
     evaluator.evaluate(crowd, sample, Keeping(), EXACT)
     whole, texts = texts, []
     word = whole[1].split()[3]
-    evaluator._ends = {llama.tokenizer.encode(word, add_special_tokens=False)[0]}
+    evaluator.end_tokens = {llama.tokenizer.encode(word, add_special_tokens=False)[0]}
     evaluator.evaluate(crowd, sample, Keeping(), EXACT)
     ends = [t.split().index(word) if word in t.split() else len(t.split()) for t in whole]
     assert len(set(ends)) > 1
