@@ -142,7 +142,14 @@ def transfer(
             "--recalibrate", help="Also with a plug-in's statistics collected anew on each model (no search)."
         ),
     ] = False,
-    protocol: ProtocolOption = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protocol",
+            help="compress_once, or streaming[:N]: decide every N tokens; or MODEL=PROTOCOL for one model; may be "
+            "repeated. \\[default: the plug-ins' own]",
+        ),
+    ] = None,
     mode: Mode = None,
     split: SplitOption = Splits.sealed,
     samples: Annotated[
@@ -151,6 +158,9 @@ def transfer(
     exact: Annotated[bool, typer.Option("--exact/--no-exact", help="Also generate text (slower).")] = False,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Leave out tasks that a model cannot do with the full cache.")
+    ] = True,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Also tokens a second, one sequence at a time.")
     ] = True,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -174,12 +184,26 @@ def transfer(
 
       evomem transfer my-plugin runs/namm -m smollm2-135m -m ./other -t smollm2-135m=multikey_1:length=500 \
           -t ./other=file:questions.jsonl --budgets 0.125 --recalibrate --json transfer.json --record
+
+      evomem transfer runs/streams -m pair-memory,zoo-memory-matrix,zoo-qwen3 -t pair-memory=zipf:length=250 \
+          -t zoo-memory-matrix=zoo_recall:length=128 -t zoo-qwen3=zoo_recall:length=512 --budgets 16 \
+          --protocol streaming:1 --protocol zoo-memory-matrix=streaming:8 --protocol zoo-qwen3=compress_once
     """
     with guarded(_again(context, json)):
         from evomem.cli.commands import transfer as command
 
         conditions = _conditions(context)
-        command.transfer(plugins, against, conditions, json, recalibrate=recalibrate, check=check, record=record)
+        command.transfer(
+            plugins,
+            against,
+            conditions,
+            json,
+            recalibrate=recalibrate,
+            check=check,
+            record=record,
+            protocols=protocol or (),
+            speed=speed,
+        )
 
 
 def evaluate(
@@ -229,7 +253,7 @@ def _conditions(context: typer.Context) -> Conditions:
         models=words.get("model") or words.get("models") or (),
         tasks=words.get("task") or words.get("tasks") or (),
         budgets=parse_budgets(words["budgets"]),
-        protocol=words["protocol"],
+        protocol=words["protocol"] if isinstance(words["protocol"], str) else None,
         mode=words["mode"] and str(words["mode"]),
         split=Split(words["split"]),
         samples=words["samples"],

@@ -27,7 +27,7 @@ from evomem.memory import SlotCache, attached
 from evomem.memory.kv.attach import has_own_memory
 from evomem.memory.kv.due import check_heads, decisions, turns
 from evomem.memory.kv.parallel import degree
-from evomem.memory.kv.policy import CachePolicy
+from evomem.memory.kv.policy import CachePolicy, wanted_of
 from evomem.memory.kv.versions import passed
 from evomem.memory.view import LayerView
 from evomem.models import LoadedModel
@@ -204,14 +204,17 @@ class Evaluator:
     def refusal(self, manager: MemoryManager) -> str:
         """Return why the model's memory cannot be decided about by a manager; "" if it can.
 
-        What a manager observes may mean nothing in a memory that is no KV cache.
+        What a manager observes may mean nothing in this memory.
         """
         model: Any = self.loaded.model
-        if has_own_memory(model):
-            try:
-                model.decided_cache(Recording(manager.observes))
-            except ConfigError as error:
-                return str(error)
+        policy = Recording(manager.observes)
+        try:
+            if has_own_memory(model):
+                model.decided_cache(policy)
+            else:
+                wanted_of(policy)
+        except ConfigError as error:
+            return str(error)
         return ""
 
     def scheduled(self, manager: AnyManager) -> AnyManager:

@@ -128,11 +128,7 @@ class StreamEvaluator(Evaluator):
             )
         for manager in managers:
             self._require_forgetting(manager)
-            if observes_heads(manager):
-                raise ConfigError(
-                    f"manager {manager.name!r}: allocation {manager.allocation.name!r} looks at what attention heads "
-                    f"do, and model {self.loaded.name!r} has none; take another allocation"
-                )
+            self._require_no_heads(manager)
 
     def _run(
         self,
@@ -191,6 +187,22 @@ class StreamEvaluator(Evaluator):
     def check_positions(self, samples: Sequence[Sample], *, exact: bool = False) -> Reach:
         """Return how long streams are: a memory has no positions."""
         return Reach(max(map(self.length_of, samples), default=0), None)
+
+    def refusal(self, manager: MemoryManager) -> str:
+        """Return why the memory cannot be decided about by a manager; "" if it can."""
+        try:
+            self._require_forgetting(manager)
+            self._require_no_heads(manager)
+        except ConfigError as error:
+            return str(error)
+        return super().refusal(manager)
+
+    def _require_no_heads(self, manager: MemoryManager) -> None:
+        if observes_heads(manager):
+            raise ConfigError(
+                f"manager {manager.name!r}: allocation {manager.allocation.name!r} looks at what attention heads do, "
+                f"and model {self.loaded.name!r} has none; take another allocation"
+            )
 
     def kv_heads(self) -> list[int]:
         """Return how many sets the memory has."""

@@ -118,8 +118,9 @@ def transfer_tables(matrix: Sequence[Cell]) -> list[Table]:
         )  # fmt: skip
         table.add_column("manager (found on)")
         places = list(dict.fromkeys((cell.row.model, cell.row.task) for cell in here))
-        for model, task in places:
-            table.add_column(f"{_short(model)}\n{_short(task)}", justify="right")
+        labels = _labels(matrix)
+        for place in places:
+            table.add_column(labels[place], justify="right")
         for subject in dict.fromkeys(cell.row.subject for cell in here):
             mine = {(cell.row.model, cell.row.task): cell for cell in here if cell.row.subject == subject}
             first = next(iter(mine.values()))
@@ -127,6 +128,16 @@ def transfer_tables(matrix: Sequence[Cell]) -> list[Table]:
             table.add_row(Text(f"{subject}\n({first.row.train_model or '?'})"), *texts)
         tables.append(table)
     return tables
+
+
+def _labels(matrix: Sequence[Cell]) -> dict[tuple[str, str], str]:
+    """Return how a test model and a task are called: with the protocol, where the matrix has several."""
+    several = len({cell.row.protocol for cell in matrix}) > 1
+    labels = {}
+    for row in (cell.row for cell in matrix):
+        words = [_short(row.model), _short(row.task), *([row.protocol.partition("/")[0]] if several else [])]
+        labels[row.model, row.task] = "\n".join(words)
+    return labels
 
 
 _EMPHASIS = {"wins": "**{}**", "loses": "*{}*"}
@@ -159,6 +170,7 @@ _HEADINGS = (
 def transfer_markdown(matrix: Sequence[Cell], skipped: Sequence[str] = ()) -> str:
     """Return the matrix as Markdown, a line per cell, and what was left out."""
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
+    several = len({cell.row.protocol for cell in matrix}) > 1
     for cell in matrix:
         row, best, full = cell.row, cell.best, cell.full
         words = [
@@ -166,7 +178,7 @@ def transfer_markdown(matrix: Sequence[Cell], skipped: Sequence[str] = ()) -> st
             row.subject,
             row.train_model or "?",
             row.model,
-            row.task,
+            f"{row.task}, {row.protocol}" if several else row.task,
             f"{row.loglik:.3f}",
             "-" if full is None else f"{full.loglik:.3f}",
             "-" if best is None else f"{best.manager} ({best.loglik:.3f})",
@@ -193,6 +205,7 @@ def transfer_plot(path: Path, matrix: Sequence[Cell], title: str) -> None:
     budgets = list(dict.fromkeys(cell.row.budget for cell in matrix))
     subjects = list(dict.fromkeys(cell.row.subject for cell in matrix))
     places = list(dict.fromkeys((cell.row.model, cell.row.task) for cell in matrix))
+    labels = _labels(matrix)
     size = (max(7.5, 3.0 + 1.25 * len(places)), 1.5 + len(budgets) * (0.9 + 0.42 * len(subjects)))
     figure, panels = figure_with(title, rows=len(budgets), size=size)
     for axes, budget in zip(panels, budgets, strict=True):
@@ -211,7 +224,7 @@ def transfer_plot(path: Path, matrix: Sequence[Cell], title: str) -> None:
                 corner = (across - 0.46, down - 0.44)
                 axes.add_patch(_frame(corner))
         axes.imshow(grid, cmap="PuOr_r", vmin=-1, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(places)), [f"{_short(model)}\n{_short(task)}" for model, task in places], fontsize=8)
+        axes.set_xticks(range(len(places)), [labels[place] for place in places], fontsize=8)
         axes.set_yticks(range(len(subjects)), subjects, fontsize=9)
         axes.set_ylabel(f"budget {budget_text(budget)}", fontsize=9)
         axes.grid(visible=False)

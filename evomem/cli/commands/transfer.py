@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.text import Text
@@ -57,6 +57,7 @@ class _Plan:
     field: Sequence[str] | None
     conditions: Conditions
     recalibrate: bool
+    speed: bool
 
 
 def transfer(
@@ -68,8 +69,13 @@ def transfer(
     recalibrate: bool,
     check: bool,
     record: bool = False,
+    protocols: Sequence[str] = (),
+    speed: bool = True,
 ) -> None:
     """Measure every subject on every model, print the matrix, and write rows, table and picture.
+
+    The models may have memories of different kinds: a KV cache, pairs, a matrix. A manager, or a heuristic, that
+    observes what a memory has not is left out there, and that is said.
 
     Parameters
     ----------
@@ -79,10 +85,14 @@ def transfer(
     check : leave out (and say so) tasks at which a model's full cache is no better than no context.
     record : write the rows into the plug-ins too, those of runs included (`evomem.report.transfer_record`); hub
         repositories and heuristics are left alone.
+    protocols : ``PROTOCOL`` for all models or ``MODEL=PROTOCOL`` for one of them, which goes before; by default the
+        first subject's.
+    speed : also time managers, one sequence at a time.
 
     Raises
     ------
-    ConfigError : no models, no budget; a task for a model that is not among them; nothing to record into.
+    ConfigError : no models, no budget; a task or protocol for a model that is not among them, or two protocols for
+        one; nothing to record into.
     PluginError : a plug-in to record into cannot be written.
     """
     output = claim("--json", output, lambda path: [path.with_suffix(ending) for ending in (".md", ".png")])
@@ -99,21 +109,25 @@ def transfer(
         )
     require_for(names, [task.spec for task in tasks], plots=output is not None or record)
     records = _records(subjects) if record else {}
-    plan = _Plan(subjects, budgets, split_specs(against), conditions, recalibrate)
+    plan = _Plan(subjects, budgets, split_specs(against), conditions, recalibrate, speed)
     protocol = next((s.protocol for s in subjects if s.protocol), EvaluationProtocol())
-    protocol = parse_protocol(conditions.protocol, conditions.mode, protocol)
+    by_model = _protocols(protocols or filter(None, [conditions.protocol]), names)
     rows: list[TransferRow] = []
     skipped: list[str] = []
     partials: list[Path] = []
     console = wide_console(stderr=True)
     for name in dict.fromkeys(names):
-        loaded = load(name, conditions)
-        for scenario in scenarios_of(loaded, tasks, protocol):
+        decides = parse_protocol(by_model.get(name, by_model.get(None)), conditions.mode, protocol)
+        for scenario in scenarios_of(load(name, conditions), tasks, decides):
             keep = None if output in (None, "-") else partial_file(f"{output}.{len(partials)}")
             if keep is not None:
                 partials.append(keep)
             try:
-                rows += _measured(plan, scenario, keep, check=check)
+                here, refused = _applicable(plan, scenario)
+                skipped += refused
+                for reason in refused:
+                    console.print(Text(f"left out: {reason}", style="yellow"))
+                rows += _measured(here, scenario, keep, check=check) if here.subjects else []
             except TaskError as error:
                 skipped.append(f"{scenario.task} on {scenario.model}: {error}")
                 console.print(Text(f"left out: {skipped[-1]}", style="yellow"))
@@ -123,6 +137,16 @@ def transfer(
     _record(records, cells(rows))
     for path in partials:
         path.unlink(missing_ok=True)
+
+
+def _applicable(plan: _Plan, scenario: Scenario) -> tuple[_Plan, list[str]]:
+    """Return the plan with the subjects and the field that decide about a scenario's memory, and why others cannot."""
+    named = [one for one in field_of(plan.field or []) if one.name in (plan.field or [])]  # "all" sees to itself
+    reasons = {one.name: scenario.evaluator.refusal(one.manager) for one in (*named, *plan.subjects)}
+    subjects = [one for one in plan.subjects if not reasons[one.name]]
+    field = None if plan.field is None else [spec for spec in plan.field if not reasons.get(spec)]
+    refused = [f"{name} on {scenario.model}: {reason}" for name, reason in reasons.items() if reason]
+    return replace(plan, subjects=subjects, field=field), refused
 
 
 def _measured(plan: _Plan, scenario: Scenario, keep: Path | None, *, check: bool) -> list[TransferRow]:
@@ -154,7 +178,7 @@ def _measured(plan: _Plan, scenario: Scenario, keep: Path | None, *, check: bool
             keep=keep,
             progress=bar.report,
         )
-    samples = _samples(scenario, split, min(_TIMED, count))
+    samples = _samples(scenario, split, min(_TIMED, count)) if plan.speed else []
     return transfer_rows(comparison, trained, _speeds(comparison, managers, scenario, samples))
 
 
@@ -196,7 +220,7 @@ def _speeds(
         for key, manager in timed.items():
             evaluation = scenario.evaluator.evaluate_plainly(manager, sample, scenario.subject_task)
             speeds[key].append(length / evaluation.seconds)
-    return {key: statistics.median(values) for key, values in speeds.items()}
+    return {key: statistics.median(values) for key, values in speeds.items() if values}
 
 
 def _tasks(specs: Sequence[str], models: Sequence[str]) -> list[TaskConfig]:
@@ -211,6 +235,21 @@ def _tasks(specs: Sequence[str], models: Sequence[str]) -> list[TaskConfig]:
         else:
             tasks.append(TaskConfig(spec=task, model=model))
     return tasks
+
+
+def _protocols(words: Iterable[str], models: Sequence[str]) -> dict[str | None, str]:
+    """Return the protocols by model, None standing for all others, of ``PROTOCOL`` and ``MODEL=PROTOCOL``."""
+    protocols: dict[str | None, str] = {}
+    for word in words:
+        model, sign, text = word.rpartition("=")
+        if sign and model not in models:
+            raise ConfigError(f"--protocol {word}: {model!r} is not among --models {','.join(models)}")
+        if protocols.setdefault(model if sign else None, text) != text:
+            raise ConfigError(
+                f"--protocol: two are given for {model or 'all models'}, {protocols[model if sign else None]} and "
+                f"{text}; one model is measured under one (MODEL=PROTOCOL is for one of them)"
+            )
+    return protocols
 
 
 def _tasks_of(subjects: Sequence[Subject]) -> list[TaskConfig]:
