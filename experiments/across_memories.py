@@ -36,13 +36,15 @@ from evomem.statistics import paired_bootstrap, verdict
 from evomem.tasks.base import Split
 from evomem.tasks.streams.moons import MOONS
 from experiments.moons import MoonsMosaic
-from experiments.moons_store import BUDGET, measure, series_of
+from experiments.moons_store import BUDGET, manager_of, measure, series_of
 
 FEATURES = ("recency", "frequency", "frequency_decayed:32", "relevance:8", "novelty", "age")
 """Observations that mean the same in every memory; those of `experiments/across/*.yaml`."""
 SCORER = f"feature_scorer(features={list(FEATURES)}, knots=1, sinks=0, recent=1)"
 FIELD = ("random", "fifo", "lru", "lfu", "slot_relevance", "keydiff")
 """Heuristics that decide about every memory."""
+MOONS_FIELD = ("LFU", "surprise, equal split")
+"""Of `experiments.moons_store`, the best with equal pairs a head; LFU keeps, of equals, the oldest."""
 WHERE = "three moons"
 
 
@@ -105,8 +107,9 @@ def on_moons(sources: Sequence[str], starts: int) -> dict[str, dict[str, Any]]:
     """
     model, series = MoonsMosaic.given(MOONS), series_of(Split.SEALED, starts, 100_000)
     results = {"full": measure(model, series, build("full")) | {"role": "full", "found_on": ""}}
-    for spec in FIELD:
-        results[spec] = measure(model, series, build(spec, budget=BUDGET)) | {"role": "field", "found_on": ""}
+    field = {spec: build(spec, budget=BUDGET) for spec in FIELD} | {name: manager_of(name) for name in MOONS_FIELD}
+    for name, manager in field.items():
+        results[name] = measure(model, series, manager) | {"role": "field", "found_on": ""}
     for source in sources:
         subject = resolve(source)
         if subject.name in results:
