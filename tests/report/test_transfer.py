@@ -138,15 +138,15 @@ def test_statistics_are_collected_anew_on_each_model(travellers, folders):  # no
 
 def test_a_killed_matrix_goes_on(tmp_path, travellers, folders, monkeypatch):  # noqa: F811
     path, measured_on = tmp_path / "transfer.json", conditions(folders, "llama", "gpt_neox")
-    plain, calls = Evaluator.evaluate, []
+    plain, calls = Evaluator.on_samples, []
 
-    def dying(self, managers, sample, *arguments, **options):
-        calls.append((self.loaded.name, sample.id))
+    def dying(self, managers, samples, *arguments, **options):
+        calls.extend((self.loaded.name, sample.id) for sample in samples)
         if len(calls) == limit:
             raise KeyboardInterrupt
-        return plain(self, managers, sample, *arguments, **options)
+        return plain(self, managers, samples, *arguments, **options)
 
-    monkeypatch.setattr(Evaluator, "evaluate", dying)
+    monkeypatch.setattr(Evaluator, "on_samples", dying)
     limit = 15
     with pytest.raises(KeyboardInterrupt):
         moved(travellers[:1], measured_on, path, against="random")
