@@ -142,7 +142,8 @@ def transfer(
 def _applicable(plan: _Plan, scenario: Scenario) -> tuple[_Plan, list[str]]:
     """Return the plan with the subjects and the field that decide about a scenario's memory, and why others cannot."""
     named = [one for one in field_of(plan.field or []) if one.name in (plan.field or [])]  # "all" sees to itself
-    reasons = {one.name: scenario.evaluator.refusal(one.manager) for one in (*named, *plan.subjects)}
+    managers = {one.name: one.manager for one in named} | {one.name: one.manager for one in plan.subjects}
+    reasons = {name: scenario.evaluator.refusal(manager) for name, manager in managers.items()}
     subjects = [one for one in plan.subjects if not reasons[one.name]]
     field = None if plan.field is None else [spec for spec in plan.field if not reasons.get(spec)]
     refused = [f"{name} on {scenario.model}: {reason}" for name, reason in reasons.items() if reason]
