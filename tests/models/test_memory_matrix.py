@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from evomem.errors import ConfigError, ModelError
+from evomem.errors import CacheError, ConfigError, ModelError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.measurement import EvaluationProtocol
+from evomem.managers import build
 from evomem.memory.explicit.matrix import MatrixCache, MatrixLayer
 from evomem.memory.explicit.matrix_rules import RULES
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
@@ -223,3 +224,30 @@ def test_what_cannot_be_is_refused(model):
         model(ids_of(0, 3), past_key_values=DynamicCache())
     with pytest.raises(ModelError, match="padding"):
         model(ids_of(0, 3), attention_mask=torch.ones(2, 1, 3, 3))
+
+
+@pytest.mark.parametrize("decided", [False, True])
+def test_padding_between_tokens_and_other_rows_are_refused(model, decided):
+    """The window and the looks back would run through padding: logits were off by whole numbers, in silence."""
+    ids = ids_of(0, 6)
+    rows = len(ids)
+
+    def cache():
+        return model.decided_cache(build("lru", budget=4, every=1)) if decided else model.new_cache()
+
+    mask = torch.ones(rows, 6, dtype=torch.int64)
+    mask[0, 2] = 0
+    with pytest.raises(CacheError, match=r"padding between tokens.*on the left"):
+        model(ids, attention_mask=mask, past_key_values=cache())
+    ends, read = torch.ones(rows, 6, dtype=torch.int64), cache()
+    ends[0, 4:] = 0
+    alone = model(ids[:1, :4]).logits
+    if not decided:  # as long as nothing comes behind it, padding on the right is harmless
+        torch.testing.assert_close(model(ids, attention_mask=ends).logits[:1, :4], alone, atol=1e-5, rtol=1e-4)
+    model(ids, attention_mask=ends, past_key_values=read)
+    with pytest.raises(CacheError, match="padding between tokens"):
+        model(ids[:, :1], attention_mask=torch.cat((ends, ends[:, :1]), 1), past_key_values=read)
+    with pytest.raises(CacheError, match="rows, and the input has 1"):
+        model(ids[:1], past_key_values=read)
+    with pytest.raises(ModelError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(rows + 1, 6))

@@ -26,6 +26,10 @@ class ExplicitCache(Cache):
     ----------
     layers : the memories; they record what the manager observes.
     policy : the manager.
+
+    Raises
+    ------
+    CacheError : there is no memory, or the memories do not record what the manager observes.
     """
 
     layers: list[ExplicitLayer]  # type: ignore[assignment]
@@ -35,6 +39,8 @@ class ExplicitCache(Cache):
 
     def __init__(self, layers: Sequence[ExplicitLayer], policy: CachePolicy) -> None:
         self.policy = policy
+        if not layers:
+            raise CacheError("a cache of no memories has nothing to decide about; give at least one")
         missing = policy.observes - frozenset.intersection(*(layer.observes for layer in layers))
         if missing:
             raise CacheError(

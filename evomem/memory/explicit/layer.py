@@ -117,7 +117,17 @@ class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-c
         self.storage.keep(mask, self.recorder)
 
     def decay(self, log_decay: Tensor) -> None:
-        """Let slots fade: log-decay (batch, kv_heads, slots) <= 0 that is added to the logits of every later read."""
+        """Let slots fade: log-decay (batch, kv_heads, slots) <= 0 that is added to the logits of every later read.
+
+        Raises
+        ------
+        CacheError : it has another shape than the slots, is above 0, or no number.
+        """
+        if tuple(log_decay.shape) != self.storage.shape or not bool((log_decay <= 0).all()):
+            raise CacheError(
+                f"log-decay of shape {tuple(log_decay.shape)} for slots of shape {self.storage.shape}: give one for "
+                "every slot, at most 0, and none that is no number"
+            )
         self.storage.set_decays(log_decay.float())
 
     def note_reads(self, queries: Tensor, weights: Tensor | None) -> None:

@@ -6,8 +6,10 @@ Read exactly, by a name that every key has, it is the store of a cache (a read i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +64,10 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
         beta: float | None = None,
     ) -> None:
         if beta is not None:
+            if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta < math.inf:
+                raise ConfigError(
+                    f"a pair memory with beta {beta!r}; give a finite number of at least 0, or None for names"
+                )
             self.has = self.has | {SOFTMAX_READS}
         super().__init__(index, layers, observes=observes, scale=1.0 if beta is None else beta)
         self.beta = beta
@@ -99,11 +105,11 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
 
         Raises
         ------
-        CacheError : other rows, heads or sizes than the memory has.
+        CacheError : other rows, heads, sizes or types than the memory has; no token; a key or a value is no number.
         """
+        self._check(keys, values, names, marks, reads, writes)
         batch, count = keys.shape[0], keys.shape[2]
         self._begin(batch, keys)
-        self._check(keys, values, names)
         bytes_before = self.nbytes()
         everything = torch.ones(names.shape, dtype=torch.bool, device=names.device)
         reads, writes = (everything if part is None else part for part in (reads, writes))
@@ -152,13 +158,39 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
 
         Raises
         ------
-        CacheError : the memory is read by names.
+        CacheError : the memory is read by names, is empty, or has other rows, heads or sizes of keys.
         """
         if self.beta is None:
             raise CacheError("a pair memory without beta is read by names: feed() says what is there")
         if not self.seen:
             raise CacheError("a pair memory that nothing was fed to has no values to read")
+        held = self.storage.even["keys"].shape
+        if queries.dim() != 4 or (*queries.shape[:2], queries.shape[3]) != (*held[:2], held[3]):
+            raise CacheError(
+                f"queries {tuple(queries.shape)} for a memory of keys {tuple(held)} (rows, heads, slots, size): give "
+                "(rows, heads, queries, size)"
+            )
         return torch.matmul(self._weights(queries, self.slots[:, :, None] >= 0), self.values.float())
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return all that the memory is between two tokens, and how it is read; see `ExplicitLayer.state`."""
+        facts, tensors = super().state()
+        return facts | {"beta": self.beta}, tensors
+
+    def load_state(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on, to the bit, as the memory that `state` was taken of.
+
+        Raises
+        ------
+        CacheError : see `ExplicitLayer.load_state`; or that memory is read otherwise, so it would answer otherwise.
+        """
+        beta = facts.get("beta", self.beta)  # states of older versions do not say
+        if beta != self.beta:
+            raise CacheError(
+                f"state of a pair memory: beta: it was read with {beta!r}, and this one is with {self.beta!r}; load it "
+                "into PairMemory(beta=...) with the same"
+            )
+        super().load_state(facts, tensors)
 
     def decay(self, log_decay: Tensor) -> None:
         """Let slots fade; see `ExplicitLayer.decay`.
@@ -208,18 +240,41 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
         error = (wanted - predicted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)
         self.recorder.predicted(error)  # the newest slots are even, in the recorder too
 
-    def _check(self, keys: Tensor, values: Tensor, names: Tensor) -> None:
+    def _check(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        names: Tensor,
+        marks: Tensor | None,
+        reads: Tensor | None,
+        writes: Tensor | None,
+    ) -> None:
+        """Raise `CacheError` unless tokens fit each other and the memory; nothing has been changed then."""
         shape = tuple(keys.shape[:3])
-        if values.shape[:3] != shape or names.shape != shape or bool((names < 0).any()):
+        fit = keys.dim() == values.dim() == 4 and values.shape[:3] == shape and names.shape == shape and 0 not in shape
+        if not fit or names.dtype != torch.int64 or bool((names < 0).any()):
             raise CacheError(
-                f"keys {tuple(keys.shape)}, values {tuple(values.shape)}, names {tuple(names.shape)}: give the same "
-                "(batch, heads, tokens), and names of at least 0"
+                f"keys {tuple(keys.shape)}, values {tuple(values.shape)}, names {tuple(names.shape)} {names.dtype}: "
+                "give the same (batch, heads, tokens), at least one token, and names of at least 0 as int64"
             )
+        for what, part, dtype in (
+            ("marks", marks, torch.int64), ("reads", reads, torch.bool), ("writes", writes, torch.bool)
+        ):  # fmt: skip
+            if part is not None and (part.shape != shape or part.dtype != dtype):
+                raise CacheError(
+                    f"{what} {tuple(part.shape)} {part.dtype} for tokens {shape}: give one for every token, as {dtype}"
+                )
+        for what, part in (("keys", keys), ("values", values)):
+            held = self.storage.even.get(what, part)
+            if part.dtype != held.dtype or not part.is_floating_point():
+                raise CacheError(f"{what} of {part.dtype} for a memory of {held.dtype}: give floats of one type")
+            if not bool(torch.isfinite(part).all()):
+                raise CacheError(f"{what}: some are no finite numbers; one such would spoil all that is read beside it")
         if not self.storage.even:
             return
-        held = tuple(self.storage.even[name].shape for name in ("keys", "values"))
-        if (held[0][1], held[0][3], held[1][3]) != (keys.shape[1], keys.shape[3], values.shape[3]):
+        there = tuple(self.storage.even[name].shape for name in ("keys", "values"))
+        if (there[0][1], there[0][3], there[1][3]) != (keys.shape[1], keys.shape[3], values.shape[3]):
             raise CacheError(
-                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} for a memory of keys {held[0]} and values "
-                f"{held[1]} (rows, heads, slots, size)"
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} for a memory of keys {there[0]} and values "
+                f"{there[1]} (rows, heads, slots, size)"
             )

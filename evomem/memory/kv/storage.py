@@ -143,10 +143,13 @@ class SlotStorage:
 
         Raises
         ------
-        CacheError : the mask has another shape than the slots.
+        CacheError : the mask has another shape than the slots, or is not of booleans.
         """
-        if tuple(mask.shape) != self.shape:
-            raise CacheError(f"keep-mask of shape {tuple(mask.shape)} for slots of shape {self.shape}")
+        if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
+            raise CacheError(
+                f"keep-mask of shape {tuple(mask.shape)} and {mask.dtype} for slots of shape {self.shape}; give "
+                "torch.bool"
+            )
         kept = mask & (self.whole("slots") >= 0)
         lengths = kept.sum(-1).cpu()
         total, before = int(lengths.sum()), self.even["slots"].numel()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from evomem.errors import ConfigError, ModelError
+from evomem.errors import CacheError, ConfigError, ModelError
 from evomem.memory.explicit.matrix import MatrixCache
 from evomem.memory.explicit.matrix_rows import MatrixRowsCache
 from evomem.memory.explicit.matrix_rules import check_rule
@@ -195,7 +195,8 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
         Raises
         ------
         ModelError : another kind of cache, or a mask that is not (batch, tokens).
-        CacheError : an earlier pass over the cache was cut short.
+        CacheError : an earlier pass over the cache was cut short, or it has other rows; a token stands behind padding
+            that stands behind a token.
         """
         if past_key_values is not None and not isinstance(past_key_values, MatrixCache | MatrixRowsCache):
             raise ModelError(
@@ -206,16 +207,17 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
         cache.require_whole()
         note_pass(self, cache if isinstance(cache, MatrixRowsCache) else None)  # type: ignore[arg-type]
         (batch, tokens), seen = input_ids.shape, cache.get_seq_length()
+        window = cache.layers[0].window_keys
+        if window is not None and len(window) != batch:
+            raise CacheError(
+                f"the memory has read {len(window)} rows, and the input has {batch}; repeat or select its rows first "
+                "(batch_repeat_interleave, batch_select_indices), or reset() it"
+            )
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
         real = None
         if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens:
-                raise ModelError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}; a memory matrix takes (batch, tokens), 0 "
-                    "= padding: who is seen follows from its window"
-                )
-            real = attention_mask[:, -tokens:].bool()
+            real = self._real(attention_mask, batch, tokens)
         embedded, parts, at = self.embed(input_ids), [], 0
         cache.interrupted = True  # if an error ends the pass, some layers have read what others have not
         for end, due in turns(
@@ -235,6 +237,22 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(self.norm(hidden[:, kept]))
         keeps = past_key_values is not None or (not self.training if use_cache is None else use_cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if keeps else None)
+
+    def _real(self, mask: Tensor, batch: int, tokens: int) -> Tensor:
+        """Return which of the new tokens are no padding, (batch, tokens) bool; see `forward`."""
+        if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] < tokens:
+            raise ModelError(
+                f"attention_mask has shape {tuple(mask.shape)}; a memory matrix takes (batch, tokens) for {batch} rows "
+                f"and at least {tokens} tokens, 0 = padding: who is seen follows from its window"
+            )
+        real = mask.bool()
+        padding = ~real & (real.long().cumsum(1) > 0)  # behind a token
+        if bool((real & (padding.long().cumsum(1) > 0)).any()):
+            raise CacheError(
+                "attention_mask has padding between tokens; a memory matrix's window and looks back would run through "
+                "it: pad on the left (tokenizer.padding_side = 'left')"
+            )
+        return real[:, -tokens:].expand(batch, -1)
 
 
 AutoConfig.register(MemoryMatrixConfig.model_type, MemoryMatrixConfig, exist_ok=True)

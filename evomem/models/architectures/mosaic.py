@@ -241,7 +241,7 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
         """
         given = past_key_values if cache is None else cache
         memory = self.new_cache() if given is None else self._checked(given, len(input_ids))
-        real = None if attention_mask is None else self._real(attention_mask, input_ids.shape[1])
+        real = None if attention_mask is None else self._real(attention_mask, *input_ids.shape)
         decided = isinstance(memory, DecidedMosaicCache)
         note_pass(self, memory if decided else None)  # type: ignore[arg-type]
         every = memory.policy.schedule.every if isinstance(memory, DecidedMosaicCache) else None
@@ -277,8 +277,8 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
         return cache
 
     @staticmethod
-    def _real(mask: Tensor, tokens: int) -> Tensor:
-        if mask.dim() != 2:
+    def _real(mask: Tensor, rows: int, tokens: int) -> Tensor:
+        if mask.dim() != 2 or mask.shape[0] not in (1, rows) or mask.shape[1] < tokens:
             raise CacheError(
                 f"attention_mask of shape {tuple(mask.shape)}; a mosaic takes (batch, tokens), 0 = padding"
             )

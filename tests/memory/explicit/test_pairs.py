@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from evomem.errors import CacheError, ConfigError
+from evomem.managers import build
 from evomem.memory.explicit import ExplicitCache, PairMemory
 from evomem.memory.view import Decision
 from tests.support.slow_pairs import SlowPairs
@@ -253,3 +254,72 @@ def test_what_makes_no_sense_is_refused():
         memory.apply(Decision(memory.slots >= 0, torch.zeros(memory.slots.shape)))
     with pytest.raises(CacheError, match="observes"):
         ExplicitCache([memory], policy=Nobody())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"marks": torch.zeros(BATCH, HEADS, 2, dtype=torch.int64)}, "marks"),
+        ({"marks": torch.zeros(BATCH, HEADS, 3)}, "marks"),
+        ({"reads": torch.ones(BATCH, HEADS, 3, dtype=torch.int64)}, "reads"),
+        ({"writes": torch.ones(3, dtype=torch.bool)}, "writes"),
+        ({"names": torch.zeros(BATCH, HEADS, 3)}, "int64"),
+        ({"keys": torch.full((BATCH, HEADS, 3, DIM), torch.nan)}, "keys: some are no finite"),
+        ({"values": torch.full((BATCH, HEADS, 3, DIM + 1), torch.inf)}, "values: some are no finite"),
+        ({"keys": torch.ones(BATCH, HEADS, 3, DIM, dtype=torch.float64)}, "float64 for a memory of torch.float32"),
+        ({"values": torch.ones(BATCH, HEADS, 3, DIM + 1, dtype=torch.int64)}, "floats of one type"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused_and_leave_no_trace(changed, message):
+    memory = PairMemory(beta=3.0)
+    memory.feed(**tokens(4, 1))
+    before = memory.clone()
+    with pytest.raises(CacheError, match=message):
+        memory.feed(**(tokens(3, 2) | changed))
+    assert memory.seen == 4
+    assert torch.equal(memory.keys, before.keys)
+
+
+def test_no_tokens_are_refused_and_a_refusal_does_not_fix_the_rows():
+    memory = PairMemory()
+    with pytest.raises(CacheError, match="at least one token"):
+        memory.feed(**part(tokens(2, 1), 0, 0))
+    wrong = tokens(2, 1)
+    with pytest.raises(CacheError, match="give the same"):
+        memory.feed(**(wrong | {"keys": wrong["keys"][:1]}))
+    memory.feed(**tokens(2, 1))
+    assert memory.seen == 2
+
+
+@pytest.mark.parametrize("beta", [-1.0, torch.nan, torch.inf, True, "8"])
+def test_a_beta_that_is_none_is_refused(beta):
+    with pytest.raises(ConfigError, match="at least 0"):
+        PairMemory(beta=beta)
+
+
+@pytest.mark.parametrize(("saved", "own"), [(None, 3.0), (3.0, None), (3.0, 2.0)])
+def test_a_state_of_other_reads_is_refused(saved, own):
+    memory = PairMemory(beta=saved)
+    memory.feed(**tokens(3, 1))
+    with pytest.raises(CacheError, match="beta: it was read with"):
+        PairMemory(beta=own).load_state(*memory.state())
+    facts, held = memory.state()
+    again = PairMemory(beta=saved)
+    again.load_state({name: value for name, value in facts.items() if name != "beta"}, held)  # of an older version
+    assert again.seen == 3
+
+
+def test_queries_fading_and_masks_that_do_not_fit_are_refused():
+    memory = PairMemory(beta=3.0)
+    memory.feed(**tokens(3, 1) | {"writes": torch.ones(BATCH, HEADS, 3, dtype=torch.bool)})
+    for shape in ((BATCH + 1, HEADS, 1, DIM), (BATCH, HEADS, 1, DIM + 1), (BATCH, HEADS, DIM)):
+        with pytest.raises(CacheError, match="queries"):
+            memory.read(torch.ones(shape))
+    slots = tuple(memory.slots.shape)
+    for decay in (torch.full(slots, torch.nan), torch.ones(slots), torch.zeros(1)):
+        with pytest.raises(CacheError, match="log-decay"):
+            memory.decay(decay)
+    with pytest.raises(CacheError, match="bool"):
+        memory.keep(torch.full(slots, 2))
+    with pytest.raises(CacheError, match="at least one"):
+        ExplicitCache([], build("lru", budget=2))
