@@ -29,7 +29,7 @@ from evomem.errors import CacheError, PluginError
 from evomem.files.atomic import replacing
 from evomem.files.reading import user_path
 from evomem.files.strict_json import NotStrictError, parse_strict, shown
-from evomem.managers import MemoryManager
+from evomem.managers import MemoryManager, build
 from evomem.modes import outside_inference_mode
 from evomem.plugins.folder import to_manager
 from evomem.plugins.schema import describe_manager, parse_config
@@ -67,7 +67,7 @@ def save_cache(cache: SlotCache | ExplicitCache, path: str | Path, *, model: Pre
     Raises
     ------
     CacheError : a forward pass was cut short; the cache has no manager of its own (an evaluator's), or its manager
-        was exchanged; the model is gone; another file is there; the disk is full.
+        was exchanged; the model is gone, or has no such memory; another file is there; the disk is full.
     PluginError : the manager cannot be saved, see `evomem.plugins.save`.
     """
     from evomem.models.identity import identity
@@ -84,6 +84,7 @@ def save_cache(cache: SlotCache | ExplicitCache, path: str | Path, *, model: Pre
         raise CacheError(
             f"{path}: the model that this cache was made for is gone; give it: save_cache(..., model=model)"
         )
+    _require_reader(path, cache, model)
     held, tensors = _state(path, cache)
     tensors |= {f"{_MANAGER}{name}": value for name, value in manager.state_dict().items()}
     config = describe_manager(manager)
@@ -134,6 +135,22 @@ def load_cache(path: str | Path, model: PreTrainedModel, *, limit: int | None = 
         except CacheError as error:
             raise CacheError(f"{path}: {error}") from None
     return cache
+
+
+def _require_reader(path: Path, cache: SlotCache | ExplicitCache, model: PreTrainedModel) -> None:
+    """Raise `CacheError` where a memory is none of the model's that is said to have read it."""
+    from evomem.memory import SlotCache
+
+    make = getattr(model, "decided_cache", None)
+    if isinstance(cache, SlotCache):
+        return
+    own = None if make is None else make(build("full"))
+    if type(own) is not type(cache) or own.depth != cache.depth:
+        said = "none" if own is None else f"{type(own).__name__} of {own.depth} layers"
+        raise CacheError(
+            f"{path}: this is a {type(cache).__name__} of {cache.depth} layers, and the memory of "
+            f"{type(model).__name__} is {said}; give the model that has read it: save_cache(..., model=model)"
+        )
 
 
 def _state(path: Path, cache: SlotCache | ExplicitCache) -> tuple[dict[str, Any], dict[str, Tensor]]:

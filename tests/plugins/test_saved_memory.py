@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import evomem
 from evomem.errors import CacheError
 from evomem.managers import build
+from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
 from evomem.plugins import load_cache, save_cache
 
 
@@ -67,3 +68,13 @@ def test_a_damaged_file_is_refused(saved, tmp_path):
         load_cache(tmp_path / "other.safetensors", model)
     facts = json.loads(metadata["evomem"])
     assert set(facts["cache"]) == {"memories"}
+
+
+def test_a_memory_is_saved_for_the_model_that_has_read_it_only(saved, tmp_path):
+    _, cache, _ = saved
+    torch.manual_seed(0)
+    other = MemoryMatrix(MemoryMatrixConfig(vocab_size=10, hidden_size=8, num_attention_heads=2, intermediate_size=8))
+    for model, message in ((other, "MatrixRowsCache"), (torch.nn.Linear(1, 1), "is none")):
+        with pytest.raises(CacheError, match=message):
+            save_cache(cache, tmp_path / "wrong.safetensors", model=model)
+    assert not (tmp_path / "wrong.safetensors").exists()
