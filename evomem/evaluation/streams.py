@@ -44,6 +44,8 @@ from evomem.tasks.streams.base import Stream, StreamTask
 
 ROWS = 256
 """Rows of a memory that are read side by side, unless more managers are measured on one stream."""
+PIECE = 64
+"""Requests that are fed at once, at most: what that takes grows with their number times the pairs held."""
 MEASURED = frozenset({"loglik", "exact", "head_memory", "rollout"})
 """Quantities that mean something on a stream."""
 
@@ -102,10 +104,16 @@ class StreamEvaluator(Evaluator):
         Raises
         ------
         ConfigError : the task has no streams; something is measured that a stream does not have; a manager observes
-            what this memory has not.
+            what this memory has not; a stream is over before a decision has mattered.
         """
         self._check(managers, measurement)
         streams = [self._stream_of(task, sample) for sample in samples]
+        if (shortest := min(map(len, streams))) <= self.protocol.every:
+            raise ConfigError(
+                f"protocol {self.protocol}: a stream of {shortest} requests ends before a decision has mattered, so "
+                "every manager would be measured as the full memory; decide more often: "
+                f"streaming:{max(1, shortest // 2)} or less, or take longer streams"
+            )
         if len({len(stream) for stream in streams}) > 1:  # rows end together
             return [self.on_samples(managers, [sample], task, measurement, draws)[0] for sample in samples]
         run = partial(self._run, streams, samples, measurement)
@@ -153,7 +161,8 @@ class StreamEvaluator(Evaluator):
         for end, due in turns(0, length, (0,), every):
             right, reads = score.right, score.reads
             before = after if at == 0 else meter.bytes_by_row(cache)
-            requests.feed(cache, slice(at, end), score)
+            for begun in range(at, end, PIECE):
+                requests.feed(cache, slice(begun, min(begun + PIECE, end)), score)
             policy.observe_rewards(score.right - right, score.reads - reads)
             after = meter.bytes_by_row(cache)
             meter.add(before, after, end - at)

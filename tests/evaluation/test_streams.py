@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import evomem
+from evomem.cli.commands import allocate
 from evomem.errors import ConfigError, ModelError
 from evomem.evaluation import EXACT, Evaluator, Measurement
 from evomem.evaluation import streams as streams_module
@@ -265,3 +266,28 @@ def test_a_manager_that_lets_slots_fade_is_refused_where_that_changes_nothing():
     assert [one.forgets for one in (fading, evicting, build("lru"))] == [True, False, False]
     with pytest.raises(ConfigError, match=r"'kv_policy' lets slots fade, and model .* is read by names"):
         evaluator(every=5).evaluate([evicting, fading], sample_of(ZIPF), ZIPF)
+
+
+@pytest.mark.parametrize("every", [120, 5000])
+def test_a_stream_that_ends_before_a_decision_matters_is_refused(every):
+    """Every manager would be measured as the full memory, and a search would look for nothing."""
+    with pytest.raises(ConfigError, match=r"120 requests ends before a decision has mattered.*streaming:60"):
+        evaluator(every).evaluate([scorer(recency=-1.0)], sample_of(ZIPF), ZIPF, EXACT)
+
+
+def test_many_requests_between_decisions_are_fed_in_pieces(monkeypatch):
+    """All at once they would take memory that grows with the square of their number."""
+    whole = evaluator(50, beta=4.0).evaluate([build("lru", budget=BUDGET)], sample_of(ZIPF), ZIPF, EXACT)[0]
+    monkeypatch.setattr(streams_module, "PIECE", 7)
+    parts = evaluator(50, beta=4.0).evaluate([build("lru", budget=BUDGET)], sample_of(ZIPF), ZIPF, EXACT)[0]
+    assert parts.exact == whole.exact
+    assert parts.loglik == pytest.approx(whole.loglik, abs=1e-6)
+    assert (parts.slots, parts.bytes_mean, parts.bytes_peak) == (whole.slots, whole.bytes_mean, whole.bytes_peak)
+
+
+def test_curves_of_heads_are_not_for_memories(tmp_path):
+    with pytest.raises(ConfigError, match=r"'pair-memory' has a memory of its own.*across_heads"):
+        allocate.allocate(
+            "lru", "pair-memory", "zipf:length=60,keys=12,topics=2", tmp_path / "out", samples=1, seed=0,
+            split="train", mode="query_agnostic", points=4, budget=None, shares=False, traces=[],
+        )  # fmt: skip

@@ -22,6 +22,7 @@ from evomem.evaluation.utility import UtilityCurves, solve, utility_curves, with
 from evomem.files.reading import user_path
 from evomem.managers.base import MemoryManager
 from evomem.managers.reallocation import change_between
+from evomem.memory.kv.attach import has_own_memory
 from evomem.plugins.folder import check_replaceable
 from evomem.plugins.reallocation import reallocated_provenance
 from evomem.report.conditions import check_tasks, require_above_chance
@@ -61,7 +62,7 @@ def allocate(
 
     Raises
     ------
-    ConfigError : ``shares`` without one budget, or a manager that does not rank.
+    ConfigError : ``shares`` without one budget, a manager that does not rank, or a model with a memory of its own.
     PluginError : the folder holds something else than a plug-in.
     """
     from evomem import models, tasks
@@ -77,6 +78,11 @@ def allocate(
         manager = manager.with_options(budget=budgets[0])
     require_for([model], [task], intervals=False)
     loaded = models.load(model, dtype=dtype, device=device)
+    if has_own_memory(loaded.model):
+        raise ConfigError(
+            f"model {loaded.name!r} has a memory of its own, about which managers decide while it reads; curves are of "
+            "a context that is read once for all. Share its budget out by across_heads, or search per_head_shares"
+        )
     protocol = validate(EvaluationProtocol, {"mode": mode}, "--mode")
     evaluator = Evaluator(loaded, protocol, store=PrefillStore())
     if traces:
