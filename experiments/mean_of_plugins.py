@@ -27,10 +27,13 @@ def mean_of(managers: Sequence[MemoryManager], names: Sequence[str]) -> MemoryMa
 
     Raises
     ------
-    ConfigError : fewer than two; no parameters; other kinds, options, or parameters than the first's.
+    ConfigError : fewer than two; one twice; no parameters; other kinds, options, or parameters than the first's.
     """
     if len(managers) < 2:
         raise ConfigError("a mean needs at least two plug-ins")
+    places = [Path(name).resolve() for name in names]
+    if twice := [name for place, name in enumerate(names) if places[place] in places[:place]]:
+        raise ConfigError(f"{twice[0]}: is named twice, so it would count twice; name every plug-in once")
     first, numbers = managers[0], dict(managers[0].named_parameters())
     if not numbers:
         raise ConfigError(f"{names[0]}: has no numbers that a search moves, so there is nothing to take the mean of")

@@ -235,6 +235,18 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def known(path: Path, wanted: tuple[object, ...]) -> dict[str, Any]:
+    """Return a finished measurement; end the program where a file holds another one, or something else."""
+    try:
+        one: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        said = tuple(one[name] for name in ("weights", "heads", "seed", "steps", "starts"))
+        if said != wanted or len(one["errors"]) != int(one["together"]) + 20 or not np.isfinite(one["errors"]).all():
+            raise ValueError(f"is of {said}, and its errors are {len(one['errors'])}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"{path}: is not what this script writes ({error!r}); remove it to measure anew") from None
+    return one
+
+
 def main() -> None:
     """Train, measure, draw and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -244,6 +256,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--starts", type=int, default=16)
     options = parser.parse_args()
+    for what, least in (("steps", 1), ("seeds", 0), ("starts", 1)):
+        if getattr(options, what) < least:
+            parser.error(f"--{what} {getattr(options, what)}: give at least {least}")
     options.runs.mkdir(parents=True, exist_ok=True)
     wanted = [("given", heads, 0) for heads in (1, MOONS)]
     wanted += [("trained", heads, seed) for seed in range(options.seeds) for heads in (MOONS, 1)]
@@ -253,10 +268,10 @@ def main() -> None:
         if not path.exists():
             one = measure(weights, heads, seed, steps=options.steps, starts=options.starts)
             write_atomically(path, json.dumps(one).encode())
-        results.append(json.loads(path.read_text(encoding="utf-8")))
+        results.append(known(path, (weights, heads, seed, options.steps, options.starts)))
         print(weights, heads, seed, summary(results[-1]), f"{results[-1]['cpu_seconds']} s", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    write_atomically(options.out.with_suffix(".json"), (json.dumps(results) + "\n").encode())
     draw(results, options.out.with_suffix(".png"))
 
 

@@ -38,6 +38,8 @@ BUDGET = 20
 """Pairs a head on average: 60 of 717, a twelfth. The moons that are held out need 12, 18 and 24."""
 EVERY = 4
 """Observations between two decisions."""
+POPSIZE = 8
+"""Policies of a generation of CMA-ES."""
 FEATURES = ("surprise", "recency", "frequency", "age")
 POLICY = (
     f"kv_policy(actions=['evict', 'store'], features={list(FEATURES)}, scale=model, hidden=0, knots=1, "
@@ -144,26 +146,50 @@ def search(
     return driver.mean, history
 
 
+def known_results(path: Path) -> dict[str, Any]:
+    """Return the rows that a file of this script holds; end the program where it holds something else."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not all(np.isfinite(row["errors"]).all() and len(row["errors"]) for row in results.values()):
+            raise ValueError("an error is no number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SystemExit(
+            f"{path}: holds no rows that this script has written ({error!r}); name another --out"
+        ) from None
+    return results
+
+
 def main() -> None:
     """Measure the field, search, and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/moons_store"), help="JSON, without its suffix")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--generations", type=int, default=12)
-    parser.add_argument("--popsize", type=int, default=8)
+    parser.add_argument("--popsize", type=int, default=POPSIZE)
     parser.add_argument("--starts", type=int, default=32, help="sealed series")
     parser.add_argument("--budget", type=int, default=BUDGET, help="pairs a head on average")
     options = parser.parse_args()
     if options.budget < 1:
         parser.error(f"--budget {options.budget}: a head keeps at least one pair")
+    for what, least in (("seeds", 0), ("generations", 1), ("popsize", 2), ("starts", 1)):
+        if getattr(options, what) < least:
+            parser.error(f"--{what} {getattr(options, what)}: give at least {least}")
     model, sealed = MoonsMosaic.given(MOONS), series_of(Split.SEALED, options.starts, 100_000)
     path = options.out.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = known_results(path)
     if other := {row.get("budget", BUDGET) for row in results.values()} - {options.budget}:
         parser.error(f"{path} was measured with --budget {min(other)}: name another --out for {options.budget}")
+    for what, there in (
+        ("starts", {len(row["errors"]) for row in results.values()}),
+        ("generations", {len(row["fitness"]) for row in results.values() if "fitness" in row}),
+        ("popsize", {row.get("popsize", POPSIZE) for row in results.values() if "fitness" in row}),
+    ):
+        if other := there - {getattr(options, what)}:
+            parser.error(f"{path} was made with --{what} {min(other)}: name another --out for {getattr(options, what)}")
     for name in FIELD.keys() - results.keys():
         results[name] = measure(model, sealed, manager_of(name, budget=options.budget)) | {"budget": options.budget}
+    write_atomically(path, (json.dumps(results) + "\n").encode())
     for policy, seed in ((policy, seed) for policy in POLICIES for seed in range(options.seeds)):
         name, begun = f"{policy}, seed {seed}", time.process_time()
         if name in results:
@@ -172,7 +198,12 @@ def main() -> None:
             model, seed, generations=options.generations, popsize=options.popsize, name=policy, budget=options.budget
         )
         results[name] = measure(model, sealed, manager_of(policy, vector, options.budget))
-        results[name] |= {"budget": options.budget, "vector": vector.tolist(), "fitness": history}
+        results[name] |= {
+            "budget": options.budget,
+            "popsize": options.popsize,
+            "vector": vector.tolist(),
+            "fitness": history,
+        }
         results[name]["cpu_seconds"] = round(time.process_time() - begun, 1)
         write_atomically(path, (json.dumps(results) + "\n").encode())
     report(results)

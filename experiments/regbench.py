@@ -164,10 +164,16 @@ def main() -> None:
         return
     if options.model is None:
         parser.error("train needs a model: " + ", ".join(NAMES))
+    if options.steps < 1 or options.seed < 0 or not 0 < options.rate < float("inf"):
+        parser.error(
+            f"--steps {options.steps}, --seed {options.seed}, --rate {options.rate}: at least one step, a seed of at "
+            "least 0, and a rate above 0"
+        )
     folder = options.runs / f"{options.model}-{options.seed}"
+    folder.mkdir(parents=True, exist_ok=True)  # before minutes of training
     path = folder / "record.json"
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = record_of(path)
         if (known["steps"], known["rate"]) != (options.steps, options.rate):
             parser.error(
                 f"{folder} was trained with --steps {known['steps']} --rate {known['rate']}: name another --runs"
@@ -188,13 +194,30 @@ def main() -> None:
     )
 
 
+def record_of(path: Path) -> dict[str, Any]:
+    """Return the record of a training; end the program where a file is none, or is of other texts."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for split in ("train", "sealed"):
+            for kind in ("accuracy", "tvd"):
+                if len(record[split][kind]) != TESTED or not np.isfinite(record[split][kind]).all():
+                    raise ValueError(f"{split}, {kind}: no {TESTED} numbers")
+        if record["model"] not in NAMES or not {"seed", "steps", "rate", "parameters", "cpu_seconds"} <= record.keys():
+            raise ValueError("says not what was trained, and how")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SystemExit(f"{path}: is no record of a training ({error!r}); remove its folder and train again") from None
+    return record
+
+
 def report(runs: Path, out: Path) -> None:
     """Print a table of all records of a folder, with the mosaics' paired differences to the transformer; write them.
 
     A difference is that of the seeds' means on every automaton, with an interval over automata; behind it, seed by
     seed, the mean over automata.
     """
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("*/record.json"))]
+    records = [record_of(path) for path in sorted(runs.glob("*/record.json"))]
+    if not records:
+        raise SystemExit(f"{runs}: no training has left a record.json here; train first, or name another --runs")
     tested = texts(Split.SEALED, TESTED)
     ngram = measured([backoff_predictions(one.symbols) for one in tested], tested)
     records.append({"model": "3-gram", "seed": 0, "parameters": 0, "cpu_seconds": 0.0, "sealed": ngram})

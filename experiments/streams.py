@@ -30,6 +30,7 @@ from evomem.errors import EvomemError, MissingPackagesError, TaskError
 from evomem.evaluation import EXACT
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.streams import StreamEvaluator
+from evomem.files.atomic import replacing
 from evomem.managers import MemoryManager, build
 from evomem.managers.allocation import ByDistinctRate
 from evomem.managers.heuristics.replacement import SlotRelevance, ranks
@@ -168,7 +169,7 @@ def ahead(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure managers on held-out streams; returns rows by number of slots, and prints them as a table."""
     evaluator, task, samples = task_and_samples(arguments.task, "sealed", arguments.streams)
-    grids = [part for part in json.loads(arguments.grid.read_text()).values() if "best" in part]
+    grids = [part for part in known_rows(arguments.grid).values() if "best" in part]
     tuned = next((part for part in grids if part["task"] == arguments.task), None)
     if tuned is None:
         raise EvomemError(
@@ -250,6 +251,22 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def known_rows(path: Path) -> dict[str, Any]:
+    """Return the rows that a file of this script holds, by key; none where there is no file.
+
+    Raises
+    ------
+    EvomemError : it holds something else.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise EvomemError(f"{path}: is no JSON ({error}); mend it, or name another file") from None
+    if not isinstance(rows, dict) or not all(isinstance(part, dict) for part in rows.values()):
+        raise EvomemError(f"{path}: holds no rows that this script has written; name another file")
+    return rows
+
+
 def whole_numbers(text: str) -> list[int]:
     """Return numbers that commas separate; raise `argparse.ArgumentTypeError` for anything else."""
     parts = text.split(",")
@@ -269,9 +286,30 @@ def shares(text: str) -> list[float]:
     return values
 
 
+def price(text: str) -> float:
+    """Return a price; raise `argparse.ArgumentTypeError` unless it is a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a finite number of at least 0")
+    return value
+
+
+def template(text: str) -> str:
+    """Return a task with one place ``{}`` for a value; raise `argparse.ArgumentTypeError` for anything else."""
+    if text.count("{") != 1 or text.count("}") != 1 or "{}" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a task with {{}} where the value goes")
+    return text
+
+
 def names(text: str) -> list[str]:
-    """Return names that commas separate."""
-    return [part for part in text.split(",") if part]
+    """Return names that commas separate; raise `argparse.ArgumentTypeError` where there is none, or one twice."""
+    parts = [part for part in text.split(",") if part]
+    if not parts or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give at least one name, and none twice")
+    return parts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -293,12 +331,14 @@ def parser() -> argparse.ArgumentParser:
         parts[name].add_argument("--runs", type=names, required=True, help="runs or plug-ins, one a search seed")
     parts["table"].add_argument("--more", type=names, default=[], help="further runs or plug-ins, not in the mean")
     one = parts["count"]
-    one.add_argument("--price", type=float, default=0.003, help="of a slot, in hit rate")
+    one.add_argument("--price", type=price, default=0.003, help="of a slot, in hit rate")
     one.add_argument("--fixed", type=whole_numbers, default=[12, 16, 24, 32, 40, 48, 64], help="fixed counts")
     one.add_argument("--keys", type=whole_numbers, default=[16, 32, 64, 128], help="different items of a stream")
     one.add_argument("--fillers", type=shares, default=[0.0, 0.2, 0.4, 0.6], help="shares of requests nobody reads")
-    one.add_argument("--by-keys", default=f"zipf:length=400,keys={{}},topics=4,{filler}", help="task for --keys")
-    one.add_argument("--by-filler", default="zipf:length=400,keys=64,topics=4,filler={},filler_keys=400")
+    one.add_argument(
+        "--by-keys", type=template, default=f"zipf:length=400,keys={{}},topics=4,{filler}", help="task for --keys"
+    )
+    one.add_argument("--by-filler", type=template, default="zipf:length=400,keys=64,topics=4,filler={},filler_keys=400")
     return root
 
 
@@ -308,15 +348,18 @@ def main() -> None:
     if arguments.streams < 1:
         raise SystemExit(f"--streams {arguments.streams}; give at least 1")
     try:
-        result = {"grid": grid, "table": table, "count": count}[arguments.command](arguments)
-        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    except (EvomemError, OSError, json.JSONDecodeError) as error:
+        known_rows(arguments.json)  # before hours of measuring, and again after them
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(arguments.json) as partial:
+            partial.touch()
+            result = {"grid": grid, "table": table, "count": count}[arguments.command](arguments)
+            key = arguments.key or f"{arguments.command} {arguments.task}"
+            text = json.dumps({**known_rows(arguments.json), key: result}, indent=1)
+            partial.write_text(
+                re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
+            )
+    except (EvomemError, OSError) as error:
         raise SystemExit(str(error)) from None
-    key = arguments.key or f"{arguments.command} {arguments.task}"
-    text = json.dumps({**known, key: result}, indent=1)
-    arguments.json.write_text(
-        re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
-    )
 
 
 if __name__ == "__main__":

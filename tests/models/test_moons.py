@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from evomem.models.architectures.mosaic_cache import UnitMemory
 from evomem.tasks.base import Split
 from evomem.tasks.streams.moons import orbits
+from experiments import moons as script
 from experiments.moons import LENGTH, MoonsMosaic, errors, observed, train
 
 RECORDED = Path(__file__).parents[2] / "docs" / "results" / "moons.json"
@@ -83,3 +85,19 @@ def test_the_recorded_three_heads_drop_at_the_longest_period(moons, seed, reache
         error = float((text[:, length:] - series[:, length:]).abs().mean())
         assert error == pytest.approx(one["errors"][length - 1], abs=2e-3)
         assert error > 0.2 if bound is None else error < bound
+
+
+def test_a_finished_measurement_that_was_edited_is_refused(tmp_path, monkeypatch):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["moons", "--runs", str(tmp_path), "--out", str(tmp_path / "out"), *words])
+        script.main()
+
+    path = tmp_path / "given-1-0-5-1.json"
+    short = {"weights": "given", "heads": 1, "seed": 0, "steps": 5, "starts": 1, "together": 36.0, "errors": [0.0]}
+    for text in ("{", "[]", "{}", json.dumps(short), json.dumps(short | {"heads": 3, "errors": [0.0] * 56})):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="is not what this script writes"):
+            run("--steps", "5", "--starts", "1", "--seeds", "0")
+    for words in (("--steps", "0"), ("--starts", "0"), ("--seeds", "-1")):
+        with pytest.raises(SystemExit):
+            run(*words)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,9 @@ import torch
 from evomem.managers.vector import to_vector
 from evomem.models.architectures.mosaic_cache import UnitMemory
 from evomem.tasks.base import Split
+from experiments import moons_store
 from experiments.moons import LENGTH, MOONS, MoonsMosaic
-from experiments.moons_store import BUDGET, FIELD, POLICIES, manager_of, measure, read, search, series_of
+from experiments.moons_store import BUDGET, FIELD, POLICIES, main, manager_of, measure, read, search, series_of
 
 MODEL, SERIES = MoonsMosaic.given(MOONS), series_of(Split.SEALED, 4, 100_000)
 
@@ -66,3 +70,31 @@ def test_a_search_changes_the_policy(name):
     assert len(history) == 1
     assert len(vector) == 9 + (MOONS if "shares" in name else 0)
     assert not np.array_equal(vector, to_vector(manager_of(name, vector * 0)))
+
+
+def test_a_file_of_other_settings_or_edited_is_refused(tmp_path, monkeypatch, capsys):
+    """Rows of two settings in one table would be compared as if they were one."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["moons_store", "--out", str(tmp_path / "rows"), "--seeds", "0", *words])
+        main()
+
+    monkeypatch.setattr(moons_store, "FIELD", {name: FIELD[name] for name in ("random", "FIFO", "LRU", "LFU")})
+    run("--starts", "2")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert set(rows) == {"random", "FIFO", "LRU", "LFU"}  # also without a search
+    with pytest.raises(SystemExit):
+        run("--starts", "3")
+    assert "--starts 2" in capsys.readouterr().err
+    found = rows["LRU"] | {"fitness": [0.0, 0.0], "popsize": 4}
+    (tmp_path / "rows.json").write_text(json.dumps(rows | {"evolved, seed 0": found}))
+    for words, message in ((("--generations", "3"), "--generations 2"), (("--generations", "2"), "--popsize 4")):
+        with pytest.raises(SystemExit):
+            run("--starts", "2", *words)
+        assert message in capsys.readouterr().err
+    for text in ('{"LRU": {}}', "[]", "{", json.dumps({"LRU": {"errors": [float("nan")]}})):
+        (tmp_path / "rows.json").write_text(text)
+        with pytest.raises(SystemExit, match="holds no rows that this script has written"):
+            run("--starts", "2")
+    with pytest.raises(SystemExit):
+        run("--starts", "0")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from evomem.tasks.base import Split
 from evomem.tasks.streams.automata import SEPARATOR
-from experiments.regbench import NAMES, batch_of, measured, new_model, predictions, texts
+from experiments.regbench import NAMES, batch_of, main, measured, new_model, predictions, texts
 
 
 def test_all_have_about_as_many_parameters():
@@ -45,3 +48,23 @@ def test_the_legal_letters_score_best():
     flat = measured([np.full((len(one.symbols), 19), 1 / 19) for one in tested], tested)
     assert min(flat["tvd"]) > 1
     assert torch.tensor(flat["accuracy"]).max() < 1
+
+
+def test_what_is_no_training_is_refused(tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["regbench", *map(str, words)])
+        main()
+
+    with pytest.raises(SystemExit, match=r"no training has left a record\.json"):
+        run("report", "--runs", tmp_path / "nothing", "--out", tmp_path / "out")
+    path = tmp_path / "v1-0" / "record.json"
+    path.parent.mkdir()
+    for text in ("{", "[]", '{"model": "v1"}', json.dumps({"train": {"accuracy": [1.0], "tvd": [0.0]}})):
+        path.write_text(text)
+        for words in (("report", "--out", tmp_path / "out"), ("train", "v1")):
+            with pytest.raises(SystemExit, match="is no record of a training"):
+                run(*words, "--runs", tmp_path)
+    for words in (("--steps", 0), ("--seed", -1), ("--rate", "nan")):
+        with pytest.raises(SystemExit):
+            run("train", "v1", "--runs", tmp_path / "new", *words)
+        assert "at least one step" in capsys.readouterr().err

@@ -56,3 +56,9 @@ def test_one_plugin_or_none_with_numbers_is_refused(tmp_path):
         mean_of([evomem.build(TEXT, budget=8)], ["one"])
     with pytest.raises(evomem.errors.ConfigError, match="no numbers"):
         mean_of([evomem.build("keydiff", budget=8)] * 2, ["a", "b"])
+
+
+def test_a_plugin_that_is_named_twice_is_refused(tmp_path):
+    folder = plugin(tmp_path / "one", 1)
+    with pytest.raises(SystemExit, match="is named twice"):
+        main([folder, f"{folder}/../one", "--out", str(tmp_path / "mean")])

@@ -83,3 +83,29 @@ def test_counts_are_set_against_the_same_ranking_at_fixed_counts(tmp_path, monke
     assert row["best_fixed"] in (4, 12)
     assert row["by_keys"]["24"][0] > row["by_keys"]["12"][0]
     assert set(row["by_filler"]) == {"0.0"}
+
+
+def test_files_and_names_that_do_not_fit_are_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(streams, "grid", lambda arguments: pytest.fail("measured"))
+    path = tmp_path / "rows.json"
+    for text, message in (("{", "is no JSON"), ("[]", "holds no rows"), ('{"a": 1}', "holds no rows")):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "grid", "--task", TASK, "--json", path)
+        assert path.read_text() == text
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "table", "--task", TASK, "--json", tmp_path / "new", "--grid", path, "--runs", "x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file"):
+        run(monkeypatch, "grid", "--task", TASK, "--json", tmp_path / "file" / "rows.json")
+    for words, message in (
+        (("--runs", ","), "at least one name, and none twice"),
+        (("--runs", "a,a"), "at least one name, and none twice"),
+        (("--runs", "a", "--price", "nan"), "a finite number"),
+        (("--runs", "a", "--by-keys", "zipf:keys=8"), "where the value goes"),
+        (("--runs", "a", "--by-filler", "zipf:filler={share}"), "where the value goes"),
+    ):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "count", "--json", tmp_path / "new", *words)
+        assert message in capsys.readouterr().err
+    assert {one.name for one in tmp_path.iterdir()} == {"rows.json", "file"}
