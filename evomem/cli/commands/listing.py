@@ -73,10 +73,19 @@ def _observations() -> Entries:
     from evomem.memory.observations import known_specs, observations
 
     summaries = _registered(observations)
-    listed = {spec: f"recorded by the cache: {summaries[spec.partition(':')[0]]}" for spec in known_specs()}
+    listed = {}
+    for spec in known_specs():
+        kind = observations.get(spec.partition(":")[0])
+        listed[spec] = f"recorded by the cache: {summaries[kind.name]}"
+        if kind.needs:
+            listed[spec] += f" Needs {' and '.join(sorted(kind.needs))}."
     for name, feature in FEATURES.items():
-        needs = feature.needs.format("W")
-        listed[name] = "feature of a slot" + (f", from {needs}" if needs else "")
+        recorded = feature.needs.partition(":")[0]
+        needs = feature.needs.format(observations.get(recorded).takes) if recorded else ""
+        if name in listed:
+            listed[name] += " Also a feature of a slot."
+        else:
+            listed[name] = "feature of a slot" + (f", from {needs}" if needs else "")
     return listed
 
 
