@@ -92,7 +92,10 @@ def _assign(data: dict[str, Any], path: list[str], value: Any, setting: str) -> 
                     node[key] = {}
                 node = node[key]
         else:
-            raise ConfigError(f"setting {setting!r}: {'.'.join(path[:place])} is {node!r}, which has no parts")
+            whole = ".".join(path[:place])
+            raise ConfigError(
+                f"setting {setting!r}: {whole} is {node!r}, which has no parts; set it itself, {whole}=VALUE"
+            )
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,9 @@ def _table(title: str, columns: Sequence[Alike]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", expand=False)
     table.add_column("layer", justify="right")
     for one in columns:
-        table.add_column(Text("\n".join(one.managers)), justify="right")
+        # Names that differ at their end only are told whole, over several lines.
+        names = Text("\n".join(one.managers), overflow="fold")
+        table.add_column(names, justify="right", overflow="fold")
         table.add_column("KiB", justify="right")
     lines = [_cells(columns, layer) for layer in range(len(columns[0].slots))]
     for cells, same in groupby(range(len(lines)), key=lambda layer: lines[layer]):

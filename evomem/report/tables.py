@@ -161,7 +161,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if any(row.difference is not None for row in rows):
         subject = first_subjects(rows)[0].manager
         spread = "95 % paired bootstrap" if any(row.interval is not None for row in rows) else "of one sample"
-        text = f"loglik: nats per answer token. advantage: of {subject} over the row, {spread}."
+        several = len({row.budget for row in rows if row.manager == subject}) > 1
+        full = " (full: at its largest budget)" * (several and any(row.role == "full" for row in rows))
+        text = f"loglik: nats per answer token. advantage: of {subject} over the row{full}, {spread}."
         for price in dict.fromkeys(row.price_per_megabyte for row in rows if row.price_per_megabyte is not None):
             text += f" net: loglik - {price:g} for every 10^6 bytes of the sample's mean memory."
         if any(row.recovered is not None for row in rows):

@@ -82,6 +82,24 @@ def test_a_table_tells_least_mean_and_most_of_every_layer_and_the_totals(rows):
     assert "0-3" in last  # layers that hold the same
 
 
+def test_names_that_differ_at_their_end_only_are_told_whole_in_a_narrow_terminal():
+    names = [f"snapkv(allocation={one})" for one in ("lava", "razor", "pyramid", "cake", "duo", "headkv")]
+    (table,) = head_tables([row(name, 8, 8 + UNEVEN * place) for place, name in enumerate(names)])
+    console = Console(width=100, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    told = capture.get()
+    assert "…" not in told
+    header = [line.split("┃") for line in told.splitlines() if line.startswith("┃")]
+    assert ["".join(line[at].strip() for line in header) for at in range(2, 14, 2)] == names
+
+
+def test_the_note_says_which_budget_the_full_cache_is_set_against(rows):
+    told = [replace(one, difference=None if one.role == "subject" else 0.1) for one in rows]
+    assert any("over the row (full: at its largest budget)" in note for note in notes(told))
+    assert not any("largest budget" in note for note in notes([one for one in told if one.budget != 16]))
+
+
 def test_columns_of_the_comparison_tell_the_range_and_the_total(rows):
     told = markdown(rows)
     assert "| slots | min-max | total | KiB |" in told

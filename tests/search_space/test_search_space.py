@@ -226,6 +226,8 @@ def test_yaml_keys_twice_numbers_and_settings(tmp_path):
     for setting in ("a", "a.b.7=1", "a.b.x=1", "a.b.0.c=1", "a=: :"):
         with pytest.raises(ConfigError, match="setting"):
             apply_settings(data, [setting])
+    with pytest.raises(ConfigError, match="no parts; set it itself, model=VALUE"):
+        apply_settings({"model": "zoo-qwen3"}, ["model.name=zoo-gpt2"])
     for text in (b"[1, 2]", b"a: [", b"\xff"):
         (tmp_path / "f.yaml").write_bytes(text)
         with pytest.raises(ConfigError, match=r"f\.yaml"):

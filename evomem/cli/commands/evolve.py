@@ -165,7 +165,11 @@ def export(
     check_free(folder, overwrite=overwrite)
     path = user_path(source)
     if not is_there(path):
-        raise EvomemError(f"{source}: no such run or plug-in")
+        raise EvomemError(
+            f"{source}: no such run or plug-in; a plug-in of a manager by its name (evomem list managers) is made in "
+            'Python, evomem.save(evomem.build("keydiff", budget=32, allocation="razor"), "FOLDER"), or solved for by '
+            "evomem allocate"
+        )
     run = open_run(path) if (path / "config.yaml").is_file() else None
     if run is not None:
         plugin = member_plugin(run, place, size)
