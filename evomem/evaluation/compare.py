@@ -86,8 +86,9 @@ def field_of(against: str | Sequence[str] | None) -> list[NamedManager]:
 
 
 def _heuristics() -> list[str]:
-    """Return all managers but the reference, which is always there, and those whose numbers a search gives."""
-    return [name for name in names() if name != "full" and not any(True for _ in build(name).parameters())]
+    """Return all managers but the reference, which is always there, those with numbers of a search, and a wrapper."""
+    leave_out = ("full", "evicted_rows")
+    return [name for name in names() if name not in leave_out and not any(True for _ in build(name).parameters())]
 
 
 def compare(

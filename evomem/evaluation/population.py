@@ -183,6 +183,8 @@ class PopulationPolicy:
         keep = torch.zeros(shape, dtype=torch.bool, device=view.slots.device)
         decay: Tensor | None = None
         evicted: Tensor | None = None
+        keys: Tensor | None = None
+        values: Tensor | None = None
         for group, part in zip(self.groups, parts, strict=True):
             members = group.members.to(keep.device)
             keep[members] = part.keep.to(keep.device)
@@ -194,7 +196,11 @@ class PopulationPolicy:
                 if evicted is None:
                     evicted = torch.zeros(self.size, view.layers, device=keep.device, dtype=torch.int64)
                 evicted[members] = part.evicted.to(keep.device)
-        return Decision(keep, decay, evicted)
+            if part.keys is not None and part.values is not None:
+                if keys is None or values is None:  # others leave their slots as they are
+                    keys, values = (held.expand(self.size, -1, -1, -1).clone() for held in (view.keys, view.values))
+                keys[members], values[members] = part.keys.to(keys.device), part.values.to(values.device)
+        return Decision(keep, decay, evicted, keys, values)
 
 
 def _grouped(managers: Sequence[MemoryManager]) -> list[_Group]:
@@ -233,7 +239,7 @@ def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> l
     if not shared:
         for view in views:
             group.template.prepare(view)
-    fields: list[tuple[bool, bool]] = []
+    fields: list[tuple[bool, ...]] = []
 
     def decide_one(parameters: dict[str, Tensor], tensors: list[dict[TensorName, Tensor]] | None) -> tuple[Tensor, ...]:
         seen = views
@@ -245,8 +251,8 @@ def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> l
             made = functional_call(_WholeModel(group.template), named, (seen,))
         else:
             made = [functional_call(group.template, parameters, (seen[0],))]
-        fields[:] = [(decision.decay is not None, decision.evicted is not None) for decision in made]
-        parts = [(decision.keep, decision.decay, decision.evicted) for decision in made]
+        parts = [(one.keep, one.decay, one.evicted, one.keys, one.values) for one in made]
+        fields[:] = [tuple(part is not None for part in decision) for decision in parts]
         return tuple(part[0] for decision in parts for part in decision if part is not None)
 
     if shared:
@@ -256,10 +262,7 @@ def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> l
             group.parameters, [view.tensors(memo=True) for view in views]
         )
     parts = iter(out)
-    return [
-        Decision(next(parts), next(parts) if fades else None, next(parts) if counts else None)
-        for fades, counts in fields
-    ]
+    return [Decision(next(parts), *(next(parts) if there else None for there in rest)) for _, *rest in fields]
 
 
 def _repeated(mask: Tensor, count: int) -> Tensor:

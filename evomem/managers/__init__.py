@@ -17,6 +17,7 @@ from evomem.managers.base import MemoryManager, managers, register
 from evomem.managers.build import build, names, parse, summary
 from evomem.managers.heuristics.adakv import AdaKV
 from evomem.managers.heuristics.cake import CakeKV
+from evomem.managers.heuristics.evicted_rows import EvictedRows
 from evomem.managers.heuristics.expected_attention import ExpectedAttention
 from evomem.managers.heuristics.full import Full
 from evomem.managers.heuristics.h2o import H2O
@@ -48,6 +49,7 @@ __all__ = [
     "Allocation",
     "CakeKV",
     "EmergentAllocation",
+    "EvictedRows",
     "ExpectedAttention",
     "FeatureScorer",
     "Full",

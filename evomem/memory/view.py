@@ -35,6 +35,7 @@ class LayerView:
     columns : features of the slots that were worked out before, by name: (batch, kv_heads, slots) fp32. A trace has
         them in place of keys and values.
     source : the folder that ``columns`` come from, for messages; empty for a model's own view.
+    decays : (batch, kv_heads, slots) fp32, what is added to the slots' attention logits now; None: nothing.
     """
 
     keys: Tensor
@@ -51,6 +52,7 @@ class LayerView:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     source: str = ""
     evicted: Tensor | None = None
+    decays: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -134,19 +136,24 @@ class Decision:
     Attributes
     ----------
     keep : (batch, kv_heads, slots) bool; slots that are False leave memory. Empty slots are always False.
-    decay : (batch, kv_heads, slots) float or None: log-decay to be added to the slots' attention logits (<= 0).
+    decay : (batch, kv_heads, slots) float or None: log-decay to be added to the slots' attention logits, <= 0; or > 0
+        for a slot that stands for several tokens.
     evicted : (batch, layers) int64, what `LayerView.evicted` becomes: every layer's, for a layer decides before the
         others have read. None: it stays as it is.
+    keys, values : (batch, kv_heads, slots, head_dim) of the view's type, what slots hold from now on: both, or None:
+        what they held.
     """
 
     keep: Tensor
     decay: Tensor | None = None
     evicted: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Decision:
         """Return a decision with every tensor changed; the batch is axis 0 of each."""
-        decay, evicted = (None if part is None else change(part) for part in (self.decay, self.evicted))
-        return Decision(change(self.keep), decay, evicted)
+        rest = (self.decay, self.evicted, self.keys, self.values)
+        return Decision(change(self.keep), *(None if part is None else change(part) for part in rest))
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:

@@ -103,6 +103,8 @@ class Replaying:
         same_tensors(f"slots of layer {view.layer} at decision {number}", view.slots, event.slots)
         mine, theirs = decision.keep & view.valid, event.keep & view.valid
         self.kept, self.agreed = self.kept + int(theirs.sum()), self.agreed + int((mine & theirs).sum())
+        if decision.keys is not None:
+            raise ConformanceError("the manager writes into slots, which a replay of decisions does not compare")
         return Decision(event.keep, event.decay, decision.evicted)
 
     def require_agreement(self, label: str) -> None:

@@ -1,17 +1,25 @@
-"""Zoo: recall of the memory matrix beyond its window, written by the model itself and decided by managers: a table.
+"""Zoo: what the memory matrix recalls beyond its window, written by itself and decided by managers: a table.
 
-    OMP_NUM_THREADS=1 python -m experiments.zoo.matrix_recall --pairs 8,16,24 --length 128
-    OMP_NUM_THREADS=1 python -m experiments.zoo.matrix_recall knorm runs/matrix/winner/plugin --budgets 16
+    OMP_NUM_THREADS=1 python -m experiments.zoo.matrix_recall --tasks zoo_recall:length=128,pairs=16
+    OMP_NUM_THREADS=1 python -m experiments.zoo.matrix_recall lru runs/matrix/all-0 runs/matrix/all-1 \
+        --tasks zoo_forgetting:length=128,pairs=10 --slots 32,16 --json docs/results/matrix_decided.json
 
-``emptied`` is the model whose matrix is emptied between context and question: what the window alone can do. ``slots/2``
-is the model with the first half of its slots. Managers decide every ``--every`` tokens.
+``emptied`` is the model whose matrix is emptied between context and question: what the window alone can do. Own writing
+in fewer slots is that of the model with the first slots of its matrix. Managers decide every ``--every`` tokens, and
+their budget is that much smaller than ``--slots``, so that never more rows are held, not even before a decision.
+Folders ``ARM-SEED`` (runs or plug-ins) are one arm: the mean over its seeds is taken sample by sample. Intervals are of
+95 %, over samples; ``ahead`` is the mean log-likelihood minus that of the model's own writing in as many slots.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -21,6 +29,7 @@ from evomem.evaluation import Evaluator
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
 from evomem.managers import MemoryManager, build
 from evomem.models import LoadedModel, load
+from evomem.models.architectures.memory_matrix import MemoryMatrix
 from evomem.statistics import bootstrap_mean
 from evomem.tasks import Sample, Split
 from evomem.tasks import build as build_task
@@ -61,60 +70,141 @@ def own_recall(
     return results
 
 
-def manager_of(source: str, budget: int | None) -> MemoryManager:
-    """Return the manager of a plug-in folder or a spec."""
-    manager = plugins.load(source) if "/" in source else build(source)
-    return manager if budget is None else manager.with_options(budget=budget)
+def manager_of(source: str) -> MemoryManager:
+    """Return the manager of a spec, a plug-in's folder, or a run's."""
+    folder = Path(source) / "winner" / "plugin"
+    if "/" not in source:
+        return build(source)
+    return plugins.load(str(folder) if folder.is_dir() else source)
 
 
-def line(name: str, results: Sequence[Sequence[float]]) -> str:
-    """Return a row of the table, with 95 % intervals."""
-    right, logs = ([one[column] for one in results] for column in (0, 1))
-    low, high = bootstrap_mean(right).bounds()
-    return f"| {name} | {sum(right) / len(right):.2f} [{low:.2f}, {high:.2f}] | {sum(logs) / len(logs):.3f} |"
+def arm_of(source: str) -> str:
+    """Return the arm of an entrant: its name, without the seed where it is a folder."""
+    name = Path(source).name if "/" in source else source
+    before, _, seed = name.rpartition("-")
+    return before if "/" in source and before and seed.isdigit() else name
 
 
-def measure(loaded: LoadedModel, pairs: int, given: argparse.Namespace) -> None:
-    """Print the table of one number of pairs."""
-    task = build_task("zoo_recall", loaded.tokenizer, given.length, pairs=pairs)
+@dataclass
+class Row:
+    """What one memory came to, sample by sample.
+
+    Attributes
+    ----------
+    memory : its name.
+    budget : slots; None: no limit.
+    right, nats : (seeds, samples), whether the answer is right, and its mean log-likelihood.
+    slots, nbytes : means of the slots after the context, and of the bytes while it was read.
+    """
+
+    memory: str
+    budget: int | None
+    right: list[list[float]]
+    nats: list[list[float]]
+    slots: float
+    nbytes: float
+
+    def means(self, values: list[list[float]]) -> list[float]:
+        """Return the mean over seeds of every sample."""
+        return [sum(column) / len(column) for column in zip(*values, strict=True)]
+
+    def record(self, own: Row | None) -> dict[str, Any]:
+        """Return the row as it is printed and saved, beside the model's own writing in as many slots."""
+        right, nats = self.means(self.right), self.means(self.nats)
+        record: dict[str, Any] = {
+            "memory": self.memory, "budget": self.budget, "seeds": len(self.nats), "samples": len(nats),
+            "right": mean(right), "right_interval": bootstrap_mean(right).bounds(), "nats": mean(nats),
+            "nats_by_seed": [mean(one) for one in self.nats], "slots": self.slots, "bytes": self.nbytes,
+        }  # fmt: skip
+        if own is not None and own is not self:
+            ahead = [mine - other for mine, other in zip(nats, own.means(own.nats), strict=True)]
+            record |= {"ahead": mean(ahead), "ahead_interval": bootstrap_mean(ahead).bounds()}
+        return record
+
+
+def line(record: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    low, high = record["right_interval"]
+    ahead = ""
+    if "ahead" in record:
+        ahead = f"{record['ahead']:+.3f} [{record['ahead_interval'][0]:+.3f}, {record['ahead_interval'][1]:+.3f}]"
+    seeds = " ".join(f"{one:.3f}" for one in record["nats_by_seed"]) if record["seeds"] > 1 else ""
+    budget = "" if record["budget"] is None else record["budget"]
+    return (
+        f"| {record['memory']} | {budget} | {record['right']:.2f} [{low:.2f}, {high:.2f}] | {record['nats']:.3f} | "
+        f"{ahead} | {seeds} | {record['slots']:.1f} | {record['bytes'] / 1024:.1f} |"
+    )
+
+
+def measure(loaded: LoadedModel, spec: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the table of one task, and return its rows."""
+    task = build_task(spec, loaded.tokenizer)
     samples = task.samples(Split.SEALED, given.samples, given.seed)
     evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=given.every))
     model: Any = loaded.model
-    slots = int(model.config.matrix_slots)
-    print(
-        f"\n{pairs} pairs, {given.length} tokens\n\n| memory | right (95 % interval) | nats |\n|---|---|---|",
-        flush=True,
-    )
-    print(line("emptied", own_recall(evaluator, model, samples, empties=True)), flush=True)
-    for number in (slots, slots // 2):
-        print(
-            line(f"own writing, {number} slots", own_recall(evaluator, with_slots(model, number), samples)), flush=True
-        )
-    budgets = [int(budget) for budget in given.budgets.split(",")]
-    entrants: list[tuple[str, int | None]] = [("full", None)]
-    entrants += [(name, budget) for budget in budgets for name in given.managers]
-    managers = [manager_of(name, budget) for name, budget in entrants]
+    budgets = [int(budget) for budget in given.slots.split(",")]
+    rows = [own_row(evaluator, model, "emptied", None, samples, empties=True)]
+    rows += [own_row(evaluator, with_slots(model, number), "own writing", number, samples) for number in budgets]
+    own = {row.budget: row for row in rows if row.budget is not None}
+    entrants = [("full", None), *((source, budget) for budget in budgets for source in given.managers)]
+    managers = [
+        manager_of(source).with_options(budget=None if most is None else most - given.every)
+        for source, most in entrants
+    ]
     results = [evaluator.evaluate(managers, sample, task, EXACT) for sample in samples]
-    for number, (name, budget) in enumerate(entrants):
-        values = [[one[number].exact or 0.0, one[number].loglik] for one in results]
-        print(line(name if budget is None else f"{name}, {budget} slots", values), flush=True)
+    arms: dict[tuple[str, int | None], list[int]] = {}
+    for number, (source, budget) in enumerate(entrants):
+        arms.setdefault((arm_of(source), budget), []).append(number)
+    for (name, budget), numbers in arms.items():
+        right = [[one[number].exact or 0.0 for one in results] for number in numbers]
+        nats = [[one[number].loglik for one in results] for number in numbers]
+        slots = mean([one[number].slots for number in numbers for one in results])
+        nbytes = mean([one[number].bytes_mean or 0.0 for number in numbers for one in results])
+        rows.append(Row(name, budget, right, nats, slots, nbytes))
+    records = [row.record(own.get(row.budget)) for row in rows]
+    print(f"\n{spec}, a decision every {given.every} tokens, {len(samples)} sealed samples\n")
+    print("| memory | slots | right | nats | ahead of own writing | nats by seed | held | KiB |\n|" + "---|" * 8)
+    for record in records:
+        print(line(record), flush=True)
+    return records
+
+
+def own_row(
+    evaluator: Evaluator, model: Any, name: str, slots: int | None, samples: Sequence[Sample], *, empties: bool = False
+) -> Row:
+    """Return what the model's own writing comes to."""
+    results, cache = own_recall(evaluator, model, samples, empties=empties), model.new_cache()
+    model(evaluator.tokens(samples[0]).read, past_key_values=cache)
+    held = float(model.blocks[-1].attention.memory.initial.shape[1])
+    return Row(name, slots, [[one[0] for one in results]], [[one[1] for one in results]], held, cache.nbytes())
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("managers", nargs="*", default=list(FIELD))
+    parser.add_argument("managers", nargs="*", default=list(FIELD), help="specs, and folders of plug-ins or runs")
     parser.add_argument("--model", default="zoo-memory-matrix")
-    parser.add_argument("--pairs", default="8,16,24")
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--budgets", default="32,16")
+    parser.add_argument("--tasks", nargs="+", default=["zoo_recall:length=128,pairs=16"])
+    parser.add_argument("--slots", default="32,16", help="most rows that are held at any time")
     parser.add_argument("--every", type=int, default=4, help="tokens between decisions")
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file for the rows")
     given = parser.parse_args()
     loaded = load(given.model)
-    for pairs in given.pairs.split(","):
-        measure(loaded, int(pairs), given)
+    if not isinstance(loaded.model, MemoryMatrix) or len(loaded.model.config.memory_layers) == 0:
+        raise SystemExit(f"{given.model} has no memory matrix; give zoo-memory-matrix, or a folder of such a model")
+    most = loaded.model.config.matrix_slots
+    if not all(slots.isdecimal() and given.every < int(slots) <= most for slots in given.slots.split(",")):
+        raise SystemExit(
+            f"--slots {given.slots}: give numbers from {given.every + 1}, so that a decision every {given.every} tokens"
+            f" leaves some, to {most}, the slots of the model's own matrix"
+        )
+    tables = {spec: measure(loaded, spec, given) for spec in given.tasks}
+    if given.json is not None:
+        given.json.write_text(
+            json.dumps({"every": given.every, "model": given.model, "tasks": tables}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ def test_what_takes_no_budget_is_measured_as_it_is(loaded, task):
 def test_the_field_is_all_heuristics_unless_it_is_named():
     field = {member.name for member in field_of(None)}
     searched = {"namm", "feature_scorer", "kv_policy"}
-    assert field == set(names()) - searched - {"full", "adakv"} | {"adakv(keydiff)"}
+    assert field == set(names()) - searched - {"full", "adakv", "evicted_rows"} | {"adakv(keydiff)"}
     assert {"lru", "lfu", "fifo", "slot_relevance"} <= field
     assert [m.name for m in field_of(["keydiff", "full", "adakv(snapkv)", "keydiff"])] == ["keydiff", "adakv(snapkv)"]
     with pytest.raises(UnknownNameError, match="Did you mean 'keydiff'"):

@@ -89,7 +89,7 @@ class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-c
         )  # fmt: skip
         return LayerView(
             self.keys, self.values, self.slots, self.start, self.seen, self.seen - self.decided,
-            self.index, self.layers, recorded, evicted=self.evicted,
+            self.index, self.layers, recorded, evicted=self.evicted, decays=self.decays,
         )  # fmt: skip
 
     def decide(self, policy: CachePolicy) -> None:
@@ -99,7 +99,17 @@ class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-c
             self.apply(policy.decide(view))
 
     def apply(self, decision: Decision) -> None:
-        """Carry out a decision about the slots held now."""
+        """Carry out a decision about the slots held now.
+
+        Raises
+        ------
+        CacheError : it writes into slots: what those of an explicit memory hold, its model writes.
+        """
+        if decision.keys is not None:
+            raise CacheError(
+                f"the manager writes what it evicts into slots of {self.title}, which only its model writes; use it on "
+                "a KV cache, and here the manager inside it"
+            )
         if decision.decay is not None:
             self.decay(decision.decay)
         if decision.evicted is not None:
@@ -130,18 +140,19 @@ class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-c
             )
         self.storage.set_decays(log_decay.float())
 
-    def note_reads(self, queries: Tensor, weights: Tensor | None) -> None:
+    def note_reads(self, queries: Tensor, weights: Tensor | None, real: Tensor | None = None) -> None:
         """Let the recorder see what tokens have read, before empty slots go.
 
         queries : (batch, heads, tokens, key_dim).
         weights : (batch, heads, tokens, slots), what each slot was read with; None: nobody observes that.
+        real : (batch, tokens) bool, False for padding; None: there is none.
         """
         if weights is not None and self.wanted.every_query:
             whole = self.recorder.whole(self.storage.layout)
             whole.attended(weights.float(), self.seen, self.starts)
             self.recorder.take_over(whole, self.storage.layout)
         if self.wanted.observations:
-            self.recorder.queried(queries, None, None, None, self.start)
+            self.recorder.queried(queries, None, real, None, self.start)
 
     # ---- state ----------------------------------------------------------------------------------------------------
 

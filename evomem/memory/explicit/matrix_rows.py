@@ -89,7 +89,7 @@ class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
         weights = torch.softmax(keys @ rows.transpose(-1, -2) + bias, -1).nan_to_num(nan=0.0)
         if real is not None:
             weights = weights * real[:, None, :, None]
-        self.note_reads(keys, weights)
+        self.note_reads(keys, weights, real)
         self.storage.settle(self.recorder)
         return Exchange(rows[:, :, None], weights @ rows, bias)
 

@@ -125,6 +125,11 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
                 f"a cache that records {', '.join(sorted(self.cache.policy.observes))} cannot be cropped: what the "
                 "cropped queries added cannot be taken back; read the context again"
             )
+        if length < self.decided and self.decays is not None and bool((self.decays > 0).any()):
+            raise CacheError(
+                f"a cache whose slots stand for several tokens cannot be cropped to {length}: the last decision, after "
+                f"{self.decided} tokens, may have written some of those that are to go; read the context again"
+            )
         if length:
             self.storage.crop(length, self.recorder)
         else:
@@ -158,7 +163,7 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         )  # fmt: skip
         return LayerView(
             keys, values, slots, self.start, self.seen, self._fresh(),
-            self.index, self.cache.depth, recorded, evicted=self.evicted,
+            self.index, self.cache.depth, recorded, evicted=self.evicted, decays=decays,
         )  # fmt: skip
 
     def _fresh(self) -> int:
@@ -216,9 +221,22 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         if evicted is not None:
             before = self.evicted if self.evicted is not None else torch.zeros_like(evicted)
             self.evicted = evicted if rows is None else torch.where(rows[:, None], evicted, before)
+        if decision.keys is not None and decision.values is not None:
+            self._rewrite(decision.keys, decision.values, rows)
         self.keep(keep)
         if rows is None:
             self.decided, self.turned = self.seen, None
+
+    def _rewrite(self, keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
+        """Let slots of some rows hold other keys and values; what is not read yet stays."""
+        ahead = self.storage.shape[2] - keys.shape[2]
+        if ahead:
+            keys = torch.cat((keys, self.keys[:, :, -ahead:]), 2)
+            values = torch.cat((values, self.values[:, :, -ahead:]), 2)
+        if rows is not None:
+            chosen = rows[:, None, None, None]
+            keys, values = torch.where(chosen, keys, self.keys), torch.where(chosen, values, self.values)
+        self.storage.rewrite(keys, values)
 
     def apply_turns(self, decisions: Sequence[Decision], turns: Sequence[Sequence[bool]]) -> None:
         """Carry out decisions about different rows of the slots held now: decision i is about rows ``turns[i]``."""
@@ -229,6 +247,10 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         turned = self.turned if self.turned is not None else torch.full_like(self.start, self.decided)
         rows = [torch.tensor(turn, device=device) for turn in turns]
         keep, decays, evicted = filled, [one.decay for one in decisions], self.evicted
+        keys: Tensor | None = None
+        values: Tensor | None = None
+        if any(one.keys is not None for one in decisions):
+            keys, values = self.keys, self.values
         decay = None if all(one is None for one in decays) else self.decays
         if decay is None and any(one is not None for one in decays):
             decay = torch.zeros(filled.shape, device=device, dtype=torch.float32)
@@ -238,9 +260,13 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
             if decision.evicted is not None:
                 before = evicted if evicted is not None else torch.zeros_like(decision.evicted)
                 evicted = torch.where(turn[:, None], decision.evicted, before)
+            if keys is not None and decision.keys is not None:
+                keys = torch.where(turn[:, None, None, None], decision.keys, keys)
+            if values is not None and decision.values is not None:
+                values = torch.where(turn[:, None, None, None], decision.values, values)
             if decay is not None and decision.decay is not None:
                 decay = torch.where(turn[:, None, None], decision.decay.float(), decay)
-        self.apply(Decision(keep, decay, evicted))
+        self.apply(Decision(keep, decay, evicted, keys, values))
         if not bool(torch.stack(rows).any(0).all()):
             self.turned = turned
 

@@ -138,6 +138,25 @@ class SlotStorage:
             self.flat["decays"] = self.layout.flatten(decays[:, :, :longest])
         self.even["decays"] = decays[:, :, longest:].clone() if longest else decays
 
+    def rewrite(self, keys: Tensor, values: Tensor) -> None:
+        """Let slots hold other keys and values (batch, kv_heads, slots, head_dim), in the padded form.
+
+        Raises
+        ------
+        CacheError : other shapes or types than the slots have.
+        """
+        longest = 0 if self.layout is None else self.layout.longest
+        for name, new in (("keys", keys), ("values", values)):
+            held = self.even[name]
+            if tuple(new.shape) != (*self.shape, held.shape[3]) or new.dtype != held.dtype:
+                raise CacheError(
+                    f"{name} {tuple(new.shape)} of {new.dtype} for slots of shape {(*self.shape, held.shape[3])} and "
+                    f"{held.dtype}"
+                )
+            if self.layout is not None:
+                self.flat[name] = self.layout.flatten(new[:, :, :longest])
+            self.even[name] = new[:, :, longest:].clone() if longest else new
+
     def keep(self, mask: Tensor, recorder: Recorder) -> None:
         """Evict, physically, every slot where ``mask`` (batch, kv_heads, slots), of the padded form, is False.
 

@@ -72,7 +72,7 @@ class DecidedPairs(LayerWithTensors):  # type: ignore[no-untyped-call]
         weights = read_weights(queries, self.keys, allowed, bandwidth(allowed.sum(-1)), self.decays)
         if real is not None:
             weights = weights * real[:, None, :, None]
-        self.note_reads(queries, weights)
+        self.note_reads(queries, weights, real)
         return (weights @ precise(self.values)).to(queries.dtype)
 
     def _note_surprise(self, values: Tensor, read: Tensor) -> None:

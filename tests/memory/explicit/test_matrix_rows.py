@@ -164,6 +164,29 @@ def test_a_row_is_held_and_counted_once(model):
         model.decided_cache(cache.policy).load_state(facts, {**tensors, "0.even.values": tensors["0.even.keys"]})
 
 
+def rows_kept(directions, tokens, padding=0):
+    """Rows that stay by the rate of keys not read lately, where reads take so many directions in turn."""
+    manager = build("fifo(budget=8, allocation='by_distinct_rate(total=[0.25, 4], window=16)')")
+    with torch.no_grad():
+        manager.allocation.coefficients[0] = 6.0
+    memory, length = MatrixRows(observes=manager.observes), padding + tokens
+    keys = torch.eye(64)[torch.arange(-padding, tokens) % directions][None, None]
+    real = (torch.arange(length) >= padding)[None] if padding else None
+    memory.exchange(Write(keys, keys, torch.ones(1, 1, length)), keys, "leaky", None, None, real)
+    memory.finish(length)
+    memory.decide(manager)
+    return int(memory.counts())
+
+
+def test_more_rows_stay_where_more_different_keys_are_read():
+    """N(x): it rises with the rate of distinct keys, and neither length nor padding moves it."""
+    counts = [rows_kept(directions, 64) for directions in (4, 17, 64)]
+    assert counts[0] < counts[1] == counts[2]  # 17 in turn are never among the 16 reads before
+    assert rows_kept(4, 64) <= rows_kept(4, 20) <= 8
+    assert rows_kept(4, 128) == rows_kept(4, 256)
+    assert rows_kept(4, 64, padding=9) == rows_kept(4, 64)
+
+
 def test_generate_decides(model):
     manager, ids = build("knorm(budget=3,every=1)"), ids_of(6, 8)
     slow = ids
