@@ -19,7 +19,7 @@ from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol
 from evomem.evaluation.measures import Draws, run_measures
 from evomem.evaluation.population import Deciding, Recording
 from evomem.evaluation.reference import evaluate_plainly, loglik_without_context
-from evomem.evaluation.sample_tokens import Reach, SampleEncoder, Tokens
+from evomem.evaluation.sample_tokens import Reach, SampleEncoder, Tokens, warn_of_undecided
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
 from evomem.managers.allocation.probed import on_model
 from evomem.managers.base import MemoryManager
@@ -198,7 +198,12 @@ class Evaluator:
         return tokens.read.shape[1] + tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
 
     def check_positions(self, samples: Sequence[Sample], *, exact: bool = False) -> Reach:
-        """Compare samples with the positions that the model has; see `SampleEncoder.check_positions`."""
+        """Compare samples with the positions that the model has; see `SampleEncoder.check_positions`.
+
+        Warns of samples that end before a decision falls due: all that is measured on them is the full memory.
+        """
+        if self.protocol.kind == "streaming":
+            warn_of_undecided({sample.id: self.length_of(sample) for sample in samples}, self.protocol)
         return self.sample_encoder.check_positions(samples, exact=exact)
 
     def refusal(self, manager: MemoryManager) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from evomem.errors import TaskError
+from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.files.strict_json import shown
 from evomem.memory.kv.positions import beyond, position_limit
 from evomem.models import LoadedModel
 from evomem.tasks.base import Sample
 from evomem.tasks.encoding import TextEncoder
+
+logger = logging.getLogger("evomem")
 
 
 @dataclass(frozen=True)
@@ -155,3 +159,14 @@ class SampleEncoder:
                 f"{self._loaded.name!r} has embeddings of; its tokenizer belongs to another model"
             )
         return torch.tensor([ids], dtype=torch.int64, device=self._loaded.model.device)
+
+
+def warn_of_undecided(lengths: Mapping[str, int], protocol: EvaluationProtocol) -> None:
+    """Warn of samples (tokens by id) that end before a decision of ``streaming`` falls due."""
+    undecided = [sample for sample, length in lengths.items() if length < protocol.every]
+    if undecided:
+        logger.warning(
+            "protocol %s: %d of %d samples (%s, say) have fewer than %d tokens, so no decision falls due on them, and "
+            "every manager is measured as the full memory; decide more often, or take longer texts",
+            protocol, len(undecided), len(lengths), undecided[0], protocol.every,
+        )  # fmt: skip

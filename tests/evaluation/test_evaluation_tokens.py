@@ -9,7 +9,7 @@ import torch
 
 from evomem.errors import TaskError
 from evomem.evaluation import Evaluator
-from evomem.evaluation.measurement import EXACT, LOGLIK
+from evomem.evaluation.measurement import EXACT, LOGLIK, EvaluationProtocol
 from evomem.evaluation.objectives import Attention
 from evomem.models import LoadedModel
 from evomem.testing.models import tiny, tiny_tokenizer
@@ -113,3 +113,15 @@ def test_evaluations_are_plain_numbers(llama):
         found = Evaluator(llama).evaluate([made("knorm")], make_sample(), TASK, measurement)[0].to_json()
         assert {type(v) for k, v in found.items() if k not in ("sample", "head_attention")} == {float, int}
         assert ("loglik" in found, "exact" in found) == (measurement in (LOGLIK, EXACT), measurement == EXACT)
+
+
+def test_samples_without_a_decision_are_warned_of(llama, caplog):
+    sample = make_sample()
+    length = Evaluator(llama, PROTOCOLS["once"]).length_of(sample)
+    for every, warned in ((length, False), (length + 1, True)):
+        caplog.clear()
+        Evaluator(llama, EvaluationProtocol(kind="streaming", every=every)).check_positions([sample])
+        assert ("1 of 1 samples" in caplog.text and "measured as the full memory" in caplog.text) == warned
+    caplog.clear()
+    Evaluator(llama, PROTOCOLS["once"]).check_positions([sample])
+    assert not caplog.text
