@@ -16,7 +16,7 @@ from evomem.models import LoadedModel
 from evomem.report.conditions import Conditions, Say, budgets_of, check_tasks, checked_scenarios
 from evomem.report.outputs import claim
 from evomem.report.pictures import claim_folder, draw_comparison
-from evomem.report.subjects import Source, own_budgets, resolve, resolve_all
+from evomem.report.subjects import Source, Subject, own_budgets, resolve, resolve_all, unsearched
 from evomem.report.tables import keep_rows, partial_file, repriced_samples, samples_file
 from evomem.report.variants import variants_of
 from evomem.tasks.base import Split
@@ -154,6 +154,7 @@ def compare_subjects(
     subjects = resolve_all(sources)
     variants = variants_of(subjects, allocations, say)
     field = field_of(against)  # before a model is loaded: a name may be wrong
+    say_unsearched(subjects, field, say)
     priced = price_per_megabyte is not None and not conditions.budgets
     own = own_budgets(subjects, variants, field) if priced else {}
     budgets = (None,) if priced else budgets_of(conditions, subjects)
@@ -178,6 +179,16 @@ def compare_subjects(
     return comparison.rows
 
 
+def say_unsearched(subjects: Sequence[Subject], field: Sequence[NamedManager], say: Say) -> None:
+    """Say which managers were built from a text and have numbers that only a search gives."""
+    counts = {subject.name: subject.unsearched for subject in subjects}
+    counts |= {member.name: unsearched(member.manager) for member in field}
+    for name, count in counts.items():
+        if count:
+            numbers = "number was not searched; it is" if count == 1 else f"{count} numbers were not searched; they are"
+            say(f"{name}: its {numbers} as a search begins")
+
+
 def evaluate_subject(
     source: Source,
     conditions: Conditions,
@@ -190,6 +201,7 @@ def evaluate_subject(
     """Evaluate one subject by itself; see `compare_subjects`."""
     check_tasks(conditions.tasks)
     subject = resolve(source)
+    say_unsearched([subject], (), say)
     budgets: Sequence[Budget] = conditions.budgets or subject.budgets
     if not budgets and subject.manager.name == "full":
         budgets = (None,)

@@ -44,6 +44,7 @@ class Subject:
     samples : sealed samples per task.
     changed : what of the tasks is no longer as it was in the search, a line each.
     provenance : what the search says of itself, the digests of its inputs among it.
+    unsearched : numbers that a search would give, and which have their first values: it was built from a text.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Subject:
     samples: int | None = None
     changed: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    unsearched: int = 0
 
     def with_changes_now(self) -> Subject:
         """Return the subject with the changes of its tasks' files as they are now."""
@@ -99,7 +101,12 @@ def _of_name(source: str) -> Subject:
     if looks_like_path:
         return _of_plugin(source, source)
     manager = build(source)
-    return Subject(source, source, manager, budgets=budget_of(manager))
+    return Subject(source, source, manager, budgets=budget_of(manager), unsearched=unsearched(manager))
+
+
+def unsearched(manager: MemoryManager) -> int:
+    """Return how many numbers a manager built from a text has that a search would give."""
+    return sum(number.numel() for number in manager.parameters())
 
 
 def _of_run(source: str, run: Run) -> Subject:

@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 import evomem
 from evomem.cli.app import app
 from evomem.errors import ConfigError
-from evomem.evaluation.compare import NamedManager
+from evomem.evaluation.compare import NamedManager, field_of
+from evomem.managers import build
 from evomem.managers.reallocation import name_with_allocation
 from evomem.models import LoadedModel
+from evomem.report.comparing import say_unsearched
+from evomem.report.subjects import resolve_all
 from evomem.testing.models import tiny, tiny_tokenizer
 from tests.managers.test_reallocation import NUMBERLESS, searched
 
@@ -119,3 +122,15 @@ def test_the_command_splits_at_commas_outside_of_brackets(monkeypatch):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert seen["allocations"] == ["uniform", "probe_shares(probe=retrieval, power=0.5)", "lava"]
+
+
+def test_numbers_that_no_search_gave_are_said(tmp_path):
+    spec, scorer = "keydiff(budget=4, allocation='slots(total=[0.5, 2])')", "feature_scorer(features=[keydiff])"
+    build(spec).save_pretrained(tmp_path / "saved")
+    said = []
+    subjects = resolve_all([spec, "keydiff(budget=4)", str(tmp_path / "saved")])
+    say_unsearched(subjects, field_of(["snapkv", scorer]), said.append)
+    counts = {name: sum(one.numel() for one in build(name).parameters()) for name in (spec, scorer)}
+    assert said == [
+        f"{name}: its {count} numbers were not searched; they are as a search begins" for name, count in counts.items()
+    ]
