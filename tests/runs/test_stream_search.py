@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import evomem
@@ -129,3 +130,12 @@ def test_streams_choose_their_model_and_protocol():
     )
     assert [(row.model, row.protocol) for row in rows] == [("pair-memory", "streaming:1/query_agnostic")]
     assert torch.tensor(rows[0].score).isfinite()
+
+
+def test_what_to_do_next_fits_the_memory(tmp_path):
+    file = tmp_path / "streams.yaml"
+    file.write_text(yaml.safe_dump({**CONFIG, "generations": 1, "against": ["lru"]}))
+    result = CliRunner().invoke(app, ["evolve", str(file), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0
+    assert "evomem compare" in result.output
+    assert "generate" not in result.output  # a stream has no text to go on with

@@ -116,7 +116,17 @@ def _print_end(run: Run, console: Console, front: Sequence[Member]) -> None:
         place = len(front) // 2
         console.print(Text(f"  evomem export {folder} {config.name}-{place} --place {place}   (or --bytes 2e6)"))
     console.print(Text(f"  {_other_budgets(run)}"))
-    console.print(Text(f"  python: {snippet(plugin)}"))
+    if not _reads_streams(run):  # their memory has no text to go on with
+        console.print(Text(f"  python: {snippet(plugin)}"))
+
+
+def _reads_streams(run: Run) -> bool:
+    """Whether all tasks of the last stage are streams of requests."""
+    from evomem.spec import name_of
+    from evomem.tasks.base import tasks
+    from evomem.tasks.streams.base import StreamTask
+
+    return all(issubclass(tasks.get(name_of(task.spec)), StreamTask) for task in run.config.plan()[-1].tasks)
 
 
 def _other_budgets(run: Run) -> str:

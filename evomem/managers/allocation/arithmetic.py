@@ -95,7 +95,8 @@ def say_other_shape(name: str, known: str, here: str) -> None:
     """Warn, once a process and shape, that numbers of an allocation are those of a model of another shape."""
     logger.warning(
         "allocation %r: its numbers are for %s, and this model has %s: they are interpolated in depth, and where the "
-        "number of heads is another, a head gets the mean of its layer. Search them for this model, or do without",
+        "number of heads is another, a head gets the mean of its layer. Give the allocation the sizes of this model, "
+        "and search its numbers there, or do without",
         name, known, here,
     )  # fmt: skip
 
