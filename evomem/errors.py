@@ -19,7 +19,8 @@ class UnknownNameError(ConfigError):
 
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        super().__init__(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+        names = ", ".join(sorted(known, key=lambda one: ("/" in one, one)))  # those in folders last
+        super().__init__(f"unknown {kind} {name!r}.{hint} Known: {names}.")
 
 
 class MissingPackagesError(ConfigError):

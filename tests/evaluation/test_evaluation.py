@@ -38,6 +38,7 @@ SPECS = (
     "slot_relevance(context=1.0, window=4)",
     "adakv(keydiff)",
     "adakv(snapkv(window=6))",
+    "evicted_rows(keydiff, rows=3)",
     "namm(scorer=bam, selection=capped)",
     "namm(scorer=bam, selection=threshold)",
     "namm(scorer=bam, selection=dense)",

@@ -174,10 +174,10 @@ def test_sizes_count_from_where_they_were_halved():
 
 def test_a_comparison_whose_memory_ends_takes_smaller_batches(caplog):
     class Small(Evaluator):
-        def evaluate(self, managers, *arguments, **options):
+        def on_samples(self, managers, *arguments, **options):
             if len(managers) > 2:
                 raise FULL
-            return super().evaluate(managers, *arguments, **options)
+            return super().on_samples(managers, *arguments, **options)
 
     found = []
     for kind in (Evaluator, Small):
@@ -187,7 +187,7 @@ def test_a_comparison_whose_memory_ends_takes_smaller_batches(caplog):
         found.append({row.manager: row.loglik for row in out.rows})
     assert found[1] == pytest.approx(found[0], abs=1e-6)
     assert "measured as two batches" in caplog.text
-    Small.evaluate = lambda *arguments, **options: (_ for _ in ()).throw(FULL)
+    Small.on_samples = lambda *arguments, **options: (_ for _ in ()).throw(FULL)
     with pytest.raises(OutOfMemoryError, match="alone does not fit"):
         compare([subject], [Scenario("llama", "words", Small(loaded()), Described())], samples=1, against=[])
 
