@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from evomem.errors import ConfigError
 from evomem.managers.allocation import AcrossHeads, Allocation, LayerAllocation
-from evomem.managers.base import MemoryManager, register
+from evomem.managers.around import ManagerAround
+from evomem.managers.base import register
 from evomem.managers.build import build
-from evomem.managers.decision import Judgement
 from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends
-from evomem.memory.view import LayerView
 
 
 class AdaKVOptions(ManagerOptions):
@@ -43,7 +41,7 @@ class AdaKVOptions(ManagerOptions):
 
 
 @register("adakv")
-class AdaKV(MemoryManager):
+class AdaKV(ManagerAround):
     """Shares the layer's slots among its heads by another manager's scores (AdaKV, Feng et al., arXiv 2407.11550).
 
     Another name for ``snapkv(allocation=across_heads)``: ``adakv(snapkv)`` keeps as many slots a layer as ``snapkv``
@@ -55,20 +53,16 @@ class AdaKV(MemoryManager):
 
     Options = AdaKVOptions
     options: AdaKVOptions
-    inner: MemoryManager
-
-    @property
-    def observes(self) -> frozenset[str]:
-        """What the inner manager observes."""
-        return self.inner.observes
 
     def make_ends(self) -> Ends:
         """Return what the inner manager protects; it is built here, with the budget, and the layers' allocation."""
         given = self.options.allocation
         if given and self.options.inner["options"].get("allocation"):
             raise ConfigError("manager 'adakv': allocation: adakv and the manager inside it have one; give one of them")
-        self.inner = build(self.options.inner, budget=self.options.budget, **({"allocation": given} if given else {}))
-        return self.inner.ends
+        inner = self.build_inner(
+            self.options.inner, budget=self.options.budget, **({"allocation": given} if given else {})
+        )
+        return inner.ends
 
     def make_allocation(self) -> Allocation:
         """Return one ranking over the heads, of the slots that the inner manager's allocation gives the layer."""
@@ -83,31 +77,7 @@ class AdaKV(MemoryManager):
                 f"manager 'adakv': inner: {self.inner.name!r} does not rank its slots to a budget per head, "
                 "so there is nothing to share; use one that does, e.g. adakv(snapkv)"
             )
+        self.require_no_statistics()
         across = AcrossHeads(layers=layers.describe(), safeguard=self.options.safeguard)
         across.take_shares()  # what is learned is the inner manager's, and `shares` gives it
         return across
-
-    def shares(self) -> Tensor | None:
-        """Return the inner manager's log-shares."""
-        return self.inner.shares()
-
-    def judge(self, view: LayerView) -> Judgement:
-        """Return what the inner manager says."""
-        return self.inner.judge(view)
-
-    def score(self, view: LayerView) -> Tensor:
-        """Return the inner manager's scores: (batch, kv_heads, slots)."""
-        return self.inner.score(view)
-
-    def admit(self, view: LayerView) -> Tensor | None:
-        """Return what the inner manager says."""
-        return self.inner.admit(view)
-
-    def decay(self, view: LayerView) -> Tensor | None:
-        """Return what the inner manager says."""
-        return self.inner.decay(view)
-
-    @property
-    def forgets(self) -> bool:
-        """Whether the inner manager does."""
-        return self.inner.forgets

@@ -14,7 +14,8 @@ from torch import Tensor
 from evomem.bounds import TOKENS
 from evomem.errors import ConfigError
 from evomem.managers.allocation import Allocation, EmergentAllocation
-from evomem.managers.base import MemoryManager, register
+from evomem.managers.around import ManagerAround
+from evomem.managers.base import register
 from evomem.managers.build import build
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.options import ManagerOptions
@@ -108,10 +109,10 @@ class WritingRule(Rule):
         after = before + shares.sum(-2)
         total = after[..., None].clamp(min=1e-30)
 
-        def averaged(held: Tensor) -> Tensor:
+        def averaged(parts: Tensor) -> Tensor:
             """Return the slots' means (batch, kv_heads, slots, size) with what was written."""
-            new = (before[..., None] * _take(held, rows) + shares.transpose(-1, -2) @ held) / total
-            return held.scatter(2, rows[..., None].expand_as(new), new)
+            new = (before[..., None] * _take(parts, rows) + shares.transpose(-1, -2) @ parts) / total
+            return parts.scatter(2, rows[..., None].expand_as(new), new)
 
         decay = self.weight * torch.log(mass.scatter(-1, rows, after))
         return replace(
@@ -123,7 +124,7 @@ class WritingRule(Rule):
 
 
 @register("evicted_rows")
-class EvictedRows(MemoryManager):
+class EvictedRows(ManagerAround):
     """Keeps what another manager keeps, and writes what that evicts into some of it: a memory of what was evicted.
 
     The ``rows`` slots that are ranked last among those that stay, protected ones not counted, are rows of a memory
@@ -140,18 +141,16 @@ class EvictedRows(MemoryManager):
 
     Options = EvictedRowsOptions
     options: EvictedRowsOptions
-    inner: MemoryManager
-
-    @property
-    def observes(self) -> frozenset[str]:
-        """What the inner manager observes."""
-        return self.inner.observes
 
     def make_ends(self) -> Ends:
         """Return what the inner manager protects; it is built here, with budget and allocation."""
         given = self.options.allocation
-        self.inner = build(self.options.inner, budget=self.options.budget, **({"allocation": given} if given else {}))
-        return self.inner.ends
+        inner = self.build_inner(
+            self.options.inner, budget=self.options.budget, **({"allocation": given} if given else {})
+        )
+        if inner.forgets:
+            raise ConfigError("manager 'evicted_rows': inner: it lets slots fade, and so do rows; leave out forget")
+        return inner.ends
 
     def make_allocation(self) -> Allocation:
         """Return the inner manager's allocation.
@@ -165,6 +164,7 @@ class EvictedRows(MemoryManager):
                 f"manager 'evicted_rows': inner: {self.inner.name!r} does not rank its slots to a budget, so there is "
                 "no last slot to write into; use one that does, e.g. evicted_rows(keydiff)"
             )
+        self.require_no_statistics()
         return self.inner.allocation
 
     @property
@@ -173,21 +173,9 @@ class EvictedRows(MemoryManager):
         o = self.options
         return WritingRule(o.budget, self.ends, self.allocation, o.rows, o.sharpness, o.writes, o.weight)
 
-    def shares(self) -> Tensor | None:
-        """Return the inner manager's log-shares."""
-        return self.inner.shares()
-
     def prepare(self, view: LayerView) -> None:
         """Let the inner manager compute what does not depend on parameters."""
         self.inner.prepare(view)
-
-    def judge(self, view: LayerView) -> Judgement:
-        """Return what the inner manager says."""
-        return self.inner.judge(view)
-
-    def score(self, view: LayerView) -> Tensor:
-        """Return the inner manager's scores: (batch, kv_heads, slots)."""
-        return self.inner.score(view)
 
     def score_within(self, view: LayerView, n: Tensor) -> Tensor:
         """Return the inner manager's scores where protected ends are measured by ``n`` slots a head."""

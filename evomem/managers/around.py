@@ -1,0 +1,78 @@
+"""Manager: what a manager around another one hands on to it, and which ones it cannot be put around."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from evomem.errors import ConfigError
+from evomem.managers.base import MemoryManager
+from evomem.managers.build import build
+from evomem.managers.decision import Judgement, Rule
+from evomem.memory.view import LayerView
+
+
+class ManagerAround(MemoryManager):
+    """A manager that decides by what the one inside it says about the slots; a subclass says what it does with that.
+
+    Attributes
+    ----------
+    inner : the manager inside, set by `build_inner`.
+    """
+
+    inner: MemoryManager
+
+    def build_inner(self, description: Mapping[str, Any], **options: Any) -> MemoryManager:
+        """Build the manager inside, and return it.
+
+        Raises
+        ------
+        ConfigError : what it does with its decisions would be left out without a word.
+        """
+        self.inner = build(description, **options)
+        if type(self.inner.rule) is not Rule:
+            raise ConfigError(
+                f"manager {self.name!r}: inner: {self.inner.name!r} does more with its decisions than to keep slots, "
+                f"which {self.name} would leave out; put it around {self.name}, or give its scorer alone"
+            )
+        return self.inner
+
+    def require_no_statistics(self) -> None:
+        """Refuse a manager inside that needs statistics; raises `ConfigError`."""
+        if self.inner.uses_statistics:
+            raise ConfigError(
+                f"manager {self.name!r}: inner: {self.inner.name!r} needs statistics of contexts, which are not "
+                "measured inside another manager; give a scorer without them (kv_policy: scale=head)"
+            )
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """What the inner manager observes."""
+        return self.inner.observes
+
+    def shares(self) -> Tensor | None:
+        """Return the inner manager's log-shares."""
+        return self.inner.shares()
+
+    def judge(self, view: LayerView) -> Judgement:
+        """Return what the inner manager says."""
+        return self.inner.judge(view)
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return the inner manager's scores: (batch, kv_heads, slots)."""
+        return self.inner.score(view)
+
+    def admit(self, view: LayerView) -> Tensor | None:
+        """Return what the inner manager says."""
+        return self.inner.admit(view)
+
+    def decay(self, view: LayerView) -> Tensor | None:
+        """Return what the inner manager says."""
+        return self.inner.decay(view)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the inner manager does."""
+        return self.inner.forgets
