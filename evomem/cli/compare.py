@@ -147,7 +147,7 @@ def transfer(
         typer.Option(
             "--protocol",
             help="compress_once, or streaming[:N]: decide every N tokens; or MODEL=PROTOCOL for one model; may be "
-            "repeated. \\[default: the plug-ins' own]",
+            "repeated. \\[default: the plug-ins' own on such a memory, else that memory's]",
         ),
     ] = None,
     mode: Mode = None,

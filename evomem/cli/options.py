@@ -93,7 +93,9 @@ Budgets = Annotated[
 ProtocolOption = Annotated[
     str | None,
     typer.Option(
-        "--protocol", help="compress_once, or streaming[:N]: decide every N tokens. \\[default: the subject's]"
+        "--protocol",
+        help="compress_once, or streaming[:N]: decide every N tokens. \\[default: the subject's on such a memory, else "
+        "that memory's]",
     ),
 ]
 Mode = Annotated[QuestionMode | None, typer.Option(help="Decide before (agnostic) or after the question is read.")]

@@ -37,7 +37,7 @@ def track(
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder, or a plug-in.")],
+    run: Annotated[str, typer.Argument(help="Run folder, plug-in, or a manager by its name (evomem list managers).")],
     folder: Annotated[Path, typer.Argument(help="Where the plug-in goes.")],
     place: Annotated[
         int | None, typer.Option(min=0, help="Of a run with a front: its member at this place, 0 is the smallest.")
@@ -53,9 +53,23 @@ def export(
             "(docs/allocations.md)."
         ),
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Of a manager by its name: slots per head (64) or a share (0.25).")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Refuse what cannot decide about this model's memory, and keep what an allocation looks at of its "
+            "heads (razor, duo, headkv, probe_shares).",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Copy a run's winner as a plug-in: config.json, model.safetensors, provenance.json, README.md.
+    """Write a run's winner, or a manager by its name, as a plug-in.
+
+    A plug-in is config.json, model.safetensors, provenance.json, README.md.
 
     [bold]Examples[/bold]
 
@@ -64,11 +78,13 @@ def export(
       evomem export runs/pareto_smollm2 my-manager --bytes 2e6
 
       evomem export runs/demo start --allocation "per_head_shares(layers=30, heads=3)"
+
+      evomem export keydiff my-keydiff --budget 64 --allocation razor --model smollm2-135m
     """
     with guarded():
-        from evomem.cli.commands import evolve as command
+        from evomem.cli.commands import export as command
 
-        command.export(run, folder, place, size, allocation=allocation, overwrite=overwrite)
+        command.export(run, folder, place, size, allocation=allocation, budget=budget, model=model, overwrite=overwrite)
 
 
 def import_namm(

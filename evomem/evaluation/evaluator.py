@@ -21,6 +21,7 @@ from evomem.evaluation.population import Deciding, Recording
 from evomem.evaluation.reference import evaluate_plainly, loglik_without_context
 from evomem.evaluation.sample_tokens import Reach, SampleEncoder, Tokens, warn_of_undecided
 from evomem.evaluation.store import PrefillStore, Reading, Readings, token_key
+from evomem.managers.allocation.base import Allocation
 from evomem.managers.allocation.probed import on_model
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
@@ -209,7 +210,7 @@ class Evaluator:
     def refusal(self, manager: MemoryManager) -> str:
         """Return why the model's memory cannot be decided about by a manager; "" if it can.
 
-        What a manager observes may mean nothing in this memory.
+        What a manager observes may mean nothing in this memory, or its allocation be of heads that this model has not.
         """
         model: Any = self.loaded.model
         policy = Recording(manager.observes)
@@ -218,9 +219,12 @@ class Evaluator:
                 model.decided_cache(policy)
             else:
                 wanted_of(policy)
-        except ConfigError as error:
+            counts = self.kv_heads()
+            check_heads(manager, counts)
+            parts = on_model([manager], model)[0].modules()
+            return next(filter(None, (p.refusal(counts) for p in parts if isinstance(p, Allocation))), "")
+        except (ConfigError, UnsupportedModelError) as error:
             return str(error)
-        return ""
 
     def scheduled(self, manager: AnyManager) -> AnyManager:
         """Return the manager on the protocol's schedule."""

@@ -204,6 +204,7 @@ class Evaluation:
         ``loglik``: mean natural-log likelihood per answer token, teacher-forced (nats, <= 0);
         ``exact``: the task's exact metric of the greedily generated text in [0, 1], absent where the task or the sample
         has none;
+        ``without_context``: ``loglik`` of one who has read nothing but the question;
         ``head_attention``: per layer and KV head, the share of the attention paid to the context by question and answer
         that falls on the kept slots (larger is better);
         ``head_cost``: per layer and KV head, what the manager's ranking costs (smaller is better);

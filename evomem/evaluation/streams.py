@@ -28,7 +28,7 @@ from evomem.evaluation.byte_meter import Meter, head_memory
 from evomem.evaluation.evaluator import Evaluator
 from evomem.evaluation.measurement import LOGLIK, Evaluation, EvaluationProtocol, Measurement, Step
 from evomem.evaluation.measures import Draws
-from evomem.evaluation.objectives.loglik import batches_alike, drawing
+from evomem.evaluation.objectives.loglik import WITHOUT_CONTEXT, batches_alike, drawing
 from evomem.evaluation.population import Deciding, PopulationPolicy
 from evomem.evaluation.rollouts import rollout_policy
 from evomem.evaluation.sample_tokens import Reach, Tokens
@@ -46,7 +46,7 @@ ROWS = 256
 """Rows of a memory that are read side by side, unless more managers are measured on one stream."""
 PIECE = 64
 """Requests that are fed at once, at most: what that takes grows with their number times the pairs held."""
-MEASURED = frozenset({"loglik", "exact", "head_memory", "rollout"})
+MEASURED = frozenset({"loglik", "exact", "head_memory", "rollout", WITHOUT_CONTEXT})
 """Quantities that mean something on a stream."""
 
 
@@ -172,6 +172,7 @@ class StreamEvaluator(Evaluator):
                 decisions += 1
             at = end
         memory = head_memory(cache, meter) if "head_memory" in measurement else [{}] * policy.size
+        nothing = WITHOUT_CONTEXT in measurement
         hit_rates, logliks = (score.right / score.reads).tolist(), (score.loglik / score.reads).tolist()
         slots = (held / decisions).tolist() if decisions else [float(length)] * policy.size
         rows = [
@@ -179,6 +180,7 @@ class StreamEvaluator(Evaluator):
                 sample=samples[row // each].id,
                 values={"loglik": logliks[row]}
                 | ({"exact": hit_rates[row]} if "exact" in measurement else {})
+                | ({WITHOUT_CONTEXT: self.loglik_without_context(samples[row // each])} if nothing else {})
                 | memory[row],
                 seconds=(time.perf_counter() - begin) / policy.size,
                 slots=slots[row],

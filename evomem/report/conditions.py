@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,18 +18,21 @@ from evomem.managers.base import check_budget
 from evomem.models import LoadedModel
 from evomem.report.evolving import scenarios_of
 from evomem.report.packages import require_for
+from evomem.report.protocols import default_protocol
 from evomem.report.subjects import Subject, searched_tasks
 from evomem.runs.experiment_parts import TaskConfig
 from evomem.tasks.base import Split, at_hand
 from evomem.tasks.building import is_stream
 from evomem.validation import validate
 
+logger = logging.getLogger("evomem")
+
 Say = Callable[[str], None]
 
 MODEL = "smollm2-135m"
 """What a manager without a search is measured on when no model is named."""
-STREAM_MODEL, STREAMING = "pair-memory", EvaluationProtocol(kind="streaming", every=1)
-"""The same, and the protocol, where all tasks are streams of requests."""
+STREAM_MODEL = "pair-memory"
+"""The same where all tasks are streams of requests."""
 SAMPLES = 50
 """Samples per task when neither the user nor a search says how many."""
 _CHECKED = 8
@@ -113,6 +117,21 @@ def parse_protocol(text: str | None, mode: str | None, default: EvaluationProtoc
     return validate(EvaluationProtocol, {**default.model_dump(), **changes}, "--protocol")
 
 
+def protocol_for(
+    loaded: LoadedModel, text: str | None, conditions: Conditions, subjects: Sequence[Subject]
+) -> EvaluationProtocol:
+    """Return the protocol under which subjects are measured on a model: the user's, or `default_protocol`, and say so.
+
+    Parameters
+    ----------
+    text : what the user wrote for this model (`parse_protocol`); None: nothing.
+    """
+    default, sentence = default_protocol(loaded, subjects)
+    if sentence and text is None:
+        logger.warning(sentence)
+    return parse_protocol(text, conditions.mode, default)
+
+
 def budgets_of(conditions: Conditions, subjects: Sequence[Subject]) -> Sequence[Budget]:
     """Return the budgets of the conditions, or those of the first subject that has any.
 
@@ -147,15 +166,16 @@ def make_scenarios(conditions: Conditions, subjects: Sequence[Subject]) -> list[
             'tasks="multikey_1:length=500")'
         )
     streams = all(is_stream(task.spec) for task in tasks)
-    fallback = (STREAM_MODEL, STREAMING) if streams else (MODEL, EvaluationProtocol())
-    searched = next((subject.models for subject in subjects if subject.models), fallback[:1])
+    searched = next((subject.models for subject in subjects if subject.models), (STREAM_MODEL if streams else MODEL,))
     models: Sequence[str | LoadedModel] = conditions.models or searched
-    default = next((subject.protocol for subject in subjects if subject.protocol), fallback[1])
-    protocol = parse_protocol(conditions.protocol, conditions.mode, default)
     if conditions.models and not conditions.tasks:  # the user's models do what others did in the search
         tasks = list({task.title: task.for_all_models() for task in tasks}.values())
+    parse_protocol(conditions.protocol, conditions.mode, EvaluationProtocol())  # before a model is loaded
     require_for([model for model in models if isinstance(model, str)], [task.spec for task in tasks])
-    scenarios = [scenario for model in models for scenario in scenarios_of(load(model, conditions), tasks, protocol)]
+    scenarios = []
+    for model in models:
+        loaded = load(model, conditions)
+        scenarios += scenarios_of(loaded, tasks, protocol_for(loaded, conditions.protocol, conditions, subjects))
     if not conditions.tasks:  # again: the files have been read since
         searched_tasks([subject.with_changes_now() for subject in subjects])
     return scenarios

@@ -167,7 +167,7 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member], progress
             evaluator: Any = bench.benches.get(model.name, bench).evaluator
             evaluator.store.close()
             loaded = evaluator.loaded if model.dtype == dtype else None
-        scenarios += scenarios_of(loaded or load_model(model, dtype), stage.tasks, config.protocol)
+        scenarios += scenarios_of(loaded or load_model(model, dtype), stage.tasks, config.protocol_on(model.name))
     require_inputs(run)  # again: the files have been read since
     if (price := stage.fitness.price_per_megabyte) and stage.fitness.objective != "loglik":
         logger.warning(

@@ -40,6 +40,7 @@ class Subject:
     models : names of the models that it was found on.
     tasks : of the last stage.
     protocol : of the search.
+    protocols : of its models that have one of their own, by name.
     budgets : of the last stage, or the manager's.
     samples : sealed samples per task.
     changed : what of the tasks is no longer as it was in the search, a line each.
@@ -58,6 +59,11 @@ class Subject:
     changed: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     unsearched: int = 0
+    protocols: Mapping[str, EvaluationProtocol] = field(default_factory=dict)
+
+    def protocol_on(self, model: str) -> EvaluationProtocol | None:
+        """Return the protocol of the search on a model, by its name; None if nothing is known of the search."""
+        return self.protocols.get(model, self.protocol)
 
     def with_changes_now(self) -> Subject:
         """Return the subject with the changes of its tasks' files as they are now."""
@@ -127,6 +133,7 @@ def _of_run(source: str, run: Run) -> Subject:
         samples=config.sealed.contexts,
         changed=_changes(source, stage.tasks, config.resolved()),
         provenance=config.resolved(),
+        protocols={model.name: config.protocol_on(model.name) for model in config.all_models},
     )
 
 
@@ -148,6 +155,11 @@ def _of_plugin(source: str, folder: str | Path) -> Subject:
         budgets=tuple(provenance.get("budgets") or ()) or budget_of(plugin.manager),
         changed=_changes(source, tasks, provenance),
         provenance=provenance,
+        protocols={
+            str(model["name"]): validate(EvaluationProtocol, model["protocol"], where)
+            for model in models
+            if isinstance(model, dict) and model.get("protocol")
+        },
     )
 
 

@@ -192,7 +192,7 @@ def _bench_of(config: ExperimentConfig, loaded: LoadedModel, readings: Readings)
     from evomem import tasks
     from evomem.evaluation.streams import evaluator_of
 
-    evaluator = evaluator_of(loaded, config.protocol, store=readings)
+    evaluator = evaluator_of(loaded, config.protocol_on(loaded.name), store=readings)
     evaluator.traces = traces_of(config, loaded)
 
     def make_task(task: TaskConfig) -> Task:
@@ -252,7 +252,7 @@ def traces_of(config: ExperimentConfig, loaded: LoadedModel) -> KnownSamples | N
     mine = [one for one in opened if one.manifest.header.model.name not in others]
     features = config.space.manager.options.get("features", ())
     for one in mine:
-        one.matches(loaded, features, mode=config.protocol.mode)
+        one.matches(loaded, features, mode=config.protocol_on(loaded.name).mode)
     return TraceCollection(mine)
 
 

@@ -26,6 +26,7 @@ from evomem.runs.fitness import (
     mean_of_finite,
     measurement_of,
     objective_of,
+    range_scale,
     rollouts_of,
     weighted_mean,
     worth,
@@ -201,17 +202,20 @@ class Judge:
         if config.normalise == "none":
             return [[(None, 1.0)] * len(samples) for samples in plan.samples]
         objective = objective_of(config)
+        nothing = objective.without_context if config.normalise == "range" else None
+        measurement = objective.measurement if nothing is None else objective.measurement.also(Measurement.of(nothing))
+        head = f"reference/{config.objective}" + ("" if nothing is None else f"+{nothing}")
         units = [
             [
                 Unit(
-                    key=f"reference/{config.objective}/{name}/{sample.id}",
+                    key=f"{head}/{name}/{sample.id}",
                     phase="reference",
                     generation=None,
                     task=name,
                     sample=sample,
                     vectors=None,
                     seeds=np.zeros(1, dtype=np.int64),
-                    measurement=objective.measurement,
+                    measurement=measurement,
                 )
                 for sample in samples
             ]
@@ -219,6 +223,10 @@ class Judge:
         ]
         evaluations = self._units.evaluate([unit for row in units for unit in row])
         full = [[objective.value(evaluations[unit.key][0]) for unit in row] for row in units]
+        if nothing is not None:
+            guessed = [[as_float(evaluations[unit.key][0].number(nothing)) for unit in row] for row in units]
+            scales = [range_scale(*pair) for pair in zip(full, guessed, strict=True)]
+            return [[(value, scale) for value in row] for row, scale in zip(guessed, scales, strict=True)]
         if objective.against_full == "subtract":
             return [[(value, 1.0) for value in row] for row in full]
         return [[(None, baseline_scale(row))] * len(row) for row in full]

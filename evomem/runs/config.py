@@ -38,6 +38,7 @@ class ExperimentConfig(Settings):
     tasks, samples_per_generation, train_contexts : each generation draws so many contexts per task from a pool of
         ``train_contexts``, the same for all candidates (common random numbers); every context is used once before any
         is used again.
+    protocol : when managers decide, on models that have no protocol of their own (`ModelConfig.protocol`).
     budgets : every candidate is evaluated at each of these budgets, and the fitness is the average; by default at the
         manager's own.
     stages : see `StageConfig`; without them there is one, of ``generations``.
@@ -161,6 +162,11 @@ class ExperimentConfig(Settings):
     def all_models(self) -> tuple[ModelConfig, ...]:
         """The models that candidates are measured on."""
         return tuple(self.models or (self.model,))
+
+    def protocol_on(self, model: str) -> EvaluationProtocol:
+        """Return the protocol under which candidates are measured on a model, by its name."""
+        own = next((one.protocol for one in self.all_models if one.name == model), None)
+        return own or self.protocol
 
     def plan(self) -> tuple[Stage, ...]:
         """Return the stages with everything filled in, and the generations at which they begin and end.

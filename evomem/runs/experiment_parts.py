@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evomem.bounds import CONTEXTS, GENERATIONS, LARGE, LENGTH, LISTED, POPULATION, SMALL
 from evomem.errors import ConfigError
+from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.managers.base import check_budget
 from evomem.validation import Settings
 
@@ -46,6 +47,8 @@ class ModelConfig(Settings):
         one device.
     quantization : transformers' ``quantization_config`` as plain values, e.g. ``{load_in_8bit: true}``; by default what
         the model's own configuration says.
+    protocol : under which managers decide about this model's memory; by default the experiment's. Models whose memories
+        are of different kinds may so be searched on at once, each under its own.
     """
 
     name: str
@@ -53,6 +56,7 @@ class ModelConfig(Settings):
     device: str | None = None
     device_map: str | dict[str, str | Annotated[int, Field(ge=0, le=LISTED)]] | None = None
     quantization: dict[str, Any] | None = None
+    protocol: EvaluationProtocol | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -112,9 +116,12 @@ class FitnessConfig(Settings):
     Attributes
     ----------
     objective : a name of `evomem.evaluation.objectives`, such as ``loglik`` (nats per answer token) or ``exact``.
-    price_per_megabyte : taken off per 10^6 bytes of mean memory, in units of the objective.
+    price_per_megabyte : taken off per 10^6 bytes of mean memory, in units of the objective as it is normalised.
     normalise : ``full`` measures against the full cache on the same samples: its likelihood is subtracted (nats lost
         to eviction), its exact score divides. With several models it should be set: they differ in what they can do.
+        ``range`` is for models with memories of different kinds, on which a nat is not worth the same: of each task,
+        0 is having read nothing and 1 the full cache, (v - v_nothing) / (v_full - v_nothing). v_nothing is each
+        sample's own; the divisor is a mean over the generation's samples, at least a tenth of a nat.
     reading : for a policy gradient under ``streaming``: how much the mean log-likelihood of the tokens that are read
         after a decision, until the next, adds to the fitness; each decision is credited with what comes after it. On
         a stream of requests it is the share of right reads in place of the likelihood.
@@ -123,7 +130,7 @@ class FitnessConfig(Settings):
 
     objective: str = "loglik"
     price_per_megabyte: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
-    normalise: Literal["none", "full"] = "none"
+    normalise: Literal["none", "full", "range"] = "none"
     reading: float = Field(default=0.0, ge=0, le=LARGE, allow_inf_nan=False)
     discount: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
 

@@ -117,12 +117,13 @@ def worth(
 
     Parameters
     ----------
-    baseline : value of the full cache on this sample, taken off; None: nothing is.
-    scale : mean value of the full cache on the samples, by which the value is divided.
+    baseline : value of the full cache, or of one who has read nothing, on this sample, taken off; None: nothing is.
+    scale : mean value of the full cache on the samples, or how far it is from having read nothing, by which the value
+        is divided.
     """
     objective = objective_of(config)
     values = np.array([objective.value(evaluation) for evaluation in evaluations], dtype=np.float64)
-    values = values / scale if baseline is None else values - baseline
+    values = (values if baseline is None else values - baseline) / scale
     if config.reading:
         values = values + read_between(evaluations, config).sum(axis=1)
     price = config.price_per_megabyte
@@ -161,6 +162,11 @@ def baseline_scale(full: Sequence[float]) -> float:
     """Return the divisor for an objective that is a ratio to the full cache, never below a tenth."""
     finite = [value for value in full if math.isfinite(value)]
     return max(_SMALLEST_BASELINE, sum(finite) / len(finite)) if finite else 1.0
+
+
+def range_scale(full: Sequence[float], nothing: Sequence[float]) -> float:
+    """Return how much better the full cache is than having read nothing, mean over samples, never below a tenth."""
+    return baseline_scale([kept - guessed for kept, guessed in zip(full, nothing, strict=True)])
 
 
 def combine(tasks: Sequence[TaskValues], objective: Objective = _PLAIN) -> MeasuredFitness:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from evomem import drivers
 from evomem.errors import ConfigError
-from evomem.evaluation.objectives import make, objectives
+from evomem.evaluation.objectives import Objective, make, objectives
 from evomem.managers.stochastic import StochasticManager
 from evomem.runs.config import ExperimentConfig, Stage
+from evomem.runs.experiment_parts import FitnessConfig
 from evomem.runs.fitness import objective_of
 from evomem.runs.front import check_bytes_may_vary
 from evomem.runs.searched_part import searched_coordinates, searched_options
@@ -23,23 +24,52 @@ def check_objectives(config: ExperimentConfig) -> None:
     """Raise `ConfigError` if a stage measures what does not exist, or not what its driver needs."""
     for stage in config.plan():
         rollouts = drivers.uses(stage.driver.name, "rollouts")
-        objective, kind = objective_of(stage.fitness), config.protocol.kind
+        objective = objective_of(stage.fitness)
         what = f"stage {stage.name!r}: fitness.objective {stage.fitness.objective!r}"
-        if objective.against_full == "nothing" and stage.fitness.normalise == "full":
-            raise ConfigError(f"{what}: the full cache has no such value to normalise by; leave normalise out")
-        if kind not in objective.protocols:
-            kinds = " or ".join(sorted(objective.protocols))
-            why = ": one decision about a whole context" if kinds == "compress_once" else ""
-            raise ConfigError(f"{what} needs protocol.kind {kinds}{why}")
-        if stage.fitness.reading and (kind != "streaming" or not rollouts):
-            raise ConfigError(f"{what}: fitness.reading is for rollouts (driver policy_gradient) in protocol streaming")
+        check_normalisation(what, objective, stage.fitness)
+        for model in {task.model or config.model.name for task in stage.tasks}:
+            kind = config.protocol_on(model).kind
+            where = f" on model {model!r}" if len(config.all_models) > 1 else ""
+            if kind not in objective.protocols:
+                kinds = " or ".join(sorted(objective.protocols))
+                why = ": one decision about a whole context" if kinds == "compress_once" else ""
+                raise ConfigError(f"{what} needs protocol.kind {kinds}{where}{why}")
+            if stage.fitness.reading and (kind != "streaming" or not rollouts):
+                raise ConfigError(
+                    f"{what}: fitness.reading is for rollouts (driver policy_gradient) in protocol streaming{where}"
+                )
         if stage.fitness.discount < 1 and not stage.fitness.reading:
             raise ConfigError(
                 f"{what}: fitness.discount is of what is read between decisions; set fitness.reading, or leave it at 1"
             )
-    if config.diagnostics.every and config.protocol.kind != "compress_once":
+    kinds_of_all = {config.protocol_on(model.name).kind for model in config.all_models}
+    if config.diagnostics.every and kinds_of_all != {"compress_once"}:
         raise ConfigError("diagnostics.every: a look at the oracle needs protocol.kind compress_once; leave it out")
     check_bytes_may_vary(config)
+
+
+def check_normalisation(what: str, objective: Objective, fitness: FitnessConfig) -> None:
+    """Raise `ConfigError` if a fitness cannot be normalised as it says.
+
+    Parameters
+    ----------
+    what : names the stage and the objective.
+    """
+    if fitness.normalise == "full" and objective.against_full == "nothing":
+        raise ConfigError(f"{what}: the full cache has no such value to normalise by; leave normalise out")
+    if fitness.normalise != "range":
+        return
+    if objective.without_context is None:
+        able = [name for name in objectives if make(name).without_context is not None]
+        raise ConfigError(
+            f"{what}: what it is worth to have read nothing is not known, so fitness.normalise range has no zero; take "
+            f"objective {' or '.join(able)}, or fitness.normalise full"
+        )
+    if fitness.reading:
+        raise ConfigError(
+            f"{what}: fitness.reading adds nats, and fitness.normalise range is a share without a unit; take "
+            "fitness.normalise full"
+        )
 
 
 def check_heads(config: ExperimentConfig, space: SearchSpace, bench: Bench) -> None:

@@ -284,7 +284,8 @@ def test_errors_name_what_was_wrong_and_end_with_2(world, tmp_path):
     assert "nowhere" in error("compare", "keydiff", "--budgets", "8", "--model", tmp_path / "nowhere", *model[2:])
     assert "3 of 9 samples" in run("evaluate", "keydiff", "--budgets", "8", "-n", "9", *model).stdout
     assert "no such run" in error("export", tmp_path / "gone", tmp_path / "plug")
-    assert "evomem.save(evomem.build(" in error("export", "keydiff", tmp_path / "plug")
+    assert "no manager either" in error("export", "keydif", tmp_path / "plug")
+    assert "give --budget" in error("export", "keydiff", tmp_path / "plug")
     (world / "run" / "winner" / "notes").mkdir()
     (world / "run" / "winner" / "notes" / "a").write_text("")
     assert "is no plug-in" in error("export", world / "run", world / "run" / "winner" / "notes")

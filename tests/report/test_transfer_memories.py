@@ -98,6 +98,34 @@ def test_a_stream_says_its_length_and_refuses_allocations_by_heads():
         evaluator.evaluate([allocated], sample, task)
 
 
+def test_a_search_on_streams_brings_its_protocol_to_no_language_model_and_what_fits_no_model_is_named(
+    tmp_path, folders, caplog  # noqa: F811
+):  # fmt: skip
+    """And curves of another model's heads are left out there, by name, while the others are measured."""
+    llama = str(folders / "llama")
+    streaming = {"kind": "streaming", "every": 4, "mode": "query_agnostic"}
+    found = {"experiment": "requests", "models": [{"name": "pair-memory"}], "protocol": streaming}
+    plugins.save(build(SHARED, budget=BUDGET), tmp_path / "requests", found)
+    curves = build("keydiff(allocation=lukv(layers=5, heads=1, points=1))", budget=BUDGET)
+    curves.allocation.set_curves(torch.tensor([0.0, 1.0]), torch.ones(5, 1, 1))
+    plugins.save(curves, tmp_path / "curves", {"experiment": "curves"})
+    command.transfer(
+        [str(tmp_path / "requests"), str(tmp_path / "curves")], "keydiff",
+        Conditions(
+            models=[llama], tasks=[f"file:{folders / 'questions.jsonl'}"], budgets=[BUDGET], samples=2, exact=False,
+            dtype="float32",
+        ),
+        str(tmp_path / "cells.json"), recalibrate=False, check=False, speed=False,
+    )  # fmt: skip
+    rows = read_rows(tmp_path / "cells.json", TransferRow)
+    assert {row.protocol for row in rows} == {"compress_once/query_agnostic"}
+    assert {row.subject for row in rows} == {"requests"}
+    assert "is measured under compress_once/query_agnostic, the default there" in caplog.text
+    assert "requests was searched under streaming:4/query_agnostic" in caplog.text
+    written = (tmp_path / "cells.md").read_text()
+    assert f"- left out: curves on {llama}: allocation 'lukv': its curves are of 5 layers of 1 KV heads" in written
+
+
 def test_protocols_are_read_by_model():
     read = command._protocols
     assert read(["streaming:2", "a=compress_once"], ["a", "b"]) == {None: "streaming:2", "a": "compress_once"}

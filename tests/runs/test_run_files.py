@@ -21,7 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 from evomem.cli.app import app
-from evomem.cli.commands.evolve import export
+from evomem.cli.commands.export import export
 from evomem.errors import EvomemError, RunError
 from evomem.files import atomic as files
 from evomem.report.plots import fitness_plot

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from evomem import tasks
-from evomem.cli.commands.evolve import export
+from evomem.cli.commands.export import export
 from evomem.errors import ConfigError, RunError
 from evomem.evaluation.measurement import Evaluation
 from evomem.evaluation.results import SampleFile

@@ -1,4 +1,4 @@
-"""CLI: the commands ``evolve`` and ``export``: search, compare the winner with the field, report, hand over."""
+"""CLI: the command ``evolve``: search, compare the winner with the field, report, hand over."""
 
 from __future__ import annotations
 
@@ -9,21 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from evomem import plugins
 from evomem.cli.commands.compare import show
-from evomem.cli.commands.front import front_notes, front_table, member_plugin
-from evomem.cli.commands.overwriting import check_free
+from evomem.cli.commands.front import front_notes, front_table
 from evomem.cli.commands.progress import ProgressBar
-from evomem.errors import ConfigError, EvomemError, RunError
-from evomem.files.reading import is_there, user_path, whole_number
-from evomem.managers.reallocation import reallocate
-from evomem.plugins.reallocation import reallocated_provenance
+from evomem.errors import ConfigError, RunError
+from evomem.files.reading import whole_number
 from evomem.report import evolving
 from evomem.report.packages import require_for_search
 from evomem.report.tables import read_rows
-from evomem.runs import Run, RunResult, load_experiment, open_run
+from evomem.runs import Run, RunResult, load_experiment
 from evomem.runs.front import Member, read_front
-from evomem.runs.inputs import changed_tasks
 from evomem.terminal import wide_console
 from evomem.tracking import build_trackers
 from evomem.workers import WorkerOptions
@@ -149,59 +144,3 @@ def snippet(folder: Path) -> str:
         f'import evomem; manager = evomem.load("{folder}")\n'
         f"          with manager.attach(model) as cache: model.generate(**inputs, {argument()})"
     )
-
-
-def export(
-    source: str,
-    folder: Path,
-    place: int | None = None,
-    size: float | None = None,
-    *,
-    allocation: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write a run's winner, a member of its front, or another plug-in, as a plug-in into ``folder``.
-
-    Parameters
-    ----------
-    place, size : of the member of a front (`evomem.runs.front.member_of`); the winner if neither is given.
-    allocation : under which the manager's scorer is written, in place of its own (`evomem.managers.reallocate`).
-    overwrite : replace a plug-in that is there.
-
-    Raises
-    ------
-    ConfigError : the manager has that allocation already, or can have none.
-    """
-    check_free(folder, overwrite=overwrite)
-    path = user_path(source)
-    if not is_there(path):
-        raise EvomemError(
-            f"{source}: no such run or plug-in; a plug-in of a manager by its name (evomem list managers) is made in "
-            'Python, evomem.save(evomem.build("keydiff", budget=32, allocation="razor"), "FOLDER"), or solved for by '
-            "evomem allocate"
-        )
-    run = open_run(path) if (path / "config.yaml").is_file() else None
-    if run is not None:
-        plugin = member_plugin(run, place, size)
-    elif place is None and size is None:
-        plugin = path
-    else:
-        raise ConfigError(f"{source}: is a plug-in; --place and --bytes are for a run that has a front")
-    plugin_read = plugins.read(plugin)
-    if run is not None and plugin == run.plugin:
-        run.require_winner(plugin_read.manager)
-    manager, provenance, remarks = plugin_read.manager, plugin_read.provenance, list[str]()
-    if allocation is not None:
-        change = reallocate(manager, allocation)
-        if change.same:
-            raise ConfigError(f"--allocation: {source} has the allocation {change.after} already; leave the option out")
-        manager, provenance = change.manager, reallocated_provenance(provenance, change)
-        remarks = [text for text in (change.loss(source), change.doubt(str(folder))) if text]
-    plugins.save(manager, folder, provenance)
-    console = wide_console()
-    for line in remarks:
-        console.print(Text(line, style="yellow"))
-    for line in changed_tasks(plugin_read.provenance):
-        console.print(Text(f"since the search: {line} (the manager is what it was)", style="yellow"))
-    console.print(Text(f"{folder}: {', '.join(plugins.FILES)}"))
-    console.print(Text(f"  python: {snippet(folder)}"))

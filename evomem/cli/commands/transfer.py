@@ -21,7 +21,7 @@ from evomem.files.atomic import write_atomically
 from evomem.files.reading import is_folder, user_path
 from evomem.managers import build
 from evomem.managers.base import MemoryManager
-from evomem.report.conditions import Conditions, check_tasks, load, parse_protocol, require_room
+from evomem.report.conditions import Conditions, check_tasks, load, parse_protocol, protocol_for, require_room
 from evomem.report.evolving import scenarios_of
 from evomem.report.outputs import claim
 from evomem.report.packages import require_for
@@ -85,8 +85,8 @@ def transfer(
     check : leave out (and say so) tasks at which a model's full cache is no better than no context.
     record : write the rows into the plug-ins too, those of runs included (`evomem.report.transfer_record`); hub
         repositories and heuristics are left alone.
-    protocols : ``PROTOCOL`` for all models or ``MODEL=PROTOCOL`` for one of them, which goes before; by default the
-        first subject's.
+    protocols : ``PROTOCOL`` for all models or ``MODEL=PROTOCOL`` for one of them, which goes before; by default
+        `default_protocol`.
     speed : also time managers, one sequence at a time.
 
     Raises
@@ -110,15 +110,17 @@ def transfer(
     require_for(names, [task.spec for task in tasks], plots=output is not None or record)
     records = _records(subjects) if record else {}
     plan = _Plan(subjects, budgets, split_specs(against), conditions, recalibrate, speed)
-    protocol = next((s.protocol for s in subjects if s.protocol), EvaluationProtocol())
     by_model = _protocols(protocols or filter(None, [conditions.protocol]), names)
+    for text in (None, *by_model.values()):  # before a model is loaded
+        parse_protocol(text, conditions.mode, EvaluationProtocol())
     rows: list[TransferRow] = []
     skipped: list[str] = []
     partials: list[Path] = []
     console = wide_console(stderr=True)
     for name in dict.fromkeys(names):
-        decides = parse_protocol(by_model.get(name, by_model.get(None)), conditions.mode, protocol)
-        for scenario in scenarios_of(load(name, conditions), tasks, decides):
+        loaded = load(name, conditions)
+        decides = protocol_for(loaded, by_model.get(name, by_model.get(None)), conditions, subjects)
+        for scenario in scenarios_of(loaded, tasks, decides):
             keep = None if output in (None, "-") else partial_file(f"{output}.{len(partials)}")
             if keep is not None:
                 partials.append(keep)

@@ -34,6 +34,8 @@ class Objective(ABC):
     unit : of the fitness, for people.
     against_full : how a value is set against the full cache's (``fitness.normalise: full``): by a difference, by a
         ratio, or not at all.
+    without_context : the quantity that is the same value of a reader who has read nothing (``fitness.normalise:
+        range``); None: there is none.
     protocols : under which it can be measured.
     """
 
@@ -45,6 +47,7 @@ class Objective(ABC):
     per_head_sign: ClassVar[Literal[1, -1]] = 1
     unit: ClassVar[str] = ""
     against_full: ClassVar[Literal["subtract", "divide", "nothing"]] = "subtract"
+    without_context: ClassVar[str | None] = None
     protocols: ClassVar[frozenset[str]] = frozenset({"compress_once", "streaming"})
 
     @abstractmethod

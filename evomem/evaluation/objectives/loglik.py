@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from evomem.evaluation.evaluator import Evaluator
 
 
+WITHOUT_CONTEXT = "without_context"
+
+
 @register_objective("loglik")
 class Loglik(Objective):
     """Mean log-likelihood of the answer's tokens, in nats."""
@@ -30,6 +33,7 @@ class Loglik(Objective):
     measurement = Measurement.of("loglik")
     rollout_measurement = Measurement.of("loglik", ROLLOUT)
     unit = "nats per answer token"
+    without_context = WITHOUT_CONTEXT
 
     def value(self, evaluation: Evaluation) -> float:
         """Return the log-likelihood."""
@@ -40,10 +44,12 @@ class Loglik(Objective):
 @register_measure("exact")
 @register_measure("rollout")
 @register_measure("head_memory")
+@register_measure(WITHOUT_CONTEXT)
 class Answers(Measure):
     """Lets the model answer: ``loglik``, ``exact``; of drawn decisions, with their gradients, if ``rollout`` is asked.
 
-    ``head_memory`` adds ``head_slots`` and ``head_bytes``. ``loglik`` is given whichever of them is asked for. The
+    ``head_memory`` adds ``head_slots`` and ``head_bytes``; ``without_context`` the log-likelihood of an answer to the
+    question alone, which no manager changes. ``loglik`` is given whichever of them is asked for. The
     option ``listens`` of ``rollout`` also notes how likely what is read between decisions is (`Step.reward`).
     """
 
@@ -74,7 +80,13 @@ class Answers(Measure):
                 batch = evaluator.answer(policies, tokens, sample, task, measurement)
             seconds = (time.perf_counter() - begin) / len(members)
             by_number.update(zip(members, (replace(one, seconds=seconds) for one in batch), strict=True))
-        return [by_number[i] for i in range(len(managers))]
+        evaluations = [by_number[i] for i in range(len(managers))]
+        if WITHOUT_CONTEXT in measurement and evaluations:
+            added = {WITHOUT_CONTEXT: evaluator.loglik_without_context(sample)}
+            fed = tokens.prompt.shape[1] + tokens.answer.shape[1] - 1
+            evaluations = [replace(one, values={**one.values, **added}) for one in evaluations]
+            evaluations[0] = replace(evaluations[0], tokens=evaluations[0].tokens + fed)
+        return evaluations
 
 
 def drawing(managers: Sequence[MemoryManager], draws: Draws) -> StochasticManager:

@@ -75,6 +75,10 @@ class Allocation(nn.Module, ABC):
         """
         return frozenset()
 
+    def refusal(self, counts: Sequence[int]) -> str:
+        """Return why a budget cannot be shared out over layers with so many KV heads each; "" if it can."""
+        return ""
+
     def shares(self) -> Tensor | None:
         """Return parameters that a manager may draw or hand over, (1, points of depth) fp32; None: there are none."""
         return None

@@ -104,7 +104,8 @@ class LUKV(MeasuredAllocation, ModelAllocation):
     ) -> list[Tensor]:
         """Return the slots of every head, as a list of (batch, kv_heads, 1) int64, each on its view's device."""
         counts = [view.slots.shape[1] for view in views]
-        self._require_model(counts)
+        if reason := self.refusal(counts):
+            raise ConfigError(reason)
         device = views[0].slots.device
         usable = torch.cat([usable_slots(s)[..., 0].to(device) for s in scores], 1)
         read = tokens_read(views[0])[:, 0, 0]
@@ -147,19 +148,21 @@ class LUKV(MeasuredAllocation, ModelAllocation):
         got = torch.minimum(wanted, (total[:, None] - before).clamp(min=0))
         return got[:, torch.argsort(order)].reshape(ends[..., 1:].shape).sum(-1)
 
-    def _require_model(self, counts: Sequence[int]) -> None:
+    def refusal(self, counts: Sequence[int]) -> str:
+        """Return why the curves say nothing of layers with so many KV heads; "" if they do."""
         o = self.options
         if not self.has_curves:
-            raise ConfigError(
+            return (
                 "allocation 'lukv': its curves have not been measured; measure them on a task with `evomem allocate`, "
                 "and load the plug-in that it writes"
             )
         if list(counts) != [o.heads] * o.layers:
-            raise ConfigError(
+            return (
                 f"allocation 'lukv': its curves are of {o.layers} layers of {o.heads} KV heads, and this model has "
                 f"{len(counts)} layers of {' or '.join(map(str, sorted(set(counts))))}; measure them on this model "
                 "with `evomem allocate`"
             )
+        return ""
 
 
 def _check_curves(knots: Tensor, marginal: Tensor) -> None:

@@ -48,6 +48,19 @@ def resolve(name: str, *, verify: bool = False) -> Path:
     return _from_hub(name)
 
 
+def model_type(name: str) -> str:
+    """Return the architecture that a model's ``config.json`` names, without loading the model.
+
+    "" where there is none at hand to read: a hub id, a model that has to be unpacked first, a damaged file.
+    """
+    alias = aliases.get(name)
+    folder = alias.source() if isinstance(alias, Shipped) else None if alias is not None else user_path(name)
+    try:
+        return str(_object(folder / "config.json").get("model_type", "")) if folder is not None else ""
+    except (ModelError, ValueError, OSError):
+        return ""
+
+
 def shipped_folder(alias: Shipped) -> Path:
     """Return the folder of a model that comes with evomem; raise `ModelError` when it is not there."""
     folder = alias.source()
