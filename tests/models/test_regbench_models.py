@@ -11,7 +11,7 @@ import torch
 
 from evomem.tasks.base import Split
 from evomem.tasks.streams.automata import SEPARATOR
-from experiments.regbench import NAMES, batch_of, main, measured, new_model, predictions, texts
+from experiments.regbench import NAMES, TESTED, batch_of, chosen, main, measured, new_model, predictions, texts
 
 
 def test_all_have_about_as_many_parameters():
@@ -57,7 +57,7 @@ def test_what_is_no_training_is_refused(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(SystemExit, match=r"no training has left a record\.json"):
         run("report", "--runs", tmp_path / "nothing", "--out", tmp_path / "out")
-    path = tmp_path / "v1-0" / "record.json"
+    path = tmp_path / "v1-0-1200-0.003" / "record.json"
     path.parent.mkdir()
     for text in ("{", "[]", '{"model": "v1"}', json.dumps({"train": {"accuracy": [1.0], "tvd": [0.0]}})):
         path.write_text(text)
@@ -68,3 +68,36 @@ def test_what_is_no_training_is_refused(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run("train", "v1", "--runs", tmp_path / "new", *words)
         assert "at least one step" in capsys.readouterr().err
+
+
+def record(name, seed, rate, tvd, steps=1200):
+    """A training whose distance is ``tvd[split]`` on all automata, and whose accuracy is its opposite."""
+    by_split = {split: {"accuracy": [1 - far / 2] * TESTED, "tvd": [far] * TESTED} for split, far in tvd.items()}
+    how = {"steps": steps, "rate": rate, "parameters": 9, "cpu_seconds": 1.0, "loss": 2.0}
+    return {"model": name, "seed": seed, **how, **by_split}
+
+
+def test_rates_are_chosen_by_automata_that_the_report_does_not_read(tmp_path, monkeypatch, capsys):
+    """Seed 0 chooses, on `select`; what other seeds, other splits or trainings of other length say does not count."""
+    good, bad = {"train": 0.2, "select": 0.5, "sealed": 0.9}, {"train": 0.1, "select": 0.6, "sealed": 0.1}
+    records = [
+        record("v1", 0, 1e-2, bad), record("v1", 0, 3e-3, good), record("v1", 1, 3e-3, {**bad, "sealed": 0.7}),
+        record("v1", 1, 1e-3, {**good, "select": 0.0}), record("v2", 0, 1e-3, good), record("v2", 1, 1e-3, good),
+        record("transformer", 0, 1e-2, bad), record("transformer", 0, 3e-3, good, steps=4800),
+    ]  # fmt: skip
+    best = chosen(records)
+    assert {key: [(one["rate"], one["seed"]) for one in trained] for key, trained in best.items()} == {
+        ("v1", 1200): [(3e-3, 0), (3e-3, 1)], ("v2", 1200): [(1e-3, 0), (1e-3, 1)],
+        ("transformer", 1200): [(1e-2, 0)], ("transformer", 4800): [(3e-3, 0)],
+    }  # fmt: skip
+    for number, one in enumerate(records):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "record.json").write_text(json.dumps(one))
+    monkeypatch.setattr(sys, "argv", ["regbench", "report", "--runs", str(tmp_path), "--out", str(tmp_path / "out")])
+    main()
+    printed = capsys.readouterr().out
+    assert "('v1', 1200) minus ('transformer', 4800), tvd: -0.100 [-0.100, -0.100] (by seed +0.000)" in printed
+    assert "('v2', 1200) minus ('v1', 1200), tvd: +0.100 [+0.100, +0.100] (by seed +0.000, +0.200)" in printed
+    assert "('transformer', 4800) minus ('3-gram', 0), accuracy" in printed
+    assert "('v1', 1200) minus ('v2'" not in printed
+    assert [one["model"] for one in json.loads((tmp_path / "out.json").read_text())].count("3-gram") == 1
