@@ -302,8 +302,17 @@ class FeatureOptions(ManagerOptions):
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
             raise ValueError("give at least one feature")
+        described: dict[tuple[str, int, str, str], str] = {}
         for name in names:
-            parse(name)
+            how, width, observation, argument = parse(name)
+            # A neighbourhood of one slot is the slot itself.
+            key = (how, width, observation, argument) if width > 1 else ("", 0, observation, argument)
+            if key in described:
+                raise ValueError(
+                    f"features {described[key]!r} and {name!r} are one and the same: it would have two weights and be "
+                    "searched twice; leave one out"
+                )
+            described[key] = name
         return names
 
     @model_validator(mode="after")

@@ -34,6 +34,10 @@ def randomised(scorer, seed=0):
 def test_options_are_checked():
     with pytest.raises(ConfigError, match="at least one feature"):
         FeatureScorer(features=[])
+    for same in (["recency", "recency"], ["mean:1:keydiff", "age", "keydiff"], ["max:3:age", "max:03:age"]):
+        with pytest.raises(ConfigError, match=f"features '{same[0]}' and '{same[-1]}' are one and the same"):
+            FeatureScorer(features=same)
+    FeatureScorer(features=["keydiff", "mean:3:keydiff", "max:3:keydiff", "max:5:keydiff"])
     for wrong in ({"layers": 3}, {"heads": 3}):
         with pytest.raises(ConfigError, match="layers and heads"):
             FeatureScorer(**wrong)

@@ -356,4 +356,6 @@ def test_options_are_checked():
         KVPolicy(features=[])
     with pytest.raises(ConfigError, match="nonsense"):
         KVPolicy(features=["nonsense"])
+    with pytest.raises(ConfigError, match="one and the same"):
+        build("kv_policy(features=[recency, age, recency])")
     assert build("kv_policy(features=[age, sink])").observes == frozenset()
