@@ -30,7 +30,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import ConfigError, ModelError
-from evomem.memory.kv.versions import as_output, passed, returned
+from evomem.memory.kv.versions import passed, returned
+from evomem.models.architectures.calls import LOSS_TYPE, Call
 
 SPECIAL = ("<pad>", "<unk>")
 """The first ids: they are read as nothing but a place in time."""
@@ -110,6 +111,7 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DecisionStreamConfig) -> None:
         super().__init__(config)
+        self.loss_type = LOSS_TYPE
         inner = copy.deepcopy(config)
         # Its GPT-2 is fed embeddings and is told position 0 for every token: one row of either table is ever read.
         inner.vocab_size = inner.n_positions = 1
@@ -169,7 +171,7 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -177,7 +179,7 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (batch, kept tokens, vocab_size) for the action that follows each token, and the cache.
 
         Parameters
@@ -187,7 +189,25 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
         position_ids : (batch or 1, tokens), a token's place in its own row; by default after what the cache has read.
         past_key_values, cache : any cache of transformers or of evomem, by its older or its newer name.
         logits_to_keep : how many of the last tokens have logits (0: all), or the indices of those that have.
+        kwargs : labels, output_hidden_states, output_attentions, return_dict, as transformers' decoders take them
+            (`evomem.models.architectures.calls`). Only actions have logits: a label that is none costs `NEVER`.
+
+        Raises
+        ------
+        ModelError : no tokens; labels that do not fit; attention weights of another attention than ``eager``; an
+            episode of more steps than the model has timesteps for.
         """
+        attention = self.decision.encoder.config._attn_implementation
+        call = Call.of(
+            self,
+            input_ids,
+            logits_to_keep,
+            kwargs,
+            None
+            if attention == "eager"
+            else f"{attention} does not compute them; load the model with attn_implementation='eager'",
+        )
+        assert input_ids is not None  # `Call.of`
         cache = past_key_values if cache is None else cache
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
@@ -200,12 +220,15 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=torch.zeros_like(input_ids),
             use_cache=use_cache,
+            output_hidden_states=call.hidden_states,
+            output_attentions=call.attentions,
+            return_dict=True,
             **passed(cache, self.decision.encoder),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         actions = self.decision.predict_action(read.last_hidden_state[:, kept])
         logits = F.pad(actions, (self.config.first_action, 0), value=NEVER)
-        return CausalLMOutputWithPast(logits=logits, **as_output(returned(read), CausalLMOutputWithPast))
+        return call.answer(self, logits, returned(read), read.hidden_states, read.attentions)
 
 
 def stream_words(config: DecisionStreamConfig) -> Mapping[str, int]:

@@ -29,6 +29,7 @@ from evomem.memory.explicit.matrix_rules import check_rule
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
+from evomem.models.architectures.calls import LOSS_TYPE, Call
 from evomem.models.architectures.memory_matrix_layers import MatrixBlock, RowMemory, WindowAttention
 
 
@@ -87,10 +88,11 @@ class MemoryMatrixConfig(PreTrainedConfig):
                 f"memory matrix: {self.num_attention_heads} attention heads cannot share {self.matrix_heads} matrices "
                 "evenly"
             )
-        if not set(self.memory_layers) <= set(range(self.num_hidden_layers)):
+        layers = self.memory_layers
+        if not set(layers) <= set(range(self.num_hidden_layers)) or layers != sorted(set(layers)):
             raise ConfigError(
                 f"memory matrix: matrix_layers is {self.matrix_layers}; give numbers of layers, from 0 to "
-                f"{self.num_hidden_layers - 1}"
+                f"{self.num_hidden_layers - 1}, ascending and each once"
             )
         if not 0 < self.decay <= 1 or (self.decay_per_slot and self.decay == 1):
             raise ConfigError(
@@ -116,6 +118,7 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MemoryMatrixConfig) -> None:
         super().__init__(config)
+        self.loss_type = LOSS_TYPE
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(MatrixBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
@@ -173,14 +176,15 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: MatrixCache | MatrixRowsCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: MatrixCache | MatrixRowsCache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (batch, kept tokens, vocab_size), and the memory after the tokens.
 
         Parameters
@@ -189,21 +193,34 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
         attention_mask : (batch, tokens ever read), 0 = padding; None: there is none. Padding is neither seen nor
             written.
         position_ids : ignored but for differences between them; by default after what the memory has read.
-        past_key_values : of `new_cache` or `decided_cache`, or None: the memory begins empty.
+        past_key_values, cache : of `new_cache` or `decided_cache`, by its older or its newer name; None: the memory
+            begins empty.
         logits_to_keep : how many of the last tokens have logits (0: all), or the indices of those that have.
+        kwargs : labels, output_hidden_states, return_dict, as transformers' decoders take them
+            (`evomem.models.architectures.calls`).
 
         Raises
         ------
-        ModelError : another kind of cache, or a mask that is not (batch, tokens).
+        ModelError : another kind of cache, or a mask that is not (batch, tokens); no tokens; labels that do not fit;
+            attention weights are asked for.
         CacheError : an earlier pass over the cache was cut short, or it has other rows; a token stands behind padding
             that stands behind a token.
         """
-        if past_key_values is not None and not isinstance(past_key_values, MatrixCache | MatrixRowsCache):
+        call = Call.of(
+            self,
+            input_ids,
+            logits_to_keep,
+            kwargs,
+            "every token sees rows of M and a window of its own; hidden states are returned",
+        )
+        assert input_ids is not None  # `Call.of`
+        given = past_key_values if cache is None else cache
+        if given is not None and not isinstance(given, MatrixCache | MatrixRowsCache):
             raise ModelError(
-                f"a memory matrix was given a {type(past_key_values).__name__}; give it model.new_cache(), "
+                f"a memory matrix was given a {type(given).__name__}; give it model.new_cache(), "
                 "model.decided_cache(manager), or none"
             )
-        cache = self.new_cache() if past_key_values is None else past_key_values
+        cache = self.new_cache() if given is None else given
         cache.require_whole()
         note_pass(self, cache if isinstance(cache, MatrixRowsCache) else None)  # type: ignore[arg-type]
         (batch, tokens), seen = input_ids.shape, cache.get_seq_length()
@@ -218,25 +235,29 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
         real = None
         if attention_mask is not None:
             real = self._real(attention_mask, batch, tokens)
-        embedded, parts, at = self.embed(input_ids), [], 0
+        embedded, at = self.embed(input_ids), 0
+        parts: list[list[Tensor]] = [[] for _ in range(1 + len(self.blocks) * call.hidden_states)]
         cache.interrupted = True  # if an error ends the pass, some layers have read what others have not
         for end, due in turns(
             seen, tokens, (0,), None if isinstance(cache, MatrixCache) else cache.policy.schedule.every
         ):
             hidden: Tensor = embedded[:, at:end]
             places, unpadded = position_ids[:, at:end], None if real is None else real[:, at:end]
-            for block, layer in zip(self.blocks, cache.by_block(batch), strict=True):
+            for index, (block, layer) in enumerate(zip(self.blocks, cache.by_block(batch), strict=True)):
+                if call.hidden_states:
+                    parts[index].append(hidden)
                 hidden = block(hidden, places, unpadded, layer)
-            parts.append(hidden)
+            parts[-1].append(hidden)
             if any(due) and not isinstance(cache, MatrixCache):
                 cache.decide()
             at = end
         cache.interrupted = False
-        hidden = torch.cat(parts, 1)
+        *states, hidden = (torch.cat(part, 1) for part in parts)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.norm(hidden[:, kept]))
-        keeps = past_key_values is not None or (not self.training if use_cache is None else use_cache)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if keeps else None)
+        keeps = given is not None or (not self.training if use_cache is None else use_cache)
+        states = [*states, self.norm(hidden)] if call.hidden_states else states
+        return call.answer(self, logits, cache if keeps else None, states or None)
 
     def _real(self, mask: Tensor, batch: int, tokens: int) -> Tensor:
         """Return which of the new tokens are no padding, (batch, tokens) bool; see `forward`."""

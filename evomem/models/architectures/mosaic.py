@@ -21,7 +21,7 @@ from evomem.errors import CacheError, ConfigError
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.memory.kv.versions import as_output
+from evomem.models.architectures.calls import LOSS_TYPE, Call
 from evomem.models.architectures.mosaic_cache import CONTEXTUAL, UNITS, MosaicCache
 from evomem.models.architectures.mosaic_decided import DecidedMosaicCache
 from evomem.models.architectures.mosaic_units import (
@@ -157,6 +157,7 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MosaicConfig) -> None:
         super().__init__(config)
+        self.loss_type = LOSS_TYPE
         self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MosaicLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
@@ -217,14 +218,14 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (batch, kept tokens, vocab_size) for the token after each, and the cache.
 
         Parameters
@@ -234,34 +235,42 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
         past_key_values, cache : of `new_cache` or `decided_cache`, by its older or its newer name; None: nothing was
             read before.
         logits_to_keep : how many of the last tokens have logits (0: all), or the indices of those that have.
+        kwargs : labels, output_hidden_states, return_dict, as transformers' decoders take them
+            (`evomem.models.architectures.calls`).
 
         Raises
         ------
+        ModelError : no tokens; labels that do not fit; attention weights are asked for.
         CacheError : another kind of cache, or of other rows; padding on the right; a pass before was cut short.
         """
+        call = Call.of(self, input_ids, logits_to_keep, kwargs, "a mosaic has no attention")
+        assert input_ids is not None  # `Call.of`
         given = past_key_values if cache is None else cache
         memory = self.new_cache() if given is None else self._checked(given, len(input_ids))
         real = None if attention_mask is None else self._real(attention_mask, *input_ids.shape)
         decided = isinstance(memory, DecidedMosaicCache)
         note_pass(self, memory if decided else None)  # type: ignore[arg-type]
         every = memory.policy.schedule.every if isinstance(memory, DecidedMosaicCache) else None
-        embedded, (batch, tokens), at, parts = self.embedding(input_ids), input_ids.shape, 0, []
+        embedded, (batch, tokens), at = self.embedding(input_ids), input_ids.shape, 0
+        parts: list[list[Tensor]] = [[] for _ in range(1 + len(self.layers) * call.hidden_states)]
         memory.interrupted = True  # if an error ends the pass, some units have read what others have not
         for end, due in turns(memory.get_seq_length(), tokens, (0,), every):
             x = embedded[:, at:end]
             for index, layer in enumerate(self.layers):
                 memories = memory.memories(index, CONTEXTUAL[self.config.form], batch)
+                if call.hidden_states:
+                    parts[index].append(x)
                 x = layer(x, None if real is None else real[:, at:end], memories)
-            parts.append(x)
+            parts[-1].append(x)
             if any(due) and isinstance(memory, DecidedMosaicCache):
                 memory.decide()
             at = end
         memory.interrupted = False
-        x = torch.cat(parts, 1)
+        *states, x = (torch.cat(part, 1) for part in parts)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.norm(x[:, kept]))
         returned = memory if given is not None or use_cache is not False else None
-        return CausalLMOutputWithPast(logits=logits, **as_output(returned, CausalLMOutputWithPast))
+        return call.answer(self, logits, returned, [*states, self.norm(x)] if call.hidden_states else None)
 
     def _checked(self, cache: Any, rows: int) -> MosaicCache | DecidedMosaicCache:
         count = len(cache.parts) if isinstance(cache, DecidedMosaicCache) else len(cache)
