@@ -193,7 +193,7 @@ def record_of(path: Path) -> dict[str, Any]:
     """Return the record of a training; end the program where a file is none, or is of other texts."""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for split in Split:
+        for split in Split if "select" in record else (Split.TRAIN, Split.SEALED):  # older records have no select
             for kind in ("accuracy", "tvd"):
                 if len(record[split][kind]) != TESTED or not np.isfinite(record[split][kind]).all():
                     raise ValueError(f"{split}, {kind}: no {TESTED} numbers")
@@ -210,7 +210,8 @@ def record_of(path: Path) -> dict[str, Any]:
 def chosen(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """Return the trainings of every model and number of steps at its best learning rate, by seed; print all rates.
 
-    The best rate has the least distance on the split `select`, of the lowest seed of all. The 3-gram has no rate.
+    The best rate has the least distance on the split `select`, of the lowest seed of all; where one rate was tried
+    nothing is chosen. The program ends where rates cannot be compared.
     """
     groups: dict[tuple[str, int], dict[float, list[dict[str, Any]]]] = {}
     for one in sorted(records, key=lambda one: (NAMES.index(one["model"]), one["steps"], one["rate"], one["seed"])):
@@ -220,6 +221,14 @@ def chosen(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict
     for key, rates in groups.items():
         lowest = min(one["seed"] for trained in rates.values() for one in trained)
         firsts = {rate: trained[0] for rate, trained in rates.items() if trained[0]["seed"] == lowest}
+        if len(rates) == 1:
+            (best[key],) = rates.values()
+            continue
+        if missing := [one for one in firsts.values() if "select" not in one]:
+            raise SystemExit(
+                f"{key[0]} was trained at {len(rates)} rates, and the record of seed {lowest} at "
+                f"{missing[0]['rate']:g} has no select split to choose by: remove its folder and train it again"
+            )
         for rate, one in firsts.items():
             accuracy, tvd = (np.mean(one["select"][kind]) for kind in ("accuracy", "tvd"))
             print(f"| {key[0]} | {key[1]:,} | {rate:g} | {accuracy:.3f} / {tvd:.3f}, {lowest} | {one['loss']:.3f} |")

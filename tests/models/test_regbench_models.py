@@ -90,6 +90,10 @@ def test_rates_are_chosen_by_automata_that_the_report_does_not_read(tmp_path, mo
         ("v1", 1200): [(3e-3, 0), (3e-3, 1)], ("v2", 1200): [(1e-3, 0), (1e-3, 1)],
         ("transformer", 1200): [(1e-2, 0)], ("transformer", 4800): [(3e-3, 0)],
     }  # fmt: skip
+    one_rate = {name: value for name, value in record("v1", 0, 3e-3, good).items() if name != "select"}
+    assert chosen([one_rate]) == {("v1", 1200): [one_rate]}  # recorded before there was a split to choose by
+    with pytest.raises(SystemExit, match=r"v1 was trained at 2 rates.* seed 0 at 0.003 has no select split"):
+        chosen([one_rate, records[0]])
     for number, one in enumerate(records):
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / "record.json").write_text(json.dumps(one))
