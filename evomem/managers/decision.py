@@ -16,7 +16,6 @@ from evomem.errors import ConfigError
 from evomem.managers.allocation import (
     AcrossHeads,
     Allocation,
-    ByDistinctRate,
     EmergentAllocation,
     LayerAllocation,
     ModelAllocation,
@@ -189,7 +188,8 @@ class Rule:
         """Raise `ConfigError` unless rankings can be drawn, see `open`."""
         emerges = isinstance(self.allocation, EmergentAllocation)
         depends = not isinstance(self.allocation, LayerAllocation) or isinstance(self.allocation, AcrossHeads)
-        if isinstance(self.allocation, ByDistinctRate) and self.budget is not None:
+        by_input = isinstance(self.allocation, LayerAllocation) and self.allocation.by_input
+        if by_input and self.budget is not None:
             raise ConfigError(
                 f"allocation {self.allocation.name!r}: nothing is drawn of how many slots an input gets, so a policy "
                 "gradient would leave its numbers as they are; search them by evolution"

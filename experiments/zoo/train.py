@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from experiments.zoo.data import POSITIONS, Batch, Lessons
+from experiments.zoo.publish import MODELS, RECORD, publish
 from experiments.zoo.recipes import RECIPES, Recipe, new_model
 
 SAVED_EVERY = 60.0
@@ -199,21 +200,27 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; go on later")
     parser.add_argument("--fresh", action="store_true", help="begin again")
     parser.add_argument("--runs", type=Path, default=Path("runs/zoo"), help="where states are kept")
+    parser.add_argument("--out", type=Path, help="folder of the finished model instead of the one that is shipped")
     options = parser.parse_args()
     recipe = RECIPES[options.name]
     if options.rate is not None:
         recipe = replace(recipe, learning_rate=options.rate)
     training = Training(recipe, options.seed)
-    state = options.runs / options.name / "state.pt"
+    if options.seed and options.out is None:
+        raise SystemExit(
+            f"--seed {options.seed}: the shipped model is that of seed 0; give --out FOLDER for another one"
+        )
+    if options.out is not None and options.out.exists() and not (options.out / RECORD).is_file():
+        raise SystemExit(f"--out {options.out}: is there and is no model of the zoo; name another folder")
+    state = options.runs / (options.name if not options.seed else f"{options.name}-{options.seed}") / "state.pt"
     if state.is_file() and not options.fresh:
         training.load(state)
         print(f"goes on from {state}, step {training.progress.step}", flush=True)
     train(training, state, minutes=options.minutes)
     if not training.done:
         return
-    from experiments.zoo.publish import publish
-
-    publish(training, f"zoo-{options.name}")
+    out = options.out or MODELS / f"zoo-{options.name}"
+    publish(training, out.name, out.absolute().parent)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ ANY = {
     ),
     "depth_shares": st.builds(lambda logs: {"name": "depth_shares", "options": {"log_shares": logs}}, LOGS),
     "by_distinct_rate": st.just({"name": "by_distinct_rate", "options": {"total": [1, 1]}}),
+    "by_effective_writes": st.just({"name": "by_effective_writes", "options": {"total": [1, 1]}}),
     "across_heads": st.builds(
         lambda layers, safeguard: {"name": "across_heads", "options": {"layers": layers, "safeguard": safeguard}},
         OVER_LAYERS, st.floats(0, 1),

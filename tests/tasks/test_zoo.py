@@ -1,6 +1,7 @@
 """The zoo: its tasks, its tokenizer, its trainings, and the models that are shipped."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import chain, pairwise
 from random import Random
@@ -25,6 +26,7 @@ from experiments.zoo.data import TASKS, Lessons, needle_lesson, recall_lesson, z
 from experiments.zoo.matrix_recall import own_recall
 from experiments.zoo.recipes import RECIPES, new_model
 from experiments.zoo.train import Training
+from experiments.zoo.train import main as train_main
 
 MATRIX, MOSAIC = "zoo-memory-matrix", "zoo-mosaic"
 OWN_MEMORY = (MATRIX, MOSAIC)
@@ -110,6 +112,15 @@ def tiny(name: str) -> Training:
     config = {**RECIPES[name].config, **small}
     # An accuracy that is reached at once: stages, reviews and the fall of the rate all happen within a few steps.
     return Training(replace(RECIPES[name], config=config, tokens=(64, 64), lengths=(32, 48), passed=0.0, decay=3), 1)
+
+
+@pytest.mark.parametrize(("out", "sentence"), [((), "give --out FOLDER"), (("--out", "."), "is no model of the zoo")])
+def test_no_other_seed_and_no_other_folder_is_overwritten(out, sentence, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "memory-matrix", "--seed", "1", *out])
+    with pytest.raises(SystemExit, match=sentence):
+        train_main()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", RECIPES)

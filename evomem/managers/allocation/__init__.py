@@ -24,6 +24,7 @@ from evomem.managers.allocation.base import (
     register_allocation,
 )
 from evomem.managers.allocation.by_distinct_rate import ByDistinctRate
+from evomem.managers.allocation.by_effective_writes import ByEffectiveWrites
 from evomem.managers.allocation.by_weight import limits_by_weight
 from evomem.managers.allocation.cake import Cake
 from evomem.managers.allocation.composing import settle
@@ -49,6 +50,7 @@ __all__ = [
     "Allocation",
     "AllocationOptions",
     "ByDistinctRate",
+    "ByEffectiveWrites",
     "Cake",
     "Dense",
     "DepthShares",

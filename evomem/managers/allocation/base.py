@@ -107,9 +107,11 @@ class LayerAllocation(Allocation):
     ----------------
     by_depth : layers get different parts, and any layer can say what all of them get (`layer_limits`). Then a layer's
         limits respect what the layers can still hold, see `slots_at_most`.
+    by_input : the input decides how many slots there are, by parameters of the allocation of which nothing is drawn.
     """
 
     by_depth: ClassVar[bool] = False
+    by_input: ClassVar[bool] = False
 
     @abstractmethod
     def layer_limit(self, view: LayerView, mean: Tensor, ends: Ends, shares: Tensor | None = None) -> Tensor:

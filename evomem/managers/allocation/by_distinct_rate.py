@@ -46,6 +46,7 @@ class ByDistinctRate(LayerAllocation):
 
     Options = ByDistinctRateOptions
     options: ByDistinctRateOptions
+    by_input = True
     parameter_options = frozenset({"window"})
 
     def __init__(self, **options: object) -> None:

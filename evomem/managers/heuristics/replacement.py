@@ -38,6 +38,24 @@ def ranks(view: LayerView, first: Tensor, second: Tensor) -> Tensor:
     return torch.zeros_like(first).scatter(-1, order, -rank).reshape(view.slots.shape)
 
 
+def relevance(frequency: Tensor, recency: Tensor, context: Tensor, weights: tuple[float, float, float]) -> Tensor:
+    """Return R(M_i) = α·frequency + β·recency + γ·context, by which slots are kept; all (…, slots).
+
+    Source: the memory matrix of memory-augmented transformer networks.
+
+    Parameters
+    ----------
+    frequency : reads received, or what grows with them. With weights (1, 0, 0) the slot with the smallest R is the
+        least frequently used.
+    recency : time since the last read, or what grows with it; it enters R with a minus, so that with (0, 1, 0) the
+        smallest R is the least recently used.
+    context : the match with what is read now.
+    weights : α, β, γ.
+    """
+    alpha, beta, gamma = weights
+    return alpha * frequency - beta * recency + gamma * context
+
+
 class ReplacementOptions(ManagerOptions):
     """Options of the replacement policies."""
 
@@ -80,11 +98,11 @@ class SlotRelevance(MemoryManager):
         """Return R, or ranks by it: (batch, kv_heads, slots) fp32."""
         options = self.options
         since = view.recorded["recency"].float()
-        score = -options.recency * torch.log1p(since)
-        if options.frequency:
-            score = score + options.frequency * torch.log1p(view.recorded["frequency"].float())
-        if options.context:
-            score = score + options.context * view.recorded[f"relevance:{options.window}"].float()
+        unseen = torch.zeros_like(since)  # what has no weight is not observed
+        frequency = torch.log1p(view.recorded["frequency"].float()) if options.frequency else unseen
+        context = view.recorded[f"relevance:{options.window}"].float() if options.context else unseen
+        weights = (options.frequency, options.recency, options.context)
+        score = relevance(frequency, torch.log1p(since), context, weights)
         return score if options.recency else ranks(view, score, -since)
 
 

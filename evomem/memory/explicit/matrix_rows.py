@@ -19,6 +19,7 @@ from evomem.memory.explicit.decided import DecidedCache
 from evomem.memory.explicit.matrix import WINDOW, Exchange, MatrixLayer
 from evomem.memory.explicit.matrix_rules import Write, written
 from evomem.memory.kv.policy import CachePolicy
+from evomem.memory.observations.effective_writes import STRENGTHS
 from evomem.memory.observations.windows import SOFTMAX_READS
 
 
@@ -41,7 +42,7 @@ class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
     """
 
     title: ClassVar[str] = "a memory matrix"
-    has: frozenset[str] = frozenset({"queries without positions", SOFTMAX_READS})
+    has: frozenset[str] = frozenset({"queries without positions", SOFTMAX_READS, STRENGTHS})
     beside_names: ClassVar[tuple[str, ...]] = (*WINDOW, "tail")
     window_keys: Tensor | None
     window_values: Tensor | None
@@ -80,6 +81,8 @@ class MatrixRows(LayerWithTensors):  # type: ignore[no-untyped-call]
         if real is not None:
             self.note_padding(real)
         new = row_of(writes, rule)
+        if real is not None:
+            new = new * real[:, None, :, None]  # padding writes nothing, also in what is observed of writes
         self.storage.append(new, new[..., :0], self.seen, real, self.recorder)
         rows, slots = self.keys, self.slots
         earlier = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril(-1)

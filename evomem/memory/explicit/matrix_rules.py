@@ -189,18 +189,3 @@ def latest(index: Tensor, weights: Tensor, first: int) -> Tensor:
     after = torch.cat((left[:, :, 1:], torch.ones_like(left[:, :, :1])), 2)
     tokens = torch.arange(first, first + weights.shape[2], device=index.device, dtype=index.dtype)
     return left[:, :, 0] * index + (after * weights * tokens[:, None]).sum(2)
-
-
-def relevance(frequency: Tensor, recency: Tensor, context: Tensor, weights: tuple[float, float, float]) -> Tensor:
-    """Return R(M_i) = α·frequency + β·recency + γ·context, by which slots are kept; all (…, slots).
-
-    Parameters
-    ----------
-    frequency : reads received. With weights (1, 0, 0) the slot with the smallest R is the least frequently used.
-    recency : steps since the last read; it enters R with a minus, so that with (0, 1, 0) the smallest R is the least
-        recently used.
-    context : the match with what is read now.
-    weights : α, β, γ.
-    """
-    alpha, beta, gamma = weights
-    return alpha * frequency - beta * recency + gamma * context

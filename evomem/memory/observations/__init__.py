@@ -27,6 +27,8 @@ name                      what ``LayerView.recorded`` holds
 ``relevance:W``           (batch, kv_heads, slots): mean cosine of the slot's key with the row's last W queries
 ``distinct_rate:W``       (batch, kv_heads): share of the latest reads whose key is among none of the W reads before;
                           explicit memories only
+``effective_writes``      (batch, kv_heads): effective number of writes so far, weak ones counted as little as they
+                          weigh; memory matrices only
 ``surprise``              (batch, kv_heads, slots): error of what the memory predicted when the slot was written;
                           explicit memories only
 ========================  ==================================================================================
@@ -38,6 +40,7 @@ from evomem.memory.observations import (
     attention_spectrum,
     attention_sum,
     distinct_rate,
+    effective_writes,
     matching,
     query_statistics,
     reads,
@@ -75,6 +78,7 @@ __all__ = [
     "attention_sum",
     "axes_of",
     "distinct_rate",
+    "effective_writes",
     "known_specs",
     "matching",
     "observations",

@@ -14,6 +14,7 @@ ROWS, TOKENS, VOCABULARY = 3, 30, 20
 IDS = torch.randint(2, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
 SHARED = "['recency', 'frequency', 'frequency_decayed:8', 'relevance:4', 'novelty', 'age']"
 BY_RATE = "lru(allocation=by_distinct_rate(window=4))"
+BY_WRITES = "lru(allocation=by_effective_writes)"
 SPECS = (f"feature_scorer(features={SHARED}, sinks=0, recent=1)", "h2o")
 
 
@@ -35,10 +36,10 @@ def mosaic():
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[matrix, mosaic], ids=["matrix", "mosaic"])
-def subject(request):
+def subject_of(make):
+    """Return an untrained model of a kind, as the checks take it."""
     torch.manual_seed(0)
-    model = request.param().eval().requires_grad_(False)
+    model = make().eval().requires_grad_(False)
 
     def feed(cache, rows, begin, end):
         with torch.no_grad():
@@ -47,9 +48,20 @@ def subject(request):
     return Subject(model.decided_cache, feed, ROWS, TOKENS)
 
 
+@pytest.fixture(scope="module", params=[matrix, mosaic], ids=["matrix", "mosaic"])
+def subject(request):
+    return subject_of(request.param)
+
+
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(
     "spec", [f"feature_scorer(features={SHARED}, sinks=0, recent=1)", "h2o", BY_RATE], ids=["shared", "h2o", "by rate"]
 )
 def test_a_kind_of_memory_conforms(subject, spec, check):
     CHECKS[check](subject, build(spec, budget=4))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_matrix_that_goes_by_its_writes_conforms(check):
+    """No other memory has writes of different strength."""
+    CHECKS[check](subject_of(matrix), build(BY_WRITES, budget=4))

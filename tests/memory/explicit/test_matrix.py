@@ -12,8 +12,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from evomem.errors import CacheError, ConfigError
+from evomem.managers.heuristics.replacement import relevance
 from evomem.memory.explicit.matrix import MatrixCache, MatrixLayer
-from evomem.memory.explicit.matrix_rules import RULES, Write, check_rule, latest, read, relevance, scan, write_weights
+from evomem.memory.explicit.matrix_rules import RULES, Write, check_rule, latest, read, scan, write_weights
 from tests.support.slow_matrix import SlowMatrix
 
 BATCH, HEADS, TOKENS, SLOTS, WIDTH = 2, 2, 5, 4, 3
