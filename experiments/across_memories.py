@@ -5,6 +5,8 @@
     python -m experiments.across_memories report runs/across/cells.json runs/across/moons.json \
         --out docs/results/across_memories
 
+`report` also takes the JSON that an earlier call of it wrote, so that a table can get further rows and columns.
+
 Six weights of observations that mean the same in every memory (`FEATURES`). `evomem evolve across/streams` (and
 ``matrix``, ``kv``) finds them on models of evomem, and `evomem transfer` moves them between these. The bounded store
 of the three moons' mosaic is no such model (`experiments.moons_store`), so it is searched and measured here. The
@@ -163,6 +165,47 @@ def gains_of_transfer(rows: Sequence[TransferRow]) -> list[Gain]:
     return gains
 
 
+def gains_of(path: Path) -> list[Gain]:
+    """Return the gains of a file: of ``evomem transfer --json``, of ``moons``, or an earlier table's (``--out``).
+
+    Raises
+    ------
+    ConfigError : it is none of them.
+    """
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: is no JSON ({error}); give files of evomem transfer --json, of moons, or an earlier table"
+        ) from None
+    if isinstance(known, dict):
+        return gains_on_moons(known)
+    if isinstance(known, list) and known and isinstance(known[0], dict) and "best_value" in known[0]:
+        try:
+            return [Gain(**one) for one in known]
+        except TypeError as error:
+            raise ConfigError(f"{path}: a row is no gain of an earlier table ({error})") from None
+    return gains_of_transfer(read_rows(path, TransferRow))
+
+
+def _require_one_yardstick(gains: Sequence[Gain]) -> None:
+    """Raise `ConfigError` if managers of a column were set against different heuristics, or one is there twice."""
+    yardsticks: dict[tuple[str, float], Gain] = {}
+    names: set[tuple[str, str, float]] = set()
+    for one in gains:
+        column = (one.memory, one.budget)
+        first = yardsticks.setdefault(column, one)
+        if (first.best, first.samples) != (one.best, one.samples) or abs(first.best_value - one.best_value) > 1e-6:
+            raise ConfigError(
+                f"{one.memory}: {first.manager} was set against {first.best} {first.best_value:.4f} on {first.samples} "
+                f"samples, {one.manager} against {one.best} {one.best_value:.4f} on {one.samples}; measure both with "
+                "the same --samples, --budgets, --against and protocol"
+            )
+        if (one.manager, *column) in names:
+            raise ConfigError(f"{one.memory}: {one.manager} is there twice; leave one of the files out")
+        names.add((one.manager, *column))
+
+
 def table(gains: Sequence[Gain]) -> list[str]:
     """Return the matrix as Markdown: managers down, memories across; wins are bold, losses in italics."""
     places = list(dict.fromkeys((one.memory, one.budget) for one in gains))
@@ -216,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     two.add_argument("--out", type=Path, required=True, help="JSON file")
     two.add_argument("--starts", type=int, default=32, help="sealed series, at least 2")
     three = words.add_parser("report", help="print the matrix of gains, and write it with --out")
-    three.add_argument("files", nargs="+", type=Path, help="of evomem transfer --json, and of moons")
+    three.add_argument("files", nargs="+", type=Path, help="of evomem transfer --json, of moons, and earlier tables")
     three.add_argument("--out", type=Path, help="JSON file, without its suffix")
     given = parser.parse_args(arguments)
     try:
@@ -246,15 +289,8 @@ def _moons(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    gains: list[Gain] = []
-    for path in given.files:
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(
-                f"{path}: is no JSON ({error}); give files of evomem transfer --json, or of moons"
-            ) from None
-        gains += gains_on_moons(known) if isinstance(known, dict) else gains_of_transfer(read_rows(path, TransferRow))
+    gains = [one for path in given.files for one in gains_of(path)]
+    _require_one_yardstick(gains)
     print("\n".join([*table(gains), "", *counts(gains)]))
     if given.out is not None:
         text = "[\n" + ",\n".join(json.dumps(asdict(one)) for one in gains) + "\n]\n"

@@ -89,6 +89,16 @@ def test_a_plug_in_decides_on_the_moons_as_its_manager_does(tmp_path, capsys):
     main(["report", str(tmp_path / "moons.json"), "--out", str(tmp_path / "page")])
     assert json.loads((tmp_path / "page.json").read_text())[0]["found_on"] == WHERE
     assert "| best heuristic there |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="moons-0 is there twice"):  # a table that is written goes into another one
+        main(["report", str(tmp_path / "page.json"), str(tmp_path / "page.json")])
+    gains = json.loads((tmp_path / "page.json").read_text())
+    other = [{**gains[0], "manager": "other", "best": "fifo"}]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="against fifo"):
+        main(["report", str(tmp_path / "page.json"), str(tmp_path / "other.json")])
+    (tmp_path / "other.json").write_text(json.dumps([{**gains[0], "manager": "other"}]))
+    main(["report", str(tmp_path / "page.json"), str(tmp_path / "other.json"), "--out", str(tmp_path / "both")])
+    assert json.loads((tmp_path / "both.json").read_text()) == [*gains, {**gains[0], "manager": "other"}]
     with pytest.raises(ConfigError, match="already"):
         on_moons([str(tmp_path / "moons-0")] * 2, 2)
 
