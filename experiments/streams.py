@@ -2,7 +2,7 @@
 
     python -m experiments.streams grid --task zipf:length=400 --slots 16,32,64 --json runs/grids.json
     python -m experiments.streams table --task zipf:length=400 --slots 16,32,64 --grid runs/grids.json \
-        --runs runs/zipf-1,runs/zipf-2,runs/zipf-3 --more runs/gradient-1 --json docs/results/streams.json
+        --runs runs/ghosts-1,runs/ghosts-2 --more gradient=runs/gradient-1 --json docs/results/streams.json
     python -m experiments.streams count --runs runs/count-1,runs/count-2 --json docs/results/streams.json
 
 ``grid`` measures 60 points of R = α·frequency + β·recency + γ·context on training streams and names the best at every
@@ -43,7 +43,7 @@ from evomem.tasks.base import Sample
 from evomem.tasks.streams.base import StreamTask
 from evomem.tasks.streams.replacement import FEWEST_SLOTS, READ_ONLY, belady_hits, hit_rate, hits
 
-POLICIES = ("fifo", "lru", "lfu", "arc", "sieve", "s3fifo")
+POLICIES = ("fifo", "lru", "lfu", "lru2", "arc", "2q", "lirs", "sieve", "s3fifo", "wtinylfu")
 """Of the library; the managers of the first three names hit where they do (`tests/managers/test_replacement.py`)."""
 MANAGERS = ("random",)
 FREQUENCIES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -84,8 +84,10 @@ def spec_of(point: Sequence[float]) -> str:
     return f"slot_relevance({', '.join(f'{name}={value:g}' for name, value in zip(names, point, strict=True))})"
 
 
-def task_and_samples(spec: str, split: str, count: int) -> tuple[StreamEvaluator, StreamTask[Any], list[Sample]]:
-    """Return the evaluator of a pair memory that decides at every request, the task, and its first samples.
+def task_and_samples(
+    spec: str, split: str, count: int, skip: int = 0
+) -> tuple[StreamEvaluator, StreamTask[Any], list[Sample]]:
+    """Return the evaluator of a pair memory that decides at every request, the task, and samples after the first ones.
 
     Raises
     ------
@@ -96,7 +98,7 @@ def task_and_samples(spec: str, split: str, count: int) -> tuple[StreamEvaluator
     if not isinstance(task, StreamTask):
         raise TaskError(f"task {spec}: has no streams of requests; take zipf, context_switches or key_overwrites")
     evaluator = StreamEvaluator(model, EvaluationProtocol(kind="streaming", every=1))
-    return evaluator, task, task.samples(split, count, 0)
+    return evaluator, task, task.samples(split, skip + count, 0)[skip:]
 
 
 def measured(
@@ -168,15 +170,17 @@ def ahead(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
 
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure managers on held-out streams; returns rows by number of slots, and prints them as a table."""
-    evaluator, task, samples = task_and_samples(arguments.task, "sealed", arguments.streams)
+    evaluator, task, samples = task_and_samples(arguments.task, "sealed", arguments.streams, arguments.skip)
     grids = [part for part in known_rows(arguments.grid).values() if "best" in part]
     tuned = next((part for part in grids if part["task"] == arguments.task), None)
     if tuned is None:
         raise EvomemError(
             f"{arguments.grid}: holds no grid of {arguments.task}; make one with: python -m experiments.streams grid"
         )
-    subjects = [*arguments.runs, *arguments.more]
-    result: dict[str, Any] = {"task": arguments.task, "split": "sealed", "streams": len(samples), "slots": {}}
+    groups = dict(arguments.more)
+    subjects = list(dict.fromkeys([*arguments.runs, *(run for runs in groups.values() for run in runs)]))
+    result: dict[str, Any] = {"task": arguments.task, "split": "sealed", "skipped": arguments.skip}
+    result |= {"streams": len(samples), "slots": {}}
     for slots in arguments.slots:
         if str(slots) not in tuned["best"]:
             raise EvomemError(f"{arguments.grid}: has no grid at {slots} slots; it has {', '.join(tuned['best'])}")
@@ -187,8 +191,7 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
         names = [*subjects, *field]
         rates = dict(zip(names, numbers["exact"], strict=True)) | replacement_rates(task, samples, slots)
         evolved = np.mean([rates[run] for run in arguments.runs], axis=0)
-        if arguments.more:
-            rates["mean of --more"] = np.mean([rates[run] for run in arguments.more], axis=0)
+        rates |= {label: np.mean([rates[run] for run in runs], axis=0) for label, runs in groups.items()}
         rows: dict[str, Any] = {"evolved": {"mean": round(float(evolved.mean()), 4)}}
         for name, rate in rates.items():
             rows[name] = {"mean": round(float(rate.mean()), 4), "evolved_ahead_by": ahead(evolved, rate)}
@@ -196,10 +199,9 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
             if name in names:
                 place = names.index(name)
                 rows[name] |= {field: round(float(numbers[field][place].mean()), 1) for field in ("slots", "bytes")}
-        if arguments.more:
-            mean = rates["mean of --more"]
-            others = {name: ahead(mean, rates[name]) for name in (*field, "belady", *POLICIES) if name in rates}
-            rows["mean of --more"]["ahead_by"] = others
+        for label in groups:
+            others = {name: ahead(rates[label], rates[name]) for name in (*field, "belady", *POLICIES) if name in rates}
+            rows[label]["ahead_by"] = others
         result["slots"][str(slots)] = rows
         print(f"\n{arguments.task}, {slots} slots, {len(samples)} streams\n")
         print("| | hit rate | share of Belady's | evolved, ahead by |\n|---|---|---|---|")
@@ -312,6 +314,16 @@ def names(text: str) -> list[str]:
     return parts
 
 
+def group(text: str) -> tuple[str, list[str]]:
+    """Return a label and the names behind it; raise `argparse.ArgumentTypeError` for no label of its own."""
+    label, equals, rest = text.partition("=")
+    if not label or not equals or label in ("belady", "evolved", *POLICIES, *MANAGERS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give LABEL=RUN,RUN, for example gradient=runs/gradient-1, and no policy's name as the label"
+        )
+    return label, names(rest)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -326,10 +338,19 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--key", default=None, help="under which key; by default the command and the task")
     for name in ("grid", "table"):
         parts[name].add_argument("--slots", type=whole_numbers, default=[16, 32, 64], help="for example 16,32,64")
+    parts["table"].add_argument(
+        "--skip", type=int, default=0, help="streams of the split that are left out before them"
+    )
     parts["table"].add_argument("--grid", type=Path, required=True, help="file that `grid` wrote")
     for name in ("table", "count"):
         parts[name].add_argument("--runs", type=names, required=True, help="runs or plug-ins, one a search seed")
-    parts["table"].add_argument("--more", type=names, default=[], help="further runs or plug-ins, not in the mean")
+    parts["table"].add_argument(
+        "--more",
+        type=group,
+        action="append",
+        default=[],
+        help="LABEL=RUN,RUN: further runs or plug-ins, not in the mean",
+    )
     one = parts["count"]
     one.add_argument("--price", type=price, default=0.003, help="of a slot, in hit rate")
     one.add_argument("--fixed", type=whole_numbers, default=[12, 16, 24, 32, 40, 48, 64], help="fixed counts")
@@ -345,8 +366,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run one command, and put its rows into the file."""
     arguments = parser().parse_args()
-    if arguments.streams < 1:
-        raise SystemExit(f"--streams {arguments.streams}; give at least 1")
+    if arguments.streams < 1 or getattr(arguments, "skip", 0) < 0:
+        raise SystemExit(f"--streams {arguments.streams}, or --skip: give at least 1 stream, and skip at least 0")
     try:
         known_rows(arguments.json)  # before hours of measuring, and again after them
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

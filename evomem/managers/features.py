@@ -28,10 +28,13 @@ frequency_decayed:H    the same, a read of n tokens ago counting 2^(-n/H)       
 relevance:W            mean cosine of the key with the last W queries                relevance:W
 novelty                1 - the largest cosine of the key with another slot's         -
 surprise               error of what the memory predicted when the slot was written  surprise
+ghost_frequency        log(1 + reads of the name, before it left and while away too)  ghost_frequency
+backward_distance:W    log(1 + tokens since the last read but one, at most W)         backward_distance:W
 =====================  ============================================================  ===================================
 
-The last six, and ``age``, mean the same in a KV cache and in an explicit memory (`evomem.memory.explicit`), where alone
-there is a ``surprise``. Depth is no feature of a slot: weights vary with it.
+From ``recency`` on, and ``age``, they mean the same in a KV cache and in an explicit memory (`evomem.memory.explicit`).
+Only explicit memories have a ``surprise``, and only those that are read by name have the last two. Depth is no feature
+of a slot: weights vary with it.
 
 No feature depends on head size, head count, depth or vocabulary, so a scorer over them can move to other models.
 """
@@ -172,6 +175,12 @@ FEATURES: dict[str, Feature] = {
     "relevance": Feature(lambda view, argument: view.recorded[f"relevance:{argument}"], "relevance:{}", "queries"),
     "novelty": Feature(lambda view, _: _novelty(view)),
     "surprise": Feature(lambda view, _: view.recorded["surprise"], "surprise"),
+    "ghost_frequency": Feature(lambda view, _: torch.log1p(view.recorded["ghost_frequency"]), "ghost_frequency"),
+    "backward_distance": Feature(
+        lambda view, argument: torch.log1p(view.recorded[f"backward_distance:{argument}"].float()),
+        "backward_distance:{}",
+        "queries",
+    ),
 }
 """Features without a neighbourhood, by name."""
 

@@ -36,7 +36,7 @@ ALL = (
     "recency",
     "relevance:5",
 )
-EXPLICIT = {"distinct_rate", "effective_writes", "surprise"}
+EXPLICIT = {"backward_distance", "distinct_rate", "effective_writes", "ghost_frequency", "surprise"}
 """Observations that no KV cache has; tests/memory/explicit tries them."""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from evomem.errors import CacheError, ConfigError
 from evomem.memory.explicit.layer import ExplicitLayer
 from evomem.memory.kv.attention import full_precision
+from evomem.memory.observations.ghosts import BY_NAME, histories, note_evictions, note_requests
 from evomem.memory.observations.windows import SOFTMAX_READS
 
 
@@ -63,12 +64,12 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
         observes: frozenset[str] = frozenset(),
         beta: float | None = None,
     ) -> None:
-        if beta is not None:
-            if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta < math.inf:
-                raise ConfigError(
-                    f"a pair memory with beta {beta!r}; give a finite number of at least 0, or None for names"
-                )
-            self.has = self.has | {SOFTMAX_READS}
+        right = isinstance(beta, int | float) and not isinstance(beta, bool) and 0 <= beta < math.inf
+        if beta is not None and not right:
+            raise ConfigError(
+                f"a pair memory with beta {beta!r}; give a finite number of at least 0, or None for names"
+            )
+        self.has = self.has | {BY_NAME if beta is None else SOFTMAX_READS}
         super().__init__(index, layers, observes=observes, scale=1.0 if beta is None else beta)
         self.beta = beta
 
@@ -138,6 +139,10 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
             weights = weights * reads[..., None]
             output = torch.matmul(weights, self.values.float()).to(values.dtype) if wants_values else None
         self.note_reads(keys * reads[..., None], weights)
+        if histories(self.recorder):
+            whole = self.recorder.whole(self.storage.layout)
+            note_requests(whole, names, reads, self._marked("names", names), self.seen)
+            self.recorder.take_over(whole, self.storage.layout)
         self.seen += count
         self._read += count
         result = Reads(
@@ -191,6 +196,14 @@ class PairMemory(ExplicitLayer):  # type: ignore[no-untyped-call]
                 "into PairMemory(beta=...) with the same"
             )
         super().load_state(facts, tensors)
+
+    def keep(self, mask: Tensor) -> None:
+        """Evict, physically, every slot where ``mask`` (batch, heads, slots) is False; see `ExplicitLayer.keep`."""
+        if tuple(mask.shape) == self.storage.shape and mask.dtype == torch.bool and histories(self.recorder):
+            whole = self.recorder.whole(self.storage.layout)
+            note_evictions(whole, self._marked("names", self.storage.whole("names")), mask)
+            self.recorder.take_over(whole, self.storage.layout)
+        super().keep(mask)
 
     def decay(self, log_decay: Tensor) -> None:
         """Let slots fade; see `ExplicitLayer.decay`.

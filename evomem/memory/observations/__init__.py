@@ -29,6 +29,10 @@ name                      what ``LayerView.recorded`` holds
                           explicit memories only
 ``effective_writes``      (batch, kv_heads): effective number of writes so far, weak ones counted as little as they
                           weigh; memory matrices only
+``ghost_frequency``       (batch, kv_heads, slots): reads of the slot's name since it was first stored, those before it
+                          left and while it was away included; pair memories that are read by name only
+``backward_distance:W``   (batch, kv_heads, slots) int64: tokens since the last read but one of the slot's name, at most
+                          W (LRU-2), counted on likewise; pair memories that are read by name only
 ``surprise``              (batch, kv_heads, slots): error of what the memory predicted when the slot was written;
                           explicit memories only
 ========================  ==================================================================================
@@ -41,6 +45,7 @@ from evomem.memory.observations import (
     attention_sum,
     distinct_rate,
     effective_writes,
+    ghosts,
     matching,
     query_statistics,
     reads,
@@ -79,6 +84,7 @@ __all__ = [
     "axes_of",
     "distinct_rate",
     "effective_writes",
+    "ghosts",
     "known_specs",
     "matching",
     "observations",

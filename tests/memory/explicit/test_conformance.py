@@ -24,6 +24,7 @@ MANAGERS = (
     "keydiff",
     "feature_scorer(features=['recency','frequency','frequency_decayed:8','relevance:4','novelty','surprise'],sinks=0)",
     "feature_scorer(features=['recency', 'age'], allocation=across_heads, sinks=0, recent=1)",
+    "kv_policy(features=['ghost_frequency', 'backward_distance:16'], allocation=across_heads, recent=1)",
     "lava(window=4)",
     "kv_policy(features=['recency', 'relevance:4'])",
 )
@@ -52,6 +53,8 @@ def subject(memory=PairMemory, **options):
     return Subject(make, feed, ROWS, TOKENS)
 
 
+BY_NAME = "ghost_frequency"
+"""Observed only where keys have names, by which they are read."""
 BY_SOFTMAX = ("snapkv(window=4)", "tova", "lava(window=4)")
 """Managers that look at the attention of the last queries, which there is where reads are a softmax."""
 
@@ -62,6 +65,10 @@ def test_a_pair_memory_conforms(beta, spec):
     if beta is None and spec in BY_SOFTMAX:
         with pytest.raises(ConfigError, match="needs reads that are one softmax over all slots"):
             subject().make(build(spec, budget=6))
+        return
+    if beta is not None and BY_NAME in spec:
+        with pytest.raises(ConfigError, match="needs reads by name"):
+            subject(beta=beta).make(build(spec, budget=6))
         return
     for check in CHECKS.values():
         check(subject(beta=beta), build(spec, budget=6))

@@ -46,13 +46,21 @@ def test_the_table_has_paired_rows_and_refuses_what_it_cannot_have(tmp_path, mon
     monkeypatch.setattr(streams, "MANAGERS", ("lru",))
     common = ("--task", TASK, "--streams", "3", "--slots", "6,12", "--json", tmp_path / "rows.json")
     run(monkeypatch, "grid", *common)
-    run(monkeypatch, "table", *common, "--grid", tmp_path / "rows.json", "--runs", tmp_path / "plugin")
+    more = ("--more", f"again={tmp_path / 'plugin'}")
+    run(monkeypatch, "table", *common, "--grid", tmp_path / "rows.json", "--runs", tmp_path / "plugin", *more)
     rows = json.loads((tmp_path / "rows.json").read_text())[f"table {TASK}"]["slots"]["6"]
     mine, lru, bound = rows[str(tmp_path / "plugin")], rows["lru"], rows["belady"]
     assert mine["evolved_ahead_by"] == {"mean": 0.0, "interval": [0.0, 0.0]}
     assert lru["evolved_ahead_by"]["mean"] == pytest.approx(mine["mean"] - lru["mean"], abs=2e-4)
     assert all(best >= other for best, other in zip(bound["rates"], lru["rates"], strict=True))
     assert mine["bytes"] >= lru["bytes"]
+    assert rows["again"]["rates"] == mine["rates"]
+    assert rows["again"]["ahead_by"]["lru"] == lru["evolved_ahead_by"]
+    later = ("--grid", tmp_path / "rows.json", "--runs", tmp_path / "plugin", "--skip", "2", "--key", "later")
+    run(monkeypatch, "table", *common, *later)
+    rows = json.loads((tmp_path / "rows.json").read_text())["later"]
+    assert rows["skipped"] == 2
+    assert rows["slots"]["6"]["lru"]["rates"][0] == lru["rates"][2]
     assert "share of Belady's" in capsys.readouterr().out
     for words, message in (
         (("table", "--task", "zipf:length=30,keys=12,topics=2", *common[2:]), "holds no grid of"),
@@ -108,4 +116,8 @@ def test_files_and_names_that_do_not_fit_are_refused_before_anything_is_measured
         with pytest.raises(SystemExit):
             run(monkeypatch, "count", "--json", tmp_path / "new", *words)
         assert message in capsys.readouterr().err
+    for label in ("runs/a", "=a", "lru=a"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "table", "--json", tmp_path / "new", "--grid", path, "--runs", "a", "--more", label)
+        assert "give LABEL=RUN,RUN" in capsys.readouterr().err
     assert {one.name for one in tmp_path.iterdir()} == {"rows.json", "file"}
