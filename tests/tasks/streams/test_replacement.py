@@ -103,7 +103,7 @@ def test_what_has_no_meaning_is_refused(monkeypatch):
         with pytest.raises(TaskError, match=f"{policy} with {fewest - 1} slots; give {fewest} or more"):
             hits(stream, policy, fewest - 1)
     with pytest.raises(UnknownNameError, match="Did you mean 'lru'"):
-        hits(stream, "lru2", 8)
+        hits(stream, "lruu", 8)
     monkeypatch.setattr("evomem.installing.installed", lambda package: False)
     with pytest.raises(MissingPackagesError, match="pip install --no-deps libcachesim"):
         hits(stream, "lru", 8)
