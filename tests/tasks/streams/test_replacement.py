@@ -93,7 +93,7 @@ def test_what_has_no_meaning_is_refused(monkeypatch):
     (stream,) = whole("key_overwrites", 1)
     for policy in set(POLICIES) - set(READ_ONLY):
         with pytest.raises(TaskError, match="take one of fifo, lru, lfu"):
-            hits(stream, policy, 16)
+            hits(stream, policy, 32)
     with pytest.raises(TaskError, match="Belady's bound: the stream reads items that cannot be fetched"):
         belady_hits(stream, 8)
     with pytest.raises(TaskError, match="0 slots; give 1 or more"):
