@@ -32,6 +32,7 @@ OWN_ARCHITECTURES = {
     "evomem_mosaic": "evomem.models.architectures.mosaic",
     "evomem_pair_memory": "evomem.models.architectures.pair_memory",
     "evomem_memory_matrix": "evomem.models.architectures.memory_matrix",
+    "evomem_titans": "evomem.models.architectures.titans",
 }
 """Model types that transformers does not know, and the module of ours that makes them known."""
 

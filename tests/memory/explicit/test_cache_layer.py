@@ -10,12 +10,13 @@ from evomem.managers import build
 from evomem.memory.explicit import PairMemory
 from evomem.memory.explicit.matrix import MatrixLayer
 from evomem.memory.explicit.matrix_rows import MatrixRows
+from evomem.memory.explicit.neural import NeuralLayer
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
 from evomem.models.architectures.mosaic_cache import UnitMemory
 from evomem.models.architectures.mosaic_decided import DecidedPairs
 
 
-@pytest.mark.parametrize("kind", [PairMemory, MatrixLayer, MatrixRows, UnitMemory, DecidedPairs])
+@pytest.mark.parametrize("kind", [PairMemory, MatrixLayer, MatrixRows, NeuralLayer, UnitMemory, DecidedPairs])
 def test_every_memory_answers_and_refuses_alike(kind):
     layer = kind()
     layer.seen = 5
