@@ -295,7 +295,9 @@ def test_what_cannot_be_is_refused():
     ):  # fmt: skip
         with pytest.raises(ModelError, match=message):
             model(**{"input_ids": ids, **asked})
-    assert len(model(ids, output_hidden_states=True).hidden_states) == 3
+    out = model(ids, output_hidden_states=True)
+    assert [state.shape for state in out.hidden_states] == [(2, 3, 16)] * 3
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
 
 
 def test_what_was_read_is_not_taken_back():
