@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,6 +25,8 @@ _ACROSS = 6
 """Panels in one row of a heat map, at most."""
 _WIDE = 24
 """Characters of one line of a panel's title, at most."""
+_WORDS = re.compile(r"[^\s,(=/+]+[,(=/+]*\s*|\S")
+"""What is not broken in a manager's name: a word with the punctuation behind it."""
 _EMPTY = "#E3E3E3"
 """Colour of a head that holds nothing."""
 
@@ -131,7 +134,9 @@ def head_notes(rows: Sequence[Row]) -> list[str]:
 def head_plot(path: Path, rows: Sequence[Row], title: str) -> bool:
     """Draw the slots of every layer and KV head, a panel per manager and budget, in one scale of colours.
 
-    Managers that hold the same share a panel. The full cache is left out: it holds everything everywhere.
+    Managers that hold the same share a panel. Panels of every budget are in one order, that of the managers in the
+    rows: whoever is best at one budget stands where it stands at the others. The full cache is left out: it holds
+    everything everywhere.
 
     Parameters
     ----------
@@ -141,7 +146,9 @@ def head_plot(path: Path, rows: Sequence[Row], title: str) -> bool:
     -------
     Whether there was anything to draw.
     """
-    shown = alike([row for row in rows if row.role != "full"])
+    order = {name: number for number, name in enumerate(dict.fromkeys(row.manager for row in rows))}
+    by_budget = groupby((row for row in rows if row.role != "full"), key=lambda row: row.budget)
+    shown = alike([row for _, some in by_budget for row in sorted(some, key=lambda row: order[row.manager])])
     if not shown:
         return False
     across = min(_ACROSS, max(sum(other.budget == one.budget for other in shown) for one in shown))
@@ -187,13 +194,23 @@ def _panel(axes: Any, one: Alike, norm: Any) -> Any:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     axes.set_xlabel("KV head", fontsize=8)
-    names = [line for name in one.managers[:_NAMED] for line in wrap(name, _WIDE, break_on_hyphens=False)]
+    names = [line for name in one.managers[:_NAMED] for line in _lines(name)]
     more = len(one.managers) - _NAMED
     others = [f"and {more} more"] if more > 0 else []
     axes.set_title(
         "\n".join([*names, *others, f"{budget_text(one.budget)}: {one.total_slots:,.0f} slots"]), fontsize=7.5
     )
     return image
+
+
+def _lines(name: str) -> list[str]:
+    """Return a manager's name in lines of at most `_WIDE` characters, broken between words where these are shorter."""
+    lines = [""]
+    for word in _WORDS.findall(name):
+        if len(lines[-1]) + len(word.rstrip()) > _WIDE and lines[-1]:
+            lines.append("")
+        lines[-1] += word
+    return [part for line in lines for part in wrap(line.strip(), _WIDE, break_on_hyphens=False)]
 
 
 def _grid(one: Alike) -> Any:

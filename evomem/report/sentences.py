@@ -57,7 +57,9 @@ def _sentence(rows: Sequence[Row]) -> str | None:
         return None
     where = f"on {best.samples} {best.split} samples at {_size(subject)}"
     name = f"the best heuristic ({best.manager})"
-    text = _outcome(subject.manager, name, best.difference, best.interval, where)
+    text = f"{subject.manager} {_outcome(name, best.difference, best.interval)} {where}"
+    if verdict(best.interval) == "unknown":
+        text += "; too few samples"
     if best.bytes_ratio is not None and not best.equal_bytes:
         text += f"; {best.manager} holds {_more(best.bytes_ratio)} memory"
     for row in rows:
@@ -68,23 +70,28 @@ def _sentence(rows: Sequence[Row]) -> str | None:
     return text + "."
 
 
-def _outcome(subject: str, rival: str, difference: float, interval: Sequence[float] | None, where: str) -> str:
-    """Return who wins, by how much and how sure that is; ``difference`` is the subject's value minus the rival's."""
+def _outcome(rival: str, difference: float, interval: Sequence[float] | None) -> str:
+    """Return what a subject does to a rival, by how much and how sure that is.
+
+    Parameters
+    ----------
+    difference, interval : of the subject's value minus the rival's.
+    """
     amount = f"{abs(difference):z.{DIGITS}f} nats per answer token"
     signed = f"{difference:+z.{DIGITS}f} nats per answer token"
     low, high = interval if interval is not None else (math.nan, math.nan)
     who = verdict(interval)
     if who == "unknown":
-        return f"{subject} is {signed} from {rival} {where}; too few samples"
+        return f"is {signed} from {rival}"
     if who == "wins":
-        return f"{subject} beats {rival} by {amount} {_span(low, high)} {where}"
+        return f"beats {rival} by {amount} {_span(low, high)}"
     if who == "loses":
-        return f"{subject} loses to {rival} by {amount} {_span(-high, -low)} {where}"
-    return f"{subject} cannot be told from {rival}: {signed} {_span(low, high)} {where}"
+        return f"loses to {rival} by {amount} {_span(-high, -low)}"
+    return f"cannot be told from {rival}: {signed} {_span(low, high)}"
 
 
 def _net_sentences(rows: Sequence[Row]) -> list[str]:
-    """Return who wins on net in one scenario; nothing where memory has no price."""
+    """Return who wins on net in one scenario, a sentence per row of the subject; nothing where memory has no price."""
     priced = [row for row in rows if _net(row) > -math.inf]
     subjects = first_subjects(priced)
     budgets = [row.budget for row in subjects]
@@ -107,13 +114,18 @@ def _net_sentences(rows: Sequence[Row]) -> list[str]:
         rivals += [
             (called(row).replace(row.manager, "the full cache", 1), row) for row in against if row.role == "full"
         ]
-        where = f"on {subject.samples} {subject.split} samples"
-        for name, row in rivals:
-            text = _outcome(called(subject), name, row.net_difference or 0.0, row.net_interval, where)
-            lines.append(f"At {_price(subject)}: {text}.")
+        outcomes = [_outcome(name, row.net_difference or 0.0, row.net_interval) for name, row in rivals]
+        if any(verdict(row.net_interval) == "unknown" for _, row in rivals):
+            outcomes.append("too few samples")
+        if rivals:
+            lines.append(f"{called(subject)} {'; '.join(outcomes)}.")
+    lines[1:] = [f"On net, {line}" for line in lines[1:]]
     largest = max((row for row in priced if row.role != "oracle"), key=_net, default=None)
     if largest is not None and len({row.budget for row in priced if row.role != "full"}) > 1:
-        lines.append(f"At {_price(largest)} the largest net is that of {called(largest)}.")
+        lines.append(f"{'The' if lines else 'the'} largest net is that of {called(largest)}.")
+    if lines:  # all lines are at one price, on the same samples: it is said once
+        first = priced[0]
+        lines[0] = f"At {_price(first)}, on {first.samples} {first.split} samples: {lines[0]}"
     return lines
 
 

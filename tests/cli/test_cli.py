@@ -249,7 +249,7 @@ def test_compare_prices_memory_without_measuring_again(world, tmp_path):
         assert dear["net"] == pytest.approx(dear["loglik"] - 30 * dear["bytes_mean"] / 1e6)
     assert len({row["budget"] for row in found[0]}) == 2  # each at its own
     shown = [run(*words, "--price-per-megabyte", price, "--json", tmp_path / "rows.json") for price in (0, 30)]
-    assert "At 30 nats per MB: " in " ".join(shown[1].stdout.split())
+    assert "At 30 nats per MB, on 2 sealed samples: " in " ".join(shown[1].stdout.split())
     assert json.loads((tmp_path / "rows.json").read_text())[0]["price_per_megabyte"] == 30
     assert "price_per_megabyte: nan" in error(*words, "--price-per-megabyte", "nan")
 
@@ -263,7 +263,7 @@ def test_the_price_of_a_search_is_that_of_its_report(world, tmp_path, objective,
     rows = read_rows(tmp_path / "run" / "comparison.json")
     text = (tmp_path / "run" / "comparison.md").read_text()
     assert {row.price_per_megabyte for row in rows} == {30.0 if objective == "loglik" else None}
-    assert ("At 30 nats per MB: " in text) == (objective == "loglik")
+    assert ("At 30 nats per MB, on " in text) == (objective == "loglik")
     assert ("no net is shown" in caplog.text) == (objective == "exact")
 
 

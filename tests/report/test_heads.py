@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -155,6 +156,47 @@ def test_a_heat_map_has_a_panel_each_in_one_scale(monkeypatch, tmp_path, rows):
     assert panels[0].get_ylabel() == "layer"
     assert "slots" in bar.get_ylabel()
     assert "grey: none" in bar.get_ylabel()
+
+
+def test_panels_of_every_budget_are_in_one_order_and_a_single_budget_in_the_tables(monkeypatch, tmp_path):
+    """Rows come the best first, which is another manager at every budget."""
+    names = ("mine", "keydiff", "h2o")
+    best_first = [
+        row(name, budget, budget + UNEVEN * (1 + names.index(name)))
+        for budget, order in ((8, names), (16, names[::-1]), (32, ("keydiff", "mine", "h2o")))
+        for name in order
+    ]
+    panels, _ = drawn(monkeypatch, tmp_path / "h.png", best_first)
+    assert [axes.get_title().split("\n")[0] for axes in panels] == [*names] * 3
+    for number, axes in enumerate(panels):
+        budget, slots = 8 << number // 3, UNEVEN * (1 + number % 3)
+        assert np.array_equal(np.ma.filled(axes.images[0].get_array(), 0), budget + slots)
+    panels, _ = drawn(monkeypatch, tmp_path / "h.png", best_first[3:6])
+    assert [axes.get_title().split("\n")[0] for axes in panels] == [*names[::-1]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "feature_scorer(features=[recency, frequency, 'relevance:4'], sinks=0)",
+        "docs/results/plugins/slots_smollm2_1(allocation=across_heads(layers=depth_shares(points=3)))",
+        "slots_joint_smollm2(allocation=uniform)",
+        "keydiff",
+        "a name with spaces, and (brackets)",
+    ],
+)
+def test_a_title_breaks_names_between_words(name):
+    lines = module._lines(name)
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+    assert all(len(line) <= module._WIDE for line in lines)
+    words = set(re.findall(r"[\w.]+", name))
+    assert all(set(re.findall(r"[\w.]+", line)) <= words for line in lines)
+
+
+def test_a_word_that_no_line_holds_is_broken():
+    lines = module._lines("x" * 60 + "(y)")
+    assert "".join(lines) == "x" * 60 + "(y)"
+    assert all(len(line) <= module._WIDE for line in lines)
 
 
 def test_there_is_no_picture_of_nothing(tmp_path):

@@ -119,23 +119,32 @@ def test_a_sentence_tells_a_budget_from_what_is_held_at_it():
         assert text in sentences(rows)[0]
 
 
-def test_the_lines_say_who_wins_on_net_across_budgets():
+def test_the_lines_say_who_wins_on_net_across_budgets_and_the_price_once():
     rows = rows_of("adaptive", adaptive_and_fixed(), 0.1)
-    said = [line for line in sentences(rows) if line.startswith("At 0.1 nats per MB")]
-    beaten = ["small (", "the best heuristic on net, large (", "the full cache ("]
-    assert [f"beats {name}" in line for line, name in zip(said, beaten, strict=False)] == [True] * 3
-    for line, name in zip(said, ("small", "large", "full"), strict=False):
+    net, largest = sentences(rows)
+    assert " ".join((net, largest)).count("0.1 nats per MB") == 1
+    start, _, outcomes = net.partition(" beats ")
+    assert start.startswith("At 0.1 nats per MB, on 24 sealed samples: adaptive (")
+    beaten = ("small", "small ("), ("large", "the best heuristic on net, large ("), ("full", "the full cache (")
+    for outcome, (name, text) in zip(outcomes.removesuffix(".").split("; beats "), beaten, strict=True):
+        assert outcome.startswith(text)
         row = next(row for row in rows if row.manager == name)
         low, high = row.net_interval
         assert low > 0
-        assert f"by {row.net_difference:.3f} nats per answer token [{low:.3f}, {high:.3f}] on 24 sealed samples" in line
-    assert said[3].startswith("At 0.1 nats per MB the largest net is that of adaptive (")
-    assert len(said) == 4
+        assert outcome.endswith(f"by {row.net_difference:.3f} nats per answer token [{low:.3f}, {high:.3f}]")
+    assert largest.startswith("The largest net is that of adaptive (")
     # With memory for nothing the large one wins, and nothing is said of net without a price.
-    free = [line for line in sentences(rows_of("adaptive", adaptive_and_fixed(), 0.0)) if "nats per MB" in line]
-    assert "loses to the best heuristic on net, large" in free[1]
-    assert "largest net is that of full" in free[3]
-    assert not any("nats per MB" in line for line in sentences(rows_of("adaptive", adaptive_and_fixed())))
+    net, largest = sentences(rows_of("adaptive", adaptive_and_fixed(), 0.0))
+    assert "loses to the best heuristic on net, large" in net
+    assert "largest net is that of full" in largest
+    assert not any(" net" in line for line in sentences(rows_of("adaptive", adaptive_and_fixed())))
+
+
+def test_few_samples_are_said_to_be_few_on_net():
+    ones = [replace(one, evaluations=one.evaluations[:1]) for one in adaptive_and_fixed()]
+    net = sentences(rows_of("adaptive", ones, 0.1))[0]
+    assert "from the full cache" in net
+    assert net.endswith("; too few samples.")
 
 
 def test_at_common_budgets_net_is_compared_budget_by_budget():

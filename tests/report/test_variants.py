@@ -73,13 +73,22 @@ def test_variants_stand_beside_the_subject_at_equal_slots(conditions, tmp_path, 
     assert len({row.loglik for row in rows}) > 4
 
 
-def test_under_uniform_a_heuristic_is_itself_and_the_spec_is_the_same_manager(conditions):
-    specs = ["uniform", "pyramid(beta=4)"]
-    rows = evomem.compare("keydiff", against=["keydiff(allocation=pyramid(beta=4))"], allocations=specs, **conditions)
+def test_under_uniform_a_heuristic_is_itself_and_the_spec_is_the_same_manager(conditions, caplog):
+    specs = ["uniform", "pyramid(beta=4)", "uniform", "pyramid(beta=4.0)"]
+    subjects = ["keydiff", "keydiff(allocation=uniform)"]
+    with caplog.at_level(logging.WARNING, logger="evomem"):
+        rows = evomem.compare(
+            subjects, against=["keydiff(allocation=pyramid(beta=4))"], allocations=specs, **conditions
+        )  # fmt: skip
+    assert [record.message for record in caplog.records] == [
+        "keydiff(allocation=uniform): is keydiff, whose allocation is uniform; it is measured once",
+        "keydiff(allocation=pyramid(beta=4.0)): is keydiff(allocation=pyramid(beta=4)), whose allocation is "
+        "pyramid(beta=4.0); it is measured once",
+    ]
     found = {row.manager: row for row in rows}
-    assert set(found) == {"keydiff", "keydiff(allocation=uniform)", "keydiff(allocation=pyramid(beta=4))"}
-    assert found["keydiff(allocation=uniform)"].loglik == pytest.approx(found["keydiff"].loglik, abs=1e-5)
-    assert found["keydiff(allocation=uniform)"].head_slots == found["keydiff"].head_slots
+    assert set(found) == {*subjects, "keydiff(allocation=pyramid(beta=4))"}
+    assert found[subjects[1]].loglik == pytest.approx(found["keydiff"].loglik, abs=1e-5)
+    assert found[subjects[1]].head_slots == found["keydiff"].head_slots
     alone = evomem.compare("keydiff(allocation=pyramid(beta=4))", against=[], **conditions)
     assert found["keydiff(allocation=pyramid(beta=4))"].loglik == pytest.approx(alone[0].loglik, abs=1e-5)
 
