@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,29 @@ from evomem.managers.base import MemoryManager
 from evomem.managers.build import build
 from evomem.managers.decision import Judgement, Rule
 from evomem.memory.view import LayerView
+
+
+def describe_inner(inner: Any, around: str, reserved: Sequence[str]) -> dict[str, Any]:
+    """Return the full description of a manager inside another one, so that a saved experiment needs no defaults.
+
+    Parameters
+    ----------
+    inner : its name or spec, or a description.
+    around : name of the manager around it, for messages.
+    reserved : options that only the manager around may be given.
+
+    Raises
+    ------
+    ValueError : it is no spec, or gives a reserved option; a validator of options says so as a `ConfigError`.
+    """
+    if not isinstance(inner, str | Mapping):
+        raise ValueError('give the inner manager as a name or spec, e.g. "snapkv(window=64)"')
+    manager = build(inner)
+    for option in reserved:
+        # Compared with the default, because a description names every option.
+        if getattr(manager.options, option) != type(manager.options).model_fields[option].default:
+            raise ValueError(f"{option} belongs to {around}, not to the manager inside it")
+    return manager.describe()
 
 
 class ManagerAround(MemoryManager):

@@ -13,10 +13,11 @@ from random import Random
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from evomem.models.architectures.word_tokenizer import word_tokenizer
 from evomem.tasks import Split
 from evomem.tasks.text.zoo import lines, needle_facts, pair_facts, sentence, weave
 from evomem.tasks.text.zoo_forgetting import draw_story, tell
@@ -46,19 +47,8 @@ def zoo_tokenizer() -> PreTrainedTokenizerFast:
     tokens with blanks, which is how the zoo's tasks read an answer.
     """
     words = (*SPECIAL, *VOCABULARY)
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    make: Any = PreTrainedTokenizerFast  # not annotated
-    fast: PreTrainedTokenizerFast = make(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
-    return fast
+    numbered = {word: number for number, word in enumerate(words)}
+    return word_tokenizer(numbered, pre_tokenizers.Whitespace(), eos_token="</s>", model_max_length=POSITIONS)
 
 
 def needle_lesson(random: Random, length: int) -> tuple[str, str]:

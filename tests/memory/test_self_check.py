@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DbrxConfig,
@@ -22,8 +23,6 @@ from transformers import (
     PhimoeConfig,
     Qwen3MoeConfig,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
 from evomem.errors import UnsupportedModelError
 from evomem.managers import Full
@@ -33,6 +32,7 @@ from evomem.memory.kv.attach import attention_modules
 from evomem.memory.kv.narrow import narrow
 from evomem.memory.kv.self_check import SelfCheckWarning, self_check
 from evomem.testing.models import tiny
+from tests.support.own_attention import OwnAttention
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -40,24 +40,12 @@ SMALL = {
 }  # fmt: skip
 
 
-class AveragingAttention(LlamaAttention):
+class AveragingAttention(OwnAttention):
     """Adds the mean of all cached values to its output; of slots it gets the new tokens' only."""
 
-    def forward(
-        self, hidden_states: Any, position_embeddings: Any, attention_mask: Any = None, past_key_values: Any = None,
-        cache: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        cache = past_key_values if cache is None else cache  # its name until transformers 5.23, and from 5.24 on
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        parts = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
-        query, key, value = parts
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
-        output = output + value.mean((1, 2))[:, None, None]
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
+    @staticmethod
+    def step(attend: Any, key: Tensor, value: Tensor) -> Tensor:
+        return attend(key, value) + value.mean((1, 2))[:, None, None]
 
 
 class AveragingModel(LlamaModel):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from evomem.errors import ConfigError
 from evomem.managers.allocation import AcrossHeads, Allocation, LayerAllocation
-from evomem.managers.around import ManagerAround
+from evomem.managers.around import ManagerAround, describe_inner
 from evomem.managers.base import register
-from evomem.managers.build import build
 from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends
 
@@ -29,15 +27,8 @@ class AdaKVOptions(ManagerOptions):
     @field_validator("inner", mode="before")
     @classmethod
     def _describe(cls, inner: Any) -> dict[str, Any]:
-        """Turn any spec into the full description, so that a saved experiment does not depend on defaults."""
-        if not isinstance(inner, str | Mapping):
-            raise ValueError('give the inner manager as a name or spec, e.g. "snapkv(window=64)"')
-        manager = build(inner)
-        for option in ("budget", "every"):
-            # Compared with the default, because a description names every option.
-            if getattr(manager.options, option) != type(manager.options).model_fields[option].default:
-                raise ValueError(f"{option} belongs to adakv, not to the manager inside it")
-        return manager.describe()
+        """Turn any spec into the full description."""
+        return describe_inner(inner, "adakv", ("budget", "every"))
 
 
 @register("adakv")

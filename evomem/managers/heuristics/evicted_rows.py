@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,9 +14,8 @@ from torch import Tensor
 from evomem.bounds import TOKENS
 from evomem.errors import ConfigError
 from evomem.managers.allocation import Allocation, EmergentAllocation
-from evomem.managers.around import ManagerAround
+from evomem.managers.around import ManagerAround, describe_inner
 from evomem.managers.base import register
-from evomem.managers.build import build
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.options import ManagerOptions
 from evomem.managers.selection import Ends, finite
@@ -47,14 +46,8 @@ class EvictedRowsOptions(ManagerOptions):
     @field_validator("inner", mode="before")
     @classmethod
     def _describe(cls, inner: Any) -> dict[str, Any]:
-        """Turn any spec into the full description, so that a saved experiment does not depend on defaults."""
-        if not isinstance(inner, str | Mapping):
-            raise ValueError('give the inner manager as a name or spec, e.g. "snapkv(window=64)"')
-        manager = build(inner)
-        for option in ("budget", "every", "allocation"):
-            if getattr(manager.options, option) != type(manager.options).model_fields[option].default:
-                raise ValueError(f"{option} belongs to evicted_rows, not to the manager inside it")
-        return manager.describe()
+        """Turn any spec into the full description."""
+        return describe_inner(inner, "evicted_rows", ("budget", "every", "allocation"))
 
 
 @dataclass(frozen=True)

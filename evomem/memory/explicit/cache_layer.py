@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from evomem.errors import CacheError
+from evomem.memory.kv.layer_memory import CountedLayer
 
 
-class MemoryCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class MemoryCacheLayer(CountedLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache that no attention of transformers reads or writes.
 
     Attributes
@@ -41,18 +42,6 @@ class MemoryCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             f"{self.title} was given the keys and values of another model's attention; give every model a cache of its "
             "own"
         )
-
-    def get_seq_length(self) -> int:
-        """Tokens read so far, padding included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over all tokens read."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
 
     def crop(self, max_length: int) -> None:
         """Refuse to take tokens back; raises `CacheError`.

@@ -94,18 +94,6 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         handover.give(self, key_states, value_states)
         return key_states, value_states
 
-    def get_seq_length(self) -> int:
-        """Tokens read so far, evicted ones and padding included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys, offset) of the mask that the model prepares: it covers every token ever read."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
     def length_after_crop(self, max_length: int) -> int:
         """Return how many tokens count as read after ``crop(max_length)``, if that is fewer than were."""
         max_length = int(max_length)  # transformers also gives tensors

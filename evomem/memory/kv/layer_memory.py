@@ -10,7 +10,30 @@ from evomem.memory.kv.storage import SlotStorage, row_numbers
 from evomem.memory.observations import Recorder
 
 
-class LayerMemory(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class CountedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """A layer of a cache whose length, for transformers, is what it has read and not what it still holds.
+
+    Attributes
+    ----------
+    seen : tokens read, evicted ones and padding included.
+    """
+
+    seen: int
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far, evicted ones and padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys, offset) of the mask that the model prepares: it covers every token ever read."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+
+class LayerMemory(CountedLayer):  # type: ignore[no-untyped-call]
     """The slots of a layer, as tensors and as bytes: of a `SlotLayer`, or of an explicit memory.
 
     Attributes

@@ -32,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from evomem.errors import ConfigError, ModelError
 from evomem.memory.kv.versions import passed, returned
 from evomem.models.architectures.calls import LOSS_TYPE, Call
+from evomem.models.architectures.word_tokenizer import word_tokenizer
 
 SPECIAL = ("<pad>", "<unk>")
 """The first ids: they are read as nothing but a place in time."""
@@ -240,20 +241,7 @@ def stream_words(config: DecisionStreamConfig) -> Mapping[str, int]:
 
 def stream_tokenizer(config: DecisionStreamConfig) -> PreTrainedTokenizerFast:
     """Return the tokenizer of the stream: a word is a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel(dict(stream_words(config)), unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    make: Any = PreTrainedTokenizerFast
-    fast: PreTrainedTokenizerFast = make(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=config.max_ep_len * TOKENS_PER_STEP,
-        clean_up_tokenization_spaces=False,
-    )
-    return fast
+    return word_tokenizer(stream_words(config), model_max_length=config.max_ep_len * TOKENS_PER_STEP)
 
 
 AutoConfig.register(DecisionStreamConfig.model_type, DecisionStreamConfig, exist_ok=True)

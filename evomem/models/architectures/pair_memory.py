@@ -23,6 +23,7 @@ from transformers import (
 from evomem.errors import ModelError
 from evomem.memory.explicit import ExplicitCache, PairMemory
 from evomem.memory.kv.policy import CachePolicy
+from evomem.models.architectures.word_tokenizer import word_tokenizer
 
 
 class PairMemoryConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -93,19 +94,7 @@ class PairMemoryModel(PreTrainedModel, GenerationMixin):
 
 def pair_memory_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer that knows no word: requests are counted, and nothing of them is looked up."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    make: Any = PreTrainedTokenizerFast
-    fast: PreTrainedTokenizerFast = make(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-    return fast
+    return word_tokenizer({"<pad>": 0, "<unk>": 1})
 
 
 AutoConfig.register(PairMemoryConfig.model_type, PairMemoryConfig, exist_ok=True)
