@@ -135,15 +135,17 @@ def compare(
     EvaluationError : a manager's likelihood, score or memory on a sample is NaN or infinite.
     """
     check_price(price_per_megabyte)
-    own = {} if own_budgets is None else own_budgets
+    own_budgets = {} if own_budgets is None else own_budgets
     scenarios, budgets = _distinct(scenarios, budgets)
-    _require_distinct([*budgets, *(budget for some in own.values() for budget in some)])
+    _require_distinct([*budgets, *(budget for some in own_budgets.values() for budget in some)])
     field = field_of(against)
     names_taken = {subject.name for subject in subjects}
     field = [member for member in field if member.name not in names_taken]
     if against is None or "all" in ([against] if isinstance(against, str) else against):
         field = _applicable(field, scenarios)
-    entrants = entrants_of(subjects, "subject", budgets, own) + entrants_of(field, "field", budgets, own)
+    entrants = entrants_of(subjects, "subject", budgets, own_budgets) + entrants_of(
+        field, "field", budgets, own_budgets
+    )
     if "full" not in names_taken and field:
         entrants += entrants_of([NamedManager("full", build("full"))], "full", budgets)
     if oracle:

@@ -198,12 +198,12 @@ def _load(path: Path) -> Reading:
         names: dict[int, list[str]] = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             names.setdefault(int(name.split(".", 1)[0]), []).append(name)
-        for own, device in zip(every, devices, strict=True):
+        for fields, device in zip(every, devices, strict=True):
             tensors: dict[TensorName, Tensor] = {
                 tuple(name.split(".", 2)[1:]): file.get_tensor(name).to(device)  # type: ignore[misc]
-                for name in names[own["layer"]]
+                for name in names[fields["layer"]]
             }
-            views.append(LayerView.of(own, tensors))
+            views.append(LayerView.of(fields, tensors))
     return Reading(tuple(views), int(facts["tokens"]))
 
 

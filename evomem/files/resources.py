@@ -31,10 +31,10 @@ def resource_path(kind: str, name: str) -> Path:
     label = KINDS.get(kind)
     if label is None:
         raise UnknownNameError("resource folder", kind, list(KINDS))
-    own = user_path(name)
-    if is_file(own):
-        return own
-    if is_folder(own):
+    path = user_path(name)
+    if is_file(path):
+        return path
+    if is_folder(path):
         raise ConfigError(f"{label} {name!r} is a folder; give a YAML file in it")
     known = list_resources(kind)
     short = name.removeprefix(f"{kind}/")

@@ -79,8 +79,8 @@ def sweep(purpose: str, base: Path | None = None, before: Callable[[Path], None]
     removed: list[Path] = []
     if fcntl is None:
         return removed
-    place = base or Path(tempfile.gettempdir())
-    for folder in [leftover for begin in (PREFIX, UNNAMED) for leftover in place.glob(f"{begin}{purpose}-*")]:
+    root = base or Path(tempfile.gettempdir())
+    for folder in [leftover for begin in (PREFIX, UNNAMED) for leftover in root.glob(f"{begin}{purpose}-*")]:
         with contextlib.suppress(OSError):  # it went away meanwhile, or is none of ours
             facts = folder.lstat()
             if facts.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():

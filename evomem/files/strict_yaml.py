@@ -66,8 +66,8 @@ def _one_line(error: yaml.MarkedYAMLError) -> str:
     mark, problem = error.problem_mark or error.context_mark, error.problem or error.context or "cannot be read"
     if problem.startswith("but ") and error.context:
         problem = f"{error.context}, {problem}"
-    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    return place + shown(" ".join(problem.split()), 200)
+    position = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return position + shown(" ".join(problem.split()), 200)
 
 
 def _check_size(root: yaml.Node) -> None:

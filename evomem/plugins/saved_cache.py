@@ -125,12 +125,12 @@ def load_cache(path: str | Path, model: PreTrainedModel, *, limit: int | None = 
     path = user_path(path)
     facts, tensors = _read(path, limit)
     _check_model(path, facts["model"], identity(model))
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(_MANAGER)}
-    manager = _manager(path, facts["manager"], own)
+    manager_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(_MANAGER)}
+    manager = _manager(path, facts["manager"], manager_tensors)
     with outside_inference_mode():
         cache = SlotCache.for_model(model, manager)
         try:
-            rest = {name: tensor for name, tensor in tensors.items() if name not in own}
+            rest = {name: tensor for name, tensor in tensors.items() if name not in manager_tensors}
             _go_on(cache, facts["cache"], rest, model)
         except CacheError as error:
             raise CacheError(f"{path}: {error}") from None
@@ -144,9 +144,9 @@ def _require_reader(path: Path, cache: SlotCache | ExplicitCache, model: PreTrai
     make = getattr(model, "decided_cache", None)
     if isinstance(cache, SlotCache):
         return
-    own = None if make is None else make(build("full"))
-    if type(own) is not type(cache) or own.depth != cache.depth:
-        said = "none" if own is None else f"{type(own).__name__} of {own.depth} layers"
+    fresh = None if make is None else make(build("full"))
+    if type(fresh) is not type(cache) or fresh.depth != cache.depth:
+        said = "none" if fresh is None else f"{type(fresh).__name__} of {fresh.depth} layers"
         raise CacheError(
             f"{path}: this is a {type(cache).__name__} of {cache.depth} layers, and the memory of "
             f"{type(model).__name__} is {said}; give the model that has read it: save_cache(..., model=model)"
@@ -224,9 +224,9 @@ def _devices(model: PreTrainedModel, layers: int) -> list[torch.device]:
 def _manager(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> MemoryManager:
     if not isinstance(config, dict):
         raise PluginError(f"{path}: manager: is no description of a manager")
-    own = {n.removeprefix(_MANAGER): t for n, t in tensors.items() if n.startswith(_MANAGER)}
+    manager_tensors = {n.removeprefix(_MANAGER): t for n, t in tensors.items() if n.startswith(_MANAGER)}
     again = json.loads(json.dumps(config))
-    return to_manager(path, parse_config(path, again), path, lambda: own).requires_grad_(False)
+    return to_manager(path, parse_config(path, again), path, lambda: manager_tensors).requires_grad_(False)
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -156,10 +156,10 @@ def compare_subjects(
     field = field_of(against)  # before a model is loaded: a name may be wrong
     say_unsearched(subjects, field, say)
     priced = price_per_megabyte is not None and not conditions.budgets
-    own = own_budgets(subjects, variants, field) if priced else {}
+    separate = own_budgets(subjects, variants, field) if priced else {}
     budgets = (None,) if priced else budgets_of(conditions, subjects)
     names = [*(one.name for one in subjects), *(one.name for one in [*variants, *field]), "full"]
-    entrants = sum(len(own.get(name, budgets)) for name in names)
+    entrants = sum(len(separate.get(name, budgets)) for name in names)
     scenarios, count = checked_scenarios(conditions, subjects, entrants, say, check=check)
     comparison = compare_managers(
         [NamedManager(subject.name, subject.manager) for subject in subjects] + variants,
@@ -171,7 +171,7 @@ def compare_subjects(
         exact=conditions.exact,
         oracle=oracle,
         price_per_megabyte=price_per_megabyte,
-        own_budgets=own,
+        own_budgets=separate,
         keep=partial_file(output),
         finished=repriced_samples(output, price_per_megabyte),
         progress=progress,

@@ -160,8 +160,8 @@ def _comparison(run: Run, bench: Bench | None, front: Sequence[Member], progress
     # type, in which the bytes are others, and the field stands beside it. The checkpoint's type is the full one there.
     scenarios = []
     for model in config.all_models:
-        own = bool(front) or model.dtype in (None, "auto") or model.quantization is not None
-        dtype = model.dtype if own else "float32"
+        as_searched = bool(front) or model.dtype in (None, "auto") or model.quantization is not None
+        dtype = model.dtype if as_searched else "float32"
         loaded = None
         if bench is not None:
             evaluator: Any = bench.benches.get(model.name, bench).evaluator
@@ -211,10 +211,10 @@ def _write_report(run: Run, result: RunResult, rows: Sequence[Row]) -> None:
     else:
         raise RunError(f"{run.plugin}: the winner's plug-in is missing; delete result.json and resume the run")
     # What the field's heads hold is in the run's rows and in the picture; a plug-in stays a few kilobytes.
-    told = [
+    comparison = [
         (row if row.role == "subject" else replace(row, head_slots=None, head_bytes=None)).to_json() for row in rows
     ]
-    provenance = {**known, "comparison": told, "sentences": sentences(rows)}
+    provenance = {**known, "comparison": comparison, "sentences": sentences(rows)}
     if provenance != known:
         shown = {name: path.read_bytes() for name, path in list(pictures.items())[: plugins.PICTURE_COUNT]}
         plugins.save(run.winner, run.plugin, provenance, pictures=shown)

@@ -192,17 +192,19 @@ def own_budgets(
     """
     others = [*field, *variants]
     managers = {one.name: one.manager for one in others} | {one.name: one.manager for one in subjects}
-    own = {one.name: budget_of(one.manager) for one in others} | {one.name: one.budgets for one in subjects}
-    own |= dict.fromkeys([one.name for one in variants], subjects[0].budgets)
-    known = [budget for subject in subjects for budget in subject.budgets] or [b for some in own.values() for b in some]
+    by_name = {one.name: budget_of(one.manager) for one in others} | {one.name: one.budgets for one in subjects}
+    by_name |= dict.fromkeys([one.name for one in variants], subjects[0].budgets)
+    known = [budget for subject in subjects for budget in subject.budgets] or [
+        b for some in by_name.values() for b in some
+    ]
     budgets: tuple[Budget, ...] = tuple(dict.fromkeys(known))
-    without = next((name for name, some in own.items() if not some and takes_budget(managers[name])), None)
+    without = next((name for name, some in by_name.items() if not some and takes_budget(managers[name])), None)
     if without is not None and not budgets:
         raise ConfigError(
             f"--budgets: neither {without} nor a subject has a budget of its own; give slots per head, for example "
             "--budgets 64,128 (from Python: budgets=[64, 128])"
         )
-    return {name: some or budgets or (None,) for name, some in own.items()}
+    return {name: some or budgets or (None,) for name, some in by_name.items()}
 
 
 def resolve_all(sources: Source | Sequence[Source]) -> list[Subject]:

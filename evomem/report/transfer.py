@@ -101,9 +101,9 @@ def summary(matrix: Sequence[Cell]) -> list[str]:
         away = [cell for cell in mine if cell.row.model not in cell.row.train_model.split(" + ")]
         for where, some in (("on other models", away), ("at home", [cell for cell in mine if cell not in away])):
             counts = {word: sum(cell.verdict == word for cell in some) for word in ("wins", "ties", "loses", "unknown")}
-            told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+            summary = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
             if some:
-                lines.append(f"{subject} at {budget_text(budget)}, {where}: {told} against the best heuristic there")
+                lines.append(f"{subject} at {budget_text(budget)}, {where}: {summary} against the best heuristic there")
     return lines
 
 

@@ -177,8 +177,8 @@ def _bench(
     first = benches[config.model.name]
     if len(benches) == 1:
         return replace(first, in_workers=in_workers)
-    told = [benches[one.name].provenance for one in loaded]
-    digests = [{("name" if key == "model" else key): value for key, value in one.items()} for one in told]
+    provenances = [benches[one.name].provenance for one in loaded]
+    digests = [{("name" if key == "model" else key): value for key, value in one.items()} for one in provenances]
 
     def calibrate(manager: MemoryManager, chosen: Sequence[tuple[TaskConfig, Sequence[Sample]]]) -> None:
         calibrate_manager(manager, [(benches[str(task.model)].evaluator, samples) for task, samples in chosen])

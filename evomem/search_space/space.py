@@ -162,15 +162,15 @@ class SearchSpace:
         Empty when the manager has no such parameters (`MemoryManager.head_parameters`) or they do not vary.
         """
         parts: dict[int, list[NDArray[np.int64]]] = {}
-        place = 0
+        offset = 0
         for name, parameter in self._parameters(self.template).items():
             if name in type(self.template).head_parameters:
                 count = parameter.shape[0] * parameter.shape[1]
                 width = parameter.numel() // count
                 for number in range(count):
-                    begin = place + number * width
+                    begin = offset + number * width
                     parts.setdefault(number, []).append(np.arange(begin, begin + width))
-            place += parameter.numel()
+            offset += parameter.numel()
         return [np.concatenate(parts[number]) for number in sorted(parts)]
 
     def coordinates(self, patterns: Sequence[str]) -> NDArray[np.int64]:
@@ -196,10 +196,10 @@ class SearchSpace:
 
     def variables(self) -> list[Variable]:
         """Return what the options' coordinates stand for; every other coordinate is a weight, an unbounded number."""
-        variables, place = [], self._numbers
+        variables, offset = [], self._numbers
         for option in self._options.values():
-            variables.append(Variable(place, option.width, option.bounds, option.codes()))
-            place += option.width
+            variables.append(Variable(offset, option.width, option.bounds, option.codes()))
+            offset += option.width
         return variables
 
     # ---- vector and manager ---------------------------------------------------------------------------------------
@@ -212,18 +212,18 @@ class SearchSpace:
         ConfigError : the vector has another length.
         """
         vector = self._checked(vector)
-        values, place = {}, self._numbers
+        values, offset = {}, self._numbers
         for name, option in self._options.items():
-            values[name] = option.decode(vector[place : place + option.width])
-            place += option.width
+            values[name] = option.decode(vector[offset : offset + option.width])
+            offset += option.width
         changes = changed_options(self.template, values)
         manager = self.template.with_options(**changes) if changes else copy.deepcopy(self.template)
-        place = 0
+        offset = 0
         with torch.no_grad():
             for name, parameter in self._parameters(manager).items():
-                part = vector[place : place + parameter.numel()] * self._weights[name]
+                part = vector[offset : offset + parameter.numel()] * self._weights[name]
                 parameter.copy_(torch.from_numpy(part).view(parameter.shape))
-                place += parameter.numel()
+                offset += parameter.numel()
         return manager.requires_grad_(False)
 
     def encode(self, manager: MemoryManager) -> Array:
@@ -237,15 +237,15 @@ class SearchSpace:
             raise ConfigError(
                 f"search space: is of {type(self.template).__name__}, this manager is a {type(manager).__name__}"
             )
-        own, given = self._parameters(self.template), self._parameters(manager)
-        if missing := [name for name in own if name not in given]:
+        expected, given = self._parameters(self.template), self._parameters(manager)
+        if missing := [name for name in expected if name not in given]:
             hint = allocation_hint(missing[0], self.template)
             raise ConfigError(f"search space: weights {missing[0]} vary, and this manager has none{hint}")
         for name, parameter in given.items():
-            if parameter.shape != own[name].shape:
+            if parameter.shape != expected[name].shape:
                 raise ConfigError(
                     f"search space: weights {name} are {tuple(parameter.shape)} in this manager and "
-                    f"{tuple(own[name].shape)} in the space"
+                    f"{tuple(expected[name].shape)} in the space"
                 )
         return self._encode(manager, {name: option_value(manager, name) for name in self._options})
 
@@ -254,13 +254,13 @@ class SearchSpace:
 
         Options have none: their coordinates get 0.
         """
-        gradient, place, at = np.zeros(self.dim), 0, 0
+        gradient, offset, at = np.zeros(self.dim), 0, 0
         for name, parameter in self.template.named_parameters():
             part = by_parameter[at : at + parameter.numel()]
             at += parameter.numel()
             if name in self._weights:
-                gradient[place : place + len(part)] = part * self._weights[name]
-                place += len(part)
+                gradient[offset : offset + len(part)] = part * self._weights[name]
+                offset += len(part)
         return gradient
 
     def _encode(self, manager: MemoryManager, values: Mapping[str, Any]) -> Array:
@@ -292,8 +292,8 @@ class SearchSpace:
                 f"search space: a vector of {self.dim} numbers is expected, this has shape {vector.shape}"
             )
         if not np.isfinite(vector).all():
-            place = int(np.flatnonzero(~np.isfinite(vector))[0])
-            raise ConfigError(f"search space: number {place} of the vector is {vector[place]}; all must be finite")
+            number = int(np.flatnonzero(~np.isfinite(vector))[0])
+            raise ConfigError(f"search space: number {number} of the vector is {vector[number]}; all must be finite")
         return vector
 
     # ---- start ----------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ class RowByRow(Tracing):
         decision = super().decide(view)
         every = self.schedule.every
         for row in range(len(view.start)):
-            own = view.seen - int(view.start[row])
-            if own <= 0 or (every is not None and own % every):
+            read = view.seen - int(view.start[row])
+            if read <= 0 or (every is not None and read % every):
                 continue
             alone, empty = _row_of(view, row)
             _same_row(row, empty, decision, alone, self.policy.decide(alone))

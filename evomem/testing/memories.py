@@ -126,8 +126,8 @@ def check_population(subject: Subject, manager: MemoryManager) -> None:
         alone.decide()
         subject.go_on(alone, [0])
         for mine, many in zip(alone.layers, together.layers, strict=True):
-            held = zip(mine.view().slots[0], many.view().slots[number], strict=True)
-            same = all(torch.equal(a[a >= 0], b[b >= 0]) for a, b in held)
+            pairs = zip(mine.view().slots[0], many.view().slots[number], strict=True)
+            same = all(torch.equal(a[a >= 0], b[b >= 0]) for a, b in pairs)
             _require(same, f"candidate {number} holds other slots in a population than alone")
 
 

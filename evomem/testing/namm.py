@@ -218,12 +218,12 @@ def replay(recording: Recording) -> Differences:
     with torch.no_grad():
         for update, view, tail in _views(recording, memory):
             decision = manager.decide(view)
-            own = decision.keep[0]
-            memory.put(update.positions, own, view.recorded[OBSERVATION], tail)
+            keep = decision.keep[0]
+            memory.put(update.positions, keep, view.recorded[OBSERVATION], tail)
             features = max(features, (manager.features(view)[0] - update.features).abs().max().item())
             scores = max(scores, (manager.score(view)[0] - update.scores).abs().max().item())
-            for head in range(own.shape[0]):
-                ours = set(update.positions[head][own[head]].tolist())
+            for head in range(keep.shape[0]):
+                ours = set(update.positions[head][keep[head]].tolist())
                 mismatches += len(ours ^ set(update.kept[head].tolist()))
     return Differences(features, scores, mismatches)
 

@@ -143,11 +143,11 @@ def explicit_biases(
         bias = base.repeat(1, kv_heads, 1, 1)
         last, passed = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
         for event in events.get(layer, []):
-            own = (event.seen - batch.start).clamp(min=0)
-            turn = torch.ones(rows, dtype=torch.bool) if every is None else (own > 0) & (own % every == 0)
+            read = (event.seen - batch.start).clamp(min=0)
+            turn = torch.ones(rows, dtype=torch.bool) if every is None else (read > 0) & (read % every == 0)
             if waits and every is not None:
-                turn = (own // every > passed) & (event.seen - last == event.fresh)
-                last, passed = torch.where(turn, event.seen, last), torch.where(turn, own // every, passed)
+                turn = (read // every > passed) & (event.seen - last == event.fresh)
+                last, passed = torch.where(turn, event.seen, last), torch.where(turn, read // every, passed)
             for row in turn.nonzero().flatten().tolist():
                 for head in range(kv_heads):
                     _apply(bias[row, head], event, row, head)

@@ -93,8 +93,8 @@ class TerminalTracker:
 def describe(generation: GenerationRecord) -> str:
     """Return a generation's numbers as a short text."""
     failed = f"  failed {generation.failed}" if generation.failed else ""
-    told = {"signal_to_noise": "snr", "kl": "kl", "rank_correlation": "rank corr"}
-    numbers = [(word, generation.diagnostics.get(name, math.nan)) for name, word in told.items()]
+    words = {"signal_to_noise": "snr", "kl": "kl", "rank_correlation": "rank corr"}
+    numbers = [(word, generation.diagnostics.get(name, math.nan)) for name, word in words.items()]
     more = "".join(f"  {word} {value:.2f}" for word, value in numbers if math.isfinite(value))
     spread = f"  spread {generation.spread:.3f}" if math.isfinite(generation.spread) else ""
     return f"best {generation.best:.3f}  mean {generation.mean:.3f}{spread}{more}{failed}"

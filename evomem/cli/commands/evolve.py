@@ -126,8 +126,8 @@ def _reads_streams(run: Run) -> bool:
 
 def _other_budgets(run: Run) -> str:
     """Return the command that compares the winner on its own tasks with half and twice the memory."""
-    own = run.config.plan()[-1].budgets or (run.winner.options.budget,)
-    sizes = [budget for budget in own if budget is not None]
+    searched = run.config.plan()[-1].budgets or (run.winner.options.budget,)
+    sizes = [budget for budget in searched if budget is not None]
     if not sizes:
         return f"evomem compare {run.folder}"
     half = max(1, min(sizes) // 2) if isinstance(min(sizes), int) else min(sizes) / 2

@@ -148,11 +148,15 @@ def _statistics(path: Path, arrays: Mapping[str, Tensor], vector: str) -> tuple[
     prefixes = [f"best_{_STORED}", _STORED] if vector == "best" else [_STORED]
     for prefix in prefixes:
         means = [key for key in arrays if key.startswith(prefix) and key.endswith("output_mean")]
-        own = [key for key in means if not key.endswith("online_new_output_mean") and arrays[key].numel() == BINS]
-        if len(own) > 1:
-            raise ConfigError(f"{path}: {_listed(own)}: {len(own)} normalisations of {BINS} bins; expected one")
-        if own:
-            stem = own[0].removesuffix("output_mean")
+        normalised = [
+            key for key in means if not key.endswith("online_new_output_mean") and arrays[key].numel() == BINS
+        ]
+        if len(normalised) > 1:
+            raise ConfigError(
+                f"{path}: {_listed(normalised)}: {len(normalised)} normalisations of {BINS} bins; expected one"
+            )
+        if normalised:
+            stem = normalised[0].removesuffix("output_mean")
             count = arrays.get(f"{stem}output_num")
             if count is not None and not count.any():
                 stem += "online_new_"

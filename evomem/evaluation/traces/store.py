@@ -346,9 +346,11 @@ def decode(path: Path, features: Sequence[str]) -> Trace:
             heads = columns.shape[2]
             empty = torch.zeros(1, heads, seen, 0)
             slots, start = torch.arange(seen).expand(1, heads, seen), torch.zeros(1, dtype=torch.int64)
-            own = dict(zip(names, columns, strict=True))
+            by_name = dict(zip(names, columns, strict=True))
             views.append(
-                LayerView(empty, empty, slots, start, seen, seen, layer, layers, columns=own, source=str(path.parent))
+                LayerView(
+                    empty, empty, slots, start, seen, seen, layer, layers, columns=by_name, source=str(path.parent)
+                )
             )
     future = Future(**{part: tuple(layers_of_part) for part, layers_of_part in parts.items()})
     return Trace(str(facts["sample"]), str(facts["key"]), tuple(views), future)

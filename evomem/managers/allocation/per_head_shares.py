@@ -71,16 +71,20 @@ class PerHeadShares(ModelAllocation):
 
     def log_shares_of(self, counts: Sequence[int], device: torch.device) -> Tensor:
         """Return θ for a model whose layers have so many heads: (heads of all layers,), layer by layer."""
-        layers, own = self.options.layers, self.options.heads
-        if (layers is not None and layers != len(counts)) or any(heads != own for heads in counts):
-            known = f"{layers} layers of {own} KV heads" if layers is not None else f"layers of {own} KV heads"
+        layers, known_heads = self.options.layers, self.options.heads
+        if (layers is not None and layers != len(counts)) or any(heads != known_heads for heads in counts):
+            known = (
+                f"{layers} layers of {known_heads} KV heads"
+                if layers is not None
+                else f"layers of {known_heads} KV heads"
+            )
             several = " or ".join(map(str, sorted(set(counts))))
             say_other_shape(self.name, known, f"{len(counts)} layers of {several}")
         knots = torch.nan_to_num(self.log_shares.float().to(device))
         logs = knots if knots.shape[0] == len(counts) else interpolated(knots, len(counts))
         return torch.cat(
             [
-                row if heads == own else row.mean(0, keepdim=True).expand(heads)
+                row if heads == known_heads else row.mean(0, keepdim=True).expand(heads)
                 for row, heads in zip(logs, counts, strict=True)
             ]
         )

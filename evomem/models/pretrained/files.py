@@ -22,9 +22,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def cache_root() -> Path:
     """Return evomem's cache folder: ``$EVOMEM_CACHE``, else ``$XDG_CACHE_HOME/evomem``, else ``~/.cache/evomem``."""
-    own = os.environ.get("EVOMEM_CACHE")
-    if own:
-        return user_path(own)
+    folder = os.environ.get("EVOMEM_CACHE")
+    if folder:
+        return user_path(folder)
     base = os.environ.get("XDG_CACHE_HOME")
     return (user_path(base) if base else Path.home() / ".cache") / "evomem"
 

@@ -48,10 +48,10 @@ def load_prose(split: Split, path: str | None = None) -> Prose:
     if path is None:
         return _divide(_builtin(), "the built-in text")[split]
     try:
-        place = str(user_path(path).resolve())
+        source = str(user_path(path).resolve())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a user that is none, links in a circle
         raise TaskError(f"essay: {shown(path)}: {error}") from None
-    return _load_file(place)[split]
+    return _load_file(source)[split]
 
 
 @cache

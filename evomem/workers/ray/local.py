@@ -49,8 +49,8 @@ class LocalRay:
     def __init__(self, ray: Any, **options: Any) -> None:
         self._ray = ray
         base = short_folder()
-        for place in {base, Path(tempfile.gettempdir())}:
-            scratch.sweep("ray", place, before=lambda folder: ray_janitor.end(str(folder)))
+        for folder in {base, Path(tempfile.gettempdir())}:
+            scratch.sweep("ray", folder, before=lambda path: ray_janitor.end(str(path)))
         self._folder = scratch.Scratch("ray", base)
         self._spill: scratch.Scratch | None = None
         self._janitor: subprocess.Popen[bytes] | None = None
@@ -100,9 +100,9 @@ def short_folder() -> Path:
     """
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     places = [wanted, tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
-    for place in places:
-        if len(os.fsencode(place)) <= ROOM and os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK):
-            return Path(place)
+    for folder in places:
+        if len(os.fsencode(folder)) <= ROOM and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return Path(folder)
     raise OSError(
         f"Ray puts sockets into the temporary folder, whose path may have {ROOM} characters: {wanted} has "
         f"{len(wanted)}, and none of {', '.join(places[2:])} can be written to. Set TMPDIR to a folder with a shorter "
