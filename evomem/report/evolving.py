@@ -12,7 +12,7 @@ import yaml
 
 from evomem import plugins
 from evomem.errors import ConfigError, RunError
-from evomem.evaluation.compare import NamedManager, Progress, Scenario, compare
+from evomem.evaluation.compare import NamedManager, Progress, Scenario, compare, field_of
 from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.evaluation.rows import Budget, Row
 from evomem.evaluation.store import PrefillStore
@@ -79,7 +79,7 @@ def evolve(
     Raises
     ------
     RunError : the folder holds a run and ``resume`` is off, or another run; and what `evomem.runs.search` raises.
-    ConfigError : the experiment, a change, or ``workers`` is not valid.
+    ConfigError : the experiment, a change, or ``workers`` is not valid; ``against`` names no manager.
     MissingPackagesError : names everything that search and report need and that is not installed.
     """
     options = WorkerOptions.of(workers)
@@ -88,6 +88,8 @@ def evolve(
     if (folder / "config.yaml").exists() and not resume:
         raise RunError(f"{folder}: holds a run already. Go on with it: resume=True; or choose another folder: out=...")
     require_for_search(config, options)
+    if not (folder / "comparison.json").exists():
+        field_of(config.against or None)  # a name that is wrong is said before the search, not after it
     benches: dict[str, Bench] = {}
 
     def bench(config: ExperimentConfig) -> Bench:

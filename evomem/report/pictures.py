@@ -26,11 +26,13 @@ def claim_folder(option: str, path: str | Path | None) -> Path | None:
 
     Raises
     ------
-    ConfigError : it is a file, or cannot be written.
+    ConfigError : it is a file, or cannot be written, or the text is empty.
     MissingPackagesError : nothing is installed that draws.
     """
     if path is None:
         return None
+    if not str(path).strip():  # a variable of the user's shell may be empty
+        raise ConfigError(f"{option} {path!r}: names no folder; leave the option out for no pictures")
     require([("matplotlib", "plots")])
     try:
         folder = user_path(str(path))

@@ -272,6 +272,9 @@ def test_errors_name_what_was_wrong_and_end_with_2(world, tmp_path):
     assert "Known: demo" in error("evolve", "nonesuch")
     assert "generatons" in error("evolve", world / "small.yaml", "--out", tmp_path / "x", "-s", "generatons=3")
     assert "--workers many" in error("evolve", world / "small.yaml", "--workers", "many", "--out", tmp_path / "x")
+    for against in ("[keydif]", "['']", "[random, 'snapkv(windw=4)']"):  # not after hours
+        words = ["evolve", world / "small.yaml", "--out", tmp_path / "x", "-s", f"against={against}"]
+        assert "manager" in error(*words)
     assert not (tmp_path / "x").exists()
     assert "'keydif'" in error("compare", "keydif", "--budgets", "8", *model)
     assert "no such folder" in error("compare", tmp_path / "runs" / "gone", *model)

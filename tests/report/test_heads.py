@@ -239,3 +239,6 @@ def test_a_comparison_measures_draws_and_keeps_heads(tmp_path):
     assert even["keydiff"] == even["full"] == 0 < even["adakv(keydiff)"]
     with pytest.raises(ConfigError, match=r"plots .*rows\.json: is no folder"):
         evomem.compare("keydiff", plots=out, **conditions)
+    for nothing in ("", " "):
+        with pytest.raises(ConfigError, match=f"plots '{nothing}': names no folder"):
+            evomem.compare("keydiff", plots=nothing, **conditions)
