@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,14 @@ from evomem.evaluation.episode_return import rollout
 from evomem.evaluation.measurement import EXACT
 from evomem.managers import build as manager_of
 from evomem.models import LoadedModel, load
-from evomem.models.sharing import dismantle
+from evomem.models.sharing import assemble, dismantle
 from evomem.tasks import Split, build
 from evomem.tasks.episodes.codebook import Codebook
 from evomem.tasks.episodes.environments import Maze, cart, cart_codebook, maze_codebook
 from evomem.testing.models import tiny, tiny_tokenizer
 from experiments.zoo import train_decision
 from experiments.zoo.episodes import RECIPES
+from tests.support.processes import elsewhere
 
 ZOO = Path(__file__).resolve().parents[2] / "experiments" / "zoo" / "models"
 
@@ -154,27 +153,23 @@ def test_who_cannot_act_is_told(maze):
 
 # ---- elsewhere -------------------------------------------------------------------------------------------------------
 
-ELSEWHERE = """
-import pickle, sys
-import torch
-from evomem.models import load
-from evomem.models.sharing import assemble
-with open(sys.argv[1], "rb") as file:
-    parts, ids = pickle.load(file)
-for loaded in (assemble(parts), load("zoo-tmaze")):
-    print(type(loaded.model).__name__, loaded.digest, loaded.model(ids).logits.double().sum().item().hex())
-"""
+
+def described(folder: Path) -> list[tuple[str, str, str]]:
+    """Both models of a process that has only the parts and the alias: class, digest, sum of logits."""
+    with (folder / "parts").open("rb") as file:
+        parts, ids = pickle.load(file)
+    return [
+        (type(one.model).__name__, one.digest, one.model(ids).logits.double().sum().item().hex())
+        for one in (assemble(parts), load("zoo-tmaze"))
+    ]
 
 
 def test_other_processes_get_the_same_model_by_alias_and_by_its_parts(maze, tmp_path):
     ids = torch.randint(2, maze.model.config.vocab_size, (1, 60))
     with (tmp_path / "parts").open("wb") as file:
         pickle.dump((dismantle(maze), ids), file)
-    shown = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "parts")], capture_output=True, text=True, check=True
-    ).stdout.split()
     logits = maze.model(ids).logits.double().sum().item().hex()
-    assert shown == ["DecisionStream", maze.digest, logits] * 2
+    assert elsewhere(described, tmp_path) == [("DecisionStream", maze.digest, logits)] * 2
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import pickle
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from evomem.testing.comparing import greedy, random_rows, read
 from evomem.testing.models import tiny
 from evomem.testing.pretend import PretendDevices
 from evomem.testing.reference import Batch
+from tests.support.processes import elsewhere
 
 SPECS = (
     "full", "knorm(budget=12)", "h2o(budget=14, every=16)", "observed_attention(budget=20)", "namm(every=16)",
@@ -174,16 +172,12 @@ def test_every_part_of_the_state_is_saved_or_follows_from_what_is(model, batch: 
     assert set(vars(cache.layers[0].recorder)) == {"wanted", "slotwise", "rowwise", "window", "begin", "flat"}
 
 
-SCRIPT = """
-import sys, torch
-from evomem.plugins import load_cache
-from evomem.testing.comparing import greedy
-from evomem.testing.models import tiny
-model = tiny("llama", layers=2)
-cache = load_cache(sys.argv[1], model)
-with cache.policy.attach(model):
-    print(greedy(model, cache, torch.tensor([[int(i) for i in sys.argv[2].split()]]), 6).tolist())
-"""
+def answered(folder: str, ids: torch.Tensor) -> list[list[int]]:
+    """What a process says that has only the file."""
+    model = tiny("llama", layers=2)
+    cache = load_cache(folder, model)
+    with cache.policy.attach(model):
+        return greedy(model, cache, ids, 6).tolist()
 
 
 def test_another_process_answers_from_the_file(model, tmp_path: Path) -> None:
@@ -194,9 +188,8 @@ def test_another_process_answers_from_the_file(model, tmp_path: Path) -> None:
         save_cache(cache, tmp_path / "context")
         for question in questions[:1]:
             ids = torch.cat((context, question))[None]
-            command = [sys.executable, "-c", SCRIPT, str(tmp_path / "context"), " ".join(map(str, ids[0].tolist()))]
-            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-            assert json.loads(said.stdout) == greedy(model, cache.clone(), ids, 6).tolist()
+            said = elsewhere(answered, str(tmp_path / "context"), ids)
+            assert said == greedy(model, cache.clone(), ids, 6).tolist()
 
 
 # ---- several questions, copies, pickles ------------------------------------------------------------------------------

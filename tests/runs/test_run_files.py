@@ -8,11 +8,10 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from evomem.cli.app import app
 from evomem.cli.commands.export import export
 from evomem.errors import EvomemError, RunError
 from evomem.files import atomic as files
+from evomem.report import evolving
 from evomem.report.plots import fitness_plot
 from evomem.report.subjects import resolve
 from evomem.report.tables import read_rows
@@ -33,6 +33,7 @@ from evomem.runs.pools import limited_threads
 from evomem.tracking import JsonlTracker
 from evomem.tracking.replay import replay
 from tests.support.interrupted_search import SMALL, Interrupted, Stop, outcome, same
+from tests.support.processes import elsewhere
 from tests.support.synthetic_search import ToyEvaluator, experiment, factory
 
 
@@ -246,28 +247,31 @@ def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch)
         search(experiment(*SMALL), tmp_path / "file" / "run", factory(ToyEvaluator()))
 
 
-THREADS = """
-import sys, torch
-from pathlib import Path
-from types import SimpleNamespace
-from evomem.report import evolving
-def compare(*_):
+def product():
+    """Threads, and a number whose last digits depend on how many there are."""
     torch.manual_seed(0)
-    print(torch.get_num_threads(), (torch.randn(300, 3001) @ torch.randn(3001, 300)).sum().item().hex())
-    raise SystemExit
-evolving.search = lambda *_, **__: SimpleNamespace(lines=list)
-evolving.open_run = evolving.read_front = lambda folder: []
-evolving._comparison = compare
-evolving.evolve("demo", out=Path(sys.argv[1]))
-"""
+    return torch.get_num_threads(), (torch.randn(300, 3001) @ torch.randn(3001, 300)).sum().item().hex()
+
+
+def final_comparison(folder):
+    """What the comparison after a search computes with on a machine of three cores."""
+    torch.set_num_threads(3)
+    assert product()[0] == 3
+    evolving.search = lambda *_, **__: SimpleNamespace(lines=list)
+    evolving.open_run = evolving.read_front = lambda folder: []
+    seen = []
+
+    def compare(*_):
+        seen.append(product())
+        raise Stop
+
+    evolving._comparison = compare
+    with pytest.raises(Stop):
+        evolving.evolve("demo", out=folder)
+    return seen
 
 
 def test_the_final_comparison_computes_with_the_experiments_threads(tmp_path):
     """Whatever the machine has: another number of threads moves the last digits."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "3", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", THREADS, str(tmp_path / "none")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     with limited_threads(1):
-        torch.manual_seed(0)
-        expected = (torch.randn(300, 3001) @ torch.randn(3001, 300)).sum().item().hex()
-    assert done.stdout.split() == ["1", expected], done.stderr
+        assert elsewhere(final_comparison, tmp_path / "none") == [product()]

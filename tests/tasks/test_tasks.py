@@ -1,11 +1,7 @@
 """Invariants that every task keeps, and the building of tasks from specs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +12,7 @@ from evomem.tasks import Split, Task, build, tasks
 from evomem.tasks.fitting import UnitCounts, fit
 from evomem.tasks.streams.base import StreamTask
 from evomem.tasks.text.prose import load_prose
+from tests.support.processes import elsewhere
 from tests.support.toy_tokenizer import ToyTokenizer, size
 
 
@@ -82,22 +79,14 @@ def test_describe_rebuilds_the_task(task):
     assert again.samples(Split.TRAIN, 3, seed=1) == task.samples(Split.TRAIN, 3, seed=1)
 
 
+def contexts():
+    """The second context of every task that needs no file."""
+    names = [name for name in tasks.names() if name != "file"]
+    return [build(name, ToyTokenizer()).samples(Split.SELECT, 2, 5)[1].context for name in names]
+
+
 def test_samples_do_not_depend_on_the_process():
-    code = (
-        "import json; from tests.support.toy_tokenizer import ToyTokenizer; from evomem.tasks import build, tasks; "
-        "print(json.dumps([build(n, ToyTokenizer()).samples('select', 2, 5)[1].context "
-        "for n in tasks.names() if n != 'file']))"
-    )
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    here = [build(n, ToyTokenizer()).samples(Split.SELECT, 2, 5)[1].context for n in tasks.names() if n != "file"]
-    assert json.loads(run.stdout) == here
+    assert elsewhere(contexts) == contexts()
 
 
 OWN_LENGTH = {"file", "mqar", "forgetting_mqar", "tmaze", "cartpole", "regbench"}
