@@ -34,6 +34,7 @@ from evomem.managers.heuristics.tova import TOVA
 from evomem.managers.learned.feature_scorer import FeatureScorer
 from evomem.managers.learned.kv_policy import KVPolicy
 from evomem.managers.learned.namm import NAMM
+from evomem.managers.learned.write_gate import WriteGate
 from evomem.managers.options import ManagerOptions, Schedule
 from evomem.managers.reallocation import Reallocated, reallocate
 from evomem.managers.stochastic import StochasticManager
@@ -73,6 +74,7 @@ __all__ = [
     "SnapKV",
     "StochasticManager",
     "StreamingLLM",
+    "WriteGate",
     "allocations",
     "build",
     "build_allocation",

@@ -30,11 +30,15 @@ novelty                1 - the largest cosine of the key with another slot's    
 surprise               error of what the memory predicted when the slot was written  surprise
 ghost_frequency        log(1 + reads of the name, before it left and while away too)  ghost_frequency
 backward_distance:W    log(1 + tokens since the last read but one, at most W)         backward_distance:W
+change                 size of the latest update beside what was there                change
+agreement              cosine of the latest update with what was there                agreement
+updates                log of the updates that the slot was offered so far            updates
 =====================  ============================================================  ===================================
 
-From ``recency`` on, and ``age``, they mean the same in a KV cache and in an explicit memory (`evomem.memory.explicit`).
-Only explicit memories have a ``surprise``, and only those that are read by name have the last two. Depth is no feature
-of a slot: weights vary with it.
+From ``recency`` to ``backward_distance``, and ``age``, they mean the same in a KV cache and in an explicit memory
+(`evomem.memory.explicit`). Only explicit memories have a ``surprise``, only those that are read by name the two after
+it, and only feedback memory, whose slots are rewritten, the last three. Depth is no feature of a slot: weights vary
+with it.
 
 No feature depends on head size, head count, depth or vocabulary, so a scorer over them can move to other models.
 """
@@ -181,6 +185,9 @@ FEATURES: dict[str, Feature] = {
         "backward_distance:{}",
         "queries",
     ),
+    "change": Feature(lambda view, _: view.recorded["change"], "change"),
+    "agreement": Feature(lambda view, _: view.recorded["agreement"], "agreement"),
+    "updates": Feature(lambda view, _: torch.log(view.recorded["updates"].clamp(min=1)), "updates"),
 }
 """Features without a neighbourhood, by name."""
 
@@ -297,6 +304,28 @@ def features(view: LayerView, names: tuple[str, ...]) -> Tensor:
     return torch.stack([standardise(column, view.valid) for column in columns(view, names)], dim=-1)
 
 
+def different(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of features as they are.
+
+    Raises
+    ------
+    ConfigError : one of them is unknown.
+    ValueError : two of them are one and the same.
+    """
+    described: dict[tuple[str, int, str, str], str] = {}
+    for name in names:
+        how, width, observation, argument = parse(name)
+        # A neighbourhood of one slot is the slot itself.
+        key = (how, width, observation, argument) if width > 1 else ("", 0, observation, argument)
+        if key in described:
+            raise ValueError(
+                f"features {described[key]!r} and {name!r} are one and the same: it would have two weights and be "
+                "searched twice; leave one out"
+            )
+        described[key] = name
+    return names
+
+
 class FeatureOptions(ManagerOptions):
     """Options of managers that look at features of slots."""
 
@@ -311,18 +340,7 @@ class FeatureOptions(ManagerOptions):
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
             raise ValueError("give at least one feature")
-        described: dict[tuple[str, int, str, str], str] = {}
-        for name in names:
-            how, width, observation, argument = parse(name)
-            # A neighbourhood of one slot is the slot itself.
-            key = (how, width, observation, argument) if width > 1 else ("", 0, observation, argument)
-            if key in described:
-                raise ValueError(
-                    f"features {described[key]!r} and {name!r} are one and the same: it would have two weights and be "
-                    "searched twice; leave one out"
-                )
-            described[key] = name
-        return names
+        return different(names)
 
     @model_validator(mode="after")
     def _both(self) -> Self:

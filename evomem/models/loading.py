@@ -33,6 +33,7 @@ OWN_ARCHITECTURES = {
     "evomem_pair_memory": "evomem.models.architectures.pair_memory",
     "evomem_memory_matrix": "evomem.models.architectures.memory_matrix",
     "evomem_titans": "evomem.models.architectures.titans",
+    "evomem_fam": "evomem.models.architectures.fam",
 }
 """Model types that transformers does not know, and the module of ours that makes them known."""
 

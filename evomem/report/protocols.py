@@ -26,6 +26,7 @@ _KINDS: dict[str, MemoryKind] = {
     "evomem_pair_memory": "a memory that reads streams of requests",
     "evomem_mosaic": "a memory of the model's own",
     "evomem_memory_matrix": "a memory of the model's own",
+    "evomem_fam": "a memory of the model's own",
 }
 """Of evomem's own architectures, those that have no KV cache."""
 

@@ -37,6 +37,7 @@ ALL = (
     "relevance:5",
 )
 EXPLICIT = {"backward_distance", "distinct_rate", "effective_writes", "ghost_frequency", "surprise"}
+EXPLICIT |= {"change", "agreement", "updates"}
 """Observations that no KV cache has; tests/memory/explicit tries them."""
 
 

@@ -10,9 +10,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from evomem.errors import ModelError
 from tests.models.test_decision import tiny_decision
+from tests.models.test_fam import tiny_fam
 from tests.models.test_memory_models import MODELS, evicting, ids_of
 
-EVERY = MODELS | {"decision": tiny_decision()}
+EVERY = MODELS | {"decision": tiny_decision(), "feedback": tiny_fam(vocab_size=30, block=9).float()}
 every_model = pytest.mark.parametrize("name", EVERY)
 with_memory = pytest.mark.parametrize("name", MODELS)
 

@@ -138,6 +138,14 @@ class SlotStorage:
             self.flat["decays"] = self.layout.flatten(decays[:, :, :longest])
         self.even["decays"] = decays[:, :, longest:].clone() if longest else decays
 
+    def stamp(self, slots: Tensor) -> None:
+        """Let slots hold other tokens: indices (batch, kv_heads, slots) int64, in the padded form; empty ones stay."""
+        longest = 0 if self.layout is None else self.layout.longest
+        if self.layout is not None:
+            self.flat["slots"] = self.layout.flatten(slots[:, :, :longest])
+        self.even["slots"] = torch.where(self.even["slots"] >= 0, slots[:, :, longest:], -1)
+        self.dense = False
+
     def rewrite(self, keys: Tensor, values: Tensor) -> None:
         """Let slots hold other keys and values (batch, kv_heads, slots, head_dim), in the padded form.
 

@@ -35,6 +35,10 @@ name                      what ``LayerView.recorded`` holds
                           W (LRU-2), counted on likewise; pair memories that are read by name only
 ``surprise``              (batch, kv_heads, slots): error of what the memory predicted when the slot was written;
                           explicit memories only
+``change``                (batch, kv_heads, slots): size of the slot's latest update beside what it held;
+                          feedback memory only
+``agreement``             (batch, kv_heads, slots): cosine of the two; feedback memory only
+``updates``               (batch, kv_heads, slots): updates that the slot was offered so far; feedback memory only
 ========================  ==================================================================================
 
 To add one, copy `evomem.memory.observations.attention_sum` and import it here.
@@ -49,6 +53,7 @@ from evomem.memory.observations import (
     matching,
     query_statistics,
     reads,
+    updates,
     window_spread,
     windows,
 )
@@ -92,6 +97,7 @@ __all__ = [
     "query_statistics",
     "reads",
     "register_observation",
+    "updates",
     "window_spread",
     "windows",
 ]

@@ -150,6 +150,9 @@ class Observation(ABC):
     def predicted(self, recorder: Recorder, error: Tensor) -> None:  # noqa: B027 (optional)
         """Learn how badly the newest slots' values were predicted: error (batch, kv_heads, new slots) >= 0."""
 
+    def updated(self, recorder: Recorder, old: Tensor, new: Tensor) -> None:  # noqa: B027 (optional)
+        """Learn of an update of all slots: what they held and would hold, (batch, kv_heads, slots, size)."""
+
     # ---- at a decision --------------------------------------------------------------------------------------------
 
     @abstractmethod

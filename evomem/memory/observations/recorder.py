@@ -99,6 +99,11 @@ class Recorder:
         for one in self.wanted.observations:
             one.predicted(self, error)
 
+    def updated(self, old: Tensor, new: Tensor) -> None:
+        """Learn of an update of all slots: what they held and would hold, (batch, kv_heads, slots, size)."""
+        for one in self.wanted.observations:
+            one.updated(self, old, new)
+
     def recorded(
         self, keys: Tensor, slots: Tensor, start: Tensor, seen: int, *,
         scale: float, decays: Tensor | None, window: int | None, softcap: float | None, rotary: Rotary | None,

@@ -8,6 +8,8 @@ import torch
 from evomem.errors import CacheError
 from evomem.managers import build
 from evomem.memory.explicit import PairMemory
+from evomem.memory.explicit.feedback import FeedbackLayer
+from evomem.memory.explicit.feedback_slots import FeedbackSlots
 from evomem.memory.explicit.matrix import MatrixLayer
 from evomem.memory.explicit.matrix_rows import MatrixRows
 from evomem.memory.explicit.neural import NeuralLayer
@@ -16,7 +18,10 @@ from evomem.models.architectures.mosaic_cache import UnitMemory
 from evomem.models.architectures.mosaic_decided import DecidedPairs
 
 
-@pytest.mark.parametrize("kind", [PairMemory, MatrixLayer, MatrixRows, NeuralLayer, UnitMemory, DecidedPairs])
+@pytest.mark.parametrize(
+    "kind",
+    [PairMemory, MatrixLayer, MatrixRows, NeuralLayer, UnitMemory, DecidedPairs, FeedbackLayer, FeedbackSlots],
+)
 def test_every_memory_answers_and_refuses_alike(kind):
     layer = kind()
     layer.seen = 5

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evomem.managers import build
+from evomem.models.architectures.fam import Fam, FamConfig
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
 from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
 from evomem.testing.memories import CHECKS, Subject
@@ -36,6 +37,16 @@ def mosaic():
     )  # fmt: skip
 
 
+def feedback():
+    """Its block ends at the kit's first decision of the second half, at which every check has come to deciding."""
+    return Fam(
+        FamConfig(
+            vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=2, intermediate_size=24, block=TOKENS // 2 + 3,
+            feedback=6, initializer_range=0.4,
+        )
+    )  # fmt: skip
+
+
 def subject_of(make):
     """Return an untrained model of a kind, as the checks take it."""
     torch.manual_seed(0)
@@ -48,7 +59,7 @@ def subject_of(make):
     return Subject(model.decided_cache, feed, ROWS, TOKENS)
 
 
-@pytest.fixture(scope="module", params=[matrix, mosaic], ids=["matrix", "mosaic"])
+@pytest.fixture(scope="module", params=[matrix, mosaic, feedback], ids=["matrix", "mosaic", "feedback"])
 def subject(request):
     return subject_of(request.param)
 
@@ -65,3 +76,9 @@ def test_a_kind_of_memory_conforms(subject, spec, check):
 def test_a_matrix_that_goes_by_its_writes_conforms(check):
     """No other memory has writes of different strength."""
     CHECKS[check](subject_of(matrix), build(BY_WRITES, budget=4))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_gate_on_what_is_written_conforms(check):
+    """No other memory has slots that are rewritten."""
+    CHECKS[check](subject_of(feedback), build("write_gate"))
