@@ -9,6 +9,7 @@ import typer
 
 from evomem.cli.errors import guarded
 from evomem.cli.options import (
+    DEFAULT_PROTOCOLS,
     Budgets,
     Check,
     DeviceOption,
@@ -99,6 +100,8 @@ def compare(
       evomem compare my-plugin --model ./other-model --task file:questions.jsonl --json rows.json
 
       evomem compare "adakv(keydiff)" --task multikey_1:length=1000 --budgets 0.25 --protocol streaming:512
+
+      evomem compare lru -m zoo-mosaic -t zoo_needle:length=256 --budgets 24            other memories: docs/memories.md
     """
     with guarded(_again(context, json)):
         from evomem.cli.commands import compare as command
@@ -147,7 +150,7 @@ def transfer(
         typer.Option(
             "--protocol",
             help="compress_once, or streaming[:N]: decide every N tokens; or MODEL=PROTOCOL for one model; may be "
-            "repeated. \\[default: the plug-ins' own on such a memory, else that memory's]",
+            f"repeated. \\[default: the plug-ins' own on such a memory, else {DEFAULT_PROTOCOLS}]",
         ),
     ] = None,
     mode: Mode = None,

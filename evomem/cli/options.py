@@ -90,12 +90,14 @@ Budgets = Annotated[
     str | None,
     typer.Option(help="Slots per head (64,128) or shares of the tokens read (0.25). \\[default: the subject's own]"),
 ]
+DEFAULT_PROTOCOLS = "compress_once for a KV cache, streaming:1 for pairs, streaming:16 for a memory of the model's own"
+"""`evomem.report.protocols.DEFAULTS` in words: ``--help`` imports no models."""
 ProtocolOption = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="compress_once, or streaming[:N]: decide every N tokens. \\[default: the subject's on such a memory, else "
-        "that memory's]",
+        help="compress_once, or streaming[:N]: decide every N tokens. "
+        f"\\[default: the subject's on such a memory, else {DEFAULT_PROTOCOLS}]",
     ),
 ]
 Mode = Annotated[QuestionMode | None, typer.Option(help="Decide before (agnostic) or after the question is read.")]

@@ -84,6 +84,8 @@ def evolve(
       evomem evolve demo --workers auto            all cores of this machine
 
       evomem evolve demo --address auto --workers 64           a Ray cluster that this machine belongs to
+
+      evomem evolve across/all                     memories of several kinds at once: docs/memories.md
     """
     words = ["evomem", context.info_name or "evolve", experiment, *[w for s in setting or [] for w in ("-s", s)]]
     words += [*(["--out", str(out)] if out is not None else []), "--resume"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -11,11 +12,14 @@ from evomem import plugins
 from evomem.cli.app import app
 from evomem.cli.commands import progress
 from evomem.cli.commands.listing import entries
-from evomem.cli.options import Listing
+from evomem.cli.options import DEFAULT_PROTOCOLS, Listing
 from evomem.errors import ConfigError
 from evomem.evaluation.rows import Row
-from evomem.managers import build
+from evomem.managers import build, managers
+from evomem.managers.allocation import allocations
+from evomem.report.protocols import DEFAULTS
 from evomem.report.tables import markdown, notes, tables
+from evomem.tasks import tasks
 from evomem.tasks.building import check_options
 from evomem.validation import apply_settings, parse_yaml
 
@@ -107,6 +111,26 @@ def test_commands_in_the_comment_of_an_experiment_stand_on_lines_of_their_own():
     assert "  evomem evolve needle_smollm2 -s seed=1 --out runs/needle-1" in lines
     listed = json.loads(CliRunner().invoke(app, ["list", "experiments", "--json"]).output)
     assert listed == entries(Listing.experiments)
+
+
+@pytest.mark.parametrize("section", [Listing.managers, Listing.tasks, Listing.allocations])
+def test_lists_name_the_options_that_are_accepted(section):
+    registry = {Listing.managers: managers, Listing.tasks: tasks, Listing.allocations: allocations}[section]
+    for name, text in entries(section).items():
+        _, _, options = text.partition(" Options: ")
+        for option, field in registry.get(name).Options.model_fields.items():
+            shared = section is Listing.managers and option in ("budget", "every", "allocation")
+            assert (f"{option}: {field.description}" in options) is not shared, (name, option)
+            assert field.description, (name, option)
+
+
+@pytest.mark.parametrize("command", ["compare", "transfer"])
+def test_help_names_the_protocol_of_every_kind_of_memory(command):
+    words = " ".join(CliRunner().invoke(app, [command, "--help"]).output.replace("│", " ").split())
+    assert DEFAULT_PROTOCOLS in words
+    assert re.findall(r"compress_once|streaming:\d+", DEFAULT_PROTOCOLS) == [
+        str(one).partition("/")[0] for one in DEFAULTS.values()
+    ]
 
 
 def test_a_log_file_is_told_how_far_it_is(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import BaseModel
 from rich.table import Table
 from rich.text import Text
 
@@ -26,14 +27,15 @@ def entries(section: Listing) -> Entries:
     match section:
         case Listing.managers:
             from evomem.managers import managers
+            from evomem.managers.options import ManagerOptions
 
-            return _registered(managers)
+            return _with_options(managers, ManagerOptions)
         case Listing.allocations:
             return _allocations()
         case Listing.tasks:
             from evomem.tasks import tasks
 
-            return _registered(tasks)
+            return _with_options(tasks)
         case Listing.drivers:
             from evomem.drivers import drivers
 
@@ -54,16 +56,14 @@ def _allocations() -> Entries:
     """Return allocations by name, with their options: how layers and heads share a manager's budget."""
     from evomem.managers.allocation import ProbedAllocation, allocations
 
-    listed = _registered(allocations)
+    listed = _with_options(allocations)
     for name in listed:
         try:
-            kind = allocations.get(name)
+            probed = issubclass(allocations.get(name), ProbedAllocation)
         except ConfigError:
             continue
-        if issubclass(kind, ProbedAllocation):
+        if probed:
             listed[name] += " What the heads do is measured once per model, by itself."
-        if fields := kind.Options.model_fields:
-            listed[name] += " Options: " + "; ".join(f"{key}: {field.description}" for key, field in fields.items())
     return listed
 
 
@@ -137,6 +137,21 @@ def _registered(registry: Registry[Any]) -> Entries:
             listed[name] = lines[0] if lines else ""
         except ConfigError as error:
             listed[name] = f"cannot be used: {error}"
+    return listed
+
+
+def _with_options(registry: Registry[Any], shared: type[BaseModel] | None = None) -> Entries:
+    """Return what is registered with its options, but for those of ``shared``, which all have."""
+    listed = _registered(registry)
+    for name in listed:
+        try:
+            fields = registry.get(name).Options.model_fields
+        except ConfigError:
+            continue
+        common = {} if shared is None else shared.model_fields
+        options = [f"{key}: {field.description}" for key, field in fields.items() if key not in common]
+        if options:
+            listed[name] += " Options: " + "; ".join(options)
     return listed
 
 
