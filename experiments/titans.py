@@ -1,6 +1,6 @@
 """Run: Titans trained on recall amid noise, and asked at many times the length that they were trained at: a table.
 
-    OMP_NUM_THREADS=1 python -m experiments.titans --seeds 0,1,2 --json docs/results/titans.json
+    OMP_NUM_THREADS=1 python -m experiments.titans --seeds 0,1,2 --json runs/titans.json
     OMP_NUM_THREADS=1 python -m experiments.titans --rows lmm --depth 1
 
 A text is noise with pairs of a key and its value in random places, then all keys in random order, each with its value
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any, get_args
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from evomem.errors import EvomemError
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
 from evomem.models.architectures.titans import Titans, TitansConfig, Variant
 from evomem.statistics import bootstrap_mean
@@ -43,28 +45,28 @@ def texts(seed: int, count: int, length: int, pairs: int) -> tuple[Tensor, Tenso
     ids = torch.randint(KEYS + VALUES, VOCABULARY, (count, length), generator=draw)
     keys = torch.rand(count, KEYS, generator=draw).argsort(1)[:, :pairs]
     values = KEYS + torch.randint(VALUES, (count, pairs), generator=draw)
-    # Places of pairs: distinct numbers below context - pairs, each moved on by the pairs before it.
-    places = torch.rand(count, context - pairs, generator=draw).argsort(1)[:, :pairs].sort(1).values
-    places = places + torch.arange(pairs)
+    # Where pairs begin: distinct numbers below context - pairs, each moved on by the pairs before it.
+    shown = torch.rand(count, context - pairs, generator=draw).argsort(1)[:, :pairs].sort(1).values
+    shown = shown + torch.arange(pairs)
     order = torch.rand(count, pairs, generator=draw).argsort(1)
     asked = context + 2 * torch.arange(pairs).expand(count, -1)
-    for where, shown in ((places, (keys, values)), (asked, (keys.gather(1, order), values.gather(1, order)))):
-        for step, part in enumerate(shown):
-            ids.scatter_(1, where + step, part)
+    for first, pair in ((shown, (keys, values)), (asked, (keys.gather(1, order), values.gather(1, order)))):
+        for step, part in enumerate(pair):
+            ids.scatter_(1, first + step, part)
     answers = torch.zeros(count, length, dtype=torch.bool)
     return ids, answers.scatter_(1, asked + 1, torch.ones_like(asked, dtype=torch.bool))
 
 
-def new_model(row: str, seed: int, given: argparse.Namespace) -> Any:
-    """Return the untrained model of a row."""
+def new_model(name: str, seed: int, given: argparse.Namespace) -> Any:
+    """Return the untrained model of a row; raises `ConfigError` where its options make none."""
     torch.manual_seed(seed)
     options = {
         "segment": given.segment, "window": given.segment, "depth": given.depth, "conv": given.conv,
         "momentum": not given.no_momentum, "forgetting": not given.no_forgetting,
     }  # fmt: skip
-    if row != WINDOW:
-        return Titans(TitansConfig(variant=row, **SHAPE, **options))  # type: ignore[arg-type]
-    most = max(count(Titans(TitansConfig(variant=one, **SHAPE, **options))) for one in get_args(Variant))
+    if name != WINDOW:
+        return Titans(TitansConfig(variant=name, **SHAPE, **options))  # type: ignore[arg-type]
+    most = max(count(Titans(TitansConfig(variant=variant, **SHAPE, **options))) for variant in get_args(Variant))
 
     def window(width: int) -> MemoryMatrix:
         config = MemoryMatrixConfig(**SHAPE, window=given.segment, matrix_slots=0, intermediate_size=width)
@@ -113,64 +115,111 @@ def recall(model: Any, length: int, given: argparse.Namespace) -> list[float]:
     return shares
 
 
-def main() -> None:
-    """Train, measure, print, and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help="variants, and window")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a text that is trained on")
-    parser.add_argument("--times", default="1,4,8,16", help="how many times as long texts are that are measured")
-    parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--texts", type=int, default=100, help="texts of each length that are measured")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--segment", type=int, default=16, help="tokens of a segment, and of attention's window")
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--conv", type=int, default=4)
-    parser.add_argument("--no-momentum", action="store_true")
-    parser.add_argument("--no-forgetting", action="store_true")
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    given = parser.parse_args()
-    rows = given.rows.split(",")
-    if unknown := set(rows) - set(ROWS):
-        raise SystemExit(f"--rows: there is no {min(unknown)!r}; give some of {', '.join(ROWS)}")
-    seeds, times = given.seeds.split(","), given.times.split(",")
-    for name, numbers in (("--seeds", seeds), ("--times", times)):
-        if not all(number.isdecimal() for number in numbers):
-            raise SystemExit(f"{name}: give whole numbers with commas between them")
-    if min(given.steps, given.batch, given.texts, given.pairs, *(int(one) for one in times)) < 1:
-        raise SystemExit("--steps, --batch, --texts, --pairs and --times are counts; give at least 1")
-    if given.pairs > KEYS or given.length < 4 * given.pairs:
-        raise SystemExit(f"--pairs {given.pairs}: give at most {KEYS}, and 4 tokens of --length for each")
-    lengths, records = [given.length * int(one) for one in times], []
-    for row in rows:
-        shares: dict[int, list[list[float]]] = {length: [] for length in lengths}
-        losses, began = [], time.process_time()
-        for seed in seeds:
-            print(f"{row}, seed {seed}", flush=True)
-            model = new_model(row, int(seed), given)
-            losses.append(train(model, int(seed), given))
-            for length in lengths:
-                shares[length].append(recall(model, length, given))
-        record: dict[str, Any] = {
-            "row": row, "parameters": count(model), "loss_by_seed": losses, "cpu_seconds": time.process_time() - began,
-        }  # fmt: skip
+def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Return a row of the table: one model trained anew for every seed, and what it recalls at every length."""
+    lengths = [given.length * times for times in given.times]
+    shares: dict[int, list[list[float]]] = {length: [] for length in lengths}
+    losses, began, parameters = [], time.process_time(), 0
+    for seed in given.seeds:
+        print(f"{name}, seed {seed}", flush=True)
+        model = new_model(name, seed, given)
+        parameters = count(model)
+        losses.append(train(model, seed, given))
         for length in lengths:
-            by_text = [mean(column) for column in zip(*shares[length], strict=True)]
-            record[str(length)] = {
-                "right": mean(by_text), "interval": bootstrap_mean(by_text).bounds(),
-                "by_seed": [mean(one) for one in shares[length]],
-            }  # fmt: skip
-        records.append(record)
-    print(f"\n| | parameters | {' | '.join(map(str, lengths))} |\n|" + "---|" * (2 + len(lengths)))
+            shares[length].append(recall(model, length, given))
+    record: dict[str, Any] = {
+        "row": name, "parameters": parameters, "loss_by_seed": losses, "cpu_seconds": time.process_time() - began,
+    }  # fmt: skip
+    for length in lengths:
+        by_text = [mean(column) for column in zip(*shares[length], strict=True)]
+        record[str(length)] = {
+            "right": mean(by_text), "interval": bootstrap_mean(by_text).bounds(),
+            "by_seed": [mean(texts_right) for texts_right in shares[length]],
+        }  # fmt: skip
+    return record
+
+
+def table(records: Sequence[dict[str, Any]], lengths: Sequence[int]) -> str:
+    """Return the share of right answers by row and length, in Markdown."""
+    lines = [f"| | parameters | {' | '.join(map(str, lengths))} |", "|" + "---|" * (2 + len(lengths))]
     for record in records:
         cells = [record[str(length)] for length in lengths]
         shown = [f"{c['right']:.3f} [{c['interval'][0]:.3f}, {c['interval'][1]:.3f}]" for c in cells]
-        print(f"| {record['row']} | {record['parameters']:,} | {' | '.join(shown)} |")
+        lines.append(f"| {record['row']} | {record['parameters']:,} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def numbers(least: int) -> Callable[[str], list[int]]:
+    """Return what reads different whole numbers of at least ``least`` that commas separate."""
+
+    def read(text: str) -> list[int]:
+        parts = text.split(",")
+        values = [int(part) for part in parts if part.isdecimal()]
+        if len(values) < len(parts) or min(values) < least or len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: give whole numbers of at least {least}, commas between them, none twice"
+            )
+        return values
+
+    return read
+
+
+def models(text: str) -> list[str]:
+    """Return some of `ROWS` that commas separate; raise `argparse.ArgumentTypeError` for another name, or one twice."""
+    parts = text.split(",")
+    if set(parts) - set(ROWS) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give some of {', '.join(ROWS)}, commas between them, none twice")
+    return parts
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root.add_argument("--rows", type=models, default=list(ROWS), help=f"models: some of {','.join(ROWS)}; all")
+    root.add_argument("--seeds", type=numbers(0), default=[0], help="a training for each, for example 0,1,2")
+    root.add_argument("--length", type=int, default=64, help="tokens of a text that is trained on")
+    root.add_argument(
+        "--times", type=numbers(1), default=[1, 4, 8, 16], help="how many times as long texts are that are measured"
+    )
+    root.add_argument("--pairs", type=int, default=6, help="pairs of a text, and questions at its end")
+    root.add_argument("--texts", type=int, default=100, help="texts of each length that are measured")
+    root.add_argument("--steps", type=int, default=1000, help="steps of training")
+    root.add_argument("--batch", type=int, default=32, help="texts of a step")
+    root.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    root.add_argument("--segment", type=int, default=16, help="tokens of a segment, and of attention's window")
+    root.add_argument("--depth", type=int, default=2, help="matrices of a neural memory, 1 to 4")
+    root.add_argument("--conv", type=int, default=4, help="tokens that a memory's keys are mixed of; 1: no convolution")
+    root.add_argument("--no-momentum", action="store_true", help="momentary surprise only (eta = 0)")
+    root.add_argument("--no-forgetting", action="store_true", help="weights never fade (alpha = 0)")
+    root.add_argument("--json", type=Path, help="file for the rows")
+    return root
+
+
+def check(given: argparse.Namespace) -> None:
+    """Raise `SystemExit` for numbers that no training has, before hours of it."""
+    if min(given.steps, given.batch, given.pairs, given.segment) < 1 or given.texts < 2:
+        raise SystemExit("--steps, --batch, --pairs and --segment are counts of at least 1, --texts of at least 2")
+    if given.pairs > KEYS or given.length < 4 * given.pairs:
+        raise SystemExit(f"--pairs {given.pairs}: give at most {KEYS}, and 4 tokens of --length for each")
+    if not 0 < given.rate < float("inf"):
+        raise SystemExit(f"--rate {given.rate}: give a number above 0")
+    try:
+        new_model(given.rows[0], given.seeds[0], given)
+        if given.json is not None:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+    except (EvomemError, OSError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def main() -> None:
+    """Train, measure, print, and save."""
+    given = parser().parse_args()
+    check(given)
+    records = [row_of(name, given) for name in given.rows]
+    print("\n" + table(records, [given.length * times for times in given.times]))
     if given.json is not None:
         settings = {name: value for name, value in vars(given).items() if name != "json"}
-        given.json.write_text(json.dumps({"settings": settings, "rows": records}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"settings": settings, "rows": records}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
