@@ -98,8 +98,10 @@ def main() -> None:
     if given.samples < 2 or min(given.budgets) <= ROWS:
         raise SystemExit(f"give at least 2 samples, and budgets above {ROWS}, the rows of most settings")
     try:
+        if given.json is not None:
+            given.json.parent.mkdir(parents=True, exist_ok=True)  # before all that is measured
         result = measure(given)
-    except EvomemError as error:
+    except (EvomemError, OSError) as error:
         raise SystemExit(str(error)) from None
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

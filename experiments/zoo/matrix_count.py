@@ -72,17 +72,17 @@ def by_counts(loaded: LoadedModel, runs: dict[str, MemoryManager], given: argpar
     print(f"\n{given.task}, {given.samples} sealed samples, {given.price:g} nats per 10^6 bytes\n")
     print("| run | a, b | right | nats | rows | less the price | best fixed | ahead of it by |\n|" + "---|" * 8)
     for number, (name, manager) in enumerate(runs.items()):
-        mine = results[number]
+        evaluations = results[number]
         others = results[len(runs) + number * len(given.fixed) :][: len(given.fixed)]
         cells = {str(n): summary(one, given.price) for n, one in zip(given.fixed, others, strict=True)}
-        best = max(range(len(others)), key=lambda place: cells[str(given.fixed[place])]["net"])
-        ahead = paired_bootstrap(net(mine, given.price), net(others[best], given.price))
+        best = max(range(len(others)), key=lambda number: cells[str(given.fixed[number])]["net"])
+        ahead = paired_bootstrap(net(evaluations, given.price), net(others[best], given.price))
         records[name] = record = {
             "allocation": manager.allocation.describe(),
             "coefficients": [round(x, 4) for x in manager.allocation.coefficients.tolist()],  # type: ignore[operator, union-attr]
-            **summary(mine, given.price), "best_fixed": given.fixed[best], "fixed": cells,
+            **summary(evaluations, given.price), "best_fixed": given.fixed[best], "fixed": cells,
             "ahead": {"mean": ahead.mean, "interval": [ahead.low, ahead.high]},
-            "net_by_sample": [round(x, 4) for x in net(mine, given.price)],
+            "net_by_sample": [round(x, 4) for x in net(evaluations, given.price)],
             "net_by_sample_of_best_fixed": [round(x, 4) for x in net(others[best], given.price)],
         }  # fmt: skip
         pair = ", ".join(f"{x:.2f}" for x in record["coefficients"])
@@ -138,6 +138,8 @@ def main() -> None:
             "price of at least 0"
         )
     try:
+        if given.json is not None:
+            given.json.parent.mkdir(parents=True, exist_ok=True)  # before all that is measured
         loaded = load(given.model)
         runs = {Path(source).name: manager_of(source) for source in given.runs}
         if len(runs) < len(given.runs):
@@ -154,7 +156,7 @@ def main() -> None:
             "rows_by_pairs": by_text(loaded, runs, BY_PAIRS, given.pairs, given),
             "rows_by_length": by_text(loaded, runs, BY_LENGTH, given.lengths, given),
         }  # fmt: skip
-    except EvomemError as error:
+    except (EvomemError, OSError) as error:
         raise SystemExit(str(error)) from None
     if given.json is not None:
         given.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

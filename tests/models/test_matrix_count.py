@@ -37,8 +37,8 @@ def test_the_price_is_of_the_mean_bytes():
 def test_rows_follow_the_pairs_and_not_the_filler(monkeypatch, tmp_path):
     source = plugin(tmp_path / "count-0", "by_effective_writes(total=[0.25, 8])", (1.0, -1.0))
     run(monkeypatch, "--runs", source, "--fixed", "4", "--pairs", "2", "8", "--lengths", "64", "96", "--every", "1",
-        "--task", "zoo_recall:length=64,pairs=8", "--json", str(tmp_path / "rows.json"))  # fmt: skip
-    record = json.loads((tmp_path / "rows.json").read_text())
+        "--task", "zoo_recall:length=64,pairs=8", "--json", str(tmp_path / "new" / "rows.json"))  # fmt: skip
+    record = json.loads((tmp_path / "new" / "rows.json").read_text())
     few, many = (record["rows_by_pairs"]["count-0"][pairs][0] for pairs in ("2", "8"))
     assert (few, many) == (2, 8)
     short, long = (record["rows_by_length"]["count-0"][length][0] for length in ("64", "96"))

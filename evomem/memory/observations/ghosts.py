@@ -158,10 +158,10 @@ def note_requests(recorder: Recorder, names: Tensor, reads: Tensor, slot_names: 
     if first + names.shape[-1] > LAST_TOKEN:
         raise CacheError(f"reads by name are counted for the first {LAST_TOKEN} tokens of a text; reset() the memory")
     ghosts, count = recorder.rowwise[GHOSTS], names.shape[-1]
-    places = torch.cat((ghosts, slot_names), -1)  # a name is a ghost, or in slots, of which the last is the newest
-    old = places.shape[-1] - count
-    order = torch.arange(places.shape[-1], device=names.device)
-    match = (places[..., None] == names[:, :, None]) & (places[..., None] >= 0)  # (batch, heads, places, tokens)
+    entries = torch.cat((ghosts, slot_names), -1)  # a name is a ghost, or in slots, of which the last is the newest
+    old = entries.shape[-1] - count
+    order = torch.arange(entries.shape[-1], device=names.device)
+    match = (entries[..., None] == names[:, :, None]) & (entries[..., None] >= 0)  # (batch, heads, entries, tokens)
     newest = torch.where(match, order[:, None], -1).amax(2)
     before = torch.where(match & (order[:, None] < old), order[:, None], -1).amax(2)
     # A name without a history has one from the token on that stores it.
