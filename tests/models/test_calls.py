@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -184,3 +185,13 @@ def test_a_decision_transformer_returns_attention_weights_that_it_computes():
         assert layer.shape == (2, 4, 6, 6)
         torch.testing.assert_close(layer.sum(-1), torch.ones(2, 4, 6))
         assert float(layer.triu(1).abs().max()) == 0
+
+
+@with_memory
+def test_training_keeps_no_memory_unless_it_is_asked_for(name):
+    model, ids = copy.deepcopy(MODELS[name]).train(), ids_of(0, 3)
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values is not None
+    cache = model.new_cache()
+    assert model(ids, use_cache=False, past_key_values=cache).past_key_values is cache
+    assert model.eval()(ids, use_cache=False).past_key_values is None

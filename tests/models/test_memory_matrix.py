@@ -216,7 +216,8 @@ def test_what_cannot_be_is_refused(model):
     for wrong, message in (
         ({"rule": "lstm"}, "erase_add"), ({"hidden_size": 20}, "even size"), ({"matrix_heads": 3}, "share"),
         ({"decay": 0.0}, "decay"), ({"decay": 1.0, "decay_per_slot": True}, "decay"), ({"reach": -1}, "counts"),
-        ({"window": 0}, "window"), ({"matrix_layers": [2]}, "numbers of layers"),
+        ({"window": 0}, "window"), ({"intermediate_size": 0}, "intermediate_size"),
+        ({"matrix_layers": [2]}, "numbers of layers"),
         ({"matrix_layers": [0, 0]}, "each once"), ({"matrix_layers": [1, 0]}, "ascending"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):

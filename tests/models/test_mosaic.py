@@ -316,8 +316,12 @@ def test_a_pass_that_was_cut_short_is_not_gone_on_from(mosaic, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"form": "v3"}, {"num_attention_heads": 5}, {"short_window": 1}, {"long_delay": 300}, {"long_delay": 0}]
-)
+    "sizes",
+    [
+        {"form": "v3"}, {"num_attention_heads": 5}, {"short_window": 1}, {"long_delay": 300}, {"long_delay": 0},
+        {"num_hidden_layers": 0}, {"persistent_size": 0},
+    ],
+)  # fmt: skip
 def test_sizes_that_make_no_mosaic_are_refused(sizes):
     with pytest.raises(ConfigError, match="mosaic"):
         MosaicConfig(**sizes)
@@ -333,6 +337,9 @@ def test_sizes_that_make_no_mosaic_are_refused(sizes):
         ("0.values", lambda part: part[:, :, 1:], "'values' has shape"),
         ("0.slots", lambda part: part + 9, "were not read"),
         ("0.slots", lambda part: part.float(), "float32"),
+        ("0.average", lambda part: part * torch.nan, "no number"),
+        ("0.next_value", lambda part: part.long(), "int64"),
+        ("0.next_real", lambda part: part.float(), "float32"),
         ("9.keys", lambda part: part, "no unit"),
     ],
 )

@@ -278,6 +278,27 @@ def test_it_is_saved_loaded_and_trains(variant, tmp_path):
     assert silent == []
 
 
+def test_rows_keep_their_beginnings_and_a_refused_pass_leaves_none():
+    model, ids = MODELS["mag"], ids_of(3, 6)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    cache = model.new_cache()
+    with pytest.raises(IndexError):
+        model(ids + 20, attention_mask=mask, past_key_values=cache)
+    read = model(ids, attention_mask=mask, past_key_values=cache).logits
+    assert torch.equal(read, model(ids, attention_mask=mask).logits)
+    starts = cache.starts
+    assert starts == (0, 2)
+    model(ids[:, :3], past_key_values=cache)
+    assert cache.starts is starts  # no pass asks the device again
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert [layer.starts for layer in cache.layers] == [(2, 2), (2, 2)]
+    with pytest.raises(CacheError, match="behind tokens that were read"):
+        cache.note_padding(torch.zeros(2, 1, dtype=torch.bool))
+    with pytest.raises(CacheError, match="begin_rows"):
+        model.new_cache().note_padding(torch.ones(2, 1, dtype=torch.bool))
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 

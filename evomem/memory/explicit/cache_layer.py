@@ -227,3 +227,18 @@ def named_tensors(layer: object, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Return the attributes of these names that are tensors already."""
     parts = {name: getattr(layer, name) for name in names}
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def require_shapes(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `CacheError` unless saved tensors have these shapes; ``where`` names the layer in messages."""
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise CacheError(f"{where}: {name!r} has shape {tuple(tensors[name].shape)} instead of {shape}")
+
+
+def require_numbers(where: str, tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> None:
+    """Raise `CacheError` unless saved tensors are finite, and of these types or, all others, of floating point."""
+    for name, tensor in tensors.items():
+        right = tensor.dtype == types[name] if name in types else tensor.is_floating_point()
+        if not right or not bool(torch.isfinite(tensor).all()):
+            raise CacheError(f"{where}: {name!r} is {tensor.dtype}, or holds what is no number; the file is damaged")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
-from evomem.memory.explicit.cache_layer import TensorCache, TensorLayer
+from evomem.memory.explicit.cache_layer import TensorCache, TensorLayer, require_numbers, require_shapes
 from evomem.memory.explicit.matrix_rules import Write, latest, read, scan
 
 WINDOW = ("window_keys", "window_values", "window_real")
@@ -135,14 +135,8 @@ class MatrixLayer(TensorLayer):  # type: ignore[no-untyped-call]
             matrix = tensors["matrix"]
             shapes |= dict.fromkeys(("frequency", "last_read", "last_written"), tuple(matrix.shape[:-1]))
             shapes |= {"matrix": (batch, *matrix.shape[1:4]), "tail": (batch, *tensors["tail"].shape[1:3])}
-        for name, shape in shapes.items():
-            if tuple(tensors[name].shape) != shape:
-                raise CacheError(f"{where}: {name!r} has shape {tuple(tensors[name].shape)} instead of {shape}")
-        for name, tensor in tensors.items():
-            if (tensor.dtype == torch.bool) != (name == "window_real") or not bool(torch.isfinite(tensor).all()):
-                raise CacheError(
-                    f"{where}: {name!r} is {tensor.dtype}, or holds what is no number; the file is damaged"
-                )
+        require_shapes(where, tensors, shapes)
+        require_numbers(where, tensors, {"window_real": torch.bool})
 
 
 class MatrixCache(TensorCache):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
-from evomem.memory.explicit.cache_layer import TensorCache, TensorLayer
+from evomem.memory.explicit.cache_layer import require_numbers, require_shapes
 from evomem.memory.explicit.neural_rules import Gates, Surprise, after, answer, coefficients, read, surprise
+from evomem.memory.explicit.segmented import SegmentedCache, SegmentedLayer
 
 WEIGHTS = ("memory", "momentum", "anchor")
 TAILS = ("tail_key", "tail_value", "tail_query", "tail_recall")
@@ -19,7 +20,7 @@ TENSORS = (*WEIGHTS, "start", *TAILS, *WINDOW, "window_real")
 """Attributes of a `NeuralLayer` that are its state, besides ``seen``; the batch is axis 0 of each."""
 
 
-class NeuralLayer(TensorLayer):  # type: ignore[no-untyped-call]
+class NeuralLayer(SegmentedLayer):  # type: ignore[no-untyped-call]
     """The neural memory of one layer, for every row and head, and what else the layer keeps of a text.
 
     A row's segments are counted from its first token that is no padding.
@@ -42,7 +43,6 @@ class NeuralLayer(TensorLayer):  # type: ignore[no-untyped-call]
     memory: Tensor | None
     momentum: Tensor | None
     anchor: Tensor | None
-    start: Tensor | None
     tail_key: Tensor | None
     tail_value: Tensor | None
     tail_query: Tensor | None
@@ -58,15 +58,6 @@ class NeuralLayer(TensorLayer):  # type: ignore[no-untyped-call]
         if self.memory is None:
             self.memory, self.anchor = (initial.expand(rows, *initial.shape).clone() for _ in range(2))
             self.momentum = torch.zeros_like(self.memory)
-
-    def note_padding(self, real: Tensor) -> None:
-        """Move the beginning of rows that have read nothing but padding behind the padding of the next chunk.
-
-        real : (batch, tokens) bool, False for padding.
-        """
-        start = self.begun(self.start)
-        padding = (~real).long().cumprod(1).sum(1)
-        self.start = torch.where(start == self.seen, start + padding, start)
 
     def recall(self, queries: Tensor, widths: tuple[int, ...]) -> Tensor:
         """Return what tokens read of M as their segment began, (batch, heads, tokens, out)."""
@@ -133,23 +124,18 @@ class NeuralLayer(TensorLayer):  # type: ignore[no-untyped-call]
             shapes["window_real"] = (batch, keys.shape[2])
         if windows not in ([], list(WINDOW[:2]), list(WINDOW)) or ("window_real" in tensors) != bool(windows):
             raise CacheError(f"{where}: keys, values and window_real of a window are saved together; it is damaged")
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != shapes[name]:
-                raise CacheError(f"{where}: {name!r} has shape {tuple(tensor.shape)} instead of {shapes[name]}")
-            kinds = {"start": tensor.dtype == torch.int64, "window_real": tensor.dtype == torch.bool}
-            if not kinds.get(name, tensor.is_floating_point()) or not bool(torch.isfinite(tensor).all()):
-                raise CacheError(
-                    f"{where}: {name!r} is {tensor.dtype}, or holds what is no number; the file is damaged"
-                )
+        require_shapes(where, tensors, shapes)
+        require_numbers(where, tensors, {"start": torch.int64, "window_real": torch.bool})
         if bool(((start < 0) | (start > seen)).any()):
             raise CacheError(f"{where}: 'start' is before the first token or behind the last; the file is damaged")
 
 
-class NeuralCache(TensorCache):
+class NeuralCache(SegmentedCache):
     """The neural memories of all layers: what a model that has them sees as its `past_key_values`."""
 
-    layers: list[NeuralLayer]
+    layers: list[NeuralLayer]  # type: ignore[assignment]
     saved_title: ClassVar[str] = "saved neural memories"
+    why_left: ClassVar[str] = "a neural memory would take it into its segments"
 
     def __init__(self, layers: int) -> None:
         super().__init__([NeuralLayer() for _ in range(layers)])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -33,6 +34,7 @@ class Call:
     hidden_states : whether the hidden states of every layer are.
     attentions : whether attention weights are.
     as_tuple : the answer is a tuple instead of a `CausalLMOutputWithPast`.
+    logits_to_keep : how many of the last tokens have logits (0: all), or the indices of those that have.
     loss_options : see `LOSS_OPTIONS`.
     """
 
@@ -41,6 +43,7 @@ class Call:
     attentions: bool = False
     as_tuple: bool = False
     loss_options: Mapping[str, Any] = field(default_factory=dict)
+    logits_to_keep: int | Tensor = 0
 
     @classmethod
     def of(
@@ -91,7 +94,28 @@ class Call:
             raise ModelError(f"{name} cannot return attention weights (output_attentions=True): {no_attentions}")
         loss_options = {key: options[key] for key in LOSS_OPTIONS if options.get(key) is not None}
         as_tuple = not _option(model, options, "return_dict", True)
-        return cls(labels, hidden_states, attentions, as_tuple, loss_options)
+        return cls(labels, hidden_states, attentions, as_tuple, loss_options, logits_to_keep)
+
+    @property
+    def kept(self) -> slice | Tensor:
+        """Which tokens have logits, as an index of their axis."""
+        return slice(-self.logits_to_keep, None) if isinstance(self.logits_to_keep, int) else self.logits_to_keep
+
+    def parts(self, layers: int) -> list[list[Tensor]]:
+        """Return empty lists for what a model that reads turn by turn makes of the tokens; see `answer_parts`."""
+        return [[] for _ in range(1 + layers * self.hidden_states)]
+
+    def answer_parts(
+        self, model: Any, parts: Sequence[Sequence[Tensor]], cache: Any
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Return the output of a model that reads turn by turn, and ends in ``norm`` and ``lm_head``.
+
+        parts : of every turn (batch, tokens, width): what each layer was given, if hidden states are asked for, and
+            last what the last layer made.
+        """
+        *states, hidden = (torch.cat(list(part), 1) for part in parts)
+        logits = model.lm_head(model.norm(hidden[:, self.kept]))
+        return self.answer(model, logits, cache, [*states, model.norm(hidden)] if self.hidden_states else None)
 
     def answer(
         self,
@@ -118,6 +142,11 @@ class Call:
             **as_output(cache, CausalLMOutputWithPast),
         )
         return output.to_tuple() if self.as_tuple else output
+
+
+def keeps_cache(model: PreTrainedModel, given: object, use_cache: bool | None) -> bool:
+    """Whether a call returns its cache: one that was given always; a new one unless in training, or as is asked."""
+    return given is not None or (not model.training if use_cache is None else use_cache)
 
 
 def _option(model: PreTrainedModel, options: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -226,8 +226,7 @@ class DecisionStream(PreTrainedModel, GenerationMixin):
             return_dict=True,
             **passed(cache, self.decision.encoder),
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        actions = self.decision.predict_action(read.last_hidden_state[:, kept])
+        actions = self.decision.predict_action(read.last_hidden_state[:, call.kept])
         logits = F.pad(actions, (self.config.first_action, 0), value=NEVER)
         return call.answer(self, logits, returned(read), read.hidden_states, read.attentions)
 

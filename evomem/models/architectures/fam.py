@@ -29,7 +29,15 @@ from evomem.memory.explicit.feedback_slots import FeedbackSlotsCache
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call
+from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache
+from evomem.models.architectures.checks import (
+    SIZES,
+    require_counts,
+    require_left_padding,
+    require_rotary_heads,
+    require_rows,
+    unpadded,
+)
 from evomem.models.architectures.fam_layers import FamBlock, Turn
 
 
@@ -61,19 +69,13 @@ class FamConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"feedback memory: {name} is {getattr(self, name)}; give at least 1")
+        require_counts("feedback memory", self, SIZES)
         if self.block < 1 or self.segments < 0 or self.feedback < 0:
             raise ConfigError(
                 f"feedback memory: block {self.block}, segments {self.segments}, feedback {self.feedback}; a block has "
                 "1 token or more, and the others are counts of 0 or more"
             )
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ConfigError(
-                f"feedback memory: hidden_size {self.hidden_size} does not give {self.num_attention_heads} attention "
-                "heads an even size each, which rotary positions need"
-            )
+        require_rotary_heads("feedback memory", self)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
 
@@ -202,11 +204,7 @@ class Fam(PreTrainedModel, GenerationMixin):
         decided = cache if isinstance(cache, FeedbackSlotsCache) else None
         note_pass(self, decided)  # type: ignore[arg-type]
         (batch, tokens), seen = input_ids.shape, cache.get_seq_length()
-        if seen and len(cache.starts) != batch:
-            raise CacheError(
-                f"the memory has read {len(cache.starts)} rows, and the input has {batch}; repeat or select its rows "
-                "first (batch_repeat_interleave, batch_select_indices), or reset() it"
-            )
+        require_rows(len(cache.starts) if seen else None, batch)
         real = input_ids.new_ones(batch, tokens, dtype=torch.bool)
         if attention_mask is not None:
             real = self._real(attention_mask, batch, tokens)
@@ -217,8 +215,7 @@ class Fam(PreTrainedModel, GenerationMixin):
         if attention_mask is not None:
             self._note_padding(cache, real)
         cache.interrupted = True  # if an error ends the pass, some layers have read what others have not
-        embedded, at = self.embed(input_ids), 0
-        parts: list[list[Tensor]] = [[] for _ in range(1 + len(self.blocks) * call.hidden_states)]
+        embedded, at, parts = self.embed(input_ids), 0, call.parts(len(self.blocks))
         every = None if decided is None else decided.policy.schedule.every
         for end, due in turns(seen, tokens, cache.starts, every or self.config.block):
             turn = self._turn(cache, seen + at, seen + end, real[:, at:end])
@@ -232,12 +229,7 @@ class Fam(PreTrainedModel, GenerationMixin):
                 decided.decide()
             at = end
         cache.interrupted = False
-        *states, hidden = (torch.cat(part, 1) for part in parts)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.norm(hidden[:, kept]))
-        keeps = given is not None or (not self.training if use_cache is None else use_cache)
-        states = [*states, self.norm(hidden)] if call.hidden_states else states
-        return call.answer(self, logits, cache if keeps else None, states or None)
+        return call.answer_parts(self, parts, cache if keeps_cache(self, given, use_cache) else None)
 
     def _turn(self, cache: FeedbackCache | FeedbackSlotsCache, begin: int, end: int, real: Tensor) -> Turn:
         """Return what the layers need to know of tokens ``begin`` to ``end``."""
@@ -253,8 +245,7 @@ class Fam(PreTrainedModel, GenerationMixin):
     def _note_padding(cache: FeedbackCache | FeedbackSlotsCache, real: Tensor) -> None:
         """Let rows begin behind their padding."""
         if isinstance(cache, FeedbackCache):
-            for layer in cache.layers:
-                layer.note_padding(real)
+            cache.note_padding(real)
         elif not bool(real.all()):
             raise CacheError(
                 "attention_mask has padding, and a manager decides about a feedback memory when a block ends, for all "
@@ -264,18 +255,9 @@ class Fam(PreTrainedModel, GenerationMixin):
     @staticmethod
     def _real(mask: Tensor, batch: int, tokens: int) -> Tensor:
         """Return which of the new tokens are no padding, (batch, tokens) bool; see `forward`."""
-        if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] < tokens:
-            raise ModelError(
-                f"attention_mask has shape {tuple(mask.shape)}; a feedback memory takes (batch, tokens) for {batch} "
-                f"rows and at least {tokens} tokens, 0 = padding: who is seen follows from its blocks"
-            )
-        real = mask.bool()
-        if bool((real[:, :-1] & ~real[:, 1:]).any()):
-            raise CacheError(
-                "attention_mask has padding behind a token, which a block would be compressed with: pad on the left "
-                "(tokenizer.padding_side = 'left')"
-            )
-        return real[:, -tokens:].expand(batch, -1)
+        real = unpadded(mask, batch, tokens, "a feedback memory", "who is seen follows from its blocks")
+        require_left_padding(real, "a block would be compressed with it")
+        return real[:, -tokens:]
 
 
 AutoConfig.register(FamConfig.model_type, FamConfig, exist_ok=True)

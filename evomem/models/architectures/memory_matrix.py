@@ -29,7 +29,8 @@ from evomem.memory.explicit.matrix_rules import check_rule
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call
+from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache
+from evomem.models.architectures.checks import SIZES, require_counts, require_rotary_heads, require_rows, unpadded
 from evomem.models.architectures.memory_matrix_layers import MatrixBlock, RowMemory, WindowAttention
 
 
@@ -73,16 +74,10 @@ class MemoryMatrixConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_rule(self.rule)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "window", "matrix_width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"memory matrix: {name} is {getattr(self, name)}; give at least 1")
+        require_counts("memory matrix", self, (*SIZES, "window", "matrix_width"))
         if self.matrix_slots < 0 or self.reach < 0:
             raise ConfigError("memory matrix: matrix_slots and reach are counts; give 0 or more")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ConfigError(
-                f"memory matrix: hidden_size {self.hidden_size} does not give {self.num_attention_heads} attention "
-                "heads an even size each, which rotary positions need"
-            )
+        require_rotary_heads("memory matrix", self)
         if self.matrix_heads < 1 or self.num_attention_heads % self.matrix_heads:
             raise ConfigError(
                 f"memory matrix: {self.num_attention_heads} attention heads cannot share {self.matrix_heads} matrices "
@@ -225,55 +220,40 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
         note_pass(self, cache if isinstance(cache, MatrixRowsCache) else None)  # type: ignore[arg-type]
         (batch, tokens), seen = input_ids.shape, cache.get_seq_length()
         window = cache.layers[0].window_keys
-        if window is not None and len(window) != batch:
-            raise CacheError(
-                f"the memory has read {len(window)} rows, and the input has {batch}; repeat or select its rows first "
-                "(batch_repeat_interleave, batch_select_indices), or reset() it"
-            )
+        require_rows(None if window is None else len(window), batch)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
         real = None
         if attention_mask is not None:
             real = self._real(attention_mask, batch, tokens)
-        embedded, at = self.embed(input_ids), 0
-        parts: list[list[Tensor]] = [[] for _ in range(1 + len(self.blocks) * call.hidden_states)]
+        embedded, at, parts = self.embed(input_ids), 0, call.parts(len(self.blocks))
         cache.interrupted = True  # if an error ends the pass, some layers have read what others have not
         for end, due in turns(
             seen, tokens, (0,), None if isinstance(cache, MatrixCache) else cache.policy.schedule.every
         ):
             hidden: Tensor = embedded[:, at:end]
-            places, unpadded = position_ids[:, at:end], None if real is None else real[:, at:end]
+            positions, shown = position_ids[:, at:end], None if real is None else real[:, at:end]
             for index, (block, layer) in enumerate(zip(self.blocks, cache.by_block(batch), strict=True)):
                 if call.hidden_states:
                     parts[index].append(hidden)
-                hidden = block(hidden, places, unpadded, layer)
+                hidden = block(hidden, positions, shown, layer)
             parts[-1].append(hidden)
             if any(due) and not isinstance(cache, MatrixCache):
                 cache.decide()
             at = end
         cache.interrupted = False
-        *states, hidden = (torch.cat(part, 1) for part in parts)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.norm(hidden[:, kept]))
-        keeps = given is not None or (not self.training if use_cache is None else use_cache)
-        states = [*states, self.norm(hidden)] if call.hidden_states else states
-        return call.answer(self, logits, cache if keeps else None, states or None)
+        return call.answer_parts(self, parts, cache if keeps_cache(self, given, use_cache) else None)
 
     def _real(self, mask: Tensor, batch: int, tokens: int) -> Tensor:
         """Return which of the new tokens are no padding, (batch, tokens) bool; see `forward`."""
-        if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] < tokens:
-            raise ModelError(
-                f"attention_mask has shape {tuple(mask.shape)}; a memory matrix takes (batch, tokens) for {batch} rows "
-                f"and at least {tokens} tokens, 0 = padding: who is seen follows from its window"
-            )
-        real = mask.bool()
+        real = unpadded(mask, batch, tokens, "a memory matrix", "who is seen follows from its window")
         padding = ~real & (real.long().cumsum(1) > 0)  # behind a token
         if bool((real & (padding.long().cumsum(1) > 0)).any()):
             raise CacheError(
                 "attention_mask has padding between tokens; a memory matrix's window and looks back would run through "
                 "it: pad on the left (tokenizer.padding_side = 'left')"
             )
-        return real[:, -tokens:].expand(batch, -1)
+        return real[:, -tokens:]
 
 
 AutoConfig.register(MemoryMatrixConfig.model_type, MemoryMatrixConfig, exist_ok=True)

@@ -21,7 +21,8 @@ from evomem.errors import CacheError, ConfigError
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call
+from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache
+from evomem.models.architectures.checks import require_counts, require_left_padding, require_rows, unpadded
 from evomem.models.architectures.mosaic_cache import CONTEXTUAL, UNITS, MosaicCache
 from evomem.models.architectures.mosaic_decided import DecidedMosaicCache
 from evomem.models.architectures.mosaic_units import (
@@ -74,7 +75,9 @@ class MosaicConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         if self.form not in ("v1", "v2"):
             raise ConfigError(f"mosaic: form {self.form!r}; write v1 or v2")
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "persistent_size")
+        require_counts("mosaic", self, sizes)
+        if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"mosaic: hidden_size {self.hidden_size} cannot be divided among {self.num_attention_heads} heads"
             )
@@ -240,7 +243,8 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
 
         Raises
         ------
-        ModelError : no tokens; labels that do not fit; attention weights are asked for.
+        ModelError : no tokens; a mask that is not (batch, tokens); labels that do not fit; attention weights are asked
+            for.
         CacheError : another kind of cache, or of other rows; padding on the right; a pass before was cut short.
         """
         call = Call.of(self, input_ids, logits_to_keep, kwargs, "a mosaic has no attention")
@@ -252,7 +256,7 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
         note_pass(self, memory if decided else None)  # type: ignore[arg-type]
         every = memory.policy.schedule.every if isinstance(memory, DecidedMosaicCache) else None
         embedded, (batch, tokens), at = self.embedding(input_ids), input_ids.shape, 0
-        parts: list[list[Tensor]] = [[] for _ in range(1 + len(self.layers) * call.hidden_states)]
+        parts = call.parts(len(self.layers))
         memory.interrupted = True  # if an error ends the pass, some units have read what others have not
         for end, due in turns(memory.get_seq_length(), tokens, (0,), every):
             x = embedded[:, at:end]
@@ -266,11 +270,7 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
                 memory.decide()
             at = end
         memory.interrupted = False
-        *states, x = (torch.cat(part, 1) for part in parts)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.norm(x[:, kept]))
-        returned = memory if given is not None or use_cache is not False else None
-        return call.answer(self, logits, returned, [*states, self.norm(x)] if call.hidden_states else None)
+        return call.answer_parts(self, parts, memory if keeps_cache(self, given, use_cache) else None)
 
     def _checked(self, cache: Any, rows: int) -> MosaicCache | DecidedMosaicCache:
         count = len(cache.parts) if isinstance(cache, DecidedMosaicCache) else len(cache)
@@ -281,22 +281,13 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
             )
         cache.require_whole()
         average = cache.layers[0].average
-        if average is not None and len(average) != rows:
-            raise CacheError(f"the mosaic's cache has read {len(average)} rows, and the input has {rows}")
+        require_rows(None if average is None else len(average), rows)
         return cache
 
     @staticmethod
     def _real(mask: Tensor, rows: int, tokens: int) -> Tensor:
-        if mask.dim() != 2 or mask.shape[0] not in (1, rows) or mask.shape[1] < tokens:
-            raise CacheError(
-                f"attention_mask of shape {tuple(mask.shape)}; a mosaic takes (batch, tokens), 0 = padding"
-            )
-        real = mask.bool()
-        if tokens > 1 and bool((real[:, :-1] & ~real[:, 1:]).any()):
-            raise CacheError(
-                "attention_mask has padding behind a token; a mosaic's averages would run through it: pad on the left "
-                "(tokenizer.padding_side = 'left')"
-            )
+        real = unpadded(mask, rows, tokens, "a mosaic", "what is read follows from its keys")
+        require_left_padding(real, "a mosaic's averages would run through it")
         return real[:, -tokens:]
 
     @classmethod

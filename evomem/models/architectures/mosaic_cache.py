@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
-from evomem.memory.explicit.cache_layer import TensorCache, TensorLayer
+from evomem.memory.explicit.cache_layer import TensorCache, TensorLayer, require_numbers
 from evomem.models.architectures.mosaic_memory import read_pairs, readable
 
 UNITS = 2
@@ -130,6 +130,7 @@ class UnitMemory(TensorLayer):  # type: ignore[no-untyped-call]
                 f"{where}: 'average' is missing or has not the axes (batch, heads, dim); the file is damaged"
             )
         batch, heads, _ = average.shape
+        require_numbers(where, tensors, {"slots": torch.int64, "next_real": torch.bool})
         if len(tensors) == 1:
             return  # stores no pairs
         if missing := {"next_key", "next_value", "next_real"} - tensors.keys():
@@ -148,10 +149,8 @@ class UnitMemory(TensorLayer):  # type: ignore[no-untyped-call]
             raise CacheError(f"{where}: keys, values and slots are saved together or not at all; the file is damaged")
         if "slots" in tensors:
             slots = tensors["slots"]
-            if slots.dtype != torch.int64 or slots.shape[:2] != (batch, 1):
-                raise CacheError(
-                    f"{where}: 'slots' is {slots.dtype} of shape {tuple(slots.shape)}; the file is damaged"
-                )
+            if slots.shape[:2] != (batch, 1):
+                raise CacheError(f"{where}: 'slots' has shape {tuple(slots.shape)}; the file is damaged")
             if pairs and (int(slots.min()) < -1 or int(slots.max()) >= seen):
                 raise CacheError(f"{where}: pairs of tokens that were not read; the file is damaged")
 

@@ -21,7 +21,15 @@ from evomem.errors import CacheError, ConfigError, ModelError
 from evomem.memory.explicit.neural import NeuralCache
 from evomem.memory.explicit.neural_rules import DEPTHS, matrices
 from evomem.memory.kv.due import turns
-from evomem.models.architectures.calls import LOSS_TYPE, Call
+from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache
+from evomem.models.architectures.checks import (
+    SIZES,
+    require_counts,
+    require_left_padding,
+    require_rotary_heads,
+    require_rows,
+    unpadded,
+)
 from evomem.models.architectures.titans_layers import NeuralMemory, PrefixAttention, Projection, TitansBlock
 
 Variant = Literal["lmm", "mac", "mag", "mal"]
@@ -77,17 +85,10 @@ class TitansConfig(PreTrainedConfig):
             raise ConfigError(f"titans: variant is {self.variant!r}; give one of {', '.join(get_args(Variant))}")
         if self.depth not in DEPTHS:
             raise ConfigError(f"titans: depth is {self.depth}; give {DEPTHS[0]} to {DEPTHS[-1]} matrices")
-        counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in (*counts, "window", "segment", "expansion", "memory_heads", "conv"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"titans: {name} is {getattr(self, name)}; give at least 1")
+        require_counts("titans", self, (*SIZES, "window", "segment", "expansion", "memory_heads", "conv"))
         if self.persistent < 0:
             raise ConfigError(f"titans: persistent is {self.persistent}; give the number of tokens, 0 or more")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ConfigError(
-                f"titans: hidden_size {self.hidden_size} does not give {self.num_attention_heads} attention heads an "
-                "even size each, which rotary positions need"
-            )
+        require_rotary_heads("titans", self)
         if self.hidden_size % self.memory_heads:
             raise ConfigError(
                 f"titans: hidden_size {self.hidden_size} cannot be divided among {self.memory_heads} memory_heads"
@@ -198,36 +199,26 @@ class Titans(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
         real = None if attention_mask is None else self._real(attention_mask, batch, tokens, memory)
-        start = memory.layers[0].start
-        starts = [0] if start is None and real is None else None
-        for layer in memory.layers:
-            layer.start = input_ids.new_zeros(batch) if start is None else start
-            if real is not None:
-                layer.note_padding(real)
-        if starts is None:
-            starts = [int(count) for count in memory.layers[0].begun(memory.layers[0].start).tolist()]
-        embedded, at = self.embed(input_ids), 0
-        parts: list[list[Tensor]] = [[] for _ in range(1 + len(self.blocks) * call.hidden_states)]
+        if not seen:
+            memory.begin_rows(batch, input_ids.device)
+        if real is not None:
+            memory.note_padding(real)
+        embedded, at, parts = self.embed(input_ids), 0, call.parts(len(self.blocks))
         memory.interrupted = True  # if an error ends the pass, some layers have read what others have not
-        for end, due in turns(seen, tokens, starts, self.config.segment):
+        for end, due in turns(seen, tokens, memory.starts, self.config.segment):
             hidden: Tensor = embedded[:, at:end]
-            places, unpadded = position_ids[:, at:end], None if real is None else real[:, at:end]
+            positions, shown = position_ids[:, at:end], None if real is None else real[:, at:end]
             ended = None if all(due) else torch.tensor(due, device=hidden.device)
             for index, (block, layer) in enumerate(zip(self.blocks, memory.layers, strict=True)):
                 if call.hidden_states:
                     parts[index].append(hidden)
-                hidden = block(hidden, places, unpadded, layer)
+                hidden = block(hidden, positions, shown, layer)
                 if any(due):
                     layer.end_segment(ended)
             parts[-1].append(hidden)
             at = end
         memory.interrupted = False
-        *states, hidden = (torch.cat(part, 1) for part in parts)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.norm(hidden[:, kept]))
-        keeps = given is not None or (not self.training if use_cache is None else use_cache)
-        states = [*states, self.norm(hidden)] if call.hidden_states else states
-        return call.answer(self, logits, memory if keeps else None, states or None)
+        return call.answer_parts(self, parts, memory if keeps_cache(self, given, use_cache) else None)
 
     def _checked(self, cache: Any, rows: int) -> NeuralCache:
         """Return the cache to read on with; see `forward`."""
@@ -244,22 +235,14 @@ class Titans(PreTrainedModel, GenerationMixin):
                     f"a neural memory of {tuple(layer.memory.shape[1:])} numbers (heads, numbers) was given to a model "
                     f"whose memories have {tuple(initial.shape)}; give it a cache of its own"
                 )
-        if cache.layers[0].rows not in (None, rows):
-            raise CacheError(
-                f"the memory has read {cache.layers[0].rows} rows, and the input has {rows}; repeat or select its rows "
-                "first (batch_repeat_interleave, batch_select_indices), or reset() it"
-            )
+        require_rows(cache.layers[0].rows if cache.get_seq_length() else None, rows)
         return cache
 
     @staticmethod
     def _real(mask: Tensor, batch: int, tokens: int, memory: NeuralCache) -> Tensor | None:
         """Return which of the new tokens are no padding, (batch, tokens) bool; None: all are. See `forward`."""
-        if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] < tokens:
-            raise ModelError(
-                f"attention_mask has shape {tuple(mask.shape)}; a Titans model takes (batch, tokens) for {batch} rows "
-                f"and at least {tokens} tokens, 0 = padding: who is seen follows from its window"
-            )
-        real, layer = mask.bool().expand(batch, -1), memory.layers[0]
+        real = unpadded(mask, batch, tokens, "a Titans model", "who is seen follows from its window")
+        layer = memory.layers[0]
         whole = real.shape[1] == layer.seen + tokens
         if not whole and real.shape[1] != tokens:
             raise ModelError(
@@ -267,17 +250,13 @@ class Titans(PreTrainedModel, GenerationMixin):
                 f"{layer.seen + tokens} that were ever read"
             )
         begun = torch.zeros_like(real[:, :1])
-        if layer.start is not None:
+        if layer.start is not None and layer.seen:  # a pass that was refused may have begun rows
             if whole and not bool(((~real[:, : layer.seen]).sum(1) == layer.start).all()):
                 raise CacheError(
                     "attention_mask has other padding than the tokens were read with; reset() the memory and read again"
                 )
             begun = (layer.start < layer.seen)[:, None] & (not whole)
-        if bool((~real & (begun | (real.long().cumsum(1) > 0))).any()):
-            raise CacheError(
-                "attention_mask has padding behind a token; a neural memory would take it into its segments: pad on "
-                "the left (tokenizer.padding_side = 'left')"
-            )
+        require_left_padding(torch.cat((begun, real), 1), "a neural memory would take it into its segments")
         real = real[:, -tokens:]
         return None if bool(real.all()) else real
 

@@ -1,0 +1,71 @@
+"""Model: what models with a memory of their own ask of their configurations, masks and rows, in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomem.errors import CacheError, ConfigError, ModelError
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+"""Sizes of a decoder, each at least 1."""
+
+
+def require_counts(title: str, config: Any, names: Iterable[str]) -> None:
+    """Raise `ConfigError` unless these attributes of a configuration are at least 1; ``title`` names it in messages."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{title}: {name} is {getattr(config, name)}; give at least 1")
+
+
+def require_rotary_heads(title: str, config: Any) -> None:
+    """Raise `ConfigError` unless ``hidden_size`` gives every attention head an even size."""
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise ConfigError(
+            f"{title}: hidden_size {config.hidden_size} does not give {config.num_attention_heads} attention heads an "
+            "even size each, which rotary positions need"
+        )
+
+
+def require_rows(read: int | None, rows: int) -> None:
+    """Raise `CacheError` where a memory has read other rows than the input has; None: it has read nothing."""
+    if read not in (None, rows):
+        raise CacheError(
+            f"the memory has read {read} rows, and the input has {rows}; repeat or select its rows first "
+            "(batch_repeat_interleave, batch_select_indices), or reset() it"
+        )
+
+
+def unpadded(mask: Tensor, batch: int, tokens: int, model: str, why: str) -> Tensor:
+    """Return which tokens of a mask are no padding, (batch, at least ``tokens``) bool.
+
+    Parameters
+    ----------
+    mask : (batch or 1, tokens ever read, or the new ones), 0 = padding.
+    batch, tokens : rows and new tokens of the input.
+    model, why : what the model is, with an article, and why no mask of other axes says anything to it.
+
+    Raises
+    ------
+    ModelError : the mask has other axes.
+    """
+    if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] < tokens:
+        raise ModelError(
+            f"attention_mask has shape {tuple(mask.shape)}; {model} takes (batch, tokens) for {batch} rows and at "
+            f"least {tokens} tokens, 0 = padding: {why}"
+        )
+    return mask.bool().expand(batch, -1)
+
+
+def require_left_padding(real: Tensor, why: str) -> None:
+    """Raise `CacheError` where padding stands behind a token.
+
+    real : (batch, tokens) bool, no padding. why : what the memory would do with it.
+    """
+    if bool(torch.any(real[:, :-1] & ~real[:, 1:])):
+        raise CacheError(
+            f"attention_mask has padding behind a token; {why}: pad on the left (tokenizer.padding_side = 'left')"
+        )
