@@ -59,7 +59,7 @@ def close(one, two, tolerance=1e-8):
     "changes",
     [
         {},
-        {"depth": 1, "conv": 1, "momentum": False, "memory_heads": 1},
+        {"depth": 1, "conv": 1, "momentum": False, "memory_heads": 1, "persistent": 0},
         {"depth": 3, "forgetting": False, "segment": 1},
     ],
     ids=["whole", "bare", "token by token"],

@@ -95,4 +95,6 @@ class LayerWithTensors(ExplicitLayer):  # type: ignore[no-untyped-call]
                 raise CacheError(
                     f"state of {self.title}: {name!r} has {len(tensor)} rows instead of {len(self.starts)}"
                 )
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CacheError(f"state of {self.title}: {name!r} holds what is no number; the file is damaged")
             setattr(self, name, tensor)

@@ -137,6 +137,23 @@ class FeedbackSlots(LayerWithTensors):  # type: ignore[no-untyped-call]
             if even["keys"].shape != even["values"].shape or even["keys"].shape[1] != 1:
                 self.reset()
                 raise CacheError(f"state of {self.title}: keys and values of other shapes; save it again")
+            try:
+                self._check()
+            except CacheError:
+                self.reset()
+                raise
+
+    def _check(self) -> None:
+        """Raise `CacheError` unless numbers of slots are the model's, each once, and the window is one."""
+        numbers = torch.where(self.slots >= 0, self.storage.whole(NUMBER), -1).sort(-1).values
+        twice = ((numbers[..., 1:] == numbers[..., :-1]) & (numbers[..., 1:] >= 0)).any()
+        wrong = (self.slots >= 0) & ((self.storage.whole(NUMBER) < 0) | (self.storage.whole(NUMBER) >= self.count))
+        if bool(twice) or bool(wrong.any()):
+            raise CacheError(f"state of {self.title}: {NUMBER!r} is no slot of the model's {self.count}; save it again")
+        keys, values, real = (self.beside()[name] for name in WINDOW)  # all are there: `LayerWithTensors.load_state`
+        fits = keys.dim() == 4 and keys.shape == values.shape and real.shape == (len(keys), keys.shape[2])
+        if not fits or keys.shape[2] > self.seen or real.dtype != torch.bool or not keys.is_floating_point():
+            raise CacheError(f"state of {self.title}: its window has other shapes or types; save it again")
 
 
 class FeedbackSlotsCache(DecidedCache):
@@ -172,6 +189,17 @@ class FeedbackSlotsCache(DecidedCache):
     def copy_empty(self) -> FeedbackSlotsCache:
         """Return an empty cache of the same layers."""
         return type(self)(self.depth, self.block, self.count, self.policy)
+
+    def require_sizes(self, block: int, count: int, segments: int) -> None:
+        """Raise `CacheError` unless the memory is one of a model with such blocks, slots and memory segments."""
+        window = self.layers[0].window_keys
+        kept = None if window is None else min(self.get_seq_length(), (segments + 1) * block - 1)
+        if (self.block, self.count) != (block, count) or (window is not None and window.shape[2] != kept):
+            raise CacheError(
+                f"this memory is of blocks of {self.block} and {self.count} slots, or of other segments than those of "
+                f"the model, which has blocks of {block}, {count} slots and {segments} segments; read on with the "
+                "model that began, or read the text again"
+            )
 
     @property
     def starts(self) -> tuple[int, ...]:

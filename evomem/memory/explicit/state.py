@@ -83,6 +83,12 @@ def _check_tensors(
     names = {"keys", "values", "slots"} | layer.slot_marks
     _require(even.keys() in (names, names | {"decays"}) and "start" in single, layer, "a tensor of the slots, or start")
     _require(all(even[name].dim() == 4 for name in ("keys", "values")), layer, "even.keys, even.values")
+    for where, part in (("even", even), ("flat", flat)):
+        for name in {"keys", "values"} & part.keys():
+            numbers = part[name]
+            right = numbers.is_floating_point() and bool(torch.isfinite(numbers).all())
+            _require(right, layer, f"{where}.{name} of numbers")
+    _require(facts["decided"] <= facts["seen"], layer, "decided, at most seen,")
     _require(all(even[name].dtype == torch.int64 for name in layer.slot_marks), layer, "a mark of the slots")
     slots = even["slots"]
     _require(slots.dim() == 3 and slots.dtype == torch.int64, layer, "even.slots")

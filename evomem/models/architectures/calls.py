@@ -24,6 +24,18 @@ LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of a call that transformers' loss takes, a trainer's among them."""
 
 
+def only_cache(name: str, past_key_values: Any, cache: Any) -> Any:
+    """Return the cache that a call was given by its older or its newer name.
+
+    Raises
+    ------
+    ModelError : it was given two.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ModelError(f"{name} was given past_key_values and another cache, and reads with one; leave one out")
+    return past_key_values if cache is None else cache
+
+
 @dataclass(frozen=True)
 class Call:
     """What one call of a model asks for.

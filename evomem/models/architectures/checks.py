@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from evomem.errors import CacheError, ConfigError, ModelError
 
@@ -57,7 +58,7 @@ def unpadded(mask: Tensor, batch: int, tokens: int, model: str, why: str) -> Ten
             f"attention_mask has shape {tuple(mask.shape)}; {model} takes (batch, tokens) for {batch} rows and at "
             f"least {tokens} tokens, 0 = padding: {why}"
         )
-    return mask.bool().expand(batch, -1)
+    return mask_bits(mask).expand(batch, -1)
 
 
 def require_left_padding(real: Tensor, why: str) -> None:
@@ -68,4 +69,55 @@ def require_left_padding(real: Tensor, why: str) -> None:
     if bool(torch.any(real[:, :-1] & ~real[:, 1:])):
         raise CacheError(
             f"attention_mask has padding behind a token; {why}: pad on the left (tokenizer.padding_side = 'left')"
+        )
+
+
+NOT_READ_BY = frozenset(
+    {"model_type", "vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+    | {"tie_word_embeddings"}
+)
+"""Fields of a configuration that change nothing of what a model makes of a text's tokens."""
+
+
+def reading_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields of a configuration's class on which it depends what a model keeps of a text."""
+    return {name: getattr(config, name) for name in type(config).__annotations__ if name not in NOT_READ_BY}
+
+
+def mask_bits(mask: Tensor) -> Tensor:
+    """Return a mask of 0 and 1 as bool, of its shape.
+
+    Raises
+    ------
+    ModelError : it has other numbers: those of several texts in a row, or what is to be added to logits.
+    """
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ModelError(
+            "attention_mask has other numbers than 0 (padding) and 1: what is added to logits, and numbers of several "
+            "texts in one row, mean nothing to this model; give every text a row"
+        )
+    return mask.bool()
+
+
+def require_one_text(name: str, position_ids: Tensor | None, batch: int, tokens: int, real: Tensor | None) -> None:
+    """Raise `ModelError` unless positions are whole numbers (batch or 1, tokens) that do not fall within a row.
+
+    transformers takes positions that fall for the beginning of another text in the same row; the memory of a model
+    would go on from one text to the other.
+
+    real : (batch, tokens) bool, no padding, whose positions may be anything; None: there is none.
+    """
+    if position_ids is None:
+        return
+    rows, *rest = position_ids.shape or (0,)
+    if position_ids.is_floating_point() or rows not in (1, batch) or rest != [tokens]:
+        raise ModelError(
+            f"{name} was given position_ids of shape {tuple(position_ids.shape)} and type {position_ids.dtype}; give "
+            f"integers ({batch}, {tokens}), or leave them out"
+        )
+    falls = position_ids[:, 1:] < position_ids[:, :-1]
+    if tokens > 1 and bool((falls if real is None else falls & real[:, 1:] & real[:, :-1]).any()):
+        raise ModelError(
+            f"{name} was given position_ids that fall within a row, as those of several texts in one row do; its "
+            "memory would go on from one text to the next: give every text a row"
         )

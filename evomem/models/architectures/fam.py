@@ -29,11 +29,13 @@ from evomem.memory.explicit.feedback_slots import FeedbackSlotsCache
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache
+from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache, only_cache
 from evomem.models.architectures.checks import (
     SIZES,
+    reading_fields,
     require_counts,
     require_left_padding,
+    require_one_text,
     require_rotary_heads,
     require_rows,
     unpadded,
@@ -172,7 +174,8 @@ class Fam(PreTrainedModel, GenerationMixin):
         input_ids : (batch, tokens) int64.
         attention_mask : (batch, tokens ever read), 0 = padding, which stands on the left; None: there is none. A row's
             blocks are counted from its first real token.
-        position_ids : not looked at: where a token stands follows from what the memory has read.
+        position_ids : looked at for several texts in a row only, which are refused: where a token stands follows from
+            what the memory has read.
         past_key_values, cache : of `new_cache` or `decided_cache`, by its older or its newer name; None: the memory
             begins empty.
         logits_to_keep : how many of the last tokens have logits (0: all), or the indices of those that have.
@@ -181,9 +184,10 @@ class Fam(PreTrainedModel, GenerationMixin):
 
         Raises
         ------
-        ModelError : another kind of cache, a mask that is not (batch, tokens), no tokens; labels that do not fit;
-            attention weights are asked for.
-        CacheError : an earlier pass over the cache was cut short, or it has other rows; padding on the right.
+        ModelError : another kind of cache, or of other layers; a mask that is not (batch, tokens) of 0 and 1; several
+            texts in a row; no tokens; labels that do not fit; attention weights are asked for.
+        CacheError : an earlier pass over the cache was cut short, or it has other rows, or was read with another
+            configuration; padding on the right, or other than it was read with.
         """
         call = Call.of(
             self,
@@ -193,21 +197,18 @@ class Fam(PreTrainedModel, GenerationMixin):
             "every token sees segments and feedback of its own; hidden states are returned",
         )
         assert input_ids is not None  # `Call.of`
-        given = past_key_values if cache is None else cache
-        if given is not None and not isinstance(given, FeedbackCache | FeedbackSlotsCache):
-            raise ModelError(
-                f"a feedback memory was given a {type(given).__name__}; give it model.new_cache(), "
-                "model.decided_cache(manager), or none"
-            )
-        cache = self.new_cache() if given is None else given
-        cache.require_whole()
+        given = only_cache("a feedback memory", past_key_values, cache)
+        cache = self.new_cache() if given is None else self._checked(given)
         decided = cache if isinstance(cache, FeedbackSlotsCache) else None
         note_pass(self, decided)  # type: ignore[arg-type]
         (batch, tokens), seen = input_ids.shape, cache.get_seq_length()
         require_rows(len(cache.starts) if seen else None, batch)
         real = input_ids.new_ones(batch, tokens, dtype=torch.bool)
         if attention_mask is not None:
-            real = self._real(attention_mask, batch, tokens)
+            real = self._real(attention_mask, batch, tokens, cache)
+        require_one_text("a feedback memory", position_ids, batch, tokens, real)
+        if isinstance(cache, FeedbackCache):
+            cache.require_reader(reading_fields(self.config))
         if not seen:
             layers: list[Any] = list(cache.layers)
             for layer, initial in zip(layers, self.initial_feedback(), strict=True):
@@ -231,6 +232,19 @@ class Fam(PreTrainedModel, GenerationMixin):
         cache.interrupted = False
         return call.answer_parts(self, parts, cache if keeps_cache(self, given, use_cache) else None)
 
+    def _checked(self, cache: Any) -> FeedbackCache | FeedbackSlotsCache:
+        """Return the cache to read on with; see `forward`."""
+        if not isinstance(cache, FeedbackCache | FeedbackSlotsCache) or len(cache.layers) != len(self.blocks):
+            what = f"{type(cache).__name__} of {len(cache.layers)} layers" if hasattr(cache, "layers") else repr(cache)
+            raise ModelError(
+                f"a feedback memory of {len(self.blocks)} layers was given a {what}; give it model.new_cache(), "
+                "model.decided_cache(manager), or none"
+            )
+        cache.require_whole()
+        if isinstance(cache, FeedbackSlotsCache):
+            cache.require_sizes(self.config.block, self.config.feedback, self.config.segments)
+        return cache
+
     def _turn(self, cache: FeedbackCache | FeedbackSlotsCache, begin: int, end: int, real: Tensor) -> Turn:
         """Return what the layers need to know of tokens ``begin`` to ``end``."""
         block, start = self.config.block, cache.layers[0].start
@@ -253,9 +267,20 @@ class Fam(PreTrainedModel, GenerationMixin):
             )
 
     @staticmethod
-    def _real(mask: Tensor, batch: int, tokens: int) -> Tensor:
+    def _real(mask: Tensor, batch: int, tokens: int, cache: FeedbackCache | FeedbackSlotsCache) -> Tensor:
         """Return which of the new tokens are no padding, (batch, tokens) bool; see `forward`."""
         real = unpadded(mask, batch, tokens, "a feedback memory", "who is seen follows from its blocks")
+        seen, start = cache.get_seq_length(), cache.layers[0].start
+        if real.shape[1] not in (tokens, seen + tokens):
+            raise ModelError(
+                f"attention_mask is about {real.shape[1]} tokens; give one about the {tokens} new tokens, or about all "
+                f"{seen + tokens} that were ever read"
+            )
+        whole = seen > 0 and real.shape[1] > tokens
+        if whole and start is not None and bool(torch.ne((~real[:, :seen]).sum(1), start).any()):
+            raise CacheError(
+                "attention_mask has other padding than the tokens were read with; reset() the memory and read again"
+            )
         require_left_padding(real, "a block would be compressed with it")
         return real[:, -tokens:]
 

@@ -29,8 +29,16 @@ from evomem.memory.explicit.matrix_rules import check_rule
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache
-from evomem.models.architectures.checks import SIZES, require_counts, require_rotary_heads, require_rows, unpadded
+from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache, only_cache
+from evomem.models.architectures.checks import (
+    SIZES,
+    reading_fields,
+    require_counts,
+    require_one_text,
+    require_rotary_heads,
+    require_rows,
+    unpadded,
+)
 from evomem.models.architectures.memory_matrix_layers import MatrixBlock, RowMemory, WindowAttention
 
 
@@ -209,7 +217,7 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
             "every token sees rows of M and a window of its own; hidden states are returned",
         )
         assert input_ids is not None  # `Call.of`
-        given = past_key_values if cache is None else cache
+        given = only_cache("a memory matrix", past_key_values, cache)
         if given is not None and not isinstance(given, MatrixCache | MatrixRowsCache):
             raise ModelError(
                 f"a memory matrix was given a {type(given).__name__}; give it model.new_cache(), "
@@ -221,11 +229,12 @@ class MemoryMatrix(PreTrainedModel, GenerationMixin):
         (batch, tokens), seen = input_ids.shape, cache.get_seq_length()
         window = cache.layers[0].window_keys
         require_rows(None if window is None else len(window), batch)
+        real = None if attention_mask is None else self._real(attention_mask, batch, tokens)
+        require_one_text("a memory matrix", position_ids, batch, tokens, real)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
-        real = None
-        if attention_mask is not None:
-            real = self._real(attention_mask, batch, tokens)
+        if isinstance(cache, MatrixCache):
+            cache.require_reader(reading_fields(self.config))
         embedded, at, parts = self.embed(input_ids), 0, call.parts(len(self.blocks))
         cache.interrupted = True  # if an error ends the pass, some layers have read what others have not
         for end, due in turns(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Return x (..., heads * size) as (..., heads, size)."""
-    return x.view(*x.shape[:-1], heads, -1)
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads)  # no tokens have a size, too
 
 
 class RowMemory(nn.Module):

@@ -21,8 +21,15 @@ from evomem.errors import CacheError, ConfigError
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache
-from evomem.models.architectures.checks import require_counts, require_left_padding, require_rows, unpadded
+from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache, only_cache
+from evomem.models.architectures.checks import (
+    reading_fields,
+    require_counts,
+    require_left_padding,
+    require_one_text,
+    require_rows,
+    unpadded,
+)
 from evomem.models.architectures.mosaic_cache import CONTEXTUAL, UNITS, MosaicCache
 from evomem.models.architectures.mosaic_decided import DecidedMosaicCache
 from evomem.models.architectures.mosaic_units import (
@@ -249,9 +256,12 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
         """
         call = Call.of(self, input_ids, logits_to_keep, kwargs, "a mosaic has no attention")
         assert input_ids is not None  # `Call.of`
-        given = past_key_values if cache is None else cache
+        given = only_cache("a mosaic", past_key_values, cache)
         memory = self.new_cache() if given is None else self._checked(given, len(input_ids))
         real = None if attention_mask is None else self._real(attention_mask, *input_ids.shape)
+        require_one_text("a mosaic", kwargs.get("position_ids"), len(input_ids), input_ids.shape[1], real)
+        if isinstance(memory, MosaicCache):
+            memory.require_reader(reading_fields(self.config))
         decided = isinstance(memory, DecidedMosaicCache)
         note_pass(self, memory if decided else None)  # type: ignore[arg-type]
         every = memory.policy.schedule.every if isinstance(memory, DecidedMosaicCache) else None

@@ -21,11 +21,13 @@ from evomem.errors import CacheError, ConfigError, ModelError
 from evomem.memory.explicit.neural import NeuralCache
 from evomem.memory.explicit.neural_rules import DEPTHS, matrices
 from evomem.memory.kv.due import turns
-from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache
+from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache, only_cache
 from evomem.models.architectures.checks import (
     SIZES,
+    reading_fields,
     require_counts,
     require_left_padding,
+    require_one_text,
     require_rotary_heads,
     require_rows,
     unpadded,
@@ -186,19 +188,22 @@ class Titans(PreTrainedModel, GenerationMixin):
 
         Raises
         ------
-        ModelError : another kind of cache, or of another model; a mask that is not (batch, tokens); no tokens; labels
-            that do not fit; attention weights are asked for.
-        CacheError : an earlier pass over the cache was cut short, or it has other rows; padding behind a token.
+        ModelError : another kind of cache, or of another model; a mask that is not (batch, tokens) of 0 and 1; several
+            texts in a row; no tokens; labels that do not fit; attention weights are asked for.
+        CacheError : an earlier pass over the cache was cut short, or it has other rows, or was read with another
+            configuration; padding behind a token.
         """
         why = "what a token has of those before its window lies in weights; hidden states are returned"
         call = Call.of(self, input_ids, logits_to_keep, kwargs, why)
         assert input_ids is not None  # `Call.of`
-        given = past_key_values if cache is None else cache
+        given = only_cache("a Titans model", past_key_values, cache)
         (batch, tokens), memory = input_ids.shape, self._checked(given, len(input_ids))
         seen = memory.get_seq_length()
+        real = None if attention_mask is None else self._real(attention_mask, batch, tokens, memory)
+        require_one_text("a Titans model", position_ids, batch, tokens, real)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
-        real = None if attention_mask is None else self._real(attention_mask, batch, tokens, memory)
+        memory.require_reader(reading_fields(self.config))
         if not seen:
             memory.begin_rows(batch, input_ids.device)
         if real is not None:

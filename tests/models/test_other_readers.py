@@ -1,0 +1,172 @@
+"""A memory that another configuration has read, several texts in a row, two caches at once: every model refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from evomem.errors import CacheError, ModelError
+from evomem.managers import build
+from evomem.memory.explicit.feedback import FeedbackCache
+from evomem.memory.explicit.neural import NeuralCache
+from tests.models import test_fam, test_memory_models, test_titans
+
+MODELS = test_memory_models.MODELS | {"fam": test_fam.tiny_fam(), "mag": test_titans.MODELS["mag"]}
+every_model = pytest.mark.parametrize("name", MODELS)
+IDS = test_fam.ids_of(0, 10)
+
+
+# ---- another configuration -------------------------------------------------------------------------------------------
+
+
+def titans(**changes):
+    return test_titans.tiny(**{"variant": "mag", **changes})
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value"),
+    [
+        (titans, "variant", "lmm"), (titans, "variant", "mac"), (titans, "segment", 3), (titans, "window", 3),
+        (titans, "conv", 2), (titans, "rate", 2.0), (titans, "num_attention_heads", 4),
+        (test_fam.tiny_fam, "feedback", 0), (test_fam.tiny_fam, "feedback", 1), (test_fam.tiny_fam, "block", 2),
+        (test_fam.tiny_fam, "segments", 0),
+    ],
+)  # fmt: skip
+def test_a_memory_of_another_configuration_is_refused(make, field, value):
+    """Most of these fit, tensor by tensor, and would say something else; as they are, and from a file."""
+    model, reader = MODELS["mag" if make is titans else "fam"], make(**{field: value})
+    read = reader(IDS[:, :6]).past_key_values
+    saved = type(read).of(load(save({name: part.contiguous() for name, part in read.tensors().items()})), 2)
+    for cache in (read, saved):
+        with pytest.raises(CacheError, match=rf"read with {field} .*read on with"):
+            model(IDS[:, 6:], past_key_values=cache)
+    one, two = (reader(IDS[:, 6:], past_key_values=cache).logits for cache in (read, saved))  # they are as they were
+    assert torch.equal(one, two)
+    read.reset()
+    model(IDS[:, :1], past_key_values=read)
+
+
+def test_a_memory_of_as_many_numbers_and_another_depth_is_refused():
+    """Four matrices of d² are as many numbers as two of 2 d²."""
+    cache = titans(depth=4)(IDS[:, :6]).past_key_values
+    with pytest.raises(CacheError, match="read with depth 4, and the model has 2"):
+        titans(depth=2, expansion=2)(IDS[:, 6:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("other", [{"feedback": 2}, {"block": 2}, {"segments": 2}])
+def test_slots_of_another_configuration_are_refused(other):
+    reader = test_fam.tiny_fam(**other)
+    cache = reader.decided_cache(build("full"))
+    ids = test_fam.ids_of(0, 14)
+    reader(ids[:, :10], past_key_values=cache)
+    with pytest.raises(CacheError, match="read on with the model that began"):
+        MODELS["fam"](ids[:, 10:], past_key_values=cache)
+
+
+def test_caches_of_other_layers_are_refused_before_they_are_begun():
+    model = MODELS["fam"]
+    for cache in (
+        FeedbackCache(1),
+        FeedbackCache(3),
+        test_fam.tiny_fam(num_hidden_layers=1).decided_cache(build("full")),
+    ):
+        with pytest.raises(ModelError, match=r"of 2 layers was given a .* of [13] layers"):
+            model(IDS, past_key_values=cache)
+        assert cache.layers[0].start is None or not cache.get_seq_length()
+
+
+@pytest.mark.parametrize(("make", "kind"), [(titans, NeuralCache), (test_fam.tiny_fam, FeedbackCache)])
+def test_a_saved_memory_says_who_has_read_it(make, kind):
+    model = make()
+    tensors: dict[str, Any] = model(IDS[:, :6]).past_key_values.tensors()
+    for broken in (
+        torch.zeros(3),
+        torch.tensor([123, 125, 200], dtype=torch.uint8),
+        torch.zeros((), dtype=torch.uint8),
+    ):
+        with pytest.raises(CacheError, match="'reader' is no configuration"):
+            kind.of(tensors | {"reader": broken}, 2)
+    del tensors["reader"]
+    with pytest.raises(CacheError, match="'reader' is missing"):
+        model(IDS[:, 6:], past_key_values=kind.of(tensors, 2))
+
+
+# ---- several texts in one row, masks, two caches ---------------------------------------------------------------------
+
+
+@every_model
+def test_several_texts_in_one_row_are_refused(name):
+    """Its memory would go on from one text to the next."""
+    model, mask = MODELS[name], torch.ones_like(IDS)
+    for wrong in (torch.cat((mask[:, :5], 2 * mask[:, 5:]), 1), torch.full((2, 10), torch.nan), -1e9 * mask.double()):
+        with pytest.raises(ModelError, match="other numbers than 0"):
+            model(IDS, attention_mask=wrong)
+    with pytest.raises(ModelError, match="fall within a row"):
+        model(IDS, position_ids=torch.arange(10)[None] % 5)
+    for wrong in (torch.zeros(1, 1).long(), torch.arange(7)[None], torch.arange(10), torch.arange(10.0)[None]):
+        with pytest.raises(ModelError, match="position_ids of shape"):
+            model(IDS, position_ids=wrong)
+    mask[0, :3] = 0
+    places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as `generate` makes them: 1 1 1 0 1 2 ...
+    wanted = model(IDS, attention_mask=mask).logits
+    given = model(IDS, attention_mask=mask, position_ids=places).logits
+    torch.testing.assert_close(given[:, 3:], wanted[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+@every_model
+def test_two_caches_at_once_are_refused(name):
+    model = MODELS[name]
+    cache, other = model.new_cache(), model.new_cache()
+    with pytest.raises(ModelError, match="leave one out"):
+        model(IDS, past_key_values=cache, cache=other)
+    assert torch.equal(model(IDS, past_key_values=cache, cache=cache).logits, model(IDS).logits)
+
+
+def test_a_mask_that_contradicts_what_was_read_is_refused():
+    model, mask = MODELS["fam"], torch.ones_like(IDS)
+    cache = model(IDS[:, :6]).past_key_values
+    mask[0, :3] = 0
+    with pytest.raises(CacheError, match="other padding than the tokens were read with"):
+        model(IDS[:, 6:], attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ModelError, match="about 7 tokens"):
+        model(IDS[:, 6:], attention_mask=mask[:, 3:], past_key_values=cache)
+
+
+@every_model
+def test_a_memory_that_gradients_run_through_is_copied(name):
+    """As the refusal to take tokens back advises."""
+    model = copy.deepcopy(MODELS[name]).requires_grad_(True)
+    cache = model(IDS[:, :6]).past_key_values
+    other = copy.deepcopy(cache)
+    one, two = (model(IDS[:, 6:], past_key_values=kept).logits for kept in (cache, other))
+    assert torch.equal(one, two)
+    assert cache.get_seq_length() == other.get_seq_length() == 10
+
+
+# ---- a state of slots that somebody has changed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "harm", "message"),
+    [
+        ("even.values", lambda x: x * torch.nan, "even.values of numbers"),
+        ("even.keys", lambda x: x.long(), "even.keys of numbers"),
+        ("window_keys", lambda x: x * torch.nan, "no number"), ("window_keys", lambda x: x.long(), "window"),
+        ("window_keys", lambda x: x[:, :, 1:], "window"), ("window_real", lambda x: x.float(), "window"),
+        ("even.number", lambda x: x + 77, "no slot of the model's 3"), ("even.number", lambda x: x * 0, "no slot"),
+    ],
+)  # fmt: skip
+def test_a_changed_state_of_slots_is_refused(part, harm, message):
+    model, manager = MODELS["fam"], build("lru", budget=2, every=4)
+    cache, again = model.decided_cache(manager), model.decided_cache(manager)
+    model(IDS, past_key_values=cache)
+    facts, tensors = cache.state()
+    again.load_state(facts, tensors)
+    with pytest.raises(CacheError, match=message):
+        again.load_state(facts, tensors | {f"0.{part}": harm(tensors[f"0.{part}"])})
+    with pytest.raises(CacheError, match="decided"):
+        again.load_state([facts[0] | {"decided": 11}, *facts[1:]], tensors)
