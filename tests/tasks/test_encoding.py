@@ -170,7 +170,8 @@ def test_the_prefix_counts_in_the_length(smollm2: LoadedModel, spec: str) -> Non
 def test_the_prefix_is_in_rows_provenance_and_traces(loaded: LoadedModel, tmp_path) -> None:
     found = {}
     for name, one in {"with": loaded, "without": replace(loaded, tokenizer=tiny_tokenizer())}.items():
-        config = SimpleNamespace(protocol=EvaluationProtocol(), traces=[], plan=lambda: ())
+        protocol = EvaluationProtocol()
+        config = SimpleNamespace(protocol=protocol, protocol_on=lambda model, p=protocol: p, traces=[], plan=lambda: ())
         place = Scenario("tiny", "toy", Evaluator(one, store=PrefillStore()), Toy())
         keep = tmp_path / f"{name}.jsonl"
         rows = compare([NamedManager("full", manager_of("full"))], [place], samples=2, against=[], keep=keep).rows
