@@ -117,6 +117,8 @@ def test_commands_in_the_comment_of_an_experiment_stand_on_lines_of_their_own():
 def test_lists_name_the_options_that_are_accepted(section):
     registry = {Listing.managers: managers, Listing.tasks: tasks, Listing.allocations: allocations}[section]
     for name, text in entries(section).items():
+        if not registry.get(name).__module__.startswith("evomem."):
+            continue  # other test files register managers, without descriptions
         _, _, options = text.partition(" Options: ")
         for option, field in registry.get(name).Options.model_fields.items():
             shared = section is Listing.managers and option in ("budget", "every", "allocation")

@@ -241,7 +241,7 @@ def test_managers_of_other_packages(installed, tmp_path):
         "nonesuch": ("unknown manager 'nonesuch'", "newest"),
     }.items():
         assert all(word in found[name] for word in words), found[name]
-    assert found["listed"]["newest"] == "Keeps the newest tokens."
+    assert found["listed"]["newest"] == "Keeps the newest tokens. Options: slope"
     assert found["listed"]["broken"].startswith("cannot be used: ")
     assert "snapkv" in found["listed"]
     # Here, where that package is not installed, its plug-in says what it needs.

@@ -149,7 +149,12 @@ def _with_options(registry: Registry[Any], shared: type[BaseModel] | None = None
         except ConfigError:
             continue
         common = {} if shared is None else shared.model_fields
-        options = [f"{key}: {field.description}" for key, field in fields.items() if key not in common]
+        # Managers of other packages need not describe their options.
+        options = [
+            f"{key}: {field.description}" if field.description else key
+            for key, field in fields.items()
+            if key not in common
+        ]
         if options:
             listed[name] += " Options: " + "; ".join(options)
     return listed
