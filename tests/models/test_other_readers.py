@@ -170,3 +170,20 @@ def test_a_changed_state_of_slots_is_refused(part, harm, message):
         again.load_state(facts, tensors | {f"0.{part}": harm(tensors[f"0.{part}"])})
     with pytest.raises(CacheError, match="decided"):
         again.load_state([facts[0] | {"decided": 11}, *facts[1:]], tensors)
+
+
+@every_model
+def test_a_cache_that_is_not_to_be_used_is_refused_by_generate(name):
+    """transformers would give the whole text again with every token, and the memory take it in each time."""
+    model = MODELS[name]
+    cache = model(IDS[:, :4]).past_key_values
+    with pytest.raises(ModelError, match="use_cache=False: its memory would read the text again"):
+        model.generate(IDS, past_key_values=cache, use_cache=False, max_new_tokens=3, do_sample=False)
+    whole = model.generate(IDS, use_cache=False, max_new_tokens=3, do_sample=False)
+    assert torch.equal(whole, model.generate(IDS, max_new_tokens=3, do_sample=False))
+
+
+@every_model
+def test_assisted_generation_is_refused(name):
+    with pytest.raises(ValueError, match="assisted generation"):
+        MODELS[name].generate(IDS, prompt_lookup_num_tokens=2, max_new_tokens=3, do_sample=False)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import ModelError
@@ -22,6 +23,34 @@ LOSS_TYPE = "ForCausalLM"
 """transformers' name of the loss of the next token; a model whose class it does not know has to say so."""
 LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of a call that transformers' loss takes, a trainer's among them."""
+
+
+class MemoryGenerationMixin(GenerationMixin):
+    """``generate`` for a model whose cache takes in every token that is read, and gives none back."""
+
+    _is_stateful = True  # transformers then refuses assisted generation, which takes tokens back
+
+    def prepare_inputs_for_generation(self, *inputs: Any, **options: Any) -> dict[str, Any]:
+        """Return the next call's arguments, as transformers does.
+
+        Raises
+        ------
+        ModelError : a cache is given and not to be used; transformers then gives the whole text again with every
+            token, and the memory would take it in each time.
+        """
+        if options.get("past_key_values") is not None and options.get("use_cache") is False:
+            raise ModelError(
+                f"{type(self).__name__} was to generate with past_key_values and use_cache=False: its memory "
+                "would read the text again with every token; leave one of them out"
+            )
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*inputs, **options)  # type: ignore[misc]
+        return prepared
+
+
+# `generate` refuses arguments that the signature of this method does not name.
+update_wrapper(
+    MemoryGenerationMixin.prepare_inputs_for_generation, GenerationMixin.prepare_inputs_for_generation, ("__module__",)
+)
 
 
 def only_cache(name: str, past_key_values: Any, cache: Any) -> Any:

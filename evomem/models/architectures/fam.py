@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import CacheError, ConfigError, ModelError
@@ -29,7 +29,7 @@ from evomem.memory.explicit.feedback_slots import FeedbackSlotsCache
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache, only_cache
+from evomem.models.architectures.calls import LOSS_TYPE, Call, MemoryGenerationMixin, keeps_cache, only_cache
 from evomem.models.architectures.checks import (
     SIZES,
     reading_fields,
@@ -81,7 +81,7 @@ class FamConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
 
-class Fam(PreTrainedModel, GenerationMixin):
+class Fam(MemoryGenerationMixin, PreTrainedModel):
     """A small causal language model with feedback memory in every layer; see the module.
 
     Attributes
@@ -93,7 +93,6 @@ class Fam(PreTrainedModel, GenerationMixin):
     config: FamConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _is_stateful = True  # transformers then refuses assisted generation, which takes tokens back
 
     def __init__(self, config: FamConfig) -> None:
         super().__init__(config)

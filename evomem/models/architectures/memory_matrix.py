@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import CacheError, ConfigError, ModelError
@@ -29,7 +29,7 @@ from evomem.memory.explicit.matrix_rules import check_rule
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache, only_cache
+from evomem.models.architectures.calls import LOSS_TYPE, Call, MemoryGenerationMixin, keeps_cache, only_cache
 from evomem.models.architectures.checks import (
     SIZES,
     reading_fields,
@@ -111,7 +111,7 @@ class MemoryMatrixConfig(PreTrainedConfig):
         return layers if self.matrix_slots else []
 
 
-class MemoryMatrix(PreTrainedModel, GenerationMixin):
+class MemoryMatrix(MemoryGenerationMixin, PreTrainedModel):
     """A small causal language model with a memory matrix in every layer; see the module."""
 
     config_class = MemoryMatrixConfig

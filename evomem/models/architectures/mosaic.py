@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import CacheError, ConfigError
 from evomem.memory.kv.due import turns
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.switch import note_pass
-from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache, only_cache
+from evomem.models.architectures.calls import LOSS_TYPE, Call, MemoryGenerationMixin, keeps_cache, only_cache
 from evomem.models.architectures.checks import (
     reading_fields,
     require_counts,
@@ -147,7 +147,7 @@ class MosaicLayer(nn.Module):
         return added
 
 
-class MemoryMosaic(PreTrainedModel, GenerationMixin):
+class MemoryMosaic(MemoryGenerationMixin, PreTrainedModel):
     """A Memory Mosaic that reads tokens and says what comes next.
 
     What it knows of the text lies in the cache that it is given, so reading in pieces, ``generate``, beams and
@@ -163,7 +163,6 @@ class MemoryMosaic(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _tied_weights_keys = {"lm_head.weight": "embedding.weight"}  # noqa: RUF012
-    _is_stateful = True  # transformers then refuses assisted generation, which takes tokens back
 
     def __init__(self, config: MosaicConfig) -> None:
         super().__init__(config)

@@ -14,14 +14,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import CacheError, ConfigError, ModelError
 from evomem.memory.explicit.neural import NeuralCache
 from evomem.memory.explicit.neural_rules import DEPTHS, matrices
 from evomem.memory.kv.due import turns
-from evomem.models.architectures.calls import LOSS_TYPE, Call, keeps_cache, only_cache
+from evomem.models.architectures.calls import LOSS_TYPE, Call, MemoryGenerationMixin, keeps_cache, only_cache
 from evomem.models.architectures.checks import (
     SIZES,
     reading_fields,
@@ -101,7 +101,7 @@ class TitansConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
 
-class Titans(PreTrainedModel, GenerationMixin):
+class Titans(MemoryGenerationMixin, PreTrainedModel):
     """A small causal language model with a neural memory in every layer; see the module.
 
     What it knows of a text lies in the cache that it is given (`NeuralCache`), whose size does not depend on how long
@@ -112,7 +112,6 @@ class Titans(PreTrainedModel, GenerationMixin):
     config: TitansConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _is_stateful = True  # transformers then refuses assisted generation, which takes tokens back
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
