@@ -165,8 +165,8 @@ class ExperimentConfig(Settings):
 
     def protocol_on(self, model: str) -> EvaluationProtocol:
         """Return the protocol under which candidates are measured on a model, by its name."""
-        own = next((one.protocol for one in self.all_models if one.name == model), None)
-        return own or self.protocol
+        protocol = next((one.protocol for one in self.all_models if one.name == model), None)
+        return protocol or self.protocol
 
     def plan(self) -> tuple[Stage, ...]:
         """Return the stages with everything filled in, and the generations at which they begin and end.

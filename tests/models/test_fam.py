@@ -98,13 +98,13 @@ def test_feedback_reaches_as_far_as_the_text_and_adds_its_embeddings_only():
 
 
 def test_resident_bytes_are_flat_and_exact():
-    model, cache, held = tiny_fam(), None, []
+    model, cache, sizes = tiny_fam(), None, []
     cache = model.new_cache()
     for _ in range(128):
         model(ids_of(2, 4), past_key_values=cache)
-        held.append(cache.nbytes())
+        sizes.append(cache.nbytes())
     # rows * (7 tokens of the window's keys, values and mark; F; where the row begins), two layers
-    assert held[15] == held[-1] == 2 * 2 * (7 * (2 * 16 * 8 + 1) + 3 * 16 * 8 + 8)
+    assert sizes[15] == sizes[-1] == 2 * 2 * (7 * (2 * 16 * 8 + 1) + 3 * 16 * 8 + 8)
     assert torch.isfinite(cache.layers[1].feedback).all()
 
 

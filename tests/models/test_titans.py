@@ -185,9 +185,9 @@ def test_generate_is_the_loop(variant):
         slow = torch.cat((slow, model(slow).logits[:, -1:].argmax(-1)), 1)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), slow)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=cache), slow)
-    held = cache.nbytes()
+    size = cache.nbytes()
     model(ids_of(7, 90), past_key_values=cache)
-    assert cache.nbytes() == held
+    assert cache.nbytes() == size
     assert cache.get_seq_length() == 12 + 90
     one, two = (model.generate(ids, max_new_tokens=5, num_beams=3, use_cache=uses) for uses in (True, False))
     assert torch.equal(one, two)
