@@ -125,11 +125,11 @@ def verdict(interval: Sequence[float] | None) -> Verdict:
     return "wins" if low > 0 else "loses" if high < 0 else "ties"
 
 
-def recovered_share(value: float, random: float, full: float) -> float | None:
-    """Return (value - random) / (full - random): how much of what eviction by lot loses is won back.
+def recovered_share(value: float, floor: float, full: float) -> float | None:
+    """Return (value - floor) / (full - floor): how much of what a trivial eviction loses is won back.
 
-    None where the full cache is no better than chance, or a number is not finite.
+    None where the full cache is no better than the floor, or a number is not finite.
     """
-    if not all(map(math.isfinite, (value, random, full))) or full <= random:
+    if not all(map(math.isfinite, (value, floor, full))) or full <= floor:
         return None
-    return (value - random) / (full - random)
+    return (value - floor) / (full - floor)

@@ -83,7 +83,8 @@ def compare(
 
     The first subject is the one that all differences are taken of. The full cache is the reference; only with
     `--against none` it is left out too. By default the field is all: every manager whose numbers no search gives, also
-    lru, lfu, fifo and slot_relevance.
+    lru, lfu, fifo and slot_relevance. The best of the trivial managers (protected_random, streaming_llm, fifo) that are
+    in the field stands beside the best heuristic, and `recovered` is the share of what it loses against the full cache.
 
     [bold]Examples[/bold]
 
@@ -179,7 +180,8 @@ def transfer(
     r"""Move managers to models that they were not found on: a matrix of found on x tested on.
 
     Each cell is set against the full cache and against the heuristic that does best on that very model with no more
-    measured memory, with a paired bootstrap interval.
+    measured memory, with a paired bootstrap interval; and against the best of the trivial managers (protected_random,
+    streaming_llm, fifo) in the field.
 
     [bold]Examples[/bold]
 

@@ -20,6 +20,17 @@ Role = Literal["subject", "field", "full", "oracle"]
 BYTES_TOLERANCE = 0.02
 """Relative difference of mean measured bytes up to which two managers count as equally large."""
 
+TRIVIAL = ("protected_random", "streaming_llm", "fifo")
+"""Managers that know nothing of the text: a lot between protected ends, sinks and the newest tokens, the newest tokens.
+
+The best of those that were measured is the floor of a comparison: what `Row.recovered` starts from.
+"""
+
+
+def is_trivial(manager: str) -> bool:
+    """Whether a manager is one of `TRIVIAL` by its spec, ``streaming_llm(sinks=8)`` included; a wrapped one is not."""
+    return manager.partition("(")[0] in TRIVIAL
+
 
 @dataclass(frozen=True)
 class Row:
@@ -39,7 +50,10 @@ class Row:
     bytes_peak, bytes_mean : measured bytes of the cache, means over samples.
     bytes_ratio : ``bytes_mean`` over the first subject's.
     slots : per head, mean over layers, heads and samples.
-    recovered : (this - random) / (full - random) in log-likelihood at this budget; None without ``random``.
+    floor : the trivial manager (`TRIVIAL`) with the largest log-likelihood at this budget; ``random`` where none of
+        them was measured and it was; None: neither was.
+    recovered : (this - floor) / (full - floor) in log-likelihood; None without a floor or without the full cache. In
+        rows of before ``floor`` is None and this is of ``random``.
     seconds : wall time per sample.
     prefix : what the tokenizer puts before every context, as it spells it; "": nothing.
     chat_template : hash of the chat template that the samples are asked in; "": plain text.
@@ -76,6 +90,7 @@ class Row:
     difference_score: float | None = None
     interval_loglik: list[float] | None = None
     bytes_ratio: float | None = None
+    floor: str | None = None
     recovered: float | None = None
     prefix: str = ""
     chat_template: str = ""
@@ -174,7 +189,7 @@ def rows_of(subject: str, measured: Sequence[Measured], price_per_megabyte: floa
                 f"{one.manager} on {one.task}, {one.model}: no sample was measured; there is no row of it"
             )
         reference = evaluations[subject, reference_budget(one.budget, budgets)]
-        row = _row(one, subject, reference, evaluations.get(("random", one.budget)), evaluations.get(("full", None)))
+        row = _row(one, subject, reference, floor_at(one.budget, measured), evaluations.get(("full", None)))
         if price_per_megabyte is not None:
             row = _priced(row, one.evaluations, None if one.manager == subject else reference, price_per_megabyte)
         rows.append(row)
@@ -207,11 +222,25 @@ def reference_budget(budget: Budget, budgets: Sequence[Budget]) -> Budget:
     return min(sized, key=lambda b: abs(budget_size(b) - budget_size(budget)))
 
 
+def floor_at(budget: Budget, measured: Sequence[Measured]) -> Measured | None:
+    """Return what `Row.floor` names at a budget: the best of the trivial managers, or else ``random``; None: neither.
+
+    Of equal ones the first in `TRIVIAL` that was measured; one whose log-likelihood is no number is none.
+    """
+    here = [one for one in measured if one.budget == budget and one.role not in ("full", "oracle")]
+    finite = [one for one in here if math.isfinite(_mean_loglik(one.evaluations))]
+    trivial = sorted(
+        (one for one in finite if is_trivial(one.manager)), key=lambda one: TRIVIAL.index(one.manager.partition("(")[0])
+    )
+    candidates = trivial or [one for one in finite if one.manager == "random"]
+    return max(candidates, key=lambda one: _mean_loglik(one.evaluations), default=None)
+
+
 def _row(
     one: Measured,
     subject: str,
     reference: Sequence[Evaluation],
-    control: Sequence[Evaluation] | None,
+    floor: Measured | None,
     full: Sequence[Evaluation] | None,
 ) -> Row:
     evaluations = one.evaluations
@@ -225,8 +254,8 @@ def _row(
         if both:
             difference_score = paired_bootstrap([a for a, _ in both], [b for _, b in both])
     recovered = None
-    if control is not None and full is not None:
-        recovered = recovered_share(loglik, _mean_loglik(control), _mean_loglik(full))
+    if floor is not None and full is not None:
+        recovered = recovered_share(loglik, _mean_loglik(floor.evaluations), _mean_loglik(full))
     return Row(
         model=one.model,
         task=one.task,
@@ -248,6 +277,7 @@ def _row(
         difference_score=difference_score.mean if difference_score else None,
         interval_loglik=bootstrap_mean(_logliks(evaluations)).bounds(),
         bytes_ratio=bytes_mean / _mean([as_float(e.bytes_mean) for e in reference]),
+        floor=floor.manager if floor is not None else None,
         recovered=recovered,
         prefix=one.prefix,
         chat_template=one.chat_template,

@@ -25,6 +25,7 @@ from evomem.managers.heuristics.keydiff import KeyDiff
 from evomem.managers.heuristics.knorm import KNorm
 from evomem.managers.heuristics.lava import LavaKV
 from evomem.managers.heuristics.observed_attention import ObservedAttention
+from evomem.managers.heuristics.protected_random import ProtectedRandom
 from evomem.managers.heuristics.pyramidkv import PyramidKV
 from evomem.managers.heuristics.random import Random
 from evomem.managers.heuristics.replacement import FIFO, LFU, LRU, SlotRelevance
@@ -66,6 +67,7 @@ __all__ = [
     "ObservedAttention",
     "PerHeadShares",
     "ProbedAllocation",
+    "ProtectedRandom",
     "PyramidKV",
     "Random",
     "Reallocated",

@@ -6,11 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from evomem.bounds import TOKENS, UNITS
 from evomem.errors import ConfigError
 from evomem.managers.allocation import build_allocation
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Refuse a truth value, which would count as one token."""
+    if isinstance(value, bool):
+        raise ValueError("give a whole number of tokens, or a share of the slots in [0, 1]")
+    return value
+
+
+CountOrShare = Annotated[
+    Annotated[int, Field(ge=0, le=TOKENS, strict=True)] | Annotated[float, Field(ge=0, le=1, strict=True)],
+    BeforeValidator(_no_truth_value),
+]
+"""Of protected tokens: a whole number (3), or a float as share of a head's slots (0.1); 1 is a token, 1.0 is all."""
 
 
 @dataclass(frozen=True)

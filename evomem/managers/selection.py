@@ -56,31 +56,37 @@ class Ends:
 
     Attributes
     ----------
-    sinks : tokens protected at the row's beginning.
-    recent : tokens protected at its end: a whole number, or a float as share of the head's slots (rounded down).
+    sinks : tokens protected at the row's beginning: a whole number, or a float as share of the head's slots (rounded
+        down).
+    recent : tokens protected at its end, likewise.
     recent_share : the protected end is at most this share of the head's slots (rounded down).
 
     Where a head has too few slots for both ends, the sinks come first and the newest tokens get what is left.
     """
 
-    sinks: int = 0
+    sinks: int | float = 0
     recent: int | float = 0
     recent_share: float = 1.0
 
     @property
     def floor(self) -> int:
         """Slots that a head needs for its protected ends and one slot more. Ends that are shares of the slots fit."""
-        fixed = 0 if self.by_share else int(self.recent)
-        return self.sinks + fixed + 1
+        sinks = self.sinks if isinstance(self.sinks, int) else 0
+        recent = self.recent if isinstance(self.recent, int) and self.recent_share == 1 else 0
+        return sinks + recent + 1
 
     @property
     def by_share(self) -> bool:
-        """Whether the protected end depends on the number of a head's slots wherever they have room for both ends."""
-        return isinstance(self.recent, float) or self.recent_share < 1
+        """Whether a protected end depends on the number of a head's slots wherever they have room for both ends."""
+        return isinstance(self.sinks, float) or isinstance(self.recent, float) or self.recent_share < 1
+
+    def first(self, n: Tensor) -> Tensor:
+        """Return how many of the first tokens are protected among ``n`` slots: int64 of n's shape."""
+        return share_of(self.sinks, n) if isinstance(self.sinks, float) else n.clamp(max=self.sinks)
 
     def window(self, n: Tensor) -> Tensor:
         """Return how many of the newest tokens are protected among ``n`` slots: int64 of n's shape."""
-        rest = n - n.clamp(max=self.sinks) if self.sinks else n
+        rest = n - self.first(n) if self.sinks else n
         if isinstance(self.recent, float):
             rest = torch.minimum(rest, share_of(self.recent, n))
         if self.recent_share < 1:
@@ -90,7 +96,7 @@ class Ends:
     def safe(self, view: LayerView, n: Tensor) -> Tensor:
         """Mark the protected slots where a head may keep ``n``: bool (batch, kv_heads, slots), also empty slots."""
         safe = view.age < self.window(n)
-        return safe | (view.position < n.clamp(max=self.sinks)) if self.sinks else safe
+        return safe | (view.position < self.first(n)) if self.sinks else safe
 
     def mark(self, scores: Tensor, view: LayerView, candidates: Tensor, n: Tensor) -> Tensor:
         """Return scores whose order is the order in which slots are kept: (batch, kv_heads, slots).

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TypeVar
 
-from evomem.evaluation.rows import BYTES_TOLERANCE, Row, reference_budget
+from evomem.evaluation.rows import BYTES_TOLERANCE, Row, is_trivial, reference_budget
 from evomem.statistics import DIGITS, verdict
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -16,6 +16,7 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 def sentences(rows: Sequence[Row]) -> list[str]:
     """Return what rows say: per model, task and budget whether the subject beats the best heuristic of equal memory.
 
+    Beside it stands the best trivial manager (`evomem.evaluation.rows.TRIVIAL`), where one was measured.
     Where memory has a price also who wins on net, per model and task: the subject against every other subject, against
     the heuristic with the largest net, and against the full cache.
     """
@@ -36,6 +37,14 @@ def best_heuristic(rows: Sequence[AnyRow]) -> AnyRow | None:
     field = [row for row in rows if row.role == "field" and math.isfinite(row.loglik)]
     fair = [row for row in field if row.bytes_ratio is None or row.bytes_ratio <= 1 + BYTES_TOLERANCE]
     return max(fair or field, key=lambda row: row.loglik, default=None)
+
+
+def best_trivial(rows: Sequence[AnyRow]) -> AnyRow | None:
+    """Return the row of the best trivial manager in the field (`evomem.evaluation.rows.TRIVIAL`), as `best_heuristic`.
+
+    None where none was measured.
+    """
+    return best_heuristic([row for row in rows if is_trivial(row.manager)])
 
 
 def best_on_net(rows: Sequence[AnyRow]) -> AnyRow | None:
@@ -60,6 +69,12 @@ def _sentence(rows: Sequence[Row]) -> str | None:
     text = f"{subject.manager} {_outcome(name, best.difference, best.interval)} {where}"
     if verdict(best.interval) == "unknown":
         text += "; too few samples"
+    trivial = best_trivial(rows)
+    if trivial is best:
+        text += f"; {best.manager} is a trivial manager"
+    elif trivial is not None and trivial.difference is not None:
+        name = f"the best trivial manager ({trivial.manager})"
+        text += f"; it {_outcome(name, trivial.difference, trivial.interval)}"
     if best.bytes_ratio is not None and not best.equal_bytes:
         text += f"; {best.manager} holds {_more(best.bytes_ratio)} memory"
     for row in rows:

@@ -99,7 +99,8 @@ def checked_row(row: AnyRow) -> AnyRow:
         row.price_per_megabyte, row.net, row.net_difference,
     )  # fmt: skip
     spans = (row.interval, row.interval_score, row.interval_loglik, row.net_interval, row.total_range)
-    if not all(isinstance(text, str) for text in texts) or type(row.samples) is not int:
+    named = isinstance(row.floor, str | None)
+    if not named or not all(isinstance(text, str) for text in texts) or type(row.samples) is not int:
         raise TypeError("names are texts, and samples a number")
     if not all(map(_is_number, numbers)) or not all(value is None or _is_number(value) for value in maybe):
         raise TypeError("a number is none")
@@ -167,7 +168,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         for price in dict.fromkeys(row.price_per_megabyte for row in rows if row.price_per_megabyte is not None):
             text += f" net: loglik - {price:g} for every 10^6 bytes of the sample's mean memory."
         if any(row.recovered is not None for row in rows):
-            text += " recovered: share of what random eviction loses."
+            text += f" recovered: share of what {_floors(rows)} loses."
         if any(row.head_slots is not None for row in rows):
             text += " slots: mean per KV head; min-max: over heads; total: of all heads, after the context"
             text += " (fewest-most of a sample)." if any(_totals_differ(row) for row in rows) else "."
@@ -197,6 +198,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
         limit = f"{BYTES_TOLERANCE:.0%}"
         lines.append(f"*: measured memory differs from the subject's by more than {limit}.")
     return lines
+
+
+def _floors(rows: Sequence[Row]) -> str:
+    """Return what `Row.recovered` starts from; rows of before do not say it, and mean ``random``."""
+    names = list(dict.fromkeys(row.floor or "random" for row in rows if row.recovered is not None))
+    if names == ["random"]:
+        return "random eviction"
+    return f"the best trivial manager of the budget ({', '.join(names)})"
 
 
 def markdown(rows: Sequence[Row], title: str = "Comparison") -> str:

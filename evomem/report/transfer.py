@@ -14,7 +14,7 @@ from rich.text import Text
 from evomem.evaluation.compare import Comparison
 from evomem.evaluation.rows import Budget, Row, budget_size, rows_of
 from evomem.report.plots import figure_with, save_figure
-from evomem.report.sentences import best_heuristic
+from evomem.report.sentences import best_heuristic, best_trivial
 from evomem.report.tables import budget_text
 from evomem.statistics import Verdict, verdict
 
@@ -46,11 +46,13 @@ class Cell:
     full : of the full cache.
     best : of the best heuristic that holds no more memory on this model (`best_heuristic`), with the manager's
         advantage over it; None without a field.
+    trivial : likewise of the best trivial manager (`evomem.evaluation.rows.TRIVIAL`); it may be the same row.
     """
 
     row: TransferRow
     full: TransferRow | None
     best: TransferRow | None
+    trivial: TransferRow | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -88,8 +90,8 @@ def cells(rows: Sequence[TransferRow]) -> list[Cell]:
         full = next((row for row in block if row.role == "full"), None)
         for row in block:
             if row.role == "subject":
-                best = best_heuristic([one for one in block if one.budget == row.budget])
-                matrix.append(Cell(row, full, best))
+                here = [one for one in block if one.budget == row.budget]
+                matrix.append(Cell(row, full, best_heuristic(here), best_trivial(here)))
     return sorted(matrix, key=lambda cell: budget_size(cell.row.budget))
 
 
@@ -100,11 +102,18 @@ def summary(matrix: Sequence[Cell]) -> list[str]:
         mine = [cell for cell in matrix if (cell.row.subject, cell.row.budget) == (subject, budget)]
         away = [cell for cell in mine if cell.row.model not in cell.row.train_model.split(" + ")]
         for where, some in (("on other models", away), ("at home", [cell for cell in mine if cell not in away])):
-            counts = {word: sum(cell.verdict == word for cell in some) for word in ("wins", "ties", "loses", "unknown")}
-            summary = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
             if some:
-                lines.append(f"{subject} at {budget_text(budget)}, {where}: {summary} against the best heuristic there")
+                text = f"{_counts([cell.verdict for cell in some])} against the best heuristic there"
+                floors = [cell.trivial for cell in some if cell.trivial is not None]
+                if floors:
+                    text += f"; {_counts([verdict(row.interval) for row in floors])} against the best trivial manager"
+                lines.append(f"{subject} at {budget_text(budget)}, {where}: {text}")
     return lines
+
+
+def _counts(verdicts: Sequence[Verdict]) -> str:
+    words: tuple[Verdict, ...] = ("wins", "ties", "loses", "unknown")
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in words if word in verdicts)
 
 
 def transfer_tables(matrix: Sequence[Cell]) -> list[Table]:
@@ -113,7 +122,8 @@ def transfer_tables(matrix: Sequence[Cell]) -> list[Table]:
     for budget in dict.fromkeys(cell.row.budget for cell in matrix):
         here = [cell for cell in matrix if cell.row.budget == budget]
         table = Table(
-            title=f"budget {budget_text(budget)}: log-likelihood (full cache), advantage over the best heuristic",
+            title=f"budget {budget_text(budget)}: log-likelihood (full cache), advantage over the best heuristic, "
+            "over the best trivial manager",
             title_justify="left", title_style="bold", header_style="dim", show_lines=True,
         )  # fmt: skip
         table.add_column("manager (found on)")
@@ -151,6 +161,8 @@ def _cell_text(cell: Cell | None) -> Text:
     text = f"{cell.row.loglik:.3f}{full}"
     if cell.best is not None:
         text += f"\n{_advantage(cell.best)}\n{cell.best.manager}"
+    if cell.trivial is not None and cell.trivial is not cell.best:
+        text += f"\n{_advantage(cell.trivial)}\n{cell.trivial.manager}"
     return Text(text, style=_STYLES[cell.verdict])
 
 
@@ -163,7 +175,8 @@ def _advantage(best: TransferRow) -> str:
 
 _HEADINGS = (
     "budget", "manager", "found on", "test model", "task", "log-likelihood", "full cache", "best heuristic there",
-    "advantage [95 %]", "KiB", "KiB of the heuristic", "tokens/s", "tokens/s, full",
+    "advantage [95 %]", "best trivial there", "advantage over it [95 %]", "KiB", "KiB of the heuristic",
+    "tokens/s", "tokens/s, full",
 )  # fmt: skip
 
 
@@ -172,7 +185,7 @@ def transfer_markdown(matrix: Sequence[Cell], skipped: Sequence[str] = ()) -> st
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
     several = len({cell.row.protocol for cell in matrix}) > 1
     for cell in matrix:
-        row, best, full = cell.row, cell.best, cell.full
+        row, best, full, trivial = cell.row, cell.best, cell.full, cell.trivial
         words = [
             budget_text(row.budget),
             row.subject,
@@ -183,6 +196,8 @@ def transfer_markdown(matrix: Sequence[Cell], skipped: Sequence[str] = ()) -> st
             "-" if full is None else f"{full.loglik:.3f}",
             "-" if best is None else f"{best.manager} ({best.loglik:.3f})",
             "-" if best is None else _EMPHASIS.get(cell.verdict, "{}").format(_advantage(best)),
+            "-" if trivial is None else f"{trivial.manager} ({trivial.loglik:.3f})",
+            "-" if trivial is None else _EMPHASIS.get(verdict(trivial.interval), "{}").format(_advantage(trivial)),
             f"{row.bytes_mean / 1024:,.0f}",
             "-" if best is None else f"{best.bytes_mean / 1024:,.0f}",
             _speed(row),

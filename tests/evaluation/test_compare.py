@@ -153,6 +153,54 @@ def test_rows_are_recomputable_and_survive_json(tmp_path):
     assert sum(table.row_count for table in tables(rows)) == len(rows)
 
 
+def trivial_field(**logliks):
+    """A subject at -0.5, the full cache at 0, and heuristics at these means, all with the same noise."""
+    noise = np.random.default_rng(0).normal(0, 0.05, 20)
+    others = [measured(name.replace("_x", "(seed=1)"), "field", 8, value + noise) for name, value in logliks.items()]
+    return rows_of(
+        "mine",
+        [measured("full", "full", None, 0 * noise, 9000.0), measured("mine", "subject", 8, -0.5 + noise), *others],
+    )
+
+
+@pytest.mark.parametrize(
+    ("logliks", "floor", "recovered"),
+    [
+        ({"keydiff": -0.6, "random": -4.0}, "random", 3.5 / 4),
+        ({"random": -0.9, "streaming_llm": -2.0, "fifo": -3.0}, "streaming_llm", 1.5 / 2),
+        ({"random": -4.0, "protected_random_x": -1.0, "streaming_llm": -2.0}, "protected_random(seed=1)", 0.5),
+        ({"fifo": -1.0, "streaming_llm": -1.0}, "streaming_llm", 0.5),
+        ({"streaming_llm": math.nan, "fifo": -2.0}, "fifo", 1.5 / 2),
+        ({"keydiff": -0.6}, None, None),
+    ],
+)
+def test_recovered_starts_from_the_best_trivial_manager(logliks, floor, recovered):
+    rows = trivial_field(**logliks)
+    mine = next(row for row in rows if row.manager == "mine")
+    assert (mine.floor, mine.recovered) == (
+        floor,
+        recovered if recovered is None else pytest.approx(recovered, abs=1e-2),
+    )
+    at_floor = [row.recovered for row in rows if row.manager == floor]
+    assert at_floor == [0.0] * (floor is not None)
+    said = [note for note in notes(rows) if "recovered" in note]
+    assert len(said) == (floor is not None)
+    assert all(("the best trivial manager" in note and floor in note) == (floor != "random") for note in said)
+    old = [Row.from_json({k: v for k, v in row.to_json().items() if k != "floor"}) for row in rows]
+    assert all("share of what random eviction loses" in note for note in notes(old) if "recovered" in note)
+
+
+def test_the_sentence_sets_the_best_trivial_manager_beside_the_best_heuristic():
+    (sentence,) = sentences(trivial_field(keydiff=-0.8, protected_random=-1.5, streaming_llm=-1.0, fifo=-1.2))
+    assert "beats the best heuristic (keydiff) by 0.300" in sentence
+    assert "; it beats the best trivial manager (streaming_llm) by 0.500 nats" in sentence
+    (sentence,) = sentences(trivial_field(keydiff=-0.8, fifo=-0.3))
+    assert "loses to the best heuristic (fifo) by 0.200" in sentence
+    assert "; fifo is a trivial manager" in sentence
+    (sentence,) = sentences(trivial_field(keydiff=-0.8, random=-0.9))
+    assert "trivial" not in sentence
+
+
 def test_exact_scores_are_paired_apart_from_likelihood():
     rows = rows_of(
         "a",

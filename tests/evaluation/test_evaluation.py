@@ -23,6 +23,7 @@ FEATURES = ["keydiff", "value_norm", "key_step", "attention_per_query", "window:
 SPECS = (
     "full",
     "random",
+    "protected_random",
     "streaming_llm",
     "knorm",
     "h2o",

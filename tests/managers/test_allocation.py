@@ -136,7 +136,9 @@ def test_the_total_is_the_budget_whatever_binds(name, data):
         slopes = torch.rand(allocation.marginal.shape, generator=torch.Generator().manual_seed(read))
         allocation.set_curves(allocation.knots, slopes.sort(-1, descending=True).values)
     ends = Ends(
-        data.draw(st.integers(0, 6)), data.draw(st.integers(0, 8) | st.floats(0, 1)), data.draw(st.floats(0, 1))
+        data.draw(st.integers(0, 6) | st.floats(0, 1)),
+        data.draw(st.integers(0, 8) | st.floats(0, 1)),
+        data.draw(st.floats(0, 1)),
     )
     budget = data.draw(st.none() | st.integers(1, 50) | st.floats(0.02, 1))
     views = full_views(layers, read, (0, data.draw(st.integers(1, 7))), heads)

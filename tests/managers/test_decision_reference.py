@@ -72,7 +72,7 @@ def test_what_is_kept_is_what_the_documentation_says(name, data):
         parameter.data.copy_(torch.tensor(drawn).reshape(parameter.shape))
         logs = parameter.reshape(layers, heads).tolist() if name == "per_head_shares" else drawn
     recent = data.draw(st.integers(0, 6) | st.floats(0, 1) | st.sampled_from([0.1, 0.3, 0.7]))
-    ends = data.draw(st.integers(0, 4)), recent, data.draw(st.just(1.0) | SHARE)
+    ends = data.draw(st.integers(0, 4) | st.sampled_from([0.1, 0.3, 0.5, 1.0])), recent, data.draw(st.just(1.0) | SHARE)
     budget = data.draw(st.none() | st.integers(1, 40) | SHARE)
     if name == "threshold" and spec["options"]["cap"] is not None:
         budget = None

@@ -27,7 +27,7 @@ from tests.evaluation.test_evaluation import TASK, make_sample
 from tests.support import field_allocations as slow
 
 WINDOW, SEEN, DIM = 5, 30, 4
-ENDS = (Ends(), Ends(2, 3), Ends(recent=WINDOW, recent_share=0.5), Ends(3, 0.25))
+ENDS = (Ends(), Ends(2, 3), Ends(recent=WINDOW, recent_share=0.5), Ends(3, 0.25), Ends(0.1, 0.1))
 OBSERVING = ("cake", "lava")
 PROBED = ("razor", "duo", "headkv")
 
@@ -120,11 +120,9 @@ def test_lava_gives_layers_their_entropy_and_heads_their_ranks(case: Any, safegu
             rows = []
             for head in range(heads):
                 held = [s for s, token in enumerate(view.slots[row, head].tolist()) if token >= 0]
-                window = int(ends.window(mean)[row])
+                window, sinks = int(ends.window(mean)[row]), int(ends.first(mean)[row])
                 first = {
-                    s
-                    for s in held
-                    if int(view.age[row, head, s]) < window or int(view.position[row, head, s]) < min(ends.sinks, n)
+                    s for s in held if int(view.age[row, head, s]) < window or int(view.position[row, head, s]) < sinks
                 }
                 order = sorted(held, key=lambda s: (s not in first, -float(score[row, head, s]), s))
                 safe = set(order[: int(safeguard * (total // heads) + 1e-9)]) | first

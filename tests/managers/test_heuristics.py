@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomem import managers
+from evomem.errors import ConfigError
 from evomem.managers import build
 from evomem.managers.allocation import Uniform, pyramid_budget
 from evomem.managers.decision import Judgement, Rule
@@ -21,6 +22,7 @@ from tests.support.ragged_view import DIM, GROUP, HEADS, SEEN, alone, make_view
 
 SPECS = (
     "random",
+    "protected_random",
     "streaming_llm",
     "knorm",
     "h2o",
@@ -71,6 +73,8 @@ def slow_scores(name, view, b, h, recent):
     def norm(x):
         return math.sqrt(sum(i * i for i in x))
 
+    if name in ("random", "protected_random"):
+        return {p: slow_lot(0, view.layer, h, p) for _, p in held}
     if name == "streaming_llm":
         return {p: p - read for _, p in held}
     if name == "knorm":
@@ -126,6 +130,21 @@ def slow_scores(name, view, b, h, recent):
     return {p: (total[p] + 0.02) * norm(v[p]) for p in k}
 
 
+def slow_lot(*numbers):
+    """A number in [0, 1) of seed, layer, head and position: SplitMix64's finaliser over Python's whole numbers."""
+    low, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+    def mix(x):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & low
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & low
+        return x ^ (x >> 31)
+
+    state = mix(numbers[0])
+    for number in numbers[1:]:
+        state = mix(state ^ mix((number + 1) * golden & low))
+    return (state >> 40) / 2**24
+
+
 def slow_limit(name, view, b, budget):
     read = view.seen - int(view.start[b])
     mean = budget if isinstance(budget, int) else math.ceil(round(budget * read, 6))
@@ -145,6 +164,8 @@ def slow_limit(name, view, b, budget):
 
 def slow_protected(name, view, b, n):
     """(sinks, newest) that are kept before all others."""
+    if name == "protected_random":
+        return n // 10, n // 10
     sinks = min(n, {"streaming_llm": 4, "expected_attention": 4}.get(name, 0))
     recent = {"h2o": n // 2, "snapkv": min(8, n // 2), "pyramidkv": min(8, n // 2)}.get(name, 0)
     recent = min(8, n // 2) if name in ("cake", "lava") else recent
@@ -195,7 +216,7 @@ def kept_tokens(view, keep):
 
 
 @pytest.mark.parametrize("budget", [1, 3, 6, 12, 17, 40, 0.3])
-@pytest.mark.parametrize("spec", [s for s in SPECS if s != "random"])
+@pytest.mark.parametrize("spec", SPECS)
 def test_decision_equals_plain_loops(spec, budget):
     name = spec.partition("(")[0]
     for layer in (0, 1, 3):
@@ -274,6 +295,40 @@ def test_protected_tokens_are_kept():
     for spec, (sinks, recent) in ends.items():
         keep = build(spec, budget=16).decide(view).keep
         assert keep[view.valid & ((view.position < sinks) | (view.age < recent))].all(), spec
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "ends"),
+    [
+        ({}, 20, (2, 2)),
+        ({}, 19, (1, 1)),
+        ({"sinks": 3, "recent": 0.25}, 16, (3, 4)),
+        ({"sinks": 0.5, "recent": 1.0}, 9, (4, 5)),
+        ({"sinks": 1, "recent": 1}, 7, (1, 1)),
+    ],
+)
+def test_random_decides_between_protected_ends(options, n, ends):
+    """A share is of the head's slots, rounded down, a whole number counts tokens; the lot is `random`'s own."""
+    view = make_view(held=((40, 40, 40), (33, 33, 33)))
+    manager = build("protected_random", budget=n, **options)
+    plain = build("random").score(view)
+    assert torch.equal(manager.score(view), plain)
+    for b in range(2):
+        read = SEEN - int(view.start[b])
+        sure = {*range(ends[0]), *range(read - ends[1], read)}
+        for h in range(HEADS):
+            lots = sorted((-float(plain[b, h, s]), p) for s, p in tokens(view, b, h) if p not in sure)
+            kept = {p for row, head, p in kept_tokens(view, manager.decide(view).keep) if (row, head) == (b, h)}
+            assert kept == sure | {p for _, p in lots[: n - len(sure)]}
+    same = build("random", budget=n, **{"sinks": 0.1, "recent": 0.1, **options}).decide(view).keep
+    assert torch.equal(same, manager.decide(view).keep)
+
+
+@pytest.mark.parametrize("bad", [True, -1, 1.5, -0.1, "a", None, 10**12, math.nan])
+def test_protected_ends_of_random_are_counts_or_shares(bad):
+    for name in ("sinks", "recent"):
+        with pytest.raises(ConfigError, match=name):
+            build("random", **{name: bad})
 
 
 def test_tova_keeps_one_set():

@@ -25,6 +25,7 @@ from evomem.tasks import build as build_task
 from tests.workers.test_several_models import folders  # noqa: F401
 
 BUDGETS, SAMPLES = (6, 0.5), 6
+FIELD = ("keydiff", "knorm", "fifo", "streaming_llm")
 
 
 def conditions(folders, *families, budgets="6,0.5", **changes):  # noqa: F811
@@ -54,7 +55,9 @@ def travellers(tmp_path_factory):
     return [str(root / "scorer"), str(root / "bam")]
 
 
-def moved(travellers, measured_on, output, *, recalibrate=False, against="keydiff,knorm,random", check=False):
+def moved(
+    travellers, measured_on, output, *, recalibrate=False, against="keydiff,knorm,fifo,streaming_llm", check=False
+):
     command.transfer(
         travellers, against, measured_on, None if output is None else str(output), recalibrate=recalibrate, check=check
     )
@@ -89,7 +92,7 @@ def test_every_cell_is_what_the_plain_way_measures(matrix, travellers, folders):
         for budget in BUDGETS:
             cell = found["scorer", str(folders / family), budget]
             mine, held = plain(plugins.load(travellers[0]).with_options(budget=budget))
-            field = {spec: plain(build(f"{spec}(budget={budget})"))[0] for spec in ("keydiff", "knorm", "random")}
+            field = {spec: plain(build(f"{spec}(budget={budget})"))[0] for spec in FIELD}
             best = max(field, key=lambda spec: np.mean(field[spec]))
             assert cell.row.loglik == pytest.approx(np.mean(mine), abs=1e-4)
             assert cell.full.loglik == pytest.approx(np.mean(full), abs=1e-4)
@@ -99,6 +102,14 @@ def test_every_cell_is_what_the_plain_way_measures(matrix, travellers, folders):
             assert cell.best.interval == pytest.approx([interval.low, interval.high], abs=1e-3)
             assert cell.best.bytes_mean == pytest.approx(cell.row.bytes_mean, rel=0.02)
             assert cell.verdict == ("wins" if interval.low > 0 else "loses" if interval.high < 0 else "ties")
+            trivial = max(FIELD[2:], key=lambda spec: np.mean(field[spec]))
+            interval = paired_bootstrap(mine, field[trivial])
+            assert (cell.trivial.manager, cell.row.floor) == (trivial, trivial)
+            assert cell.trivial.difference == pytest.approx(interval.mean, abs=1e-4)
+            assert cell.trivial.interval == pytest.approx([interval.low, interval.high], abs=1e-3)
+            lost = np.mean(full) - np.mean(field[trivial])
+            share = None if lost <= 0 else pytest.approx((np.mean(mine) - np.mean(field[trivial])) / lost, abs=1e-2)
+            assert cell.row.recovered == share
             assert cell.row.tokens_per_second > 0
             assert cell.full.tokens_per_second > 0
             assert cell.row.bytes_mean == pytest.approx(held)
@@ -119,6 +130,8 @@ def test_every_subject_says_where_it_was_found(matrix):
     assert text.count("\n| 6 | ") == 6
     assert text == transfer_markdown(cells(rows))
     assert len(summary(cells(rows))) == 6
+    assert all("against the best heuristic there; " in line for line in summary(cells(rows)))
+    assert all(line.endswith("against the best trivial manager") for line in summary(cells(rows)))
     assert [item.name for item in path.parent.iterdir() if "partial" in item.name] == []
 
 

@@ -40,13 +40,13 @@ class Head:
 class Protected:
     """Tokens at a row's ends that come before all others: `Ends` in plain numbers."""
 
-    sinks: int = 0
+    sinks: int | float = 0
     recent: int | float = 0
     recent_share: float = 1.0
 
     def among(self, slots: int) -> tuple[int, int]:
         """Return how many of the oldest and of the newest tokens are protected where a head has so many slots."""
-        sinks = min(self.sinks, slots)
+        sinks = part(self.sinks, slots) if isinstance(self.sinks, float) else min(self.sinks, slots)
         recent = part(self.recent, slots) if isinstance(self.recent, float) else self.recent
         return sinks, min(recent, part(self.recent_share, slots), slots - sinks)
 
@@ -59,7 +59,7 @@ class Protected:
     def least(self) -> int:
         """Slots that a head needs for its ends, and one more; an end that is a share of the slots fits."""
         fits = isinstance(self.recent, float) or self.recent_share < 1
-        return self.sinks + (0 if fits else int(self.recent)) + 1
+        return (0 if isinstance(self.sinks, float) else self.sinks) + (0 if fits else int(self.recent)) + 1
 
 
 def written(share: float) -> Fraction:

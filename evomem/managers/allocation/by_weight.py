@@ -133,4 +133,4 @@ def ends_at(ends: Ends, mean: Tensor) -> Tensor:
 
     It is at least `Ends.floor`, which counts one slot more than ends of a fixed size.
     """
-    return torch.maximum(mean.clamp(max=ends.floor), mean.clamp(max=ends.sinks) + ends.window(mean))
+    return torch.maximum(mean.clamp(max=ends.floor), ends.first(mean) + ends.window(mean))
