@@ -269,6 +269,12 @@ def known_rows(path: Path) -> dict[str, Any]:
     return rows
 
 
+def text_of(rows: dict[str, Any]) -> str:
+    """Return what a file of rows holds: JSON, a list of numbers on a line."""
+    text = json.dumps(rows, indent=1)
+    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
+
+
 def whole_numbers(text: str) -> list[int]:
     """Return numbers that commas separate; raise `argparse.ArgumentTypeError` for anything else."""
     parts = text.split(",")
@@ -375,10 +381,7 @@ def main() -> None:
             partial.touch()
             result = {"grid": grid, "table": table, "count": count}[arguments.command](arguments)
             key = arguments.key or f"{arguments.command} {arguments.task}"
-            text = json.dumps({**known_rows(arguments.json), key: result}, indent=1)
-            partial.write_text(
-                re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
-            )
+            partial.write_text(text_of({**known_rows(arguments.json), key: result}))
     except (EvomemError, OSError) as error:
         raise SystemExit(str(error)) from None
 

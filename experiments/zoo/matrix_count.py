@@ -2,12 +2,16 @@
 
     OMP_NUM_THREADS=1 python -m experiments.zoo.matrix_count --json docs/results/matrix_count.json \
         --runs runs/matrix/count-0 runs/matrix/count-1 runs/matrix/rate-0 runs/matrix/rate-1
+    OMP_NUM_THREADS=1 python -m experiments.zoo.matrix_count --observations distinct_rate:32 effective_writes
 
 Runs or plug-ins have an allocation by which the input decides. Each is set beside its own ranking at every number of
 ``--fixed``, on sealed samples with few or many pairs, by the score less the price of its bytes, which is the fitness of
 the search (`experiments/matrix_count.yaml`). ``best fixed`` is the number that is best on these very samples, which
 favours it. Then the rows that each holds after a text, as pairs grow at one length, and as filler grows at one
 number of pairs. Intervals are of 95 %, paired sample by sample.
+
+``--observations`` are what such an allocation may go by: numbers of a head. Each is shown in the mean over layers,
+heads and training texts, after texts of which every write is kept.
 """
 
 from __future__ import annotations
@@ -19,16 +23,20 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from evomem.errors import EvomemError
+import torch
+
+from evomem.errors import ConfigError, EvomemError
 from evomem.evaluation import Evaluation, Evaluator
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
+from evomem.evaluation.population import Recording
+from evomem.files.atomic import write_atomically
 from evomem.managers import MemoryManager
 from evomem.managers.reallocation import with_allocation
-from evomem.models import LoadedModel, load
+from evomem.models import LoadedModel
 from evomem.statistics import paired_bootstrap
 from evomem.tasks import Split
 from evomem.tasks import build as build_task
-from experiments.zoo.matrix_recall import manager_of
+from experiments.zoo.matrix_recall import manager_of, matrix_model
 
 MIX = "zoo_recall:length=128,pairs=16,fewest_pairs=2"
 BY_PAIRS = "zoo_recall:length=128,pairs={}"
@@ -115,10 +123,47 @@ def by_text(
     return cells
 
 
+def observed(loaded: LoadedModel, names: Sequence[str], given: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Return what is observed of whole texts, by observation, then mean and deviation by text; prints a table.
+
+    Raises
+    ------
+    ConfigError : there is no such observation of a memory matrix, or it is one of every slot.
+    """
+    model: Any = loaded.model
+    policy, cells = Recording(frozenset(names)), dict[str, dict[str, list[float]]]()
+    evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=given.every))
+    templates = [(BY_PAIRS, value) for value in given.pairs] + [(BY_LENGTH, value) for value in given.lengths]
+    for template, value in templates:
+        spec, values = template.format(value), dict[str, list[float]]()
+        for sample in build_task(spec, loaded.tokenizer).samples(Split.TRAIN, given.texts, given.seed):
+            cache = model.decided_cache(policy)
+            with torch.no_grad():
+                model(evaluator.tokens(sample).read, past_key_values=cache)
+            views = [layer.view() for layer in cache.layers]
+            for name in names:
+                tensors = [view.recorded[name] for view in views]
+                if tensors[0].dim() != 2:
+                    raise ConfigError(
+                        f"--observations {name}: is one of every slot; give those of a head, for example "
+                        "effective_writes"
+                    )
+                values.setdefault(name, []).append(fmean(float(tensor.float().mean()) for tensor in tensors))
+        for name, numbers in values.items():
+            cells.setdefault(name, {})[spec] = [round(fmean(numbers), 3), round(stdev(numbers), 3)]
+    print("\n| after | " + " | ".join(template.format(value) for template, value in templates) + " |")
+    print("|" + "---|" * (len(templates) + 1))
+    for name, row in cells.items():
+        print(f"| {name} | " + " | ".join(f"{mean:.2f} ± {spread:.2f}" for mean, spread in row.values()) + " |")
+    return cells
+
+
 def main() -> None:
     """Measure, print, and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="folders of runs or plug-ins, each with another name")
+    parser.add_argument("--runs", nargs="+", default=[], help="folders of runs or plug-ins, each with another name")
+    parser.add_argument("--observations", nargs="+", default=[], help="numbers of a head, for a table of their own")
+    parser.add_argument("--texts", type=int, default=8, help="training texts for --observations")
     parser.add_argument("--model", default="zoo-memory-matrix")
     parser.add_argument("--task", default=MIX, help="texts with few or many pairs")
     parser.add_argument("--fixed", type=int, nargs="+", default=[4, 8, 12, 16, 20, 24], help="fixed numbers of rows")
@@ -137,10 +182,16 @@ def main() -> None:
             "give at least 2 samples, a decision every 1 or more tokens, fixed numbers of at least 1, and a finite "
             "price of at least 0"
         )
+    if (
+        bool(given.runs) == bool(given.observations)
+        or given.texts < 2
+        or len(set(given.observations)) < len(given.observations)
+    ):
+        raise SystemExit("give --runs, or --observations, each once, and at least 2 --texts of them")
     try:
         if given.json is not None:
             given.json.parent.mkdir(parents=True, exist_ok=True)  # before all that is measured
-        loaded = load(given.model)
+        loaded = matrix_model(given.model)
         runs = {Path(source).name: manager_of(source) for source in given.runs}
         if len(runs) < len(given.runs):
             raise SystemExit("--runs: two folders have one name; rename one of them")
@@ -150,16 +201,24 @@ def main() -> None:
                     f"--runs {name}: its allocation is {manager.allocation.name!r}, where the input decides nothing; "
                     "search one with by_effective_writes or by_distinct_rate"
                 )
-        record = {
-            "model": given.model, "task": given.task, "price_per_megabyte": given.price, "samples": given.samples,
-            "runs": by_counts(loaded, runs, given),
-            "rows_by_pairs": by_text(loaded, runs, BY_PAIRS, given.pairs, given),
-            "rows_by_length": by_text(loaded, runs, BY_LENGTH, given.lengths, given),
-        }  # fmt: skip
+        record: dict[str, Any]
+        if given.observations:
+            record = {
+                "model": given.model,
+                "texts": given.texts,
+                "observed": observed(loaded, given.observations, given),
+            }
+        else:
+            record = {
+                "model": given.model, "task": given.task, "price_per_megabyte": given.price, "samples": given.samples,
+                "runs": by_counts(loaded, runs, given),
+                "rows_by_pairs": by_text(loaded, runs, BY_PAIRS, given.pairs, given),
+                "rows_by_length": by_text(loaded, runs, BY_LENGTH, given.lengths, given),
+            }  # fmt: skip
     except (EvomemError, OSError) as error:
         raise SystemExit(str(error)) from None
     if given.json is not None:
-        given.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_atomically(given.json, (json.dumps(record, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
@@ -25,14 +25,17 @@ from typing import Any
 import torch
 
 from evomem import plugins
+from evomem.errors import ConfigError, EvomemError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
+from evomem.files.atomic import write_atomically
 from evomem.managers import MemoryManager, build
 from evomem.models import LoadedModel, load
 from evomem.models.architectures.memory_matrix import MemoryMatrix
 from evomem.statistics import bootstrap_mean
 from evomem.tasks import Sample, Split
 from evomem.tasks import build as build_task
+from evomem.tasks.streams.base import StreamTask
 
 FIELD = ("random", "fifo", "lru", "lfu", "keydiff")
 
@@ -136,22 +139,35 @@ def line(record: dict[str, Any]) -> str:
     )
 
 
-def measure(loaded: LoadedModel, spec: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print the table of one task, and return its rows."""
+def measure(
+    loaded: LoadedModel, spec: str, managers: Mapping[str, MemoryManager], given: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Print the table of one task, and return its rows.
+
+    Raises
+    ------
+    ConfigError : the task has streams, which no language model reads; or a manager holds more than the slots it is
+        compared in.
+    """
     task = build_task(spec, loaded.tokenizer)
+    if isinstance(task, StreamTask):
+        raise ConfigError(
+            f"--tasks {spec}: has streams of requests, which a memory matrix does not read; take zoo_recall"
+        )
     samples = task.samples(Split.SEALED, given.samples, given.seed)
     evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=given.every))
+    evaluator.check_positions(samples)
     model: Any = loaded.model
-    budgets = [int(budget) for budget in given.slots.split(",")]
     rows = [own_row(evaluator, model, "emptied", None, samples, empties=True)]
-    rows += [own_row(evaluator, with_slots(model, number), "own writing", number, samples) for number in budgets]
+    rows += [own_row(evaluator, with_slots(model, number), "own writing", number, samples) for number in given.slots]
     own = {row.budget: row for row in rows if row.budget is not None}
-    entrants = [("full", None), *((source, budget) for budget in budgets for source in given.managers)]
-    managers = [
-        manager_of(source).with_options(budget=None if most is None else most - given.every)
-        for source, most in entrants
+    entrants: list[tuple[str, int | None]] = [("full", None)]
+    entrants += [(source, budget) for budget in given.slots for source in managers]
+    entered = [build("full")]
+    entered += [
+        managers[source].with_options(budget=most - given.every) for source, most in entrants if most is not None
     ]
-    results = [evaluator.evaluate(managers, sample, task, EXACT) for sample in samples]
+    results = [evaluator.evaluate(entered, sample, task, EXACT) for sample in samples]
     arms: dict[tuple[str, int | None], list[int]] = {}
     for number, (source, budget) in enumerate(entrants):
         arms.setdefault((arm_of(source), budget), []).append(number)
@@ -159,6 +175,10 @@ def measure(loaded: LoadedModel, spec: str, given: argparse.Namespace) -> list[d
         right = [[one[number].exact or 0.0 for one in results] for number in numbers]
         nats = [[one[number].loglik for one in results] for number in numbers]
         slots = mean([one[number].slots for number in numbers for one in results])
+        if budget is not None and slots > budget:
+            raise ConfigError(
+                f"{name}: holds {slots:.1f} rows where at most {budget} are compared; give it a budget that it keeps"
+            )
         nbytes = mean([one[number].bytes_mean or 0.0 for number in numbers for one in results])
         rows.append(Row(name, budget, right, nats, slots, nbytes))
     records = [row.record(own.get(row.budget)) for row in rows]
@@ -179,31 +199,69 @@ def own_row(
     return Row(name, slots, [[one[0] for one in results]], [[one[1] for one in results]], held, cache.nbytes())
 
 
-def main() -> None:
+def matrix_model(name: str) -> LoadedModel:
+    """Return a loaded memory matrix.
+
+    Raises
+    ------
+    ConfigError : the model is another one, or has no memory.
+    """
+    loaded = load(name)
+    if not isinstance(loaded.model, MemoryMatrix) or not loaded.model.config.memory_layers:
+        raise ConfigError(f"{name} has no memory matrix; give zoo-memory-matrix, or a folder of such a model")
+    return loaded
+
+
+def slot_counts(text: str) -> list[int]:
+    """Return numbers of slots that commas separate; raise `argparse.ArgumentTypeError` for anything else."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers of at least 1, for example 32,16")
+    return [int(part) for part in parts]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("managers", nargs="*", default=list(FIELD), help="specs, and folders of plug-ins or runs")
     parser.add_argument("--model", default="zoo-memory-matrix")
     parser.add_argument("--tasks", nargs="+", default=["zoo_recall:length=128,pairs=16"])
-    parser.add_argument("--slots", default="32,16", help="most rows that are held at any time")
+    parser.add_argument("--slots", type=slot_counts, default=[32, 16], help="most rows that are held at any time")
     parser.add_argument("--every", type=int, default=4, help="tokens between decisions")
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the rows")
-    given = parser.parse_args()
-    loaded = load(given.model)
-    if not isinstance(loaded.model, MemoryMatrix) or len(loaded.model.config.memory_layers) == 0:
-        raise SystemExit(f"{given.model} has no memory matrix; give zoo-memory-matrix, or a folder of such a model")
-    most = loaded.model.config.matrix_slots
-    if not all(slots.isdecimal() and given.every < int(slots) <= most for slots in given.slots.split(",")):
-        raise SystemExit(
-            f"--slots {given.slots}: give numbers from {given.every + 1}, so that a decision every {given.every} tokens"
-            f" leaves some, to {most}, the slots of the model's own matrix"
-        )
-    tables = {spec: measure(loaded, spec, given) for spec in given.tasks}
-    if given.json is not None:
-        given.json.write_text(
-            json.dumps({"every": given.every, "model": given.model, "tasks": tables}, indent=1) + "\n"
+    given = parser.parse_args(arguments)
+    try:
+        check(given)
+        if given.json is not None:
+            given.json.parent.mkdir(parents=True, exist_ok=True)  # before all that is measured
+        loaded = matrix_model(given.model)
+        most = int(loaded.model.config.matrix_slots)  # type: ignore[arg-type]
+        if too_many := [number for number in given.slots if number > most]:
+            raise ConfigError(f"--slots {too_many[0]}: the model's own matrix has {most} slots; give at most that many")
+        entrants = {source: manager_of(source) for source in given.managers}
+        tables = {spec: measure(loaded, spec, entrants, given) for spec in given.tasks}
+        if given.json is not None:
+            record = {"every": given.every, "model": given.model, "tasks": tables}
+            write_atomically(given.json, (json.dumps(record, indent=1) + "\n").encode())
+    except (EvomemError, OSError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def check(given: argparse.Namespace) -> None:
+    """Raise `ConfigError` where numbers or names of the command line say nothing that could be measured."""
+    for name, least in (("every", 1), ("samples", 2), ("seed", 0)):
+        if getattr(given, name) < least:
+            raise ConfigError(f"--{name} {getattr(given, name)}: give at least {least}")
+    for name in ("managers", "tasks", "slots"):
+        values = getattr(given, name)
+        if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+            raise ConfigError(f"{name}: {twice[0]} is there twice; leave one out")
+    if given.slots and min(given.slots) <= given.every:
+        raise ConfigError(
+            f"--slots {min(given.slots)}: a decision every {given.every} tokens would leave none; give at least "
+            f"{given.every + 1}"
         )
 
 

@@ -54,3 +54,27 @@ def test_what_the_input_does_not_decide_is_refused(monkeypatch, tmp_path):
         run(monkeypatch, "--runs", plugin(tmp_path / "fixed-0", "uniform"))
     with pytest.raises(SystemExit, match="give at least 2 samples"):
         run(monkeypatch, "--runs", "x", "--samples", "1")
+    for words, message in (
+        ((), "give --runs, or --observations"),
+        (("--runs", "x", "--observations", "effective_writes"), "give --runs, or --observations"),
+        (("--observations", "effective_writes", "--texts", "1"), "at least 2 --texts"),
+        (("--observations", "recency"), "is one of every slot"), (("--observations", "nosuch"), "nosuch"),
+        (("--observations", "surprise"), "surprise"),
+        (("--model", "zoo-qwen3", "--observations", "x"), "no memory matrix"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, *words)
+
+
+def test_observations_are_those_of_whole_texts(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    run(monkeypatch, "--observations", "effective_writes", "distinct_rate:8", "--texts", "3", "--pairs", "2", "4",
+        "--lengths", "64", "96", "--json", str(path))  # fmt: skip
+    cells = json.loads(path.read_text())["observed"]
+    for spec, pairs in (
+        ("zoo_recall:length=128,pairs=2", 2), ("zoo_recall:length=128,pairs=4", 4),
+        ("zoo_recall:length=64,pairs=8", 8), ("zoo_recall:length=96,pairs=8", 8),
+    ):  # fmt: skip
+        assert cells["effective_writes"][spec][0] == pytest.approx(pairs, abs=0.2)
+        assert 0 <= cells["distinct_rate:8"][spec][0] <= 1
+    assert "| effective_writes | " in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""A memory that another configuration has read, several texts in a row, two caches at once: every model refuses."""
+"""A memory that another configuration has read, several texts in a row, two caches at once: every model refuses.
+
+Masks that contradict what was read: `tests/models/test_later_masks.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from evomem.managers import build
 from evomem.memory.explicit.feedback import FeedbackCache
 from evomem.memory.explicit.neural import NeuralCache
 from tests.models import test_fam, test_memory_models, test_titans
+from tests.models.test_mosaic import tiny_mosaic
 
 MODELS = test_memory_models.MODELS | {"fam": test_fam.tiny_fam(), "mag": test_titans.MODELS["mag"]}
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -57,14 +61,48 @@ def test_a_memory_of_as_many_numbers_and_another_depth_is_refused():
         titans(depth=2, expansion=2)(IDS[:, 6:], past_key_values=cache)
 
 
-@pytest.mark.parametrize("other", [{"feedback": 2}, {"block": 2}, {"segments": 2}])
-def test_slots_of_another_configuration_are_refused(other):
-    reader = test_fam.tiny_fam(**other)
-    cache = reader.decided_cache(build("full"))
-    ids = test_fam.ids_of(0, 14)
+DECIDED = {
+    "fam": test_fam.tiny_fam, "matrix": test_memory_models.tiny_matrix,
+    "v1": lambda **sizes: tiny_mosaic("v1", **sizes), "v2": lambda **sizes: tiny_mosaic("v2", **sizes),
+}  # fmt: skip
+"""Models whose memories a manager may decide about, by how they are made."""
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("fam", {"feedback": 2}), ("fam", {"block": 2}), ("fam", {"segments": 2}), ("matrix", {"rule": "leaky"}),
+        ("matrix", {"matrix_layers": [0]}), ("v1", {"persistent_size": 7}), ("v2", {"short_window": 3}),
+        ("v2", {"long_delay": 2}),
+    ],
+)  # fmt: skip
+def test_slots_of_another_configuration_are_refused(name, other):
+    """As they are, cloned, and from a state; most fit, tensor by tensor, and would say something else."""
+    reader, ids = DECIDED[name](**other), test_fam.ids_of(0, 14)
+    cache, again = reader.decided_cache(build("full")), reader.decided_cache(build("full"))
     reader(ids[:, :10], past_key_values=cache)
-    with pytest.raises(CacheError, match="read on with the model that began"):
-        MODELS["fam"](ids[:, 10:], past_key_values=cache)
+    again.load_state(*cache.state())
+    for read in (cache, copy.deepcopy(cache), again):
+        with pytest.raises(CacheError, match="read on with the model that began"):
+            MODELS[name](ids[:, 10:], past_key_values=read)
+    one, two = (reader(ids[:, 10:], past_key_values=read).logits for read in (cache, again))  # they are as they were
+    assert torch.equal(one, two)
+    cache.reset()
+    reader(ids[:, :4], past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_a_state_of_slots_says_who_has_read_them(name):
+    model, ids = MODELS[name], test_fam.ids_of(0, 14)
+    cache, again = model.decided_cache(build("full")), model.decided_cache(build("full"))
+    model(ids[:, :10], past_key_values=cache)
+    facts, tensors = cache.state()
+    with pytest.raises(CacheError, match="'reader' is no configuration"):
+        again.load_state(facts, tensors | {"reader": torch.zeros(3)})
+    del tensors["reader"]
+    again.load_state(facts, tensors)
+    with pytest.raises(CacheError, match="'reader' is missing"):
+        model(ids[:, 10:], past_key_values=again)
 
 
 def test_caches_of_other_layers_are_refused_before_they_are_begun():
@@ -124,16 +162,6 @@ def test_two_caches_at_once_are_refused(name):
     with pytest.raises(ModelError, match="leave one out"):
         model(IDS, past_key_values=cache, cache=other)
     assert torch.equal(model(IDS, past_key_values=cache, cache=cache).logits, model(IDS).logits)
-
-
-def test_a_mask_that_contradicts_what_was_read_is_refused():
-    model, mask = MODELS["fam"], torch.ones_like(IDS)
-    cache = model(IDS[:, :6]).past_key_values
-    mask[0, :3] = 0
-    with pytest.raises(CacheError, match="other padding than the tokens were read with"):
-        model(IDS[:, 6:], attention_mask=mask, past_key_values=cache)
-    with pytest.raises(ModelError, match="about 7 tokens"):
-        model(IDS[:, 6:], attention_mask=mask[:, 3:], past_key_values=cache)
 
 
 @every_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any, ClassVar, Self
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from evomem.errors import CacheError
-from evomem.files.strict_json import NotStrictError, parse_strict
+from evomem.memory.explicit.reader import HasReader
 from evomem.memory.kv.layer_memory import CountedLayer
 
 
@@ -147,13 +146,13 @@ class TensorLayer(MemoryCacheLayer):  # type: ignore[no-untyped-call]
         return self.clone()  # tensors of a pass with gradients have no deep copy
 
 
-class TensorCache(Cache):
+class TensorCache(Cache, HasReader):
     """What a model keeps of a text where nobody decides: one `TensorLayer` a layer.
 
     Attributes
     ----------
     interrupted : a forward pass over the cache has begun and not ended.
-    reader : fields of the configuration that the text was read with; None: nothing was read, or by no model.
+    reader : see `HasReader`.
 
     Class attributes
     ----------------
@@ -168,7 +167,7 @@ class TensorCache(Cache):
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self.interrupted = False
-        self.reader: dict[str, Any] | None = None
+        self.reader = None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -189,39 +188,13 @@ class TensorCache(Cache):
         """Raise `CacheError` when an error or interruption cut a forward pass short, so that layers disagree."""
         require_whole(self.interrupted, self.layers)
 
-    def require_reader(self, fields: Mapping[str, Any]) -> None:
-        """Note the configuration that a text is read with.
-
-        Tensors of another configuration often fit (other segments, another rate), and mean something else.
-
-        Raises
-        ------
-        CacheError : the text was begun with another configuration, or it is not known with which.
-        """
-        fields = json.loads(json.dumps(fields))  # as a file gives them back
-        if not self.get_seq_length():
-            self.reader = dict(fields)
-        if self.reader is None:
-            raise CacheError(
-                f"{self.saved_title}: 'reader' is missing, the configuration that the text was read with; read it again"
-            )
-        for name in sorted({*fields, *self.reader}):
-            before, now = self.reader.get(name), fields.get(name)
-            if before != now:
-                raise CacheError(
-                    f"this memory's text was read with {name} {before!r}, and the model has {now!r}: it would mean "
-                    "something else there; read on with the model that began, or read the text again"
-                )
-
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that is held, by ``LAYER.NAME``; not copies.
 
-        ``seen`` is a tensor () int64, and ``reader``, where a model has read, (characters,) uint8: JSON.
+        ``seen`` is a tensor () int64; beside it is `HasReader.reader_tensors`.
         """
         self.require_whole()
-        named = {"seen": torch.tensor(self.get_seq_length())}
-        if self.reader is not None and self.get_seq_length():
-            named["reader"] = torch.tensor(list(json.dumps(self.reader, sort_keys=True).encode()), dtype=torch.uint8)
+        named = {"seen": torch.tensor(self.get_seq_length())} | self.reader_tensors()
         for index, layer in enumerate(self.layers):
             named |= {f"{index}.{name}": tensor for name, tensor in layer.tensors().items()}
         return named
@@ -237,8 +210,7 @@ class TensorCache(Cache):
         seen = rest.pop("seen", None)
         if seen is None or seen.shape or seen.dtype != torch.int64 or seen < 0:
             raise CacheError(f"{title}: 'seen' is no count of tokens; the file is damaged or something else")
-        said = rest.pop("reader", None)
-        reader = None if said is None else _parsed_reader(title, said)
+        reader = self.parsed_reader(rest.pop("reader", None))
         for index, layer in enumerate(self.layers):
             parts = {name: rest.pop(f"{index}.{name}") for name in layer.tensor_names if f"{index}.{name}" in rest}
             layer.fill(f"{title}, {one} {index}", parts, int(seen))
@@ -251,17 +223,6 @@ class TensorCache(Cache):
             raise CacheError(f"{title}: the {one}s have differently many rows; the file is damaged")
         self.reader = reader
         return self
-
-
-def _parsed_reader(title: str, said: Tensor) -> dict[str, Any]:
-    """Return the configuration that a tensor of a saved cache says a text was read with; see `TensorCache`."""
-    try:
-        reader = parse_strict(bytes(said.tolist()).decode())
-    except (NotStrictError, ValueError, TypeError):
-        reader = None
-    if said.dtype != torch.uint8 or not isinstance(reader, dict):
-        raise CacheError(f"{title}: 'reader' is no configuration of a model; the file is damaged")
-    return reader
 
 
 def require_whole(interrupted: bool, layers: list[Any]) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 from evomem.memory.explicit.cache import ExplicitCache
 from evomem.memory.explicit.cache_layer import TensorLayer, require_whole
 from evomem.memory.explicit.layer import ExplicitLayer
+from evomem.memory.explicit.reader import HasReader
 from evomem.memory.kv.policy import CachePolicy
 
 
-class DecidedCache(ExplicitCache):
+class DecidedCache(ExplicitCache, HasReader):
     """Layers that are decided about, and beside them layers that keep a few tensors of the text.
 
     Parameters
@@ -26,6 +27,7 @@ class DecidedCache(ExplicitCache):
     Attributes
     ----------
     interrupted : a forward pass over the cache has begun and not ended.
+    reader : see `HasReader`.
 
     Class attributes
     ----------------
@@ -37,7 +39,7 @@ class DecidedCache(ExplicitCache):
     def __init__(self, layers: Sequence[ExplicitLayer], beside: Mapping[int, Any], policy: CachePolicy) -> None:
         super().__init__(layers, policy)
         self.beside: dict[int, Any] = dict(beside)
-        self.interrupted = False
+        self.interrupted, self.reader = False, None
 
     def copy_empty(self) -> DecidedCache:
         """Return an empty cache of the same kind; a subclass with arguments of its own overrides it."""
@@ -87,7 +89,7 @@ class DecidedCache(ExplicitCache):
         super().reset()
         for layer in self.beside.values():
             layer.reset()
-        self.interrupted = False
+        self.interrupted, self.reader = False, None
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -137,13 +139,17 @@ class DecidedCache(ExplicitCache):
         other = self.copy_empty()
         other.layers = [layer.clone() for layer in self.layers]
         other.beside = {number: layer.clone() for number, layer in self.beside.items()}
-        other.interrupted = self.interrupted
+        other.interrupted, other.reader = self.interrupted, self.reader
         return other
 
     def state(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """Return all that the cache is between two tokens; see `ExplicitCache.state`, and `tensor_name`."""
+        """Return all that the cache is between two tokens.
+
+        See `ExplicitCache.state`, `tensor_name`, and `HasReader.reader_tensors`.
+        """
         self.require_whole()
         facts, tensors = super().state()
+        tensors |= self.reader_tensors()
         for number, layer in self.beside.items():
             tensors |= {self.tensor_name(number, name): part for name, part in layer.tensors().items()}
         return facts, tensors
@@ -161,8 +167,10 @@ class DecidedCache(ExplicitCache):
             for name in layer.tensor_names
         }
         beside: dict[int, dict[str, Tensor]] = {number: {} for number in self.beside}
-        rest: dict[str, Tensor] = {}
+        reader, rest = self.parsed_reader(tensors.get("reader")), dict[str, Tensor]()
         for key, tensor in tensors.items():
+            if key == "reader":
+                continue
             if key in names:
                 number, name = names[key]
                 beside[number][name] = tensor
@@ -173,4 +181,4 @@ class DecidedCache(ExplicitCache):
         for number, layer in self.beside.items():
             layer.reset()
             self.fill_beside(layer, number, beside[number], seen)
-        self.interrupted = False
+        self.interrupted, self.reader = False, reader

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
-from evomem.memory.explicit.cache_layer import TensorCache, TensorLayer, require_numbers, require_shapes
+from evomem.memory.explicit.cache_layer import require_numbers, require_shapes
 from evomem.memory.explicit.matrix_rules import Write, latest, read, scan
+from evomem.memory.explicit.padded import PaddedCache, PaddedLayer
 
 WINDOW = ("window_keys", "window_values", "window_real")
-TENSORS = (*WINDOW, "matrix", "frequency", "last_read", "last_written", "tail")
+TENSORS = (*WINDOW, "matrix", "frequency", "last_read", "last_written", "tail", "start")
 """Attributes of a `MatrixLayer` that are its state, besides ``seen``; the batch is axis 0 of each.
 
-A layer without a memory has those of the window only.
+A layer without a memory has those of the window only, and ``start``.
 """
 
 
@@ -38,7 +39,19 @@ class Exchange:
     bias: Tensor | None = None
 
 
-class MatrixLayer(TensorLayer):  # type: ignore[no-untyped-call]
+def ended_rows(layer: Any) -> Tensor | None:
+    """Return which rows have padding behind a token, where no token may follow: (batch,) bool.
+
+    layer : the first one of a `MatrixCache` or `MatrixRowsCache`. None: nothing was read, or the window is a single
+        token and keeps none, so that a model refuses such padding from the beginning.
+    """
+    if layer.start is None or layer.window_real is None or not layer.window_real.shape[1]:
+        return None
+    ended: Tensor = (layer.start < layer.seen) & ~layer.window_real[:, -1]
+    return ended
+
+
+class MatrixLayer(PaddedLayer):  # type: ignore[no-untyped-call]
     """The memory matrix of one layer, for every row and head, and the last tokens that its attention sees.
 
     Attributes
@@ -51,6 +64,7 @@ class MatrixLayer(TensorLayer):  # type: ignore[no-untyped-call]
     window_keys, window_values : (batch, attention_heads, tokens, head_dim) of the window.
     window_real : (batch, tokens) bool, which tokens of the window are no padding.
     tail : (batch, reach, hidden), inputs of the last tokens, which later tokens' writes and reads look back to.
+    start : see `PaddedLayer`; None beside layers that a manager decides about, which know it.
     """
 
     title: ClassVar[str] = "a memory matrix"
@@ -120,8 +134,8 @@ class MatrixLayer(TensorLayer):  # type: ignore[no-untyped-call]
         """Raise `CacheError` unless tensors fit each other and the number of tokens read."""
         if not seen and not tensors:
             return
-        names = TENSORS if tensors.keys() - set(WINDOW) else WINDOW
-        if missing := set(names) - tensors.keys():
+        names = TENSORS if tensors.keys() - {*WINDOW, "start"} else WINDOW
+        if missing := set(names) - tensors.keys() - {"start"}:
             raise CacheError(f"{where}: {min(missing)!r} is missing; the file is damaged")
         keys = tensors["window_keys"]
         if keys.dim() != 4 or keys.shape[2] > seen:
@@ -136,14 +150,20 @@ class MatrixLayer(TensorLayer):  # type: ignore[no-untyped-call]
             shapes |= dict.fromkeys(("frequency", "last_read", "last_written"), tuple(matrix.shape[:-1]))
             shapes |= {"matrix": (batch, *matrix.shape[1:4]), "tail": (batch, *tensors["tail"].shape[1:3])}
         require_shapes(where, tensors, shapes)
-        require_numbers(where, tensors, {"window_real": torch.bool})
+        require_numbers(where, tensors, {"window_real": torch.bool, "start": torch.int64})
 
 
-class MatrixCache(TensorCache):
-    """The memory matrices of all layers: what a model with memory matrices sees as its `past_key_values`."""
+class MatrixCache(PaddedCache):
+    """The memory matrices of all layers: what a model with memory matrices sees as its `past_key_values`.
+
+    Attributes
+    ----------
+    right_padded : whether a row may have padding behind its tokens, so that it is asked for (`ended_rows`).
+    """
 
     layers: list[MatrixLayer]
     saved_title: ClassVar[str] = "saved memory matrices"
+    right_padded: bool = False
 
     def __init__(self, layers: int) -> None:
         super().__init__([MatrixLayer() for _ in range(layers)])
@@ -151,6 +171,11 @@ class MatrixCache(TensorCache):
     def by_block(self, batch: int) -> list[MatrixLayer]:
         """Return what every layer of the model reads and writes."""
         return self.layers
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Hold what `tensors` describe; see `PaddedCache.fill`."""
+        self.right_padded = True  # nobody has said that it is not
+        return super().fill(tensors)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], layers: int) -> Self:

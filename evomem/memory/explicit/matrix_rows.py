@@ -7,7 +7,7 @@ whether the new one is stored, and which other one it replaces. Rows are read by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -105,9 +105,14 @@ class MatrixRowsCache(DecidedCache):
     blocks : layers of the model.
     memories : numbers of those that have a memory.
     policy : the manager.
+
+    Attributes
+    ----------
+    right_padded : as of `MatrixCache`.
     """
 
     layers: list[MatrixRows]  # type: ignore[assignment]
+    right_padded: bool = False
     beside_title: ClassVar[str] = "window"
 
     def __init__(self, blocks: int, memories: list[int], policy: CachePolicy) -> None:
@@ -124,6 +129,18 @@ class MatrixRowsCache(DecidedCache):
     def copy_empty(self) -> MatrixRowsCache:
         """Return an empty cache of the same layers."""
         return type(self)(self.blocks, self.memories, self.policy)
+
+    def clone(self) -> MatrixRowsCache:
+        """Return an independent continuation of this cache."""
+        other = super().clone()
+        assert isinstance(other, MatrixRowsCache)  # of `copy_empty`
+        other.right_padded = self.right_padded
+        return other
+
+    def load_state(self, facts: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+        """Go on, to the bit, as the cache that `state` was taken of; see `DecidedCache.load_state`."""
+        super().load_state(facts, tensors)
+        self.right_padded = True  # nobody has said that it is not
 
     def by_block(self, batch: int) -> list[MatrixRows | MatrixLayer]:
         """Return what every layer of the model reads and writes, for ``batch`` rows."""

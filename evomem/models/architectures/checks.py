@@ -61,6 +61,44 @@ def unpadded(mask: Tensor, batch: int, tokens: int, model: str, why: str) -> Ten
     return mask_bits(mask).expand(batch, -1)
 
 
+def with_past(
+    mask: Tensor, batch: int, tokens: int, seen: int, start: Tensor | None, model: str, why: str
+) -> tuple[Tensor, bool]:
+    """Return which tokens of a mask are no padding, and whether it is about all tokens that were ever read.
+
+    A mask about the new tokens only gets a column before them: whether the row has read a token.
+
+    Parameters
+    ----------
+    mask : (batch or 1, tokens ever read, or the new ones), 0 = padding.
+    batch, tokens : rows and new tokens of the input.
+    seen : tokens that the memory has read, padding included.
+    start : (batch,) int64, index of every row's first real token, ``seen`` where it has none; None: nothing was read.
+    model, why : see `unpadded`.
+
+    Raises
+    ------
+    ModelError : the mask has other axes, or is about another number of tokens.
+    CacheError : it says of tokens that were read that they are padding, and they were not, or the reverse.
+    """
+    real = unpadded(mask, batch, tokens, model, why)
+    if real.shape[1] not in (tokens, seen + tokens):
+        raise ModelError(
+            f"attention_mask is about {real.shape[1]} tokens; give one about the {tokens} new tokens, or about all "
+            f"{seen + tokens} that were ever read"
+        )
+    if not seen or start is None:
+        return real, True
+    if real.shape[1] == tokens:
+        return torch.cat(((start < seen)[:, None].to(real.device), real), 1), False
+    padding = (~real[:, :seen]).long().cumprod(1).sum(1)
+    if bool(torch.ne(padding, start.to(real.device)).any()):
+        raise CacheError(
+            "attention_mask has other padding than the tokens were read with; reset() the memory and read again"
+        )
+    return real, True
+
+
 def require_left_padding(real: Tensor, why: str) -> None:
     """Raise `CacheError` where padding stands behind a token.
 

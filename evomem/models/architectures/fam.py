@@ -38,7 +38,7 @@ from evomem.models.architectures.checks import (
     require_one_text,
     require_rotary_heads,
     require_rows,
-    unpadded,
+    with_past,
 )
 from evomem.models.architectures.fam_layers import FamBlock, Turn
 
@@ -206,8 +206,7 @@ class Fam(MemoryGenerationMixin, PreTrainedModel):
         if attention_mask is not None:
             real = self._real(attention_mask, batch, tokens, cache)
         require_one_text("a feedback memory", position_ids, batch, tokens, real)
-        if isinstance(cache, FeedbackCache):
-            cache.require_reader(reading_fields(self.config))
+        cache.require_reader(reading_fields(self.config))
         if not seen:
             layers: list[Any] = list(cache.layers)
             for layer, initial in zip(layers, self.initial_feedback(), strict=True):
@@ -268,18 +267,10 @@ class Fam(MemoryGenerationMixin, PreTrainedModel):
     @staticmethod
     def _real(mask: Tensor, batch: int, tokens: int, cache: FeedbackCache | FeedbackSlotsCache) -> Tensor:
         """Return which of the new tokens are no padding, (batch, tokens) bool; see `forward`."""
-        real = unpadded(mask, batch, tokens, "a feedback memory", "who is seen follows from its blocks")
         seen, start = cache.get_seq_length(), cache.layers[0].start
-        if real.shape[1] not in (tokens, seen + tokens):
-            raise ModelError(
-                f"attention_mask is about {real.shape[1]} tokens; give one about the {tokens} new tokens, or about all "
-                f"{seen + tokens} that were ever read"
-            )
-        whole = seen > 0 and real.shape[1] > tokens
-        if whole and start is not None and bool(torch.ne((~real[:, :seen]).sum(1), start).any()):
-            raise CacheError(
-                "attention_mask has other padding than the tokens were read with; reset() the memory and read again"
-            )
+        why = "who is seen follows from its blocks"
+        real, whole = with_past(mask, batch, tokens, seen, start, "a feedback memory", why)
+        real = real if whole else real[:, 1:]  # what is behind a token, `_note_padding` says
         require_left_padding(real, "a block would be compressed with it")
         return real[:, -tokens:]
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import CacheError, ConfigError, ModelError
-from evomem.memory.explicit.matrix import MatrixCache
+from evomem.memory.explicit.matrix import MatrixCache, ended_rows
 from evomem.memory.explicit.matrix_rows import MatrixRowsCache
 from evomem.memory.explicit.matrix_rules import check_rule
 from evomem.memory.kv.due import turns
@@ -34,10 +34,11 @@ from evomem.models.architectures.checks import (
     SIZES,
     reading_fields,
     require_counts,
+    require_left_padding,
     require_one_text,
     require_rotary_heads,
     require_rows,
-    unpadded,
+    with_past,
 )
 from evomem.models.architectures.memory_matrix_layers import MatrixBlock, RowMemory, WindowAttention
 
@@ -206,8 +207,9 @@ class MemoryMatrix(MemoryGenerationMixin, PreTrainedModel):
         ------
         ModelError : another kind of cache, or a mask that is not (batch, tokens); no tokens; labels that do not fit;
             attention weights are asked for.
-        CacheError : an earlier pass over the cache was cut short, or it has other rows; a token stands behind padding
-            that stands behind a token.
+        CacheError : an earlier pass over the cache was cut short, or it has other rows, or was read with another
+            configuration; a token stands behind padding that stands behind a token; padding is other than the tokens
+            were read with.
         """
         call = Call.of(
             self,
@@ -229,12 +231,20 @@ class MemoryMatrix(MemoryGenerationMixin, PreTrainedModel):
         (batch, tokens), seen = input_ids.shape, cache.get_seq_length()
         window = cache.layers[0].window_keys
         require_rows(None if window is None else len(window), batch)
-        real = None if attention_mask is None else self._real(attention_mask, batch, tokens)
+        real = None if attention_mask is None else self._real(attention_mask, batch, tokens, cache)
         require_one_text("a memory matrix", position_ids, batch, tokens, real)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + tokens, device=input_ids.device)[None]
+        cache.require_reader(reading_fields(self.config))
+        if real is None and cache.right_padded:
+            self._require_open(ended_rows(cache.layers[0]))
         if isinstance(cache, MatrixCache):
-            cache.require_reader(reading_fields(self.config))
+            if not seen:
+                cache.begin_rows(batch, input_ids.device)
+            if real is not None:
+                cache.note_padding(real)
+        if real is not None:
+            cache.right_padded = cache.right_padded or not bool(real[:, -1].all())
         embedded, at, parts = self.embed(input_ids), 0, call.parts(len(self.blocks))
         cache.interrupted = True  # if an error ends the pass, some layers have read what others have not
         for end, due in turns(
@@ -253,16 +263,34 @@ class MemoryMatrix(MemoryGenerationMixin, PreTrainedModel):
         cache.interrupted = False
         return call.answer_parts(self, parts, cache if keeps_cache(self, given, use_cache) else None)
 
-    def _real(self, mask: Tensor, batch: int, tokens: int) -> Tensor:
+    def _real(self, mask: Tensor, batch: int, tokens: int, cache: MatrixCache | MatrixRowsCache) -> Tensor:
         """Return which of the new tokens are no padding, (batch, tokens) bool; see `forward`."""
-        real = unpadded(mask, batch, tokens, "a memory matrix", "who is seen follows from its window")
+        seen, first = cache.get_seq_length(), cache.layers[0]
+        start = first.start if seen else None
+        real, whole = with_past(
+            mask, batch, tokens, seen, start, "a memory matrix", "who is seen follows from its window"
+        )
+        if self.config.window == 1:
+            require_left_padding(real, "a window of one token does not keep that a row has ended")
+        ended = ended_rows(first) if seen else None
+        if ended is not None:
+            if whole and bool((ended & real[:, seen - 1]).any()):
+                raise CacheError(
+                    "attention_mask has other padding than the tokens were read with; reset() the memory and read again"
+                )
+            self._require_open(ended & real[:, -tokens:].any(1))
         padding = ~real & (real.long().cumsum(1) > 0)  # behind a token
-        if bool((real & (padding.long().cumsum(1) > 0)).any()):
+        self._require_open((real & (padding.long().cumsum(1) > 0)).any(1))
+        return real[:, -tokens:]
+
+    @staticmethod
+    def _require_open(ended: Tensor | None) -> None:
+        """Raise `CacheError` where a row has a token behind padding that is behind a token: (batch,) bool."""
+        if ended is not None and bool(ended.any()):
             raise CacheError(
                 "attention_mask has padding between tokens; a memory matrix's window and looks back would run through "
                 "it: pad on the left (tokenizer.padding_side = 'left')"
             )
-        return real[:, -tokens:]
 
 
 AutoConfig.register(MemoryMatrixConfig.model_type, MemoryMatrixConfig, exist_ok=True)

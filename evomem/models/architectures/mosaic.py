@@ -28,7 +28,7 @@ from evomem.models.architectures.checks import (
     require_left_padding,
     require_one_text,
     require_rows,
-    unpadded,
+    with_past,
 )
 from evomem.models.architectures.mosaic_cache import CONTEXTUAL, UNITS, MosaicCache
 from evomem.models.architectures.mosaic_decided import DecidedMosaicCache
@@ -251,16 +251,21 @@ class MemoryMosaic(MemoryGenerationMixin, PreTrainedModel):
         ------
         ModelError : no tokens; a mask that is not (batch, tokens); labels that do not fit; attention weights are asked
             for.
-        CacheError : another kind of cache, or of other rows; padding on the right; a pass before was cut short.
+        CacheError : another kind of cache, or of other rows, or read with another configuration; padding on the right,
+            or other than the tokens were read with; a pass before was cut short.
         """
         call = Call.of(self, input_ids, logits_to_keep, kwargs, "a mosaic has no attention")
         assert input_ids is not None  # `Call.of`
         given = only_cache("a mosaic", past_key_values, cache)
         memory = self.new_cache() if given is None else self._checked(given, len(input_ids))
-        real = None if attention_mask is None else self._real(attention_mask, *input_ids.shape)
+        real = None if attention_mask is None else self._real(attention_mask, *input_ids.shape, memory)
         require_one_text("a mosaic", kwargs.get("position_ids"), len(input_ids), input_ids.shape[1], real)
+        memory.require_reader(reading_fields(self.config))
         if isinstance(memory, MosaicCache):
-            memory.require_reader(reading_fields(self.config))
+            if not memory.get_seq_length():
+                memory.begin_rows(len(input_ids), input_ids.device)
+            if real is not None:
+                memory.note_padding(real)
         decided = isinstance(memory, DecidedMosaicCache)
         note_pass(self, memory if decided else None)  # type: ignore[arg-type]
         every = memory.policy.schedule.every if isinstance(memory, DecidedMosaicCache) else None
@@ -294,8 +299,10 @@ class MemoryMosaic(MemoryGenerationMixin, PreTrainedModel):
         return cache
 
     @staticmethod
-    def _real(mask: Tensor, rows: int, tokens: int) -> Tensor:
-        real = unpadded(mask, rows, tokens, "a mosaic", "what is read follows from its keys")
+    def _real(mask: Tensor, rows: int, tokens: int, memory: MosaicCache | DecidedMosaicCache) -> Tensor:
+        """Return which of the new tokens are no padding, (rows, tokens) bool; see `forward`."""
+        seen, start = memory.get_seq_length(), memory.layers[0].start
+        real, _ = with_past(mask, rows, tokens, seen, start, "a mosaic", "what is read follows from its keys")
         require_left_padding(real, "a mosaic's averages would run through it")
         return real[:, -tokens:]
 

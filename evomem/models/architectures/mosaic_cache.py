@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from evomem.errors import CacheError
-from evomem.memory.explicit.cache_layer import TensorCache, TensorLayer, require_numbers
+from evomem.memory.explicit.cache_layer import require_numbers
+from evomem.memory.explicit.padded import PaddedCache, PaddedLayer
 from evomem.models.architectures.mosaic_memory import read_pairs, readable
 
 UNITS = 2
@@ -18,7 +19,7 @@ UNITS = 2
 CONTEXTUAL = {"v1": 1, "v2": 2}
 """Those of them that store pairs, the first ones."""
 
-TENSORS = ("average", "keys", "values", "slots", "next_key", "next_value", "next_real")
+TENSORS = ("average", "keys", "values", "slots", "next_key", "next_value", "next_real", "start")
 """Attributes of a `UnitMemory` that are its state, besides ``seen``; the batch is axis 0 of each."""
 
 
@@ -47,7 +48,7 @@ class Pairs:
     real: Tensor | None
 
 
-class UnitMemory(TensorLayer):  # type: ignore[no-untyped-call]
+class UnitMemory(PaddedLayer):  # type: ignore[no-untyped-call]
     """What one unit of one layer keeps, for every row and head.
 
     A unit that stores no pairs (a persistent one) keeps ``average`` only.
@@ -61,6 +62,7 @@ class UnitMemory(TensorLayer):  # type: ignore[no-untyped-call]
     next_key, next_value : (batch, heads, dim), key and projected value of the newest token. They become a pair when
         the token after it is read, of which the pair's value knows.
     next_real : (batch,) bool: the newest token is no padding.
+    start : see `PaddedLayer`; None beside units that a manager decides about, which know it.
     """
 
     title: ClassVar[str] = "a mosaic's memory"
@@ -130,8 +132,8 @@ class UnitMemory(TensorLayer):  # type: ignore[no-untyped-call]
                 f"{where}: 'average' is missing or has not the axes (batch, heads, dim); the file is damaged"
             )
         batch, heads, _ = average.shape
-        require_numbers(where, tensors, {"slots": torch.int64, "next_real": torch.bool})
-        if len(tensors) == 1:
+        require_numbers(where, tensors, {"slots": torch.int64, "next_real": torch.bool, "start": torch.int64})
+        if tensors.keys() <= {"average", "start"}:
             return  # stores no pairs
         if missing := {"next_key", "next_value", "next_real"} - tensors.keys():
             raise CacheError(f"{where}: {min(missing)!r} is missing; the file is damaged")
@@ -155,7 +157,7 @@ class UnitMemory(TensorLayer):  # type: ignore[no-untyped-call]
                 raise CacheError(f"{where}: pairs of tokens that were not read; the file is damaged")
 
 
-class MosaicCache(TensorCache):
+class MosaicCache(PaddedCache):
     """All units' memories, what a mosaic sees as its `past_key_values`.
 
     Parameters

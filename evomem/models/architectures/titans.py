@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from evomem.errors import CacheError, ConfigError, ModelError
+from evomem.errors import ConfigError, ModelError
 from evomem.memory.explicit.neural import NeuralCache
 from evomem.memory.explicit.neural_rules import DEPTHS, matrices
 from evomem.memory.kv.due import turns
@@ -30,7 +30,7 @@ from evomem.models.architectures.checks import (
     require_one_text,
     require_rotary_heads,
     require_rows,
-    unpadded,
+    with_past,
 )
 from evomem.models.architectures.titans_layers import NeuralMemory, PrefixAttention, Projection, TitansBlock
 
@@ -245,22 +245,9 @@ class Titans(MemoryGenerationMixin, PreTrainedModel):
     @staticmethod
     def _real(mask: Tensor, batch: int, tokens: int, memory: NeuralCache) -> Tensor | None:
         """Return which of the new tokens are no padding, (batch, tokens) bool; None: all are. See `forward`."""
-        real = unpadded(mask, batch, tokens, "a Titans model", "who is seen follows from its window")
-        layer = memory.layers[0]
-        whole = real.shape[1] == layer.seen + tokens
-        if not whole and real.shape[1] != tokens:
-            raise ModelError(
-                f"attention_mask is about {real.shape[1]} tokens; give one about the {tokens} new tokens, or about all "
-                f"{layer.seen + tokens} that were ever read"
-            )
-        begun = torch.zeros_like(real[:, :1])
-        if layer.start is not None and layer.seen:  # a pass that was refused may have begun rows
-            if whole and not bool(((~real[:, : layer.seen]).sum(1) == layer.start).all()):
-                raise CacheError(
-                    "attention_mask has other padding than the tokens were read with; reset() the memory and read again"
-                )
-            begun = (layer.start < layer.seen)[:, None] & (not whole)
-        require_left_padding(torch.cat((begun, real), 1), "a neural memory would take it into its segments")
+        seen, start = memory.get_seq_length(), memory.layers[0].start
+        real, _ = with_past(mask, batch, tokens, seen, start, "a Titans model", "who is seen follows from its window")
+        require_left_padding(real, "a neural memory would take it into its segments")
         real = real[:, -tokens:]
         return None if bool(real.all()) else real
 

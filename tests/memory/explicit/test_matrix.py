@@ -165,6 +165,7 @@ def test_the_last_touch_is_that_of_a_loop(seed, cut):
 def filled(rows=2):
     """A cache of two layers after 5 tokens."""
     cache, draw = MatrixCache(2), torch.Generator().manual_seed(0)
+    cache.begin_rows(rows, torch.device("cpu"))
     for layer in cache.layers:
         layer.begin(torch.randn(rows, 1, SLOTS, WIDTH, generator=draw))
         touched = torch.rand(rows, 1, 5, SLOTS, generator=draw)

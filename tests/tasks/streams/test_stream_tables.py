@@ -10,7 +10,7 @@ import torch
 
 from evomem.managers import build
 from evomem.plugins import save
-from experiments import streams
+from experiments import streams, streams_bytes
 from tests.support import slow_stream
 from tests.support.slow_replacement import relevance, replay
 
@@ -121,3 +121,36 @@ def test_files_and_names_that_do_not_fit_are_refused_before_anything_is_measured
             run(monkeypatch, "table", "--json", tmp_path / "new", "--grid", path, "--runs", "a", "--more", label)
         assert "give LABEL=RUN,RUN" in capsys.readouterr().err
     assert {one.name for one in tmp_path.iterdir()} == {"rows.json", "file"}
+
+
+def test_arc_holds_as_many_pairs_as_the_bytes_do(tmp_path, monkeypatch, capsys):
+    """Pairs of 10 bytes each and ghosts of 8: 95 bytes are 5 of them; the rest is ARC on the table's own streams."""
+    asked = []
+    monkeypatch.setattr(streams_bytes, "hits", lambda stream, policy, slots: asked.append(slots) or stream.reads)
+    rows = {
+        "random": {"bytes": 40.0}, "best R: x": {"bytes": 60.0}, "arc": {}, "evolved": {"mean": 0.5},
+        "a": {"bytes": 90.0, "rates": [0.5, 0.25]}, "b": {"bytes": 100.0, "rates": [0.5, 0.75]},
+    }  # fmt: skip
+    table = {"task": TASK, "split": "sealed", "streams": 2, "skipped": 1, "slots": {"4": rows}}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"t": table, "grid": {}}))
+    streams_bytes.main([str(path), "--key", "t", "--json", str(path)])
+    saved = json.loads(path.read_text())
+    assert saved["t"] == table
+    row = saved["bytes t"]["4"]
+    assert (row["bytes"], row["arc_pairs"], set(asked)) == (95.0, 5, {5})
+    assert row["arc_rates"] == [1.0, 1.0]
+    assert row["evolved_ahead_by"]["mean"] == -0.5
+    streams_bytes.main([str(path), "--key", "t", "--runs", "b"])
+    assert asked[-1] == 5  # 100 / 18
+    for words, message in (
+        (["--key", "u"], "has no table 'u'; it has 't'"), (["--key", "grid"], "has no table 'grid'"),
+        (["--key", "t", "--runs", "arc"], "arc: is no ranking of the table"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=message):
+            streams_bytes.main([str(path), *words])
+    del rows["random"]
+    path.write_text(json.dumps({"t": table}))
+    with pytest.raises(SystemExit, match="no row of 'random'"):
+        streams_bytes.main([str(path), "--key", "t"])
+    capsys.readouterr()
