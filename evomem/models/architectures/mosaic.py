@@ -258,7 +258,9 @@ class MemoryMosaic(MemoryGenerationMixin, PreTrainedModel):
         assert input_ids is not None  # `Call.of`
         given = only_cache("a mosaic", past_key_values, cache)
         memory = self.new_cache() if given is None else self._checked(given, len(input_ids))
-        real = None if attention_mask is None else self._real(attention_mask, *input_ids.shape, memory)
+        real = (
+            None if attention_mask is None else self._real(attention_mask, len(input_ids), input_ids.shape[1], memory)
+        )
         require_one_text("a mosaic", kwargs.get("position_ids"), len(input_ids), input_ids.shape[1], real)
         memory.require_reader(reading_fields(self.config))
         if isinstance(memory, MosaicCache):
