@@ -1,4 +1,4 @@
-"""Ray of their own: drivers that are killed or interrupted, a cluster that loses a machine, and no Ray at all."""
+"""Ray of their own: commands that are interrupted, a cluster that loses a machine, and no Ray at all."""
 
 from __future__ import annotations
 
@@ -14,120 +14,14 @@ from pathlib import Path
 import pytest
 
 from evomem.runs import load_experiment, search
-from evomem.runs.journal import read_journal
 from evomem.testing.models import tiny, tiny_tokenizer
-from evomem.workers import WorkerOptions
 from evomem.workers.ray import local as ray_local
-from evomem.workers.ray.janitor import processes
 from tests.cli.test_cli import questions
-from tests.support.faulty_search import SETTINGS, begun, entries, events_in, logged, names_of_units, units_in
+from tests.support.faulty_search import SETTINGS, begun, entries, events_in, logged, names_of_units
 from tests.support.interrupted_search import outcome, same
+from tests.support.ray_processes import PROGRAM, alive, begin, lines, told, under
 from tests.support.synthetic_search import experiment
-from tests.workers.test_faults import nothing_again
 from tests.workers.test_ray_pool import until
-
-HERE = Path(__file__).parents[1] / "support"
-PROGRAM = [sys.executable, str(HERE / "ray_program.py")]
-
-
-def begin(folder, *command, **variables):
-    """Start a process, a group of its own as a terminal would make it; what it says goes to a file."""
-    places = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, **variables}
-    with (folder / "said").open("w") as file:
-        words = [str(word) for word in command]
-        return subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
-
-
-def told(folder, process, seconds=120):
-    """Wait for the end of a process that went well; return what it tells in its last line."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    said = (folder / "said").read_text()
-    assert process.returncode == 0, said
-    return json.loads(said.splitlines()[-1])
-
-
-def under(process):
-    """A process and all that it has started, directly or not, as {pid: command}."""
-    parents, names = {}, {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, rest = status.read_text().split("(", 1)[1].rsplit(")", 1)
-            command = (status.parent / "cmdline").read_text().replace("\0", " ")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        pid = int(status.parent.name)
-        parents[pid], names[pid] = int(rest.split()[1]), command or name
-    found = {process.pid}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {pid: names[pid] for pid in found}
-
-
-def alive(pids):
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-def lines(folder):
-    return len(list(read_journal(folder / "journal.jsonl")))
-
-
-def token_of(family):
-    """The token that Ray's processes ask for: it is in their environment."""
-    (server,) = (pid for pid, command in family.items() if "gcs_server" in command.split(" ", 1)[0])
-    variables = Path(f"/proc/{server}/environ").read_bytes().decode().split("\0")
-    return dict(one.split("=", 1) for one in variables if one)["RAY_AUTH_TOKEN"]
-
-
-def listening(pids):
-    """The addresses at which processes listen."""
-    import psutil
-
-    return {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in pids}
-
-
-def test_a_driver_that_is_killed_takes_its_workers_along_and_is_resumed(tmp_path, ray_here):
-    """And what it starts is nobody else's: it has a token, listens on this machine only, and leaves nothing behind.
-
-    With a home folder that cannot be written to, and a temporary one whose path is too long for sockets.
-    """
-    search(experiment(*SETTINGS), tmp_path / "whole", logged(tmp_path / "log0"))
-    names, folder, log = names_of_units(tmp_path / "whole", tmp_path / "log0"), tmp_path / "run", tmp_path / "log"
-    (tmp_path / "home").touch()
-    temporary = tmp_path / ("t" * (100 - len(str(tmp_path))))
-    temporary.mkdir()
-    before = set(Path("/tmp").glob("evomem-ray-*"))
-    places = {"HOME": str(tmp_path / "home"), "TMPDIR": str(temporary)}
-    process = begin(tmp_path, *PROGRAM, "drive", folder, log, **places)
-    until(lambda: lines(folder) > 25 or process.poll() is not None, 60)
-    family = under(process)
-    assert listening(family) <= {"127.0.0.1", "::ffff:127.0.0.1"}
-    assert len(listening(family)) > 0
-    made = [one for one in set(Path("/tmp").glob("evomem-ray-*")) - before if processes(str(one))]
-    assert [one.stat().st_mode & 0o777 for one in made] == [0o700]
-    assert len(list(temporary.glob("evomem-ray-*"))) == 1  # what does not fit into memory
-    token = token_of(family)
-    assert len(token) == 64
-    assert not any(token in command for command in family.values())
-    assert not any(token.encode() in file.read_bytes() for file in made[0].rglob("*") if file.is_file())
-    process.kill()
-    process.wait()
-    finished, now = units_in(folder), time.time()
-    assert 20 < len(finished) < len(names)
-    workers = {pid for _, pid, _ in entries(log)}
-    assert len(workers) == 2
-    assert workers < family.keys()
-    assert any("Agent" in name for name in family.values())
-    until(lambda: not alive(family), 20)
-    until(lambda: not made[0].exists() and not list(temporary.glob("evomem-*")), 5)
-    search(experiment(*SETTINGS), folder, logged(log), resume=True, workers=WorkerOptions(1))
-    same(outcome(folder), outcome(tmp_path / "whole"))
-    nothing_again(log, names, dict.fromkeys(finished, now))
-    assert max(begun(log).values()) <= 2
 
 
 def interrupted_twice(process):
