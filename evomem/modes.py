@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -21,3 +22,15 @@ def outside_inference_mode() -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a block, and every part of it back into its own mode."""
+    training = [module for module in model.modules() if module.training]
+    model.train(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

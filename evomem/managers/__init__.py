@@ -32,6 +32,7 @@ from evomem.managers.heuristics.replacement import FIFO, LFU, LRU, SlotRelevance
 from evomem.managers.heuristics.snapkv import SnapKV
 from evomem.managers.heuristics.streaming_llm import StreamingLLM
 from evomem.managers.heuristics.tova import TOVA
+from evomem.managers.heuristics.tri_attention import TriAttention
 from evomem.managers.learned.feature_scorer import FeatureScorer
 from evomem.managers.learned.kv_policy import KVPolicy
 from evomem.managers.learned.namm import NAMM
@@ -76,6 +77,7 @@ __all__ = [
     "SnapKV",
     "StochasticManager",
     "StreamingLLM",
+    "TriAttention",
     "WriteGate",
     "allocations",
     "build",

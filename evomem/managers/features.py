@@ -22,6 +22,7 @@ block_min:W            of the smallest                                          
 block_sum:W            of the sum                                                    window_statistics:W
 block_decayed:W        of the sum in which the n-th query from the end counts .9^n   window_statistics:W
 spectrum:B             log of bin B (0-16) of the attention spectrogram's average     attention_spectrum
+tri_attention          worth to the model's mean query from some distances on        tri_attention
 recency                log(1 + tokens since the slot was last read, or written)      recency
 frequency              log(1 + reads received, the attention paid so far)            frequency
 frequency_decayed:H    the same, a read of n tokens ago counting 2^(-n/H)            frequency_decayed:H
@@ -169,6 +170,7 @@ FEATURES: dict[str, Feature] = {
         "attention_spectrum",
         "bin",
     ),
+    "tri_attention": Feature(lambda view, _: view.recorded["tri_attention"], "tri_attention"),
     "recency": Feature(lambda view, _: torch.log1p(view.recorded["recency"].float()), "recency"),
     "frequency": Feature(lambda view, _: torch.log1p(view.recorded["frequency"]), "frequency"),
     "frequency_decayed": Feature(

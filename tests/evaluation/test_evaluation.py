@@ -33,6 +33,7 @@ SPECS = (
     "tova",
     "keydiff",
     "expected_attention",
+    "tri_attention",
     "fifo",
     "lru",
     "lfu",

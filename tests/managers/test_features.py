@@ -20,13 +20,13 @@ PLAIN = (
     "attention", "attention_per_query", "window:8", "window:32", "spectrum:0", "spectrum:16",
     "last:8", "block_max:64", "block_min:64", "block_sum:64", "block_decayed:64",
     "recency", "frequency", "frequency_decayed:8", "relevance:8", "novelty", "surprise",
-    "ghost_frequency", "backward_distance:8", "change", "agreement", "updates",
+    "ghost_frequency", "backward_distance:8", "change", "agreement", "updates", "tri_attention",
 )  # fmt: skip
 POOLED = ("mean:3:keydiff", "mean:7:attention", "max:7:value_norm", "max:21:age", "mean:7:window:8", "max:3:spectrum:4")
 ALL = PLAIN + POOLED
 SHARED = (
     "recency", "frequency", "frequency_decayed:8", "relevance:8", "surprise", "ghost_frequency", "backward_distance:8",
-    "change", "agreement", "updates",
+    "change", "agreement", "updates", "tri_attention",
 )  # fmt: skip
 """Features that are recorded under their own names."""
 
@@ -110,7 +110,7 @@ def slow_observation(name, argument, view, b, h):
         return [1 - max(cosine(x, y) for j, y in enumerate(own) if j != i) for i, x in enumerate(own)]
     if name == "updates":
         return [math.log(max(1, x)) for x in recorded(name)]
-    if name in ("relevance", "surprise", "change", "agreement"):
+    if name in ("relevance", "surprise", "change", "agreement", "tri_attention"):
         return recorded(f"relevance:{argument}" if argument else name)
     if name in ("recency", "frequency", "frequency_decayed", "ghost_frequency", "backward_distance"):
         return [math.log(1 + x) for x in recorded(f"{name}:{argument}" if argument else name)]

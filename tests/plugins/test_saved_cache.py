@@ -162,6 +162,7 @@ def test_every_part_of_the_state_is_saved_or_follows_from_what_is(model, batch: 
         "_limit",
         "_attentions",
         "rotaries",
+        "centres",
         "awaiting",
         "_sums",
         "decides_now",

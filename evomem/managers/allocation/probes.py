@@ -18,8 +18,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ from evomem.memory.kv.switch import uncounted
 from evomem.memory.kv.versions import passed
 from evomem.memory.observations import Wanted, Window
 from evomem.memory.observations.windows import WindowObservation
-from evomem.modes import outside_inference_mode
+from evomem.modes import evaluating, outside_inference_mode
 
 if TYPE_CHECKING:  # seconds to import; whoever has a model has done so
     from transformers import PreTrainedModel
@@ -294,7 +293,7 @@ def _read(model: PreTrainedModel, ids: Tensor, scores: Callable[[Tensor], Tensor
             "of a KV cache; take another allocation: uniform, across_heads, lava, threshold, ..."
         )
     ids, probing = ids.to(model.device), _Probing(ids.shape[1], scores)
-    with _evaluating(model), uncounted(), attached(model):
+    with evaluating(model), uncounted(), attached(model):
         cache = SlotCache.for_model(model, _Watching())
         cache.wanted = Wanted((probing,))
         cache.reset()
@@ -303,15 +302,3 @@ def _read(model: PreTrainedModel, ids: Tensor, scores: Callable[[Tensor], Tensor
             model(input_ids=ids, use_cache=True, logits_to_keep=1, **passed(cache, model))
             # Layer by layer, so that the attention of one layer is held at a time.
             return [layer.view().recorded[probing.spec].mean(0).float().cpu() for layer in cache.layers]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into eval mode for a block, and every part of it back into its own mode."""
-    training = [module for module in model.modules() if module.training]
-    model.train(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -28,6 +28,8 @@ from evomem.memory.view import LayerView
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
+    from evomem.memory.kv.query_centres import QueryCentre
+
 
 class SlotCache(Cache):
     """A cache whose slots can be evicted per layer and head; made by ``manager.attach(model)`` or ``new_cache``.
@@ -64,11 +66,13 @@ class SlotCache(Cache):
         policy: CachePolicy,
         *,
         rotaries: tuple[Rotary | None, ...] | None = None,
+        centres: tuple[QueryCentre | None, ...] | None = None,
         model: PreTrainedModel | None = None,
     ) -> None:
         self.policy = policy
         self.wanted = wanted_of(policy)
         self.rotaries = rotaries or (None,) * layers
+        self.centres = centres or (None,) * layers
         self.depth = layers
         self.decides_after_forward = True
         self.decides_now = False  # the forward pass that runs ends with the manager's decision
@@ -99,8 +103,14 @@ class SlotCache(Cache):
 
         layers = check_supported(model)
         check_parallel(model, policy, layers)
-        rotaries = find_rotaries(model, layers) if "query_statistics" in policy.observes else None
-        return cls(layers, policy, rotaries=rotaries, model=model)
+        centred = "tri_attention" in policy.observes
+        rotaries = find_rotaries(model, layers) if centred or "query_statistics" in policy.observes else None
+        centres = None
+        if centred:
+            from evomem.memory.kv.query_centres import query_centres
+
+            centres = query_centres(lambda all_kept: cls(layers, all_kept, rotaries=rotaries, model=model), model)
+        return cls(layers, policy, rotaries=rotaries, centres=centres, model=model)
 
     def is_for(self, module: nn.Module) -> bool:
         """Whether an attention module is one of the model that the cache was made for; True where that is unknown."""
@@ -384,7 +394,7 @@ class SlotCache(Cache):
 
     def clone(self) -> SlotCache:
         """Return an independent continuation of this cache; tensors are shared until one of the two changes them."""
-        other = SlotCache(self.depth, self.policy, rotaries=self.rotaries)
+        other = SlotCache(self.depth, self.policy, rotaries=self.rotaries, centres=self.centres)
         other._model, other.bytes_peak, other._limit = self._model, self.bytes_peak, self._limit
         other.decides_after_forward, other.undecided = self.decides_after_forward, self.undecided
         other.owing, other.refused = self.owing, self.refused

@@ -147,7 +147,7 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         recorded = self.recorder.whole(self.storage.layout).recorded(
             keys, slots, self.start, self.seen,
             scale=self.scale, decays=decays, window=self.window, softcap=self.softcap,
-            rotary=self.cache.rotaries[self.index],
+            rotary=self.cache.rotaries[self.index], centre=self.cache.centres[self.index],
         )  # fmt: skip
         return LayerView(
             keys, values, slots, self.start, self.seen, self._fresh(),

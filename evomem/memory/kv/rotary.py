@@ -79,6 +79,23 @@ def unrotate(query: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
     return torch.cat((plain, rest), dim=-1)
 
 
+def frequencies(rotary: Rotary) -> tuple[Tensor, float]:
+    """Return the angle per position of every pair, (pairs,) fp64, and the factor by which cosines and sines are scaled.
+
+    rotary : of `find_rotaries`. Numbers i and i + pairs of a head are rotated together.
+    """
+    module, name = (rotary.func, f"{rotary.keywords['layer_type']}_") if isinstance(rotary, partial) else (rotary, "")
+    speed: Tensor = getattr(module, f"{name}inv_freq")
+    return speed.double(), float(getattr(module, f"{name}attention_scaling", 1.0))
+
+
+def pair_lengths(x: Tensor, width: int) -> Tensor:
+    """Return the length of the pair that every number is rotated with: (..., head_dim) fp32, 0 from ``width`` on."""
+    rotated, rest = x[..., :width].float(), x[..., width:].float()
+    lengths = (rotated.square() + rotate_half(rotated).square()).sqrt() if width else rotated
+    return torch.cat((lengths, torch.zeros_like(rest)), dim=-1)
+
+
 def future_rotation(rotary: Rotary | None, newest: Tensor, size: int, steps: int, like: Tensor) -> Tensor:
     """Mean rotation matrix of the ``steps`` positions after ``newest`` (batch,): (batch, size, size) fp32.
 

@@ -21,6 +21,8 @@ name                      what ``LayerView.recorded`` holds
 ``query_statistics``      ``query_mean`` (batch, query_heads, head_dim), ``query_covariance`` (…, head_dim, head_dim) of
                           the queries before rotation, without a row's first 4; ``future_rotation`` (batch, head_dim,
                           head_dim), the mean rotation of the next 512 positions
+``tri_attention``         (batch, kv_heads, slots): worth to the model's mean query from some distances on, which is
+                          measured once a model; the largest of the group's query heads, standardised (arXiv 2604.04921)
 ``frequency``             (batch, kv_heads, slots): reads received, the sum of the attention paid to the slot
 ``frequency_decayed:H``   (batch, kv_heads, slots): the same, a read of n tokens ago counting 2^(-n/H)
 ``recency``               (batch, kv_heads, slots) int64: tokens since the slot was last read, or else written
@@ -53,6 +55,7 @@ from evomem.memory.observations import (
     matching,
     query_statistics,
     reads,
+    tri_attention,
     updates,
     window_spread,
     windows,
@@ -97,6 +100,7 @@ __all__ = [
     "query_statistics",
     "reads",
     "register_observation",
+    "tri_attention",
     "updates",
     "window_spread",
     "windows",

@@ -21,6 +21,7 @@ from evomem.memory.kv.rotary import Rotary
 from evomem.registry import Registry
 
 if TYPE_CHECKING:
+    from evomem.memory.kv.query_centres import QueryCentre
     from evomem.memory.observations.recorder import Recorder
 
 Axes = tuple[str | int, ...]
@@ -40,6 +41,7 @@ class Moment:
     keys : (batch, kv_heads, slots, head_dim). slots : (batch, kv_heads, slots). start : (batch,). seen : tokens read.
     scale, softcap : of the attention's logits. window : the model's sliding window, or None.
     decays : (batch, kv_heads, slots) log-decay, or None. rotary : the layer's rotary embedding.
+    centre : what the layer's queries are like before rotation, where an observation goes by it.
     """
 
     keys: Tensor
@@ -51,6 +53,7 @@ class Moment:
     window: int | None
     softcap: float | None
     rotary: Rotary | None
+    centre: QueryCentre | None = None
 
 
 @dataclass(frozen=True)

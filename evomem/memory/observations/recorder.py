@@ -20,6 +20,7 @@ from evomem.memory.kv.rotary import Rotary
 from evomem.memory.observations.base import Moment, Wanted, Window
 
 if TYPE_CHECKING:
+    from evomem.memory.kv.query_centres import QueryCentre
     from evomem.memory.kv.ragged import RaggedLayout
 
 
@@ -107,9 +108,10 @@ class Recorder:
     def recorded(
         self, keys: Tensor, slots: Tensor, start: Tensor, seen: int, *,
         scale: float, decays: Tensor | None, window: int | None, softcap: float | None, rotary: Rotary | None,
+        centre: QueryCentre | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Return everything wanted, as in ``LayerView.recorded``; arguments as in `Moment`."""
-        moment = Moment(keys, slots, start, seen, scale, decays, window, softcap, rotary)
+        moment = Moment(keys, slots, start, seen, scale, decays, window, softcap, rotary, centre)
         newest = lru_cache(maxsize=1)(lambda width: self._window(width, moment))
         recorded: dict[str, Tensor] = {}
         # Those of one width side by side, so that one window is computed, and held, at a time.
