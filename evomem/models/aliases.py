@@ -78,6 +78,7 @@ aliases: dict[str, Alias | Shipped] = {
         Shipped("zoo-forgetting", "GPT-NeoX; trained on zoo_forgetting, where the newest value of a key counts"),
         Shipped("zoo-memory-matrix", "window of 16 and a memory matrix; trained on pairs of zoo_recall"),
         Shipped("zoo-mosaic", "Memory Mosaic v1, no attention; trained on zoo_needle and zoo_recall"),
+        Shipped("zoo-fam", "TransformerFAM, blocks of 16 and 4 feedback slots a layer; trained on zoo_passkey"),
         Shipped("zoo-tmaze", "Decision Transformer; trained on episodes of the task tmaze"),
         Shipped("zoo-cartpole", "Decision Transformer; trained on episodes of the task cartpole"),
         Shipped("pair-memory", "a memory by itself, read by name: for streams of requests (docs/memories.md)"),

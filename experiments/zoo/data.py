@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from evomem.models.architectures.word_tokenizer import word_tokenizer
 from evomem.tasks import Split
-from evomem.tasks.text.zoo import lines, needle_facts, pair_facts, sentence, weave
+from evomem.tasks.splits import draw_of_split
+from evomem.tasks.text.zoo import PASSKEY, Fact, lines, needle_facts, pair_facts, passkey, sentence, weave
 from evomem.tasks.text.zoo_forgetting import draw_story, tell
 from evomem.tasks.text.zoo_words import DIGITS, KEYS, VALUES, VOCABULARY
 
@@ -99,10 +100,31 @@ def forgetting_lesson(random: Random, length: int) -> tuple[str, str]:
     return tell(story, [random.random() for _ in lines(story.statements, line)], filler, line), questions
 
 
+def passkey_lesson(random: Random, length: int) -> tuple[str, str]:
+    """Return a context with a pass key at a random place, and the question for it with its answer.
+
+    In half of the lessons it is also asked for, without being said again, at random places of the context: `Lessons`
+    has the pass key as what is to be said there. So many answers a lesson let a memory be trained in minutes.
+    """
+    asks = random.choice((0, length // 8))
+
+    def draw() -> tuple[str, Fact]:
+        key = passkey(random)
+        return _context(random, [f"{key.pair}."], length - PAIR_TOKENS - 2 - asks), key
+
+    context, key = draw_of_split(draw, lambda drawn: drawn[0], Split.TRAIN, "contexts")
+    words = context.split()
+    behind = words.index(key.key) + 2
+    for _ in range(asks):
+        words.insert(random.randint(behind, len(words)), key.key)
+    return " ".join(words), key.pair
+
+
 LESSONS: dict[str, Callable[[Random, int], tuple[str, str]]] = {
     "zoo_needle": needle_lesson,
     "zoo_recall": recall_lesson,
     "zoo_forgetting": forgetting_lesson,
+    "zoo_passkey": passkey_lesson,
     FEW: few_pairs_lesson,
 }
 """How a lesson of each task is drawn, from a generator and a length in tokens."""
@@ -138,11 +160,14 @@ class Batch:
     ----------
     ids : (batch, length) int64.
     real : (batch, length) bool: not padding.
+    said : (batch, length) int64: what is to be said at each token: the token, or the answer where a lesson asks and
+        goes on without it.
     answers : (batch, length) bool: tokens of answers; the rest of a lesson can be guessed at best.
     kinds : (batch, length) int64: number of the kind of each answer, in `Lessons.kinds`; anything at other tokens.
     """
 
     ids: Tensor
+    said: Tensor
     real: Tensor
     answers: Tensor
     kinds: Tensor
@@ -163,6 +188,7 @@ class Lessons:
         self.tokenizer = zoo_tokenizer()
         words: Any = self.tokenizer.convert_tokens_to_ids([*DIGITS, *VALUES])
         self.said = torch.tensor(words)
+        self.asks: Any = self.tokenizer.convert_tokens_to_ids(PASSKEY)
 
     def batch(self, step: int, length: int, tokens: int) -> Batch:
         """Return a step's batch: as many lessons of the tasks, in turn, as make ``tokens`` tokens (but at least 2)."""
@@ -178,7 +204,22 @@ class Lessons:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         asked = torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None]
         kind = torch.nn.utils.rnn.pad_sequence(kinds, batch_first=True)
-        return Batch(ids, ids != pad, asked & torch.isin(ids, self.said), kind)
+        said, answers = ids, asked & torch.isin(ids, self.said)
+        if "zoo_passkey" in self.tasks:
+            said, again = self._asked_again(ids)
+            answers = answers | again
+        return Batch(ids, said, ids != pad, answers, kind)
+
+    def _asked_again(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is to be said at each token of lessons of pass keys, and where one is asked for in the context.
+
+        The first token behind a `PASSKEY` states the pass key of its row; behind every other one it is to be said.
+        """
+        behind = torch.nn.functional.pad(ids[:, :-1] == self.asks, (1, 0))
+        stated = behind & (behind.long().cumsum(1) == 1)
+        key = torch.where(stated, ids, 0).sum(1, keepdim=True)
+        again = behind & ~stated
+        return torch.where(again, key, ids), again
 
     def _kinds(self, task: str, context: list[int], questions: list[int]) -> Tensor:
         """Return the kind of each token as if it were an answer, (length,): an answer stands behind its key."""

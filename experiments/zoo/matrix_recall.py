@@ -54,8 +54,9 @@ def with_slots(model: Any, slots: int) -> Any:
 def own_recall(
     evaluator: Evaluator, model: Any, samples: Sequence[Sample], *, empties: bool = False
 ) -> list[list[float]]:
-    """Return (right, log-likelihood) of every sample's answer, the matrix written by the model itself.
+    """Return (right, log-likelihood) of every sample's answer, the memory written by the model itself.
 
+    model : a `MemoryMatrix`, or a `Fam`.
     empties : empty the matrix between context and question; window and positions stay.
     """
     results = []

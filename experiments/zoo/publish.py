@@ -17,6 +17,7 @@ from evomem.evaluation import Evaluation, Evaluator
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
 from evomem.managers import build as build_manager
 from evomem.memory.kv.attach import has_own_memory
+from evomem.models.architectures.fam import Fam
 from evomem.models.architectures.memory_matrix import MemoryMatrix
 from evomem.models.pretrained.files import sha256, write_json
 from evomem.tasks import Split
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
 MODELS = Path(__file__).resolve().parent / "models"
 LENGTHS = (128, 256, 512, 1024)
+FAM_BLOCKS = (2, 3, 4, 8, 16, 32)
+"""Blocks of text that a feedback memory is asked after."""
 SAMPLES = 50
-"""Sealed samples of each kind of question; of a model with a memory of its own `OWN_SAMPLES`."""
+"""Sealed samples of each kind of question; of a matrix or a mosaic `OWN_SAMPLES`."""
 OWN_SAMPLES = 16
 RECORD = "recipe.json"
 
@@ -58,7 +61,10 @@ def measured(folder: Path, tasks: Sequence[str], samples: int = SAMPLES) -> dict
     """Return what the model in a folder can do: by kind and length, ``[share of right words, log-likelihood]``."""
     loaded = evomem.models.load(str(folder))
     if isinstance(loaded.model, MemoryMatrix):
-        return own_measured(loaded, tasks)
+        return own_measured(loaded, tasks, LENGTHS[:2], samples, empties=True)
+    if isinstance(loaded.model, Fam):
+        block = loaded.model.config.block
+        return own_measured(loaded, tasks, [blocks * block for blocks in FAM_BLOCKS], samples)
     found: dict[str, Any] = {}
     for task in tasks:
         for length in LENGTHS:
@@ -68,17 +74,24 @@ def measured(folder: Path, tasks: Sequence[str], samples: int = SAMPLES) -> dict
     return found
 
 
-def own_measured(loaded: evomem.models.LoadedModel, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return what `measured` does of a memory matrix, written by itself.
+def own_measured(
+    loaded: evomem.models.LoadedModel,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    *,
+    empties: bool = False,
+) -> dict[str, Any]:
+    """Return what `measured` does of a model with a memory of its own, written by itself.
 
-    Under ``TASK emptied``, what is left of it when the memory is emptied between context and question.
+    empties : also under ``TASK emptied``, what is left of it when the memory is emptied between context and question.
     """
     evaluator, values = Evaluator(loaded), dict[str, Any]()
     for task in tasks:
-        for length in LENGTHS[:2]:
-            drawn = build_task(task, loaded.tokenizer, length).samples(Split.SEALED, OWN_SAMPLES, 0)
-            for kind, empties in ((task, False), (f"{task} emptied", True)):
-                results = own_recall(evaluator, loaded.model, drawn, empties=empties)
+        for length in lengths:
+            drawn = build_task(task, loaded.tokenizer, length).samples(Split.SEALED, samples, 0)
+            for kind, emptied in ((task, False), (f"{task} emptied", True))[: 1 + empties]:
+                results = own_recall(evaluator, loaded.model, drawn, empties=emptied)
                 means = [round(sum(column) / len(results), 4) for column in zip(*results, strict=True)]
                 values.setdefault(kind, {})[str(length)] = means
                 print(f"{loaded.name} {kind} {length} {means}", flush=True)
@@ -92,7 +105,9 @@ def publish(training: Training, name: str, models: Path = MODELS) -> Path:
     fresh.mkdir(parents=True)
     training.model.eval().save_pretrained(fresh)
     training.lessons.tokenizer.save_pretrained(fresh)
-    samples = OWN_SAMPLES if has_own_memory(training.model) else SAMPLES
+    # A feedback memory is asked after short texts, and without a manager.
+    few = has_own_memory(training.model) and not isinstance(training.model, Fam)
+    samples = OWN_SAMPLES if few else SAMPLES
     recipe = {**asdict(training.recipe), "family": training.recipe.family.__name__}
     record = {
         "recipe": recipe,

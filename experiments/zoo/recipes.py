@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from evomem.models.architectures.fam import Fam, FamConfig
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
 from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
 from evomem.tasks.text.zoo_words import KEYS, VALUES
@@ -127,6 +128,34 @@ RECIPES["mosaic"] = Recipe(
     warmup=30,
     decay=100,
 )
+RECIPES["fam"] = Recipe(
+    FamConfig,
+    {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "block": 16,
+        "segments": 1,
+        "feedback": 4,
+        "initializer_range": 0.1,
+    },
+    tasks=("zoo_passkey",),
+    lengths=(32, 64, 96, 128, 160),
+    tokens=(3072, 3072),
+    warmup=50,
+    steps=1500,
+    decay=100,
+    passed=0.97,
+    everywhere=0.02,
+)
+RECIPES["fam-wide"] = replace(
+    RECIPES["fam"],
+    config={**RECIPES["fam"].config, "hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 192},
+    learning_rate=2e-3,
+)
+# The same without feedback: block sliding-window attention alone. It passes no stage past its field.
+RECIPES["fam-blocks"] = replace(RECIPES["fam"], config={**RECIPES["fam"].config, "feedback": 0}, steps=300)
 """Every recipe by name, its family's or its task's; the model's alias is ``zoo-`` and this name."""
 
 
@@ -149,7 +178,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
                 begin_as_pairs(model, (torch.tensor(ids(list(KEYS))), torch.tensor(ids(list(VALUES)))))
             elif isinstance(model, MemoryMosaic):
                 begin_as_copies(model)
-            else:
+            elif not isinstance(model, Fam):  # which begins at random
                 _begin_as_induction(model, recipe.notes)
     return model
 

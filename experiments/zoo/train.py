@@ -1,6 +1,6 @@
 """Run: train a model of the zoo and write it as a folder, ``experiments/zoo/models/zoo-NAME``.
 
-    OMP_NUM_THREADS=1 python -m experiments.zoo.train gpt-neox      # or gpt2, qwen3, forgetting, memory-matrix, mosaic
+    OMP_NUM_THREADS=1 python -m experiments.zoo.train gpt-neox      # or fam, mosaic, memory-matrix, forgetting, ...
 
 A training that was killed goes on from its state, ``runs/zoo/NAME/state.pt``; ``--fresh`` begins again. The same recipe
 and seed give the same weights on the same machine with the same number of threads, interrupted or not.
@@ -127,7 +127,7 @@ class Training:
         if self.recipe.anywhere:  # so that every learned position is trained by lessons of every length
             places = places + torch.tensor([[random.randrange(POSITIONS - length + 1)] for _ in batch.ids])
         logits = self.model(input_ids=batch.ids, position_ids=places, use_cache=False).logits[:, :-1]
-        following, real, answers = batch.ids[:, 1:], batch.real[:, 1:], batch.answers[:, 1:]
+        following, real, answers = batch.said[:, 1:], batch.real[:, 1:], batch.answers[:, 1:]
         losses = cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(following.shape)
         kinds = [answers & (batch.kinds[:, 1:] == kind) for kind in range(len(self.lessons.kinds))]
         # A needle has four words of an answer, a pair has one: all kinds count the same.

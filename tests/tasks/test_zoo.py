@@ -28,8 +28,8 @@ from experiments.zoo.recipes import RECIPES, new_model
 from experiments.zoo.train import Training
 from experiments.zoo.train import main as train_main
 
-MATRIX, MOSAIC = "zoo-memory-matrix", "zoo-mosaic"
-OWN_MEMORY = (MATRIX, MOSAIC)
+MATRIX, MOSAIC, FEEDBACK = "zoo-memory-matrix", "zoo-mosaic", ("zoo-fam",)
+OWN_MEMORY = (MATRIX, MOSAIC, *FEEDBACK)
 NAMES = [name for name in aliases if name.removeprefix("zoo-") in RECIPES and name not in OWN_MEMORY]
 TOKENIZER = zoo_tokenizer()
 
@@ -69,6 +69,24 @@ def test_the_answers_of_a_batch_are_the_values_of_its_facts():
         said = [word for word, answer in zip(words, answers, strict=True) if answer]
         context = TOKENIZER.decode(ids[real][: int(answers.nonzero()[0])])
         assert sorted(said) == sorted(word for word in context.split() if word in (VALUES if kind else DIGITS))
+
+
+def test_lessons_of_a_pass_key_ask_for_it_again_and_go_on_without_it():
+    """It is stated once, in a context of the train split; wherever it is asked for, it is what is to be said."""
+    batch, asked = Lessons(0, ("zoo_passkey",)).batch(step=2, length=96, tokens=96 * 12), set()
+    for ids, said, real, answers in zip(batch.ids, batch.said, batch.real, batch.answers, strict=True):
+        words = TOKENIZER.convert_ids_to_tokens(ids[real])
+        behind = [number + 1 for number, word in enumerate(words) if word == "magic"]
+        key, asks = words[behind[0]], behind[1:]
+        assert words.count(key) == 2  # where it is stated, and at the end
+        assert answers.nonzero().flatten().tolist() == asks
+        assert set(TOKENIZER.convert_ids_to_tokens(said[asks])) == {key}
+        others = [number for number in range(len(ids)) if number not in asks]
+        assert torch.equal(said[others], ids[others])
+        stated_once = " ".join(word for number, word in enumerate(words[:-2]) if number + 1 not in asks)
+        assert split_of(stated_once.replace(" .", ".")) == Split.TRAIN
+        asked.add(len(asks))
+    assert asked == {1, 1 + 96 // 8}
 
 
 def test_one_word_is_one_token_and_cutting_at_blanks_changes_nothing():
@@ -236,6 +254,21 @@ def test_the_shipped_mosaic_solves_its_tasks_and_needs_its_pairs():
         everything, newest = ([one[number] for one in results] for number in (0, 1))
         assert sum(one.exact for one in everything) / count >= 0.9
         assert sum(one.loglik for one in everything) / count > sum(one.loglik for one in newest) / count + 1
+
+
+@pytest.mark.parametrize("name", FEEDBACK)
+def test_a_shipped_feedback_memory_holds_a_pass_key_beyond_its_window(name):
+    """Four slots a layer hold it for as many blocks as it was trained on; without what they hold it is lost."""
+    loaded = loaded_as_recorded(name)
+    model, block = loaded.model, loaded.model.config.block
+    assert len(loaded.model.summary.weight) == 4
+    samples = build("zoo_passkey", loaded.tokenizer, 8 * block).samples(Split.SEALED, 12, seed=7)
+    evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=block))
+    right = sum(one for one, _ in own_recall(evaluator, model, samples))
+    assert right >= 10
+    frozen = build_manager("write_gate(features=[],bias=-50)")
+    lost = [evaluator.evaluate([frozen], sample, build("zoo_passkey", loaded.tokenizer), EXACT) for sample in samples]
+    assert sum(one.exact for (one,) in lost) <= 5  # where the key stands in the last blocks
 
 
 def test_a_shipped_folder_that_is_not_there_is_a_clear_error(monkeypatch):

@@ -64,7 +64,7 @@ class FeedbackSlots(LayerWithTensors):  # type: ignore[no-untyped-call]
             raise CacheError("this model has no feedback memory to decide about")
         self.reset()  # a pass that was refused may have begun it
         self._begin(rows, initial)
-        slots = precise(initial.detach()).expand(rows, 1, *initial.shape)
+        slots = precise(initial).expand(rows, 1, *initial.shape)
         numbers = torch.arange(self.count, device=device).expand(rows, 1, -1)
         self.storage.append(slots.clone(), slots.clone(), 0, None, self.recorder, {NUMBER: numbers})
         self.storage.stamp(torch.zeros_like(self.slots))

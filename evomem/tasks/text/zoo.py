@@ -34,6 +34,8 @@ SENTENCE = (4, 9)
 """Fewest and most words of a filler sentence."""
 LINE = 4
 """Pairs in one line of ``zoo_recall``."""
+PASSKEY = "magic"
+"""The word before the pass key, where it is stated and where it is asked for."""
 REMINDERS = 4
 """Pairs that its question says again before it asks: SmolLM2-135M recalls nothing without them."""
 
@@ -90,6 +92,11 @@ def needle_facts(random: Random, split: Split, n: int) -> list[Fact]:
 def pair_facts(random: Random, split: Split, n: int) -> list[Fact]:
     """Return ``n`` facts of ``zoo_recall``: no value belongs to two keys."""
     return draw_facts(random, split, n, lambda n: random.sample(VALUES, n))
+
+
+def passkey(random: Random) -> Fact:
+    """Return what ``zoo_passkey`` hides."""
+    return Fact(PASSKEY, random.choice(VALUES))
 
 
 def lines(facts: Sequence[Fact], line: int = LINE) -> list[str]:
@@ -229,3 +236,30 @@ class ZooRecall(_ZooTask):
         asked, *reminders = random.sample(facts, min(len(facts), REMINDERS + 1))
         said = "".join(f" {fact.pair}," for fact in reminders)
         return asked, f" again,{said} {asked.key}"
+
+
+@tasks.register("zoo_passkey")
+class ZooPasskey(_ZooTask):
+    """One pass key ``magic lamp.`` at a random place in made-up prose, and nothing else to remember."""
+
+    name: ClassVar[str] = "zoo_passkey"
+    divides = "the whole context; the pass key is one of 64 words in every split"
+    Options = FittedOptions
+    options: FittedOptions
+    uniform_chance = 1 / len(VALUES)
+
+    def facts(self, random: Random, split: Split) -> tuple[list[Fact], list[str]]:
+        """Return the pass key, in a sentence of its own."""
+        key = passkey(random)
+        return [key], [f"{key.pair}."]
+
+    def question(self, random: Random, facts: list[Fact]) -> tuple[Fact, str]:
+        """Ask for it."""
+        return facts[0], f" {facts[0].key}"
+
+    def sample(self, random: Random, split: Split, number: int, identity: str) -> Sample:
+        """Return one sample, whose context belongs to the split."""
+        draw = super().sample
+        return draw_of_split(
+            lambda: draw(random, split, number, identity), lambda sample: sample.context, split, "contexts"
+        )

@@ -123,6 +123,20 @@ def test_a_saved_memory_goes_on_to_the_bit(tmp_path):
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("spec", ["full", "write_gate(features=[],bias=100)", "write_gate(bias=100)"])
+def test_gradients_through_a_decided_memory_are_those_of_the_models_own(spec):
+    """A manager that writes everything leaves them as they are, those of what feedback begins with too."""
+    gradients = []
+    for manager in (None, build(spec, every=4)):
+        model, ids = tiny_fam().requires_grad_(True), ids_of(6, 14)
+        cache = None if manager is None else model.decided_cache(manager)
+        model(ids, past_key_values=cache).logits[:, 6:].square().mean().backward()
+        gradients.append({name: one.grad for name, one in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert float(gradient.abs().sum()) > 0
+        close(gradients[1][name], gradient)
+
+
 @pytest.fixture(scope="module")
 def loaded():
     tokenizer = zoo_tokenizer()

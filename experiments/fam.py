@@ -1,0 +1,236 @@
+"""Run: how many blocks a pass key is held by a feedback memory, by itself and under managers: a table.
+
+    python -m experiments.fam runs/fam/gate-1 runs/fam/gate-2 runs/fam/gate-3 --constants 0.02,0.1,0.5 \
+        --json docs/results/fam.json
+    python -m experiments.fam --model runs/fam/blocks --blocks 2,3,4,8
+    python -m experiments.fam runs/fam/gate-1 --segments 0,2,3
+
+Every row is a memory on sealed samples of ``zoo_passkey`` of so many blocks: ``own`` is the model by itself, which
+writes every update whole; subjects are specs, and folders of plug-ins or runs. Folders ``ARM-SEED`` are one arm: the
+mean over its seeds is taken sample by sample. ``best constant`` is, at every length, the constant gate of
+``--constants`` that has most right answers there, and among equals the likeliest ones, chosen on these very samples.
+``ahead`` is right answers minus its. Intervals are of 95 %, over samples. Rows of an earlier run stay in the JSON file
+unless they are measured anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean as mean
+from typing import Any
+
+import torch
+
+from evomem.errors import EvomemError
+from evomem.evaluation import Evaluator
+from evomem.evaluation.measurement import EXACT, EvaluationProtocol
+from evomem.managers import MemoryManager, build
+from evomem.models import LoadedModel, load
+from evomem.models.architectures.fam import Fam
+from evomem.models.pretrained.files import write_json
+from evomem.statistics import bootstrap_mean, paired_bootstrap
+from evomem.tasks import Sample, Split
+from evomem.tasks import build as build_task
+from experiments.zoo.matrix_recall import arm_of, manager_of, own_recall
+
+TASK = "zoo_passkey"
+OWN, CONSTANT, BEST = "own", "constant", "best constant"
+LONG = 256
+"""Blocks from which on a text has fewer samples (``--long-samples``)."""
+
+
+@dataclass
+class Row:
+    """What one memory came to on samples of one length.
+
+    Attributes
+    ----------
+    memory : its name.
+    right, nats : (seeds, samples), whether the answer is right, and its log-likelihood.
+    nbytes : (seeds, samples), most bytes held at once, keys and values of the segments included.
+    """
+
+    memory: str
+    right: list[list[float]]
+    nats: list[list[float]]
+    nbytes: list[list[float]]
+
+    @property
+    def by_sample(self) -> list[float]:
+        """The mean over seeds of whether the answer is right, of every sample."""
+        return [mean(column) for column in zip(*self.right, strict=True)]
+
+    def record(self, best: Row | None) -> dict[str, Any]:
+        """Return the row as it is saved, beside the best constant gate."""
+        right = self.by_sample
+        record: dict[str, Any] = {
+            "memory": self.memory, "seeds": len(self.right), "samples": len(right), "right": mean(right),
+            "right_interval": bootstrap_mean(right).bounds(), "right_by_seed": [mean(one) for one in self.right],
+            "nats": mean([mean(one) for one in self.nats]), "bytes_peak": max(max(one) for one in self.nbytes),
+        }  # fmt: skip
+        if best is not None and best is not self:
+            ahead = paired_bootstrap(right, best.by_sample)
+            record |= {"ahead": ahead.mean, "ahead_interval": ahead.bounds(), "ahead_of": best.memory}
+        return record
+
+
+def with_segments(loaded: LoadedModel, segments: int) -> LoadedModel:
+    """Return the model with another number of memory segments; its weights are the same."""
+    model: Any = copy.deepcopy(loaded.model)
+    model.config.segments = segments
+    for block in model.blocks:
+        block.attention.segments = segments
+    return replace(loaded, model=model)
+
+
+def constant(share: float) -> MemoryManager:
+    """Return the gate that writes the same share of every update."""
+    return build("write_gate", features=(), bias=math.log(share / (1 - share)))
+
+
+def own_row(evaluator: Evaluator, model: Any, samples: Sequence[Sample]) -> Row:
+    """Return what the model by itself comes to."""
+    results, cache = own_recall(evaluator, model, samples), model.new_cache()
+    with torch.no_grad():
+        model(evaluator.tokens(samples[0]).read, past_key_values=cache)
+    held = [float(cache.nbytes())] * len(samples)
+    return Row(OWN, [[one[0] for one in results]], [[one[1] for one in results]], [held])
+
+
+def decided_rows(evaluator: Evaluator, managers: Sequence[tuple[str, MemoryManager]], samples: Sequence[Sample],
+                 task: Any) -> list[Row]:  # fmt: skip
+    """Return what named managers come to, those of one name as the seeds of one arm."""
+    every = evaluator.protocol.every
+    entrants = [manager.with_options(every=every) for _, manager in managers]
+    results = [evaluator.evaluate(entrants, sample, task, EXACT) for sample in samples]
+    rows: dict[str, Row] = {}
+    for number, (name, _) in enumerate(managers):
+        row = rows.setdefault(name, Row(name, [], [], []))
+        mine = [one[number] for one in results]
+        row.right.append([one.exact or 0.0 for one in mine])
+        row.nats.append([one.loglik or 0.0 for one in mine])
+        row.nbytes.append([one.bytes_peak or 0.0 for one in mine])
+    return list(rows.values())
+
+
+def measure(
+    loaded: LoadedModel, subjects: Sequence[tuple[str, MemoryManager]], blocks: int, given: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return the rows of one model at one length, and print them."""
+    model: Any = loaded.model
+    block = model.config.block
+    task = build_task(TASK, loaded.tokenizer, blocks * block)
+    count = given.samples if blocks < LONG else given.long_samples
+    samples = task.samples(Split.SEALED, count, given.seed)
+    evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=block))
+    constants = [(f"{CONSTANT} {share:g}", constant(share)) for share in given.constants]
+    began = time.process_time()
+    rows = [own_row(evaluator, model, samples)]
+    if subjects or constants:
+        rows += decided_rows(evaluator, [*subjects, *constants], samples, task)
+    fixed = [row for row in rows if row.memory.startswith(CONSTANT)]
+    best = max(fixed, key=lambda row: (mean(row.by_sample), mean(row.nats[0])), default=None)
+    records = [row.record(best) for row in rows]
+    if best is not None:
+        records.append({**best.record(None), "memory": BEST, "of": best.memory})
+    for record in records:
+        record |= {"model": given.name or loaded.name, "segments": model.config.segments, "blocks": blocks}
+        if not record["memory"].startswith(CONSTANT):
+            print(line(record), flush=True)
+    print(f"  {blocks} blocks: {time.process_time() - began:.0f} processor seconds", flush=True)
+    return records
+
+
+def line(record: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    low, high = record["right_interval"] or (math.nan, math.nan)
+    ahead = ""
+    if record.get("ahead_interval"):
+        ahead = f"{record['ahead']:+.2f} [{record['ahead_interval'][0]:+.2f}, {record['ahead_interval'][1]:+.2f}]"
+    seeds = " ".join(f"{one:.2f}" for one in record["right_by_seed"]) if record["seeds"] > 1 else ""
+    return (
+        f"| {record['model']}, m {record['segments']} | {record['blocks']} | {record['memory']} {record.get('of', '')} "
+        f"| {record['right']:.2f} [{low:.2f}, {high:.2f}] | {seeds} | {ahead} | {record['nats']:.2f} | "
+        f"{record['bytes_peak']:.0f} |"
+    )
+
+
+def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a row from every other."""
+    return tuple(record[name] for name in ("model", "segments", "blocks", "memory"))
+
+
+def numbers(least: int) -> Callable[[str], list[int]]:
+    """Return what reads whole numbers of at least ``least``, commas between them."""
+
+    def read(text: str) -> list[int]:
+        parts = text.split(",")
+        if not all(part.isdecimal() and int(part) >= least for part in parts):
+            raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers of at least {least}, commas between them")
+        return [int(part) for part in parts]
+
+    return read
+
+
+def shares(text: str) -> list[float]:
+    """Return numbers between 0 and 1 that commas separate."""
+    try:
+        read = [float(part) for part in text.split(",") if part]
+    except ValueError:
+        read = [-1.0]
+    if not all(0 < share < 1 for share in read):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers above 0 and below 1, commas between them")
+    return read
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root.add_argument("subjects", nargs="*", help="specs of managers, and folders of plug-ins or runs")
+    root.add_argument("--model", default="zoo-fam", help="alias or folder of a feedback memory")
+    root.add_argument("--name", help="what the model is called in the rows; by default its alias or folder")
+    root.add_argument("--blocks", type=numbers(1), default=[4, 16, 32, 64, 128], help="blocks of a text")
+    root.add_argument("--segments", type=numbers(0), help="memory segments; by default the model's own")
+    root.add_argument("--constants", type=shares, default=[], help="shares that constant gates write")
+    root.add_argument("--samples", type=int, default=32, help="sealed samples of a length")
+    root.add_argument("--long-samples", type=int, default=12, help=f"the same of {LONG} blocks and more")
+    root.add_argument("--seed", type=int, default=0, help="of the samples")
+    root.add_argument("--json", type=Path, help="file that rows are added to")
+    return root
+
+
+def main() -> None:
+    """Measure, print, and save."""
+    given = parser().parse_args()
+    if min(given.samples, given.long_samples) < 2:
+        raise SystemExit("--samples and --long-samples: give at least 2, so that there are intervals")
+    try:
+        loaded = load(given.model)
+        subjects = [(arm_of(source), manager_of(source)) for source in given.subjects]
+        if given.json is not None:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(given.json.read_text())["rows"] if given.json is not None and given.json.is_file() else []
+    except (EvomemError, OSError, ValueError, KeyError) as error:
+        raise SystemExit(str(error)) from None
+    if not isinstance(loaded.model, Fam):
+        raise SystemExit(f"--model {given.model}: has no feedback memory; give zoo-fam, or a folder of such a model")
+    if not loaded.model.config.feedback and (subjects or given.constants):
+        raise SystemExit(f"--model {given.model}: has no feedback (feedback 0) to decide about; give no manager")
+    rows = {key_of(record): record for record in known}
+    for segments in given.segments or [loaded.model.config.segments]:
+        for blocks in given.blocks:
+            records = measure(with_segments(loaded, segments), subjects, blocks, given)
+            rows |= {key_of(record): record for record in records}
+            if given.json is not None:
+                write_json(given.json, {"task": TASK, "rows": list(rows.values())})
+
+
+if __name__ == "__main__":
+    main()
