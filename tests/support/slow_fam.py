@@ -39,6 +39,8 @@ def attend(block, x, position, seen):
 
 
 def fed(block, x):
+    if hasattr(block, "feed_forward"):  # of a decoder that feedback stands around (`slow_fam_around`)
+        return x + block.feed_forward(x)
     return x + block.down(F.gelu(block.up(block.mlp_norm(x))))
 
 

@@ -37,9 +37,19 @@ class FeedbackLayer(SegmentedLayer):  # type: ignore[no-untyped-call]
     window_real: Tensor | None
 
     def begin(self, rows: int, initial: Tensor | None, device: torch.device) -> None:
-        """Start ``rows`` texts with the feedback (slots, hidden) that a model begins with."""
+        """Start ``rows`` texts with the feedback that a model begins with: (slots, hidden), or (rows, slots, hidden).
+
+        Raises
+        ------
+        CacheError : the feedback is of other rows.
+        """
+        if initial is not None and initial.dim() == 3 and len(initial) != rows:
+            raise CacheError(
+                f"{rows} rows are to be read, and embeddings are given for {len(initial)}; give model.new_cache(...) "
+                "embeddings for every row"
+            )
         self.start = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.feedback = None if initial is None else precise(initial).expand(rows, *initial.shape)
+        self.feedback = None if initial is None else precise(initial).expand(rows, *initial.shape[-2:])
 
     def compress(self, feedback: Tensor, due: Tensor) -> None:
         """Replace the feedback of the rows that are ``due`` (batch,) bool by (batch, slots, hidden)."""
@@ -83,14 +93,22 @@ class FeedbackLayer(SegmentedLayer):  # type: ignore[no-untyped-call]
 
 
 class FeedbackCache(SegmentedCache):
-    """The feedback memories of all layers: what a model that has them sees as its `past_key_values`."""
+    """The feedback memories of all layers: what a model that has them sees as its `past_key_values`.
+
+    Parameters
+    ----------
+    layers : how many there are.
+    embeddings : (batch, slots, hidden), what texts begin with, a row's own; None: what the model begins with. `reset`
+        leaves it.
+    """
 
     layers: list[FeedbackLayer]  # type: ignore[assignment]
     saved_title: ClassVar[str] = "saved feedback memories"
     why_left: ClassVar[str] = "a block would be compressed with it"
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, embeddings: Tensor | None = None) -> None:
         super().__init__([FeedbackLayer() for _ in range(layers)])
+        self.embeddings = embeddings
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], layers: int) -> Self:
