@@ -83,8 +83,9 @@ def compare(
 
     The first subject is the one that all differences are taken of. The full cache is the reference; only with
     `--against none` it is left out too. By default the field is all: every manager whose numbers no search gives, also
-    lru, lfu, fifo and slot_relevance. The best of the trivial managers (protected_random, streaming_llm, fifo) that are
-    in the field stands beside the best heuristic, and `recovered` is the share of what it loses against the full cache.
+    lru, lfu, fifo and slot_relevance, but not kvzip, for which every context is read twice. The best of the trivial
+    managers (protected_random, streaming_llm, fifo) that are in the field stands beside the best heuristic, and
+    `recovered` is the share of what it loses against the full cache.
 
     [bold]Examples[/bold]
 

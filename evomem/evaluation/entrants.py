@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from evomem.evaluation.oracle import evaluate_oracle
 from evomem.evaluation.results import SampleFile
 from evomem.evaluation.rows import Budget, Role, budget_size
 from evomem.managers import MemoryManager
+from evomem.memory.observations.repeated_attention import REPEATED
 from evomem.tasks.base import Sample, Split, Task, at_hand
 from evomem.tasks.chat import ChatTemplate
 
@@ -281,9 +282,18 @@ def on_samples(
             logger.warning("%s They are measured as two batches", ended)
             batches[:0] = [batch[:half], batch[half:]]
             continue
-        by_entrant.update(zip(batch, zip(*evaluations, strict=True), strict=True))
+        for index, of_entrant in zip(batch, zip(*evaluations, strict=True), strict=True):
+            by_entrant[index] = of_entrant
+            if REPEATED in entrants[index].manager.observes:
+                by_entrant[index] = [_repeated(*pair, evaluator) for pair in zip(of_entrant, samples, strict=True)]
     evaluator.store.close()
     return [[by_entrant[index][place] for index in range(len(entrants))] for place in range(len(samples))]
+
+
+def _repeated(evaluation: Evaluation, sample: Sample, evaluator: Evaluator) -> Evaluation:
+    """Return an evaluation that says how many tokens were read again before the decision."""
+    again = evaluator.repetition(evaluator.tokens(sample).read).shape[1]
+    return replace(evaluation, values={**evaluation.values, "repeated_tokens": float(again)})
 
 
 def batches_of(entrants: Sequence[Entrant]) -> Iterator[list[int]]:

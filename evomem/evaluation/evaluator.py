@@ -30,6 +30,7 @@ from evomem.memory.kv.due import check_heads, decisions, turns
 from evomem.memory.kv.parallel import degree
 from evomem.memory.kv.policy import CachePolicy, wanted_of
 from evomem.memory.kv.versions import passed
+from evomem.memory.observations.repeated_attention import REPEATED
 from evomem.memory.view import LayerView
 from evomem.models import LoadedModel
 from evomem.modes import outside_inference_mode
@@ -37,6 +38,9 @@ from evomem.tasks.base import Sample, Task
 from evomem.tasks.streams.base import StreamTask
 
 __all__ = ["Evaluator", "Reach", "Tokens"]
+
+REQUEST = "\n\nRepeat the previous context exactly."
+"""What stands before a context that is repeated (KVzip, arXiv 2505.23416)."""
 
 AnyManager = TypeVar("AnyManager", bound=MemoryManager)
 
@@ -219,6 +223,12 @@ class Evaluator:
                 model.decided_cache(policy)
             else:
                 wanted_of(policy)
+                if REPEATED in manager.observes and self.protocol.kind != "compress_once":
+                    return (
+                        f"observation {REPEATED!r} is of a context that is read a second time before anything is "
+                        f"decided, and under {self.protocol} decisions come while it is read; give --protocol "
+                        "compress_once"
+                    )
             counts = self.kv_heads()
             check_heads(manager, counts)
             parts = on_model([manager], model)[0].modules()
@@ -251,6 +261,18 @@ class Evaluator:
             )
         return self._read_all(tokens, observes)
 
+    def repetition(self, tokens: Tensor) -> Tensor:
+        """Return what is read after a context (1, length) to repeat it: `REQUEST` in tokens, and the context.
+
+        What the tokenizer puts before every text is not repeated. A tokenizer that does not know all words of the
+        request goes without it.
+        """
+        prefix = list(self.encoder.prefix)
+        if prefix and tokens[0, : len(prefix)].tolist() == prefix:
+            tokens = tokens[:, len(prefix) :]
+        request, unknown = self.encoder.following(REQUEST), self.loaded.tokenizer.unk_token_id
+        return tokens if unknown in request else torch.cat((self.sample_encoder.ids(request), tokens), 1)
+
     @outside_inference_mode()
     @torch.no_grad()
     def all_kept(self, tokens: Tensor, observes: frozenset[str]) -> tuple[LayerView, ...]:
@@ -264,6 +286,8 @@ class Evaluator:
             cache = SlotCache.for_model(self.loaded.model, Recording(observes))
             cache.decides_after_forward = False
             self.forward(tokens, cache, 1)
+            if REPEATED in observes:
+                cache.repeat(self.repetition(tokens))
         return Reading(tuple(layer.view() for layer in cache.layers), tokens.shape[1])
 
     @outside_inference_mode()
@@ -286,7 +310,8 @@ class Evaluator:
         cache = SlotCache.from_views(reading.views, Recording(), rows=policy.size, model=self.loaded.model)
         for layer, decision in zip(cache.layers, decisions(policy, reading.views), strict=True):
             layer.apply(decision)
-        return cache, reading.tokens if self.store.misses > misses else 0, 0
+        again = self.repetition(tokens.read).shape[1] if REPEATED in policy.observes | observes else 0
+        return cache, reading.tokens + again if self.store.misses > misses else 0, 0
 
     def _stream(self, policy: Deciding, tokens: Tokens, meter: Meter) -> tuple[SlotCache, int, int]:
         """Read up to the first decision once, decide for all, then read on with one row a candidate.

@@ -210,6 +210,7 @@ class Evaluation:
         ``head_cost``: per layer and KV head, what the manager's ranking costs (smaller is better);
         ``head_slots``, ``head_bytes``: per layer and KV head, the slots that hold a token and the bytes that the head
         costs, when reading has ended;
+        ``repeated_tokens``: tokens that were read again, after the whole context, before the manager decided;
         ``rank_correlation``, ``good_decisions``, ``sorted_cost``: how the decision compares with one that knows the
         future.
     slots : slots per KV head that the decision left, mean over layers and heads; None: no result.

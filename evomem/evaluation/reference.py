@@ -17,6 +17,7 @@ from evomem.evaluation.measurement import LOGLIK, Evaluation, Measurement
 from evomem.evaluation.population import Recording
 from evomem.managers.base import MemoryManager
 from evomem.memory import SlotCache, attached
+from evomem.memory.observations.repeated_attention import REPEATED
 from evomem.tasks.base import Sample, Task
 
 if TYPE_CHECKING:
@@ -40,10 +41,14 @@ def evaluate_plainly(
     with manager.attach(evaluator.loaded.model) as cache:
         with cache.reading():
             evaluator.forward_in_pieces(tokens.read, cache, 1)
+            if REPEATED in manager.observes:
+                cache.repeat(again := evaluator.repetition(tokens.read))
+                generated += again.shape[1]
         before = cache.nbytes() - recorded_bytes(cache)
         slots = float(stacked([s.float().mean() for s in cache.slots_held()]).mean())
         if exact and task.has_exact and sample.max_new_tokens:
-            texts, generated = evaluator.generate(cache.clone(), manager, tokens, sample.max_new_tokens)
+            texts, written = evaluator.generate(cache.clone(), manager, tokens, sample.max_new_tokens)
+            generated += written
         fed = torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1)
         loglik = mean_loglik(evaluator.forward_in_pieces(fed, cache, tokens.answer.shape[1]), tokens.answer)[0]
     after = cache.nbytes() - recorded_bytes(cache)

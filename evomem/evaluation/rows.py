@@ -65,6 +65,7 @@ class Row:
     dtype, device : type of the model's weights, and where they lay (`evomem.devices.named`); None if that is not known.
     total_range : fewest and most slots of all layers and heads that one sample has when its context has been read.
         None: not measured.
+    repeated_tokens : tokens that are read again, after the whole context, before the manager decides; None: none are.
     price_per_megabyte : nats per 10^6 bytes of mean memory; None: memory has no price, nor have the next three a value.
     net : mean over samples of the log-likelihood minus the price of the sample's ``bytes_mean``.
     net_difference, net_interval : as ``difference`` and ``interval``, of net, whose bytes are those of each sample.
@@ -102,6 +103,7 @@ class Row:
     head_slots: list[list[float]] | None = None
     head_bytes: list[list[float]] | None = None
     total_range: list[float] | None = None
+    repeated_tokens: float | None = None
     price_per_megabyte: float | None = None
     net: float | None = None
     net_difference: float | None = None
@@ -289,6 +291,7 @@ def _row(
         head_slots=_mean_table([e.table("head_slots") for e in evaluations]),
         head_bytes=_mean_table([e.table("head_bytes") for e in evaluations]),
         total_range=_total_range([e.table("head_slots") for e in evaluations]),
+        repeated_tokens=_mean_of_all([e.number("repeated_tokens") for e in evaluations]),
     )
 
 
@@ -312,6 +315,12 @@ def _nets(evaluations: Sequence[Evaluation], price: float) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """Return the mean of values that were all measured; None if one was not."""
+    measured = [value for value in values if value is not None]
+    return _mean(measured) if measured and len(measured) == len(values) else None
 
 
 def _mean_table(tables: Sequence[Table | None]) -> list[list[float]] | None:

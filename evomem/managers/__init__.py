@@ -23,6 +23,7 @@ from evomem.managers.heuristics.full import Full
 from evomem.managers.heuristics.h2o import H2O
 from evomem.managers.heuristics.keydiff import KeyDiff
 from evomem.managers.heuristics.knorm import KNorm
+from evomem.managers.heuristics.kvzip import KVzip
 from evomem.managers.heuristics.lava import LavaKV
 from evomem.managers.heuristics.observed_attention import ObservedAttention
 from evomem.managers.heuristics.protected_random import ProtectedRandom
@@ -59,6 +60,7 @@ __all__ = [
     "HeadProbes",
     "KNorm",
     "KVPolicy",
+    "KVzip",
     "KeyDiff",
     "LavaKV",
     "LayerAllocation",

@@ -96,7 +96,7 @@ def checked_row(row: AnyRow) -> AnyRow:
     numbers = (row.loglik, row.bytes_peak, row.bytes_mean, row.slots, row.seconds)
     maybe = (
         row.score, row.difference, row.difference_score, row.bytes_ratio, row.recovered, row.budget,
-        row.price_per_megabyte, row.net, row.net_difference,
+        row.price_per_megabyte, row.net, row.net_difference, row.repeated_tokens,
     )  # fmt: skip
     spans = (row.interval, row.interval_score, row.interval_loglik, row.net_interval, row.total_range)
     named = isinstance(row.floor, str | None)
@@ -173,6 +173,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
             text += " slots: mean per KV head; min-max: over heads; total: of all heads, after the context"
             text += " (fewest-most of a sample)." if any(_totals_differ(row) for row in rows) else "."
         lines.append(text)
+    for name, task, count in dict.fromkeys((r.manager, r.task, r.repeated_tokens) for r in rows if r.repeated_tokens):
+        lines.append(f"{name} on {task}: before it decides, {count:,.0f} tokens are read again after the context.")
     for prefix in dict.fromkeys(row.prefix for row in rows if row.prefix):
         lines.append(f"Before every context stands {prefix}, as the tokenizer puts it before every text.")
     for (model, task), group in by_scenario(rows):

@@ -378,7 +378,9 @@ def test_the_field_is_all_heuristics_unless_it_is_named():
     field = {member.name for member in field_of(None)}
     searched = {"namm", "feature_scorer", "kv_policy", "write_gate"}
     others = {name for name in names() if not managers.get(name).__module__.startswith("evomem.")}  # of other tests
-    assert field - others == set(names()) - others - searched - {"full", "adakv", "evicted_rows"} | {"adakv(keydiff)"}
+    assert field - others == set(names()) - others - searched - {"full", "adakv", "evicted_rows", "kvzip"} | {
+        "adakv(keydiff)"
+    }
     assert {"lru", "lfu", "fifo", "slot_relevance"} <= field
     assert [m.name for m in field_of(["keydiff", "full", "adakv(snapkv)", "keydiff"])] == ["keydiff", "adakv(snapkv)"]
     with pytest.raises(UnknownNameError, match="Did you mean 'keydiff'"):

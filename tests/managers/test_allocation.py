@@ -49,6 +49,9 @@ ANY = {
         lambda layers, safeguard: {"name": "across_heads", "options": {"layers": layers, "safeguard": safeguard}},
         OVER_LAYERS, st.floats(0, 1),
     ),
+    "across_layers": st.builds(
+        lambda safeguard: {"name": "across_layers", "options": {"safeguard": safeguard}}, st.floats(0, 1)
+    ),
     "per_head_shares": st.builds(
         lambda points, heads: {"name": "per_head_shares", "options": {"points": points, "heads": heads}},
         st.integers(1, 3), st.integers(1, 3),

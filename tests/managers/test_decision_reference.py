@@ -35,6 +35,10 @@ ANY = {
         lambda layers, safeguard: {"name": "across_heads", "options": {"layers": layers, "safeguard": safeguard}},
         OVER_LAYERS, st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.7, 1.0]) | st.floats(0, 1),
     ),
+    "across_layers": st.builds(
+        lambda safeguard: {"name": "across_layers", "options": {"safeguard": safeguard}},
+        st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.7, 1.0]),
+    ),
     "per_head_shares": st.just("per_head_shares"),
     "threshold": st.builds(
         lambda cap: {"name": "threshold", "options": {"cap": cap}}, st.none() | st.integers(1, 30) | st.floats(0.05, 1)

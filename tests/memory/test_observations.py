@@ -40,10 +40,12 @@ ALL = (
 EXPLICIT = {"backward_distance", "distinct_rate", "effective_writes", "ghost_frequency", "surprise"}
 EXPLICIT |= {"change", "agreement", "updates"}
 """Observations that no KV cache has; tests/memory/explicit tries them."""
+REPEATED = {"repeated_attention"}
+"""Observations of a second reading; tests/memory/test_repeating.py tries them."""
 
 
 def test_every_observation_is_tried():
-    assert set(observations.names()) <= {spec.partition(":")[0] for spec in ALL} | EXPLICIT, (
+    assert set(observations.names()) <= {spec.partition(":")[0] for spec in ALL} | EXPLICIT | REPEATED, (
         "write a new observation into ALL"
     )
 

@@ -37,6 +37,7 @@ def make_view(seed: int = 0, layer: int = 1, layers: int = 4, held=HELD, equal: 
     recorded["frequency"] = torch.randint(0, 4, shape, generator=other).float()
     recorded["recency"] = torch.randint(0, SEEN, shape, generator=other)
     recorded["relevance:8"] = 2 * torch.rand(shape, generator=other) - 1
+    recorded["repeated_attention"] = torch.rand(shape, generator=other)
     root = torch.randn(batch, HEADS * GROUP, DIM, DIM, generator=g)
     recorded["query_mean"] = torch.randn(batch, HEADS * GROUP, DIM, generator=g)
     recorded["query_covariance"] = root @ root.mT / DIM

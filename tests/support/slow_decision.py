@@ -205,6 +205,14 @@ def across_heads(heads: Sequence[Head], n: int, safeguard: float, ends: Protecte
     return kept
 
 
+def across_layers(
+    layers: Sequence[Sequence[Head]], mean: int, safeguard: float, ends: Protected, read: int
+) -> list[list[set[int]]]:
+    """Return what one ranking over the heads of all layers keeps: all of them are the heads of one layer."""
+    flat = iter(across_heads([head for layer in layers for head in layer], mean, safeguard, ends, read))
+    return [[next(flat) for _ in layer] for layer in layers]
+
+
 def per_head(
     heads: Sequence[Sequence[Head]], logs: Sequence[Sequence[float]], mean: int, ends: Protected
 ) -> list[list[int]]:
@@ -253,6 +261,8 @@ def decide(
     if name == "threshold":
         cap = slots_of(options["cap"] if budget is None else budget, read)
         return [[threshold(head, cap, ends, read) for head in layer] for layer in heads]
+    if name == "across_layers":
+        return across_layers(heads, mean, options["safeguard"], ends, read)
     if name == "per_head_shares":
         counts = per_head(heads, logs, mean, ends)
         return [

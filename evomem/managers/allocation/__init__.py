@@ -4,6 +4,7 @@ An allocation that depends on the input is one more file here: a `LayerAllocatio
 `ModelAllocation` if at all of them.
 """
 
+from evomem.managers.allocation.across_layers import AcrossLayers
 from evomem.managers.allocation.arithmetic import (
     clamped_shares,
     depth_limits,
@@ -47,6 +48,7 @@ __all__ = [
     "LUKV",
     "PROBES",
     "AcrossHeads",
+    "AcrossLayers",
     "Allocation",
     "AllocationOptions",
     "ByDistinctRate",

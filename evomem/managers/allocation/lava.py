@@ -103,7 +103,7 @@ class Lava(ModelAllocation):
         for view, mean, score, total in zip(views, means, scores, totals, strict=True):
             candidates = score != -torch.inf
             marked = ends.mark(score, view, candidates, mean)
-            limits.append(heads_by_ranking(marked, view, candidates, total, self.options.safeguard))
+            limits.append(heads_by_ranking(marked, view.slots, candidates, total, self.options.safeguard))
         return limits
 
     def ends_within(self, limits: Tensor, mean: Tensor) -> Tensor:

@@ -98,24 +98,25 @@ class AcrossHeads(LayerAllocation):
         """Return how many of the layer's n H best are each head's: (batch, kv_heads, 1) int64."""
         if self.options.safeguard == 1:  # also where a head cannot fill its slots, the others do not get them
             return n
-        return heads_by_ranking(marked, view, candidates, n * view.slots.shape[1], self.options.safeguard)
+        return heads_by_ranking(marked, view.slots, candidates, n * view.slots.shape[1], self.options.safeguard)
 
 
-def heads_by_ranking(marked: Tensor, view: LayerView, candidates: Tensor, total: Tensor, safeguard: float) -> Tensor:
+def heads_by_ranking(marked: Tensor, slots: Tensor, candidates: Tensor, total: Tensor, safeguard: float) -> Tensor:
     """Return how many of a layer's ``total`` best are each head's: (batch, kv_heads, 1) int64, which add up to it.
 
     Parameters
     ----------
     marked : (batch, kv_heads, slots), the scores after `Ends.mark`. Equal ones rank by position, then by head.
+    slots : (batch, kv_heads, slots) int64, the tokens that the slots hold.
     candidates : (batch, kv_heads, slots) bool, slots that may stay.
     total : (batch, 1, 1) int64, slots of the layer, n a head.
     safeguard : every head keeps its ⌊safeguard n⌋ best for certain.
     """
-    heads, slots = marked.shape[1:]
+    heads, count = marked.shape[1:]
     safe = best(marked, share_of(safeguard, total // heads)) & candidates
     # At most n a head are safe or protected (`Ends` sees to that), so all of them fit into the layer's total.
     ordered = torch.where(safe, torch.inf, marked)
-    order = torch.sort(view.slots.flatten(-2), dim=-1, stable=True).indices
+    order = torch.sort(slots.flatten(-2), dim=-1, stable=True).indices
     flat = ordered.flatten(-2)
     order = order.expand(flat.shape)
     by_score = torch.sort(flat.gather(-1, order), dim=-1, descending=True, stable=True).indices
@@ -123,6 +124,6 @@ def heads_by_ranking(marked: Tensor, view: LayerView, candidates: Tensor, total:
     ranks_of_all = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
     ranks = torch.zeros_like(order).scatter(-1, order, ranks_of_all).reshape(ordered.shape)
     # Slots that the layer has not got are counted too, so that the heads' limits add up to the total.
-    more = (total - heads * slots).clamp(min=0)
+    more = (total - heads * count).clamp(min=0)
     first = torch.arange(heads, device=order.device)[:, None] < more % heads
     return (ranks < total).sum(-1, keepdim=True) + more // heads + first

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from evomem.errors import ModelError, UnsupportedModelError
-from evomem.memory import Decision, LayerView, attached
+from evomem.memory import attached
 from evomem.memory.kv.attach import has_own_memory
 from evomem.memory.kv.attention import full_precision
+from evomem.memory.kv.keep_all import KeepAll
 from evomem.memory.kv.positions import position_limit
 from evomem.memory.kv.switch import uncounted
 from evomem.memory.kv.versions import passed
@@ -268,21 +269,6 @@ class _Probing(WindowObservation):
         return self.scores(window.by_head)
 
 
-@dataclass(frozen=True)
-class _Watching:
-    """A cache policy that keeps everything."""
-
-    every: int | None = None
-    observes: frozenset[str] = frozenset()
-
-    @property
-    def schedule(self) -> _Watching:
-        return self
-
-    def decide(self, view: LayerView) -> Decision:
-        return Decision(view.valid)
-
-
 def _read(model: PreTrainedModel, ids: Tensor, scores: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Return the scores of the model's attention over texts (draws, tokens): per layer (kv_heads, scores) fp32."""
     from evomem.memory import SlotCache
@@ -294,7 +280,7 @@ def _read(model: PreTrainedModel, ids: Tensor, scores: Callable[[Tensor], Tensor
         )
     ids, probing = ids.to(model.device), _Probing(ids.shape[1], scores)
     with evaluating(model), uncounted(), attached(model):
-        cache = SlotCache.for_model(model, _Watching())
+        cache = SlotCache.for_model(model, KeepAll())
         cache.wanted = Wanted((probing,))
         cache.reset()
         cache.decides_after_forward = False

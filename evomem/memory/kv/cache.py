@@ -295,6 +295,20 @@ class SlotCache(Cache):
             layer.apply_turns([one[index] for one in decided], rows)
         self.owing = False
 
+    def repeat(self, ids: Tensor) -> None:
+        """Let the model read its context once more, for a manager that goes by that (`kvzip`).
+
+        >>> with manager.attach(model) as cache:                           # doctest: +SKIP
+        ...     with cache.reading():
+        ...         model(ids, past_key_values=cache)
+        ...         cache.repeat(ids)
+
+        Raises `CacheError`, see `evomem.memory.kv.repeating.repeat`.
+        """
+        from evomem.memory.kv.repeating import repeat
+
+        repeat(self, ids)
+
     def keep(self, masks: list[Tensor]) -> None:
         """Evict by one mask a layer (batch, kv_heads, slots)."""
         for layer, mask in zip(self.layers, masks, strict=True):

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from evomem.memory.observations.base import Wanted
+from evomem.memory.observations.repeated_attention import SECOND_READING
 from evomem.memory.observations.windows import SOFTMAX_READS
 from evomem.memory.view import Decision, LayerView
 
-HAS = frozenset({"queries at positions", SOFTMAX_READS})
+HAS = frozenset({"queries at positions", SECOND_READING, SOFTMAX_READS})
 """What a KV cache has for observations that need more than attention (`Observation.needs`)."""
 
 

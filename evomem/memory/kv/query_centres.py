@@ -18,12 +18,12 @@ from torch import Tensor
 from evomem.errors import ModelError
 from evomem.memory.kv.attach import attached
 from evomem.memory.kv.attention import full_precision
+from evomem.memory.kv.keep_all import KeepAll
 from evomem.memory.kv.positions import position_limit
 from evomem.memory.kv.rotary import Rotary, frequencies, pair_lengths, unrotate
 from evomem.memory.kv.switch import uncounted
 from evomem.memory.kv.versions import passed
 from evomem.memory.observations.base import Axes, Moment, Observation, Wanted, Window
-from evomem.memory.view import Decision, LayerView
 from evomem.modes import evaluating, outside_inference_mode
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def texts(model: PreTrainedModel) -> Tensor:
 def _measured(cache_of: Callable[[Any], SlotCache], model: PreTrainedModel) -> tuple[QueryCentre, ...]:
     ids = texts(model).to(model.device)
     with evaluating(model), uncounted(), attached(model):
-        cache = cache_of(_KeepAll())
+        cache = cache_of(KeepAll())
         cache.wanted = Wanted((_Centring(),))
         cache.reset()
         cache.decides_after_forward = False
@@ -152,21 +152,6 @@ class _Centring(Observation):
     def recorded(self, recorder: Recorder, moment: Moment, window: Callable[[int], Window]) -> dict[str, Tensor]:
         """Return the two means."""
         return {name: recorder.rowwise[name] for name in ("mean", "length")}
-
-
-@dataclass(frozen=True)
-class _KeepAll:
-    """A cache policy that keeps everything."""
-
-    every: int | None = None
-    observes: frozenset[str] = frozenset()
-
-    @property
-    def schedule(self) -> _KeepAll:
-        return self
-
-    def decide(self, view: LayerView) -> Decision:
-        return Decision(view.valid)
 
 
 def _weights_digest(model: PreTrainedModel) -> str:

@@ -23,6 +23,8 @@ name                      what ``LayerView.recorded`` holds
                           head_dim), the mean rotation of the next 512 positions
 ``tri_attention``         (batch, kv_heads, slots): worth to the model's mean query from some distances on, which is
                           measured once a model; the largest of the group's query heads, standardised (arXiv 2604.04921)
+``repeated_attention``    (batch, kv_heads, slots): largest attention paid to the slot while the context is read again,
+                          which `SlotCache.repeat` has the model do (KVzip, arXiv 2505.23416)
 ``frequency``             (batch, kv_heads, slots): reads received, the sum of the attention paid to the slot
 ``frequency_decayed:H``   (batch, kv_heads, slots): the same, a read of n tokens ago counting 2^(-n/H)
 ``recency``               (batch, kv_heads, slots) int64: tokens since the slot was last read, or else written
@@ -55,6 +57,7 @@ from evomem.memory.observations import (
     matching,
     query_statistics,
     reads,
+    repeated_attention,
     tri_attention,
     updates,
     window_spread,
@@ -100,6 +103,7 @@ __all__ = [
     "query_statistics",
     "reads",
     "register_observation",
+    "repeated_attention",
     "tri_attention",
     "updates",
     "window_spread",
