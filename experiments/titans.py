@@ -33,6 +33,7 @@ from evomem.errors import EvomemError
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
 from evomem.models.architectures.titans import Titans, TitansConfig, Variant
 from evomem.models.architectures.titans_layers import NeuralMemory
+from evomem.models.pretrained.files import sha256
 from evomem.statistics import bootstrap_mean, paired_bootstrap
 from evomem.tasks import Split
 from experiments.titans_texts import SHORTEST, TASKS, TOKENIZER, shares, texts
@@ -54,6 +55,10 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 EVERYWHERE = 0.1
 """Weight of the loss on all words, beside that on the answers."""
+RATE = 3e-3
+"""Highest learning rate."""
+RATES = {"mac": 1e-3}
+"""That of rows that do not learn by the usual one."""
 SHIPPED = Path(__file__).resolve().parent / "zoo" / "models"
 
 
@@ -66,6 +71,8 @@ def new_model(name: str, seed: int, given: argparse.Namespace) -> Any:
         model = Titans(TitansConfig(variant=variant, **SHAPE, **options, **ABLATIONS.get(name, {})))  # type: ignore[arg-type]
         if changed != "random-start":
             begin_as_successors(model)
+            if variant == "mac":
+                begin_as_tokens(model)
         return model
     most = max(count(Titans(TitansConfig(variant=variant, **SHAPE, **options))) for variant in get_args(Variant))
 
@@ -94,17 +101,50 @@ def begin_as_successors(model: Titans) -> None:
                 part.taps.mul_(0.1)[:, -back] += 1.0
 
 
+@torch.no_grad()
+def begin_as_tokens(model: Titans) -> None:
+    """Let attention of MAC begin by handing on the token that asks, beside a part that all tokens share.
+
+    M of MAC learns what attention says, y, and y ⊗ M(y) is what a layer adds. At a random start attention says nearly
+    the same of every token: a segment's keys are alike, and M grows tenfold within it. So queries and keys begin equal
+    and strong, output as the values' inverse. The shared part lets M(y) through the product unscrambled; keys, values
+    and queries of M do not see it. What is recalled begins weak.
+    """
+    width = model.config.hidden_size
+    model.embed.weight.add_(model.config.initializer_range)
+    blocks: Any = model.blocks
+    for block in blocks:
+        attention, memory = block.attention, block.memory
+        values = torch.nn.init.orthogonal_(torch.empty(width, width))
+        attention.v_proj.weight.copy_(values)
+        attention.o_proj.weight.copy_(values.T)
+        for part in (attention.q_proj, attention.k_proj):
+            part.weight.copy_(2**0.5 * torch.eye(width))
+        for part in (memory.key, memory.value, memory.query):
+            part.linear.weight.sub_(part.linear.weight.mean(1, keepdim=True))
+        memory.retrieve.linear.weight.copy_(memory.query.linear.weight)
+        memory.retrieve.taps.copy_(memory.query.taps)
+        block.recall_norm.weight.fill_(0.1)
+
+
 def count(model: Any) -> int:
     """Return a model's parameters."""
     return sum(part.numel() for part in model.parameters())
 
 
-def train(model: Any, seed: int, given: argparse.Namespace) -> float:
-    """Train a model, and return the mean loss (nats a word of an answer) of the last 20 steps."""
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=given.rate, betas=(0.9, 0.98)), []
+def rate_of(name: str, given: argparse.Namespace) -> float:
+    """Return the highest learning rate of a row."""
+    rate: float = RATES.get(name, RATE) if given.rate is None else given.rate
+    return rate
+
+
+def train(model: Any, name: str, seed: int, given: argparse.Namespace) -> float:
+    """Train a row's model, and return the mean loss (nats a word of an answer) of the last 20 steps."""
+    highest, losses = rate_of(name, given), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=highest, betas=(0.9, 0.98))
     model.train()
     for step in range(given.steps):
-        rate = given.rate * min(1.0, (step + 1) / 50, 4 * (given.steps - step) / given.steps)
+        rate = highest * min(1.0, (step + 1) / 50, 4 * (given.steps - step) / given.steps)
         optimizer.param_groups[0]["lr"] = rate
         drawn = texts(TASKS[step % len(TASKS)], f"{seed} {step}", given.batch, given.length, Split.TRAIN)
         logits, following = model(drawn.ids, use_cache=False).logits[:, :-1], drawn.ids[:, 1:]
@@ -138,7 +178,7 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     ------
     SystemExit : the folder has a training with other settings.
     """
-    folder, settings = given.out / f"{name}-{seed}", settings_of(given)
+    folder, settings = given.out / f"{name}-{seed}", settings_of(name, given)
     record = folder / "result.json"
     if record.is_file():
         known: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
@@ -147,7 +187,7 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         return known
     print(f"{name}, seed {seed}", flush=True)
     model, began = new_model(name, seed, given), time.process_time()
-    loss = train(model, seed, given)
+    loss = train(model, name, seed, given)
     seconds = time.process_time() - began
     by_task = {
         task: {str(given.length * times): recall(model, task, given.length * times, given) for times in given.times}
@@ -167,17 +207,17 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def settings_of(given: argparse.Namespace) -> dict[str, Any]:
-    """Return what a training depends on, beside its row and seed."""
-    names = ("length", "times", "texts", "steps", "batch", "rate", "segment")
-    return {name: getattr(given, name) for name in names}
+def settings_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Return what a row's training depends on, beside its seed."""
+    names = ("length", "times", "texts", "steps", "batch", "segment")
+    return {**{name: getattr(given, name) for name in names}, "rate": rate_of(name, given)}
 
 
 def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Return a row of the table: one model trained anew for every seed, and what it recalls, by task and length."""
     results = [trained(name, seed, given) for seed in given.seeds]
     record: dict[str, Any] = {
-        "row": name, "parameters": results[0]["parameters"], "loss_by_seed": [one["loss"] for one in results],
+        "row": name, "settings": results[0]["settings"], "parameters": results[0]["parameters"], "loss_by_seed": [one["loss"] for one in results],
         "train_cpu_seconds": sum(one["train_cpu_seconds"] for one in results), "right": {},
     }  # fmt: skip
     for task in TASKS:
@@ -222,6 +262,7 @@ def ship(name: str, given: argparse.Namespace, models: Path) -> Path:
         task: {length: round(mean(right), 4) for length, right in by_length.items()}
         for task, by_length in result["right"].items()
     }
+    result["sha256"] = sha256(folder / "model.safetensors")
     (folder / "recipe.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors are private to their writer
@@ -263,7 +304,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--texts", type=int, default=64, help="texts of each task and length that are measured")
     root.add_argument("--steps", type=int, default=450, help="steps of training")
     root.add_argument("--batch", type=int, default=16, help="texts of a step")
-    root.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    root.add_argument("--rate", type=float, help=f"highest learning rate; {RATE}, of mac {RATES['mac']}")
     root.add_argument("--segment", type=int, default=16, help="tokens of a segment, and of attention's window")
     root.add_argument("--out", type=Path, default=Path("runs/titans"), help="folder of the trained models")
     root.add_argument("--json", type=Path, help="file for the rows")
@@ -277,7 +318,7 @@ def check(given: argparse.Namespace) -> None:
         raise SystemExit("--steps, --batch and --segment are counts of at least 1, --texts of at least 2")
     if given.length < SHORTEST:
         raise SystemExit(f"--length {given.length}: give at least {SHORTEST}, which facts and questions need")
-    if not 0 < given.rate < float("inf"):
+    if given.rate is not None and not 0 < given.rate < float("inf"):
         raise SystemExit(f"--rate {given.rate}: give a number above 0")
     if given.ship and set(given.rows) - set(get_args(Variant)):
         raise SystemExit(f"--ship: give --rows of {', '.join(get_args(Variant))}; other models are not for the zoo")
@@ -299,7 +340,7 @@ def main() -> None:
     for task in TASKS:
         print("\n" + table(records, task))
     if given.json is not None:
-        whole = {"settings": {**settings_of(given), "seeds": given.seeds}, "rows": records}
+        whole = {"seeds": given.seeds, "rows": records}
         given.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     for name in given.rows if given.ship else ():
         print(f"shipped: {ship(name, given, SHIPPED)}")
