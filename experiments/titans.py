@@ -217,7 +217,8 @@ def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Return a row of the table: one model trained anew for every seed, and what it recalls, by task and length."""
     results = [trained(name, seed, given) for seed in given.seeds]
     record: dict[str, Any] = {
-        "row": name, "settings": results[0]["settings"], "parameters": results[0]["parameters"], "loss_by_seed": [one["loss"] for one in results],
+        "row": name, "settings": results[0]["settings"], "parameters": results[0]["parameters"],
+        "loss_by_seed": [one["loss"] for one in results],
         "train_cpu_seconds": sum(one["train_cpu_seconds"] for one in results), "right": {},
     }  # fmt: skip
     for task in TASKS:
