@@ -11,11 +11,24 @@ import pytest
 import torch
 
 import evomem.models
+from evomem.models.architectures.titans import Titans, TitansConfig
+from evomem.models.pretrained.files import sha256
 from evomem.tasks import Split
 from evomem.tasks.splits import split_of
 from evomem.tasks.text.zoo_words import DIGITS, KEYS, VALUES
 from experiments import titans
-from experiments.titans import ABLATIONS, ROWS, begin_as_successors, count, main, new_model, parser, recall, ship
+from experiments.titans import (
+    ABLATIONS,
+    ROWS,
+    SHAPE,
+    begin_as_successors,
+    count,
+    main,
+    new_model,
+    parser,
+    recall,
+    ship,
+)
 from experiments.titans_texts import NEEDLES, ONCE, PAIRS, RESTATED, SHORTEST, TASKS, TOKENIZER, texts
 
 FACTS = {"zoo_recall": PAIRS, "zoo_needle": NEEDLES, "zoo_forgetting": ONCE + RESTATED}
@@ -116,6 +129,24 @@ def test_a_memory_begins_with_keys_of_the_token_before(variant):
     assert not random.blocks[0].memory.key.linear.weight.equal(random.blocks[0].memory.value.linear.weight)
 
 
+def test_mac_begins_with_a_memory_that_tells_tokens_apart():
+    """At a random start attention says nearly the same of every token, and M learns that many times a segment."""
+    ids = texts("zoo_recall", "a", 4, 64, Split.TRAIN).ids
+    torch.manual_seed(0)
+    random = Titans(TitansConfig(variant="mac", **SHAPE))
+    begin_as_successors(random)
+    grown = []
+    for model in (random, new_model("mac", 0, parser().parse_args([]))):
+        model.requires_grad_(False)
+        layers = model(ids, past_key_values=model.new_cache()).past_key_values.layers
+        grown.append([
+            float(layer.memory.norm(dim=-1).mean() / block.memory.initial.norm())
+            for layer, block in zip(layers, model.blocks, strict=True)
+        ])  # fmt: skip
+    assert min(grown[0]) > 5
+    assert max(grown[1]) < 4
+
+
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 SMALL = f"--steps 1 --batch 2 --texts 2 --length {SHORTEST} --times 1,2 --segment 8"
@@ -161,7 +192,9 @@ def test_a_training_is_kept_and_can_be_shipped(monkeypatch, tmp_path):
     kept = evomem.models.load(str(tmp_path / "out" / "lmm-0"))
     ids = loaded.tokenizer("magic fox 4 7 1 3.", return_tensors="pt").input_ids
     assert loaded.model(ids).logits.equal(kept.model(ids).logits)
-    assert json.loads((folder / "recipe.json").read_text())["row"] == "lmm"
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["row"] == "lmm"
+    assert recipe["sha256"] == sha256(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
