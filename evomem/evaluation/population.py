@@ -185,6 +185,7 @@ class PopulationPolicy:
         evicted: Tensor | None = None
         keys: Tensor | None = None
         values: Tensor | None = None
+        gates: Tensor | None = None
         for group, part in zip(self.groups, parts, strict=True):
             members = group.members.to(keep.device)
             keep[members] = part.keep.to(keep.device)
@@ -200,7 +201,10 @@ class PopulationPolicy:
                 if keys is None or values is None:  # others leave their slots as they are
                     keys, values = (held.expand(self.size, -1, -1, -1).clone() for held in (view.keys, view.values))
                 keys[members], values[members] = part.keys.to(keys.device), part.values.to(values.device)
-        return Decision(keep, decay, evicted, keys, values)
+            if part.gates is not None:
+                gates = part.gates.new_zeros(*shape, part.gates.shape[-1]) if gates is None else gates
+                gates[members] = part.gates.to(gates.device)
+        return Decision(keep, decay, evicted, keys, values, gates)
 
 
 def _grouped(managers: Sequence[MemoryManager]) -> list[_Group]:
@@ -251,7 +255,7 @@ def _decide(group: _Group, views: Sequence[LayerView], *, all_layers: bool) -> l
             made = functional_call(_WholeModel(group.template), named, (seen,))
         else:
             made = [functional_call(group.template, parameters, (seen[0],))]
-        parts = [(one.keep, one.decay, one.evicted, one.keys, one.values) for one in made]
+        parts = [(one.keep, one.decay, one.evicted, one.keys, one.values, one.gates) for one in made]
         fields[:] = [tuple(part is not None for part in decision) for decision in parts]
         return tuple(part[0] for decision in parts for part in decision if part is not None)
 

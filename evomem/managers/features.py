@@ -34,11 +34,15 @@ backward_distance:W    log(1 + tokens since the last read but one, at most W)   
 change                 size of the latest update beside what was there                change
 agreement              cosine of the latest update with what was there                agreement
 updates                log of the updates that the slot was offered so far            updates
+surprise_ratio         log(1 + the token's surprise over its running mean)            surprise_ratio
+forget_gate            log-odds of the token's own α, momentum_gate of its η,         gates
+                       rate_gate of its θ
 =====================  ============================================================  ===================================
 
 From ``recency`` to ``backward_distance``, and ``age``, they mean the same in a KV cache and in an explicit memory
 (`evomem.memory.explicit`). Only explicit memories have a ``surprise``, only those that are read by name the two after
-it, and only feedback memory, whose slots are rewritten, the last three. Depth is no feature of a slot: weights vary
+it; feedback memory, whose slots are rewritten, and neural memory, whose weights learn tokens, have a ``change`` and an
+``agreement``, only the former ``updates``, only the latter what follows. Depth is no feature of a slot: weights vary
 with it.
 
 No feature depends on head size, head count, depth or vocabulary, so a scorer over them can move to other models.
@@ -190,6 +194,10 @@ FEATURES: dict[str, Feature] = {
     "change": Feature(lambda view, _: view.recorded["change"], "change"),
     "agreement": Feature(lambda view, _: view.recorded["agreement"], "agreement"),
     "updates": Feature(lambda view, _: torch.log(view.recorded["updates"].clamp(min=1)), "updates"),
+    "surprise_ratio": Feature(lambda view, _: torch.log1p(view.recorded["surprise_ratio"]), "surprise_ratio"),
+    "forget_gate": Feature(lambda view, _: view.recorded["gates"][..., 0], "gates"),
+    "momentum_gate": Feature(lambda view, _: view.recorded["gates"][..., 1], "gates"),
+    "rate_gate": Feature(lambda view, _: view.recorded["gates"][..., 2], "gates"),
 }
 """Features without a neighbourhood, by name."""
 

@@ -142,6 +142,8 @@ class Decision:
         others have read. None: it stays as it is.
     keys, values : (batch, kv_heads, slots, head_dim) of the view's type, what slots hold from now on: both, or None:
         what they held.
+    gates : (batch, kv_heads, slots, 3) fp32, what is added to the log-odds of α and η and to log θ of the token in
+        every slot, in a memory whose tokens have gates (`evomem.memory.explicit.neural_slots`); None: nothing.
     """
 
     keep: Tensor
@@ -149,11 +151,20 @@ class Decision:
     evicted: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    gates: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Decision:
         """Return a decision with every tensor changed; the batch is axis 0 of each."""
-        rest = (self.decay, self.evicted, self.keys, self.values)
+        rest = (self.decay, self.evicted, self.keys, self.values, self.gates)
         return Decision(change(self.keep), *(None if part is None else change(part) for part in rest))
+
+
+def refuse_gates(decision: Decision, memory: str) -> None:
+    """Raise `CacheError` where a decision moves gates, and ``memory`` (its name in the message) has none."""
+    if decision.gates is not None:
+        raise CacheError(
+            f"the manager moves the gates of tokens, and {memory} has none; use it on a neural memory (a Titans model)"
+        )
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ _KINDS: dict[str, MemoryKind] = {
     "evomem_mosaic": "a memory of the model's own",
     "evomem_memory_matrix": "a memory of the model's own",
     "evomem_fam": "a memory of the model's own",
+    "evomem_titans": "a memory of the model's own",
 }
 """Of evomem's own architectures, those that have no KV cache."""
 

@@ -305,4 +305,4 @@ def test_every_manager_has_the_option():
         limits = [int(manager.rule.layer_limit(view, manager.shares())[0]) for view in views]
         assert sum(limits) == 80, name
         assert limits[0] > limits[-1], name
-    assert refused == {"full", "pyramidkv", "write_gate"}
+    assert refused == {"full", "pyramidkv", "surprise_gate", "write_gate"}

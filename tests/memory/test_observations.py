@@ -38,7 +38,7 @@ ALL = (
     "relevance:5",
 )
 EXPLICIT = {"backward_distance", "distinct_rate", "effective_writes", "ghost_frequency", "surprise"}
-EXPLICIT |= {"change", "agreement", "updates"}
+EXPLICIT |= {"change", "agreement", "updates", "surprise_ratio", "gates"}
 """Observations that no KV cache has; tests/memory/explicit tries them."""
 REPEATED = {"repeated_attention"}
 """Observations of a second reading; tests/memory/test_repeating.py tries them."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from evomem.errors import CacheError, ConfigError, ModelError, UnsupportedModelError
+from evomem.errors import CacheError, ConfigError, ModelError
 from evomem.managers import build
 from evomem.memory.explicit.matrix import MatrixCache
 from evomem.memory.explicit.neural import NeuralCache, NeuralLayer
@@ -340,6 +340,6 @@ def test_what_was_read_is_not_taken_back():
     assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
 
 
-def test_managers_are_refused_with_a_sentence():
-    with pytest.raises(UnsupportedModelError, match="Titans"), build("lru", budget=4).attach(MODELS["lmm"]):
+def test_a_manager_that_decides_once_is_refused_with_a_sentence():
+    with pytest.raises(ConfigError, match="Titans has a memory of its own"), build("lru").attach(MODELS["lmm"]):
         pass

@@ -114,3 +114,62 @@ class SlowMix:
                 mixed = out @ (y * silu(norm(self.learn(y), block.read_norm)))
         self.count += 1
         return mixed
+
+
+class SlowDecided(SlowMix):
+    """The same where the tokens of a segment are learnt again by a decision about them.
+
+    Every token of the segment is a dictionary a head: key, value, log-odds of its gates, and how much it surprises.
+    """
+
+    def __init__(self, block, window):
+        super().__init__(block, window)
+        heads = len(self.memories)
+        self.held = [[] for _ in range(heads)]
+        self.means, self.before = [0.0] * heads, [None] * heads
+
+    def learn(self, x):
+        memory = self.block.memory
+        logits = (memory.gates.weight @ x + memory.gates.bias).view(3, -1).T
+        begins = self.count % self.block.segment == 0
+        if begins:
+            self.held = [[] for _ in self.memories]
+            self.before = [([m.clone() for m in s.matrices], [m.clone() for m in s.momentum]) for s in self.memories]
+        read = super().learn(x)
+        keys, values = (self.heads(self.mixed(project)) for project in (self.key, self.value))
+        for head, (key, value) in enumerate(zip(keys, values, strict=True)):
+            said = SlowNeural.answer(self.before[head][0], unit(key))
+            error = float((said - value).norm())
+            share = max(1 / (self.count + 1), 1 / 64)
+            self.means[head] += share * (error - self.means[head])
+            self.held[head].append(
+                {
+                    "key": unit(key), "value": value, "logits": logits[head].tolist(), "said": said,
+                    "ratio": error / self.means[head], "surprise": error / float(value.norm()),
+                }
+            )  # fmt: skip
+        return read
+
+    @staticmethod
+    def mixed(project):
+        """Return what a projection gave last."""
+        taps = project.module.taps
+        conv = taps.shape[1]
+        parts = [taps[:, conv - 1 - step] * project.line[-1 - step] for step in range(min(conv, len(project.line)))]
+        return sum(parts)
+
+    def decide(self, judge):
+        """Learn the segment again; ``judge`` returns of a token (α, η, θ), or None for one that is not stored."""
+        for head, slow in enumerate(self.memories):
+            seen = slow.count
+            slow.matrices, slow.momentum = ([m.clone() for m in part] for part in self.before[head])
+            slow.count -= slow.count % slow.segment or slow.segment
+            stored = []
+            for token in self.held[head]:
+                gates = judge(token)
+                if gates is not None:
+                    first = slow.count
+                    slow.write(token["key"], token["value"], *gates)
+                    slow.count = first + (first % slow.segment == 0)  # so that the segment's weights stay its first
+                    stored.append(token)
+            self.held[head], slow.count = stored, seen

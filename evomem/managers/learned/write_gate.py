@@ -19,7 +19,7 @@ from evomem.managers.options import ManagerOptions
 from evomem.managers.vector import zeros
 from evomem.memory import Decision, LayerView
 
-OFFERED = "change"
+OFFERED = "updates"
 """Observation of the memories whose slots have an update to be gated; every other one refuses the manager."""
 
 

@@ -20,9 +20,11 @@ class LayerWithTensors(ExplicitLayer):  # type: ignore[no-untyped-call]
     ----------
     beside_names : names of the tensors, attributes of the layer; the batch is axis 0 of each. None before the first
         token.
+    beside_optional : those that a memory may have no use for, and that stay None.
     """
 
     beside_names: ClassVar[tuple[str, ...]] = ()
+    beside_optional: ClassVar[frozenset[str]] = frozenset()
 
     def reset(self) -> None:
         """Forget everything; the memory is as new."""
@@ -86,8 +88,8 @@ class LayerWithTensors(ExplicitLayer):  # type: ignore[no-untyped-call]
         CacheError : see `ExplicitLayer.load_state`; or a tensor beside the slots is missing, or has other rows.
         """
         beside = {name: tensor for name, tensor in tensors.items() if name in self.beside_names}
-        if facts.get("seen") and len(beside) != len(self.beside_names):
-            missing = min(set(self.beside_names) - beside.keys())
+        if facts.get("seen") and (absent := set(self.beside_names) - self.beside_optional - beside.keys()):
+            missing = min(absent)
             raise CacheError(f"state of {self.title}: {missing!r} is missing; save it again")
         super().load_state(facts, {name: tensor for name, tensor in tensors.items() if name not in beside})
         for name, tensor in beside.items():

@@ -15,6 +15,7 @@ from evomem.memory.kv.attention import full_precision
 from evomem.memory.kv.due import decisions, needs_all_layers
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.observations import Wanted
+from evomem.memory.view import Decision
 
 
 class ExplicitCache(Cache):
@@ -71,14 +72,16 @@ class ExplicitCache(Cache):
         ------
         CacheError : nothing was read, or layers have read differently many tokens.
         """
+        for layer, decision in zip(self.layers, self.decisions(), strict=True):
+            layer.apply(decision)
+
+    def decisions(self) -> list[Decision]:
+        """Return what the manager says about every layer now; see `decide`."""
         if len({layer.seen for layer in self.layers}) > 1:
             raise CacheError("layers have read differently many tokens; feed all of them before a decision")
         views = [layer.view() for layer in self.layers]
         with full_precision(views[0].keys):
-            made = list(decisions(self.policy, views))
-        del views  # so that a layer's old slots go as soon as its new ones are there
-        for layer, decision in zip(self.layers, made, strict=True):
-            layer.apply(decision)
+            return list(decisions(self.policy, views))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, padding included."""

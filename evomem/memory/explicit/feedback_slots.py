@@ -20,7 +20,7 @@ from evomem.memory.explicit.decided import DecidedCache
 from evomem.memory.explicit.matrix import WINDOW
 from evomem.memory.explicit.matrix_rules import precise
 from evomem.memory.kv.policy import CachePolicy
-from evomem.memory.observations.updates import UPDATES
+from evomem.memory.observations.updates import CHANGES, UPDATES
 from evomem.memory.view import Decision
 
 NUMBER = "number"
@@ -41,7 +41,7 @@ class FeedbackSlots(LayerWithTensors):  # type: ignore[no-untyped-call]
     """
 
     title: ClassVar[str] = "a feedback memory"
-    has: frozenset[str] = frozenset({UPDATES, "queries without positions"})
+    has: frozenset[str] = frozenset({UPDATES, CHANGES, "queries without positions"})
     beside_names: ClassVar[tuple[str, ...]] = WINDOW
     slot_marks: ClassVar[frozenset[str]] = frozenset({NUMBER})
     window_keys: Tensor | None

@@ -19,7 +19,7 @@ from evomem.memory.kv.layer_memory import LayerMemory
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.kv.storage import SlotStorage
 from evomem.memory.observations import Recorder, Wanted
-from evomem.memory.view import Decision, LayerView
+from evomem.memory.view import Decision, LayerView, refuse_gates
 
 
 class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-call]
@@ -103,19 +103,24 @@ class ExplicitLayer(MemoryCacheLayer, LayerMemory):  # type: ignore[no-untyped-c
 
         Raises
         ------
-        CacheError : it writes into slots: what those of an explicit memory hold, its model writes.
+        CacheError : it writes into slots: what those of an explicit memory hold, its model writes; or it moves gates.
         """
-        if decision.keys is not None:
-            raise CacheError(
-                f"the manager writes what it evicts into slots of {self.title}, which only its model writes; use it on "
-                "a KV cache, and here the manager inside it"
-            )
+        self.refuse_writing(decision)
+        refuse_gates(decision, self.title)
         if decision.decay is not None:
             self.decay(decision.decay)
         if decision.evicted is not None:
             self.evicted = decision.evicted
         self.keep(decision.keep)
         self.decided = self.seen
+
+    def refuse_writing(self, decision: Decision) -> None:
+        """Raise `CacheError` where a decision says what slots hold."""
+        if decision.keys is not None:
+            raise CacheError(
+                f"the manager writes what it evicts into slots of {self.title}, which only its model writes; use it on "
+                "a KV cache, and here the manager inside it"
+            )
 
     def keep(self, mask: Tensor) -> None:
         """Evict, physically, every slot where ``mask`` (batch, kv_heads, slots) is False.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evomem.errors import CacheError
 from evomem.memory.explicit.cache_layer import require_numbers, require_shapes
-from evomem.memory.explicit.neural_rules import Gates, Surprise, after, answer, coefficients, read, surprise
+from evomem.memory.explicit.neural_rules import Gates, Surprise, answer, take_in
 from evomem.memory.explicit.segmented import SegmentedCache, SegmentedLayer
 
 WEIGHTS = ("memory", "momentum", "anchor")
@@ -78,10 +78,10 @@ class NeuralLayer(SegmentedLayer):  # type: ignore[no-untyped-call]
         -------
         What is read, (batch, heads, tokens, out), and how much each token was a surprise.
         """
-        memory, momentum = self.begun(self.memory), self.begun(self.momentum)
-        learnt, parts = surprise(self.begun(self.anchor), keys, values, widths, limit), coefficients(gates)
-        reads = read(memory, momentum, learnt, parts, queries, widths)
-        self.memory, self.momentum = after(memory, momentum, learnt, parts)
+        anchor, memory, momentum = self.begun(self.anchor), self.begun(self.memory), self.begun(self.momentum)
+        reads, learnt, self.memory, self.momentum = take_in(
+            anchor, memory, momentum, keys, values, queries, gates, widths, limit
+        )
         return reads, learnt
 
     def end_segment(self, rows: Tensor | None) -> None:

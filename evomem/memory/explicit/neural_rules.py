@@ -63,18 +63,22 @@ class Gates:
     forget : α in [0, 1], the share of the weights that fades.
     momentum : η in [0, 1], the share of past surprise that goes on.
     rate : θ >= 0, how much of the momentary surprise is learnt.
+    logits : (batch, heads, tokens, 3), log-odds of α, η and θ / the largest rate; None: unknown.
+    real : (batch, tokens) bool, which tokens are no padding; None: all.
     """
 
     forget: Tensor
     momentum: Tensor
     rate: Tensor
+    logits: Tensor | None = None
+    real: Tensor | None = None
 
     def where(self, real: Tensor | None) -> Gates:
         """Return gates by which tokens that are not ``real`` (batch, tokens) bool do nothing to a memory at rest."""
         if real is None:
             return self
         shown = real[:, None]
-        return Gates(self.forget * shown, self.momentum * shown, self.rate * shown)
+        return Gates(self.forget * shown, self.momentum * shown, self.rate * shown, self.logits, real)
 
 
 @dataclass(frozen=True)
@@ -164,9 +168,17 @@ class Coefficients:
     momentum: Tensor
 
 
-def coefficients(gates: Gates) -> Coefficients:
-    """Return the coefficients of a chunk."""
+def coefficients(gates: Gates, stored: Tensor | None = None) -> Coefficients:
+    """Return the coefficients of a chunk.
+
+    stored : (batch, heads, tokens) bool, tokens that the memory takes in; it passes over the others as if they had not
+        come: neither is anything learnt of them, nor does anything fade. None: all.
+    """
     tokens = gates.rate.shape[-1]
+    moved: Tensor | float = 1.0
+    if stored is not None:
+        gates = Gates(gates.forget * stored, torch.where(stored, gates.momentum, 1.0), gates.rate * stored)
+        moved = stored[..., None]
 
     def begins(keep: Tensor) -> Tensor:
         """What the first token lets through of what was there, (batch, heads, tokens, 1)."""
@@ -174,7 +186,7 @@ def coefficients(gates: Gates) -> Coefficients:
 
     kept = 1 - gates.forget
     momentum = linear_scan(gates.momentum, torch.cat((begins(gates.momentum), torch.diag_embed(gates.rate)), -1))
-    memory = linear_scan(kept, torch.cat((begins(kept), momentum), -1))
+    memory = linear_scan(kept, torch.cat((begins(kept), momentum * moved), -1))
     return Coefficients(memory, momentum)
 
 
@@ -211,3 +223,23 @@ def after(numbers: Tensor, momentum: Tensor, learnt: Surprise, parts: Coefficien
 
     memory = last[..., :1] * numbers + last[..., 1:2] * momentum + sum_of(last[..., 2:])
     return memory, moved[..., :1] * momentum + sum_of(moved[..., 1:])
+
+
+def take_in(
+    anchor: Tensor, numbers: Tensor, momentum: Tensor, keys: Tensor, values: Tensor, queries: Tensor, gates: Gates,
+    widths: Sequence[int], limit: float | None,
+) -> tuple[Tensor, Surprise, Tensor, Tensor]:  # fmt: skip
+    """Let the tokens of a chunk, all of one segment, write, and each read after its own write.
+
+    Parameters
+    ----------
+    anchor : (batch, heads, numbers), M', the weights that the segment began with.
+    numbers, momentum : M and S before the chunk.
+
+    Returns
+    -------
+    What is read (batch, heads, tokens, out), how much each token was a surprise, and M and S after the chunk.
+    """
+    learnt, parts = surprise(anchor, keys, values, widths, limit), coefficients(gates)
+    reads = read(numbers, momentum, learnt, parts, queries, widths)
+    return reads, learnt, *after(numbers, momentum, learnt, parts)

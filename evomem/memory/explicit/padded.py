@@ -61,16 +61,12 @@ class PaddedCache(TensorCache):
         ------
         CacheError : rows have not begun.
         """
-        seen, starts = self.get_seq_length(), self.starts
-        if len(starts) != len(real):
-            raise CacheError(f"{len(starts)} rows have begun, and {len(real)} have padding; call begin_rows first")
-        padding: list[int] = (~real).long().cumprod(1).sum(1).tolist()
-        moved = [start + count if start == seen else start for start, count in zip(starts, padding, strict=True)]
-        if tuple(moved) == starts:
+        moved = moved_starts(self.starts, self.get_seq_length(), real)
+        if moved == self.starts:
             return
         for layer in self.layers:
             layer.start = torch.tensor(moved, dtype=torch.int64, device=real.device)
-            layer._counted = (layer.start, tuple(moved))
+            layer._counted = (layer.start, moved)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> Self:
         """Hold what `tensors` describe; see `TensorCache.fill`.
@@ -96,3 +92,18 @@ class PaddedCache(TensorCache):
             if not torch.equal(start, first):
                 raise CacheError(f"{where}: its rows begin elsewhere than those of the first one; the file is damaged")
         return self
+
+
+def moved_starts(starts: tuple[int, ...], seen: int, real: Tensor) -> tuple[int, ...]:
+    """Return where rows begin after a chunk with padding; ``starts`` are where they began after ``seen`` tokens.
+
+    real : (batch, tokens) bool, False for padding.
+
+    Raises
+    ------
+    CacheError : rows have not begun.
+    """
+    if len(starts) != len(real):
+        raise CacheError(f"{len(starts)} rows have begun, and {len(real)} have padding; call begin_rows first")
+    padding: list[int] = (~real).long().cumprod(1).sum(1).tolist()
+    return tuple(start + count if start == seen else start for start, count in zip(starts, padding, strict=True))

@@ -32,11 +32,23 @@ class SegmentedCache(PaddedCache):
         ------
         CacheError : a row that has read a token has padding; or rows have not begun.
         """
-        begun = [start < self.get_seq_length() for start in self.starts]
-        first: list[bool] = (~real[:, 0]).tolist() if any(begun) else []
-        if any(padding and started for padding, started in zip(first, begun, strict=False)):
-            raise CacheError(
-                f"attention_mask has padding behind tokens that were read; {self.why_left}: give the mask of all "
-                "tokens ever read, and pad on the left (tokenizer.padding_side = 'left')"
-            )
+        require_nothing_behind(self.starts, self.get_seq_length(), real, self.why_left)
         super().note_padding(real)
+
+
+def require_nothing_behind(starts: tuple[int, ...], seen: int, real: Tensor, why_left: str) -> None:
+    """Raise `CacheError` where a row that has read a token has padding in the next chunk.
+
+    Parameters
+    ----------
+    starts : where the rows begin, after ``seen`` tokens.
+    real : (batch, tokens) bool, False for padding.
+    why_left : see `SegmentedCache`.
+    """
+    begun = [start < seen for start in starts]
+    first: list[bool] = (~real[:, 0]).tolist() if any(begun) else []
+    if any(padding and started for padding, started in zip(first, begun, strict=False)):
+        raise CacheError(
+            f"attention_mask has padding behind tokens that were read; {why_left}: give the mask of all "
+            "tokens ever read, and pad on the left (tokenizer.padding_side = 'left')"
+        )

@@ -18,7 +18,7 @@ from evomem.memory.kv.masks import Visibility
 from evomem.memory.kv.slot_attention import Queries, attend
 from evomem.memory.kv.storage import SlotStorage
 from evomem.memory.observations import Recorder
-from evomem.memory.view import Decision, LayerView
+from evomem.memory.view import Decision, LayerView, refuse_gates
 
 if TYPE_CHECKING:
     from evomem.memory.kv.cache import SlotCache
@@ -196,6 +196,7 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
 
     def apply(self, decision: Decision, rows: Tensor | None = None) -> None:
         """Carry out a decision about the slots held now; ``rows`` (batch,) bool limits it to some rows."""
+        refuse_gates(decision, "a KV cache")
         keep, decay, evicted = decision.keep, decision.decay, decision.evicted
         if self.ahead and keep.shape[2] == self.storage.shape[2] - self.ahead:  # what is not read yet stays
             keep = F.pad(keep, (0, self.ahead), value=True)
@@ -231,6 +232,8 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
         if len(decisions) == 1 and all(turns[0]):
             self.apply(decisions[0])
             return
+        for decision in decisions:
+            refuse_gates(decision, "a KV cache")
         filled, device = self.slots >= 0, self.slots.device
         turned = self.turned if self.turned is not None else torch.full_like(self.start, self.decided)
         rows = [torch.tensor(turn, device=device) for turn in turns]

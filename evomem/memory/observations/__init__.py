@@ -39,10 +39,13 @@ name                      what ``LayerView.recorded`` holds
                           W (LRU-2), counted on likewise; pair memories that are read by name only
 ``surprise``              (batch, kv_heads, slots): error of what the memory predicted when the slot was written;
                           explicit memories only
-``change``                (batch, kv_heads, slots): size of the slot's latest update beside what it held;
-                          feedback memory only
-``agreement``             (batch, kv_heads, slots): cosine of the two; feedback memory only
+``change``                (batch, kv_heads, slots): size of the slot's latest update beside what it held, or of what
+                          a token teaches beside what the memory says of its key; feedback and neural memory only
+``agreement``             (batch, kv_heads, slots): cosine of the old and the new; feedback and neural memory only
 ``updates``               (batch, kv_heads, slots): updates that the slot was offered so far; feedback memory only
+``surprise_ratio``        (batch, kv_heads, slots): how much of a surprise the token is beside those before; neural
+                          memory only
+``gates``                 (batch, kv_heads, slots, 3): log-odds of the token's α, η and θ; neural memory only
 ========================  ==================================================================================
 
 To add one, copy `evomem.memory.observations.attention_sum` and import it here.
@@ -53,6 +56,7 @@ from evomem.memory.observations import (
     attention_sum,
     distinct_rate,
     effective_writes,
+    gates,
     ghosts,
     matching,
     query_statistics,
@@ -95,6 +99,7 @@ __all__ = [
     "axes_of",
     "distinct_rate",
     "effective_writes",
+    "gates",
     "ghosts",
     "known_specs",
     "matching",

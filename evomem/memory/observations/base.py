@@ -156,6 +156,9 @@ class Observation(ABC):
     def updated(self, recorder: Recorder, old: Tensor, new: Tensor) -> None:  # noqa: B027 (optional)
         """Learn of an update of all slots: what they held and would hold, (batch, kv_heads, slots, size)."""
 
+    def gated(self, recorder: Recorder, logits: Tensor, ratio: Tensor) -> None:  # noqa: B027 (optional)
+        """Learn of the newest slots' gates: log-odds (batch, kv_heads, new slots, 3); ratio: `SurpriseRatio`."""
+
     # ---- at a decision --------------------------------------------------------------------------------------------
 
     @abstractmethod

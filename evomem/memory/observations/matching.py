@@ -13,6 +13,9 @@ from evomem.memory.observations.base import Moment, Observation, Window, registe
 from evomem.memory.observations.reads import SlotNumber
 from evomem.memory.observations.recorder import Recorder
 
+PREDICTIONS = "predictions of what is written"
+"""What a memory must have for `surprise`; see `Observation.needs`."""
+
 
 @register_observation("relevance")
 class Relevance(Observation):
@@ -52,7 +55,7 @@ class Surprise(SlotNumber):
     cache predicts no values, so there it does not apply.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"predictions of what is written"})
+    needs: ClassVar[frozenset[str]] = frozenset({PREDICTIONS})
     needs_past: ClassVar[bool] = True
 
     def predicted(self, recorder: Recorder, error: Tensor) -> None:

@@ -100,6 +100,11 @@ class Recorder:
         for one in self.wanted.observations:
             one.predicted(self, error)
 
+    def gated(self, logits: Tensor, ratio: Tensor) -> None:
+        """Learn of the newest slots' gates (batch, kv_heads, new slots, 3) and relative surprise (…, new slots)."""
+        for one in self.wanted.observations:
+            one.gated(self, logits, ratio)
+
     def updated(self, old: Tensor, new: Tensor) -> None:
         """Learn of an update of all slots: what they held and would hold, (batch, kv_heads, slots, size)."""
         for one in self.wanted.observations:

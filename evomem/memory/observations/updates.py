@@ -1,4 +1,9 @@
-"""Memory: how far an update moves what a slot holds, in memories whose slots are rewritten and not replaced."""
+"""Memory: how far what is written is from what was there: an update of a slot, or a token that weights learn.
+
+In a memory whose slots are rewritten (feedback memory) the old is what a slot held, and the new what a block would have
+it hold. In one whose weights learn tokens (neural memory) the old is what the memory says of a token's key, and the new
+the token's value.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +19,15 @@ from evomem.memory.observations.reads import SlotNumber
 from evomem.memory.observations.recorder import Recorder
 
 UPDATES = "updates of what its slots hold"
-"""What a memory must have for these; see `Observation.needs`."""
+"""What a memory must have whose slots are rewritten; see `Observation.needs`."""
+CHANGES = f"{UPDATES}, or an answer to each token before it is learnt"
+"""What a memory must have for `change` and `agreement`."""
 
 
 class UpdateNumber(SlotNumber):
-    """One number a slot, of what it held before its latest update and what the update would have it hold."""
+    """One number a slot, of the old and the new: what it held, and what its latest update would have it hold."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({UPDATES})
+    needs: ClassVar[frozenset[str]] = frozenset({CHANGES})
     needs_past: ClassVar[bool] = True
 
     def measured(self, old: Tensor, new: Tensor) -> Tensor:

@@ -19,8 +19,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evomem.errors import ConfigError, ModelError
 from evomem.memory.explicit.neural import NeuralCache
-from evomem.memory.explicit.neural_rules import DEPTHS, matrices
+from evomem.memory.explicit.neural_gates import NeuralRule
+from evomem.memory.explicit.neural_rules import DEPTHS, matrices, widths_of
+from evomem.memory.explicit.neural_slots import NeuralSlotsCache
 from evomem.memory.kv.due import turns
+from evomem.memory.kv.policy import CachePolicy
+from evomem.memory.kv.switch import note_pass
 from evomem.models.architectures.calls import LOSS_TYPE, Call, MemoryGenerationMixin, keeps_cache, only_cache
 from evomem.models.architectures.checks import (
     SIZES,
@@ -161,15 +165,35 @@ class Titans(MemoryGenerationMixin, PreTrainedModel):
         """Return an empty memory for further sequences."""
         return NeuralCache(len(self.blocks))
 
+    def decided_cache(self, policy: CachePolicy) -> NeuralSlotsCache:
+        """Return an empty memory about which a manager decides: which tokens are stored, and with which gates.
+
+        It decides about every row every ``schedule.every`` tokens of its own, which must divide a segment; without
+        ``every``, when its ``decide`` is called.
+
+        Raises
+        ------
+        ConfigError : the manager would decide when no segment ends, or observes something that means nothing here.
+        """
+        return NeuralSlotsCache(len(self.blocks), self._rule(), policy)
+
+    def _rule(self) -> NeuralRule:
+        """Return how the memories learn."""
+        config = self.config
+        return NeuralRule(
+            config.segment, widths_of(config.hidden_size // config.memory_heads, config.depth, config.expansion),
+            config.gradient_limit, config.rate, config.momentum, config.forgetting,
+        )  # fmt: skip
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: NeuralCache | None = None,
+        past_key_values: NeuralCache | NeuralSlotsCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        cache: NeuralCache | None = None,
+        cache: NeuralCache | NeuralSlotsCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (batch, kept tokens, vocab_size), and the memory after the tokens.
@@ -180,7 +204,8 @@ class Titans(MemoryGenerationMixin, PreTrainedModel):
         attention_mask : (batch, tokens ever read), 0 = padding, which stands on the left; None: there is none. Padding
             is neither seen nor learnt.
         position_ids : ignored but for differences between them; by default after what the memory has read.
-        past_key_values, cache : of `new_cache`, by its older or its newer name; None: the memory begins empty.
+        past_key_values, cache : of `new_cache` or `decided_cache`, by its older or its newer name; None: the memory
+            begins empty.
         logits_to_keep : how many of the last tokens have logits (0: all), or the indices of those that have.
         kwargs : labels, output_hidden_states, return_dict, as transformers' decoders take them
             (`evomem.models.architectures.calls`).
@@ -197,6 +222,8 @@ class Titans(MemoryGenerationMixin, PreTrainedModel):
         assert input_ids is not None  # `Call.of`
         given = only_cache("a Titans model", past_key_values, cache)
         (batch, tokens), memory = input_ids.shape, self._checked(given, len(input_ids))
+        decided = memory if isinstance(memory, NeuralSlotsCache) else None
+        note_pass(self, decided)  # type: ignore[arg-type]
         seen = memory.get_seq_length()
         real = None if attention_mask is None else self._real(attention_mask, batch, tokens, memory)
         require_one_text("a Titans model", position_ids, batch, tokens, real)
@@ -208,42 +235,52 @@ class Titans(MemoryGenerationMixin, PreTrainedModel):
         if real is not None:
             memory.note_padding(real)
         embedded, at, parts = self.embed(input_ids), 0, call.parts(len(self.blocks))
+        layers: list[Any] = list(memory.layers)
         memory.interrupted = True  # if an error ends the pass, some layers have read what others have not
-        for end, due in turns(seen, tokens, memory.starts, self.config.segment):
+        every = None if decided is None else decided.policy.schedule.every  # divides a segment
+        for end, due in turns(seen, tokens, memory.starts, every or self.config.segment):
             hidden: Tensor = embedded[:, at:end]
             positions, shown = position_ids[:, at:end], None if real is None else real[:, at:end]
             ended = None if all(due) else torch.tensor(due, device=hidden.device)
-            for index, (block, layer) in enumerate(zip(self.blocks, memory.layers, strict=True)):
+            for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
                 if call.hidden_states:
                     parts[index].append(hidden)
                 hidden = block(hidden, positions, shown, layer)
                 if any(due):
                     layer.end_segment(ended)
             parts[-1].append(hidden)
+            if decided is not None and every is not None and any(due):
+                decided.decide_rows(due)
             at = end
         memory.interrupted = False
         return call.answer_parts(self, parts, memory if keeps_cache(self, given, use_cache) else None)
 
-    def _checked(self, cache: Any, rows: int) -> NeuralCache:
+    def _checked(self, cache: Any, rows: int) -> NeuralCache | NeuralSlotsCache:
         """Return the cache to read on with; see `forward`."""
         if cache is None:
             return self.new_cache()
-        if not isinstance(cache, NeuralCache) or len(cache.layers) != len(self.blocks):
+        if not isinstance(cache, NeuralCache | NeuralSlotsCache) or len(cache.layers) != len(self.blocks):
             what = f"{type(cache).__name__} of {len(cache.layers)} layers" if hasattr(cache, "layers") else repr(cache)
-            raise ModelError(f"a Titans model of {len(self.blocks)} layers was given {what}; give it model.new_cache()")
+            raise ModelError(
+                f"a Titans model of {len(self.blocks)} layers was given {what}; give it model.new_cache(), or "
+                "model.decided_cache(manager)"
+            )
         cache.require_whole()
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
+        if isinstance(cache, NeuralSlotsCache):
+            cache.require_rule(self._rule())
+        layers: list[Any] = list(cache.layers)
+        for block, layer in zip(self.blocks, layers, strict=True):
             initial: Any = block.memory.initial  # type: ignore[union-attr]
             if layer.memory is not None and layer.memory.shape[1:] != initial.shape:
                 raise ModelError(
                     f"a neural memory of {tuple(layer.memory.shape[1:])} numbers (heads, numbers) was given to a model "
                     f"whose memories have {tuple(initial.shape)}; give it a cache of its own"
                 )
-        require_rows(cache.layers[0].rows if cache.get_seq_length() else None, rows)
+        require_rows(len(cache.starts) if cache.get_seq_length() else None, rows)
         return cache
 
     @staticmethod
-    def _real(mask: Tensor, batch: int, tokens: int, memory: NeuralCache) -> Tensor | None:
+    def _real(mask: Tensor, batch: int, tokens: int, memory: NeuralCache | NeuralSlotsCache) -> Tensor | None:
         """Return which of the new tokens are no padding, (batch, tokens) bool; None: all are. See `forward`."""
         seen, start = memory.get_seq_length(), memory.layers[0].start
         real, _ = with_past(mask, batch, tokens, seen, start, "a Titans model", "who is seen follows from its window")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from evomem.memory.explicit.matrix_rules import precise
 from evomem.memory.explicit.neural import NeuralLayer
 from evomem.memory.explicit.neural_rules import Gates, count, widths_of
+from evomem.memory.explicit.neural_slots import NeuralSlots
 from evomem.models.architectures.memory_matrix_layers import rotate, split_heads
 
 if TYPE_CHECKING:
@@ -78,17 +79,19 @@ class NeuralMemory(nn.Module):
 
     def gates_of(self, x: Tensor, real: Tensor | None) -> Gates:
         """Return the gates of tokens x (batch, tokens, hidden): α = σ(·), η = σ(·), θ = `rate` σ(·)."""
-        forget, momentum, rate = torch.sigmoid(precise(self.gates(x))).transpose(1, 2).chunk(3, 1)
+        logits = precise(self.gates(x)).transpose(1, 2)
+        forget, momentum, rate = torch.sigmoid(logits).chunk(3, 1)
         forget = forget if self.forgets else torch.zeros_like(forget)
         momentum = momentum if self.has_momentum else torch.zeros_like(momentum)
-        return Gates(forget, momentum, self.largest_rate * rate).where(real)
+        by_gate = logits.view(len(x), 3, self.heads, x.shape[1]).permute(0, 2, 3, 1)
+        return Gates(forget, momentum, self.largest_rate * rate, by_gate).where(real)
 
-    def recall(self, x: Tensor, real: Tensor | None, layer: NeuralLayer) -> Tensor:
+    def recall(self, x: Tensor, real: Tensor | None, layer: NeuralLayer | NeuralSlots) -> Tensor:
         """Return what tokens read of the memory as their segment began, (batch, tokens, hidden) in fp32."""
         queries, layer.tail_recall = self.retrieve(x, real, layer.tail_recall)
         return self._joined(layer.recall(F.normalize(self._split(queries), dim=-1), self.widths))
 
-    def forward(self, x: Tensor, real: Tensor | None, layer: NeuralLayer) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None, layer: NeuralLayer | NeuralSlots) -> Tensor:
         """Let the tokens of a segment write, and return what each reads after it, (batch, tokens, hidden) in fp32."""
         keys, layer.tail_key = self.key(x, real, layer.tail_key)
         values, layer.tail_value = self.value(x, real, layer.tail_value)
@@ -114,7 +117,7 @@ class PrefixAttention(nn.Module):
         x: Tensor,
         positions: Tensor,
         real: Tensor | None,
-        layer: NeuralLayer,
+        layer: NeuralLayer | NeuralSlots,
         recalled: Tensor | None = None,
         reach: Tensor | None = None,
     ) -> Tensor:
@@ -197,7 +200,7 @@ class TitansBlock(nn.Module):
         self.up = nn.Linear(width, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, width)
 
-    def mix(self, x: Tensor, positions: Tensor, real: Tensor | None, layer: NeuralLayer) -> Tensor:
+    def mix(self, x: Tensor, positions: Tensor, real: Tensor | None, layer: NeuralLayer | NeuralSlots) -> Tensor:
         """Return what memory and attention add to tokens x (batch, tokens, hidden); see the class."""
         tokens = x.shape[1]
         normed: Tensor = self.memory_norm(x)
@@ -224,7 +227,7 @@ class TitansBlock(nn.Module):
         output: Tensor = self.out(mixed)
         return output
 
-    def forward(self, x: Tensor, positions: Tensor, real: Tensor | None, layer: NeuralLayer) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, real: Tensor | None, layer: NeuralLayer | NeuralSlots) -> Tensor:
         """Return (batch, tokens, hidden), and note the tokens, all of one segment in every row, in ``layer``."""
         layer.begin(precise(self.memory.initial), len(x))
         x = x + self.mix(x, positions, real, layer)

@@ -9,6 +9,7 @@ from evomem.managers import build
 from evomem.models.architectures.fam import Fam, FamConfig
 from evomem.models.architectures.memory_matrix import MemoryMatrix, MemoryMatrixConfig
 from evomem.models.architectures.mosaic import MemoryMosaic, MosaicConfig
+from evomem.models.architectures.titans import Titans, TitansConfig
 from evomem.testing.memories import CHECKS, Subject
 
 ROWS, TOKENS, VOCABULARY = 3, 30, 20
@@ -43,6 +44,16 @@ def feedback():
         FamConfig(
             vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=2, intermediate_size=24, block=TOKENS // 2 + 3,
             feedback=6, initializer_range=0.4,
+        )
+    )  # fmt: skip
+
+
+def neural():
+    """Its segment ends where the block of `feedback` does, for the same reason."""
+    return Titans(
+        TitansConfig(
+            vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=2, intermediate_size=24, memory_heads=2,
+            segment=TOKENS // 2 + 3, initializer_range=0.4,
         )
     )  # fmt: skip
 
@@ -82,3 +93,21 @@ def test_a_matrix_that_goes_by_its_writes_conforms(check):
 def test_a_gate_on_what_is_written_conforms(check):
     """No other memory has slots that are rewritten."""
     CHECKS[check](subject_of(feedback), build("write_gate"))
+
+
+OF_TOKENS = "['surprise', 'surprise_ratio', 'change', 'agreement', 'relevance:4', 'novelty', 'recency', 'rate_gate']"
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    ("spec", "budget"),
+    [
+        (f"surprise_gate(features={OF_TOKENS})", None),
+        (f"feature_scorer(features={OF_TOKENS}, sinks=0, recent=1)", 4),
+        ("kv_policy(features=['surprise', 'age'], actions=['evict', 'store', 'forget'])", 6),
+    ],
+    ids=["gates", "scorer", "policy"],
+)
+def test_a_memory_that_learns_conforms(check, spec, budget):
+    """Nobody attends to its tokens, so what is shared with the others is less."""
+    CHECKS[check](subject_of(neural), build(spec, budget=budget))
