@@ -37,6 +37,7 @@ from evomem.managers.heuristics.tri_attention import TriAttention
 from evomem.managers.learned.feature_scorer import FeatureScorer
 from evomem.managers.learned.kv_policy import KVPolicy
 from evomem.managers.learned.namm import NAMM
+from evomem.managers.learned.retention_gate import RetentionGate
 from evomem.managers.learned.surprise_gate import SurpriseGate
 from evomem.managers.learned.write_gate import WriteGate
 from evomem.managers.options import ManagerOptions, Schedule
@@ -75,6 +76,7 @@ __all__ = [
     "PyramidKV",
     "Random",
     "Reallocated",
+    "RetentionGate",
     "Schedule",
     "SlotRelevance",
     "SnapKV",

@@ -21,6 +21,14 @@ def zeros(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
 
 
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Return standard normal numbers on the default device, the same on every one; none on the meta device."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(shape, dtype=torch.float32)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(torch.get_default_device())
+
+
 def vector_size(module: nn.Module) -> int:
     """Return how many numbers the vector of ``module`` has."""
     return sum(parameter.numel() for parameter in module.parameters())

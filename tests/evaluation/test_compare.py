@@ -376,7 +376,7 @@ def test_what_takes_no_budget_is_measured_as_it_is(loaded, task):
 
 def test_the_field_is_all_heuristics_unless_it_is_named():
     field = {member.name for member in field_of(None)}
-    searched = {"namm", "feature_scorer", "kv_policy", "surprise_gate", "write_gate"}
+    searched = {"namm", "feature_scorer", "kv_policy", "retention_gate", "surprise_gate", "write_gate"}
     others = {name for name in names() if not managers.get(name).__module__.startswith("evomem.")}  # of other tests
     assert field - others == set(names()) - others - searched - {"full", "adakv", "evicted_rows", "kvzip"} | {
         "adakv(keydiff)"

@@ -49,6 +49,7 @@ SPECS = (
     "feature_scorer",
     "feature_scorer(knots=3, hidden=4, allocation=2)",
     "feature_scorer(layers=2, heads=2, knots=1)",
+    "retention_gate(hidden=3, layers=2, heads=2)",
     "kv_policy",
     "kv_policy(actions=[store, evict, forget], hidden=3, scale=model)",
     "kv_policy(actions=[store, forget])",

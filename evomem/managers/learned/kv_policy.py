@@ -23,7 +23,7 @@ from evomem.managers.features import FeatureOptions, columns, required, standard
 from evomem.managers.learned.feature_scorer import interpolate
 from evomem.managers.selection import Ends
 from evomem.managers.stochastic import COMMON, Action, Noise, StochasticManager
-from evomem.managers.vector import zeros
+from evomem.managers.vector import normal, zeros
 from evomem.memory import LayerView
 
 ActionName = Literal["evict", "store", "forget"]
@@ -119,8 +119,8 @@ class KVPolicy(StochasticManager):
             # Random inside, zero outside: the network says nothing at first, and every unit can learn something else.
             # Always the same numbers, so that a policy is a pure function of its options and its vector.
             generator = torch.Generator("cpu").manual_seed(0)
-            self.inner = nn.Parameter(_normal(generator, o.hidden, count) / math.sqrt(count))
-            self.by_depth = nn.Parameter(_normal(generator, o.hidden))
+            self.inner = nn.Parameter(normal(generator, o.hidden, count) / math.sqrt(count))
+            self.by_depth = nn.Parameter(normal(generator, o.hidden))
             self.bias = zeros(o.hidden)
             self.outer = zeros(outputs, o.hidden)
         if o.layers:
@@ -356,11 +356,3 @@ class KVPolicy(StochasticManager):
 def _reversed(scores: Tensor) -> Tensor:
     """Return scores by which slots leave: -scores, and -inf where nothing is decided (-inf in ``scores``)."""
     return torch.where(torch.isfinite(scores), -scores, -torch.inf)
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Standard normal numbers on the default device, the same on every one; none on the meta device."""
-    if torch.get_default_device().type == "meta":
-        return torch.empty(shape, dtype=torch.float32)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return drawn.to(torch.get_default_device())
