@@ -314,6 +314,16 @@ def test_beams_and_generation_follow_the_rows():
         assert torch.equal(together[row : row + 1], alone)
 
 
+def test_a_manager_moves_to_a_model_of_another_width_and_depth():
+    """Weights of two points of depth; the layer in the middle of three has their mean."""
+    ids, other = ids_of(0, 12), tiny_titans("mac", hidden_size=32, num_hidden_layers=3)
+    _, cache = logits_of(other, gate_of(), ids)
+    middle = cache.layers[1].view()
+    mean = (torch.tensor(WEIGHTS[0]) + torch.tensor(WEIGHTS[1])) / 2
+    got, wanted = (manager.outputs(middle) for manager in (gate_of(), gate_of([mean.tolist()])))
+    torch.testing.assert_close(got, wanted)
+
+
 def test_a_layer_is_copied_with_its_rule():
     cache = MODELS["lmm"].decided_cache(gate_of())
     assert isinstance(cache.copy_empty().layers[1], NeuralSlots)
