@@ -233,6 +233,24 @@ def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def reread(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Return what a row's trained models recall at the trained length when they read in other segments.
+
+    Surprise is then measured by the weights of fewer or more tokens ago; nothing is trained again.
+    """
+    record: dict[str, Any] = {}
+    for segment in given.read_segments:
+        kept = [Titans.from_pretrained(given.out / f"{name}-{seed}", segment=segment).eval() for seed in given.seeds]
+        record[str(segment)] = {}
+        for task in TASKS:
+            by_seed = [recall(model, task, given.length, given) for model in kept]
+            by_text = [mean(column) for column in zip(*by_seed, strict=True)]
+            cell = {"mean": mean(by_text), "interval": bootstrap_mean(by_text).bounds()}
+            record[str(segment)][task] = {**cell, "by_seed": [mean(seed) for seed in by_seed]}
+            print(f"{name} in segments of {segment}: {task} {given.length}: {cell['mean']:.3f}", flush=True)
+    return record
+
+
 def add_differences(records: Sequence[dict[str, Any]]) -> None:
     """Give every row the paired differences to ``lmm`` and to ``window``, where these are among the rows."""
     for base in (record for record in records if record["row"] in ("lmm", WINDOW)):
@@ -308,6 +326,9 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--rate", type=float, help=f"highest learning rate; {RATE}, of mac {RATES['mac']}")
     root.add_argument("--segment", type=int, default=16, help="tokens of a segment, and of attention's window")
     root.add_argument("--out", type=Path, default=Path("runs/titans"), help="folder of the trained models")
+    root.add_argument(
+        "--read-segments", type=numbers(1), default=[], help="then let them read in other segments, for example 8,4,1"
+    )
     root.add_argument("--json", type=Path, help="file for the rows")
     root.add_argument("--ship", action="store_true", help="copy the first seed of each row to the zoo: zoo-titans-NAME")
     return root
@@ -323,6 +344,8 @@ def check(given: argparse.Namespace) -> None:
         raise SystemExit(f"--rate {given.rate}: give a number above 0")
     if given.ship and set(given.rows) - set(get_args(Variant)):
         raise SystemExit(f"--ship: give --rows of {', '.join(get_args(Variant))}; other models are not for the zoo")
+    if given.read_segments and {WINDOW, "mac"} & set(given.rows):
+        raise SystemExit("--read-segments: attention of mac sees its segment, and window has none; give other --rows")
     try:
         new_model(given.rows[0], given.seeds[0], given)
         for folder in (given.out, given.json.parent if given.json else given.out):
@@ -338,6 +361,8 @@ def main() -> None:
     torch.set_num_threads(1)  # such small products are slower with more, and the same seed would give other sums
     records = [row_of(name, given) for name in given.rows]
     add_differences(records)
+    for record in records if given.read_segments else ():
+        record["right_by_segment"] = reread(record["row"], given)
     for task in TASKS:
         print("\n" + table(records, task))
     if given.json is not None:

@@ -183,8 +183,14 @@ def test_a_training_is_kept_and_can_be_shipped(monkeypatch, tmp_path):
     words = [*SMALL.split(), "--rows", "lmm", "--out", tmp_path / "out"]
     run(monkeypatch, *words, "--json", tmp_path / "first.json")
     monkeypatch.setattr(titans, "train", None)  # it would have to be called
-    run(monkeypatch, *words, "--json", tmp_path / "again.json")
-    assert (tmp_path / "first.json").read_text() == (tmp_path / "again.json").read_text()
+    run(monkeypatch, *words, "--json", tmp_path / "again.json", "--read-segments", "8,3")
+    (first,), (again,) = (json.loads((tmp_path / f"{one}.json").read_text())["rows"] for one in ("first", "again"))
+    by_segment = again.pop("right_by_segment")
+    assert first == again
+    for task in TASKS:
+        cell = first["right"][task][str(SHORTEST)]
+        assert by_segment["8"][task] == {key: cell[key] for key in ("mean", "interval", "by_seed")}
+    assert by_segment.keys() == {"8", "3"}
     with pytest.raises(SystemExit, match="other settings"):
         run(monkeypatch, *words, "--steps", "2")
     folder = ship("lmm", parser().parse_args(list(map(str, words))), tmp_path)
@@ -211,6 +217,8 @@ def test_a_training_is_kept_and_can_be_shipped(monkeypatch, tmp_path):
         ("--rate nan", "above 0"),
         ("--segment 0", "--segment are counts"),
         ("--ship --rows window", "not for the zoo"),
+        ("--rows lmm,mac --read-segments 1", "sees its segment"),
+        ("--rows lmm --read-segments 0", "at least 1"),
     ],
 )
 def test_what_is_no_training_is_refused_before_it(monkeypatch, capsys, words, message):
