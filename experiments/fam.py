@@ -4,13 +4,15 @@
         --json docs/results/fam.json
     python -m experiments.fam --model runs/fam/blocks --blocks 2,3,4,8
     python -m experiments.fam runs/fam/gate-1 --segments 0,2,3
+    python -m experiments.fam --oracle --blocks 24
 
 Every row is a memory on sealed samples of ``zoo_passkey`` of so many blocks: ``own`` is the model by itself, which
 writes every update whole; subjects are specs, and folders of plug-ins or runs. Folders ``ARM-SEED`` are one arm: the
 mean over its seeds is taken sample by sample. ``best constant`` is, at every length, the constant gate of
 ``--constants`` that has most right answers there, and among equals the likeliest ones, chosen on these very samples.
-``ahead`` is right answers minus its. Intervals are of 95 %, over samples. Rows of an earlier run stay in the JSON file
-unless they are measured anew.
+``ahead`` is right answers minus its. ``--oracle`` adds rows that know where the key is: ``oracle`` writes the first
+block and the one with the key, ``until key`` every block up to that one, ``nothing`` none. Intervals are of 95 %, over
+samples. Rows of an earlier run stay in the JSON file unless they are measured anew.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
@@ -32,16 +35,25 @@ from evomem.errors import EvomemError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
 from evomem.managers import MemoryManager, build
+from evomem.managers.options import Schedule
+from evomem.memory import Decision, LayerView
 from evomem.models import LoadedModel, load
 from evomem.models.architectures.fam import Fam
 from evomem.models.pretrained.files import write_json
 from evomem.statistics import bootstrap_mean, paired_bootstrap
 from evomem.tasks import Sample, Split
 from evomem.tasks import build as build_task
+from evomem.tasks.text.zoo import PASSKEY
 from experiments.zoo.matrix_recall import arm_of, manager_of, own_recall
 
 TASK = "zoo_passkey"
 OWN, CONSTANT, BEST = "own", "constant", "best constant"
+ORACLES: dict[str, Callable[[int, int], bool]] = {
+    "oracle": lambda block, key: block in (0, key),
+    "until key": lambda block, key: block <= key,
+    "nothing": lambda block, key: False,
+}
+"""Whether a block's update is written, by the number of the block and of the one with the key."""
 LONG = 256
 """Blocks from which on a text has fewer samples (``--long-samples``)."""
 
@@ -53,6 +65,7 @@ class Row:
     Attributes
     ----------
     memory : its name.
+    change : of an oracle, mean relative size of the last layer's updates by filler, and by the block with the key.
     right, nats : (seeds, samples), whether the answer is right, and its log-likelihood.
     nbytes : (seeds, samples), most bytes held at once, keys and values of the segments included.
     """
@@ -61,6 +74,7 @@ class Row:
     right: list[list[float]]
     nats: list[list[float]]
     nbytes: list[list[float]]
+    change: tuple[float, float] | None = None
 
     @property
     def by_sample(self) -> list[float]:
@@ -78,7 +92,37 @@ class Row:
         if best is not None and best is not self:
             ahead = paired_bootstrap(right, best.by_sample)
             record |= {"ahead": ahead.mean, "ahead_interval": ahead.bounds(), "ahead_of": best.memory}
+        if self.change is not None:
+            record |= dict(zip(("change_by_filler", "change_by_key"), self.change, strict=True))
         return record
+
+
+@dataclass
+class KeyBlock:
+    """A cache policy that knows which block has the key (`ORACLES`), and notes how large updates are.
+
+    Attributes
+    ----------
+    written : whether a block's update is written, by its number.
+    changes : (block, mean relative size of the update) of the last layer.
+    """
+
+    block: int
+    written: Callable[[int], bool]
+    changes: list[tuple[int, float]] = field(default_factory=list)
+    observes: frozenset[str] = frozenset({"change"})
+
+    @property
+    def schedule(self) -> Schedule:
+        """It decides whenever a block ends."""
+        return Schedule(every=self.block)
+
+    def decide(self, view: LayerView) -> Decision:
+        """Return the decision about one layer."""
+        number = view.seen // self.block - 1
+        if view.layer == view.layers - 1:
+            self.changes.append((number, float(view.recorded["change"].mean())))
+        return Decision(view.valid, keys=view.keys, values=view.values if self.written(number) else view.keys)
 
 
 def with_segments(loaded: LoadedModel, segments: int) -> LoadedModel:
@@ -120,6 +164,30 @@ def decided_rows(evaluator: Evaluator, managers: Sequence[tuple[str, MemoryManag
     return list(rows.values())
 
 
+@torch.no_grad()
+def oracle_row(evaluator: Evaluator, model: Any, samples: Sequence[Sample], name: str) -> Row:
+    """Return what writing certain blocks comes to, where it is known which one has the key."""
+    block, row, sizes = model.config.block, Row(name, [[]], [[]], [[]]), ([], [])  # type: ignore[var-annotated]
+    begins = evaluator.loaded.tokenizer.convert_tokens_to_ids(PASSKEY)
+    for sample in samples:
+        tokens = evaluator.tokens(sample)
+        key = (int((tokens.read[0] == begins).nonzero()[0]) + 1) // block
+        policy = KeyBlock(block, partial(ORACLES[name], key=key))
+        cache = model.decided_cache(policy)
+        model(tokens.read, past_key_values=cache)
+        row.nbytes[0].append(float(cache.bytes_peak))
+        logits = model(torch.cat((tokens.prompt, tokens.answer[:, :-1]), 1), past_key_values=cache).logits
+        logits = logits[:, -tokens.answer.shape[1] :]
+        row.right[0].append(float((logits.argmax(-1) == tokens.answer).all()))
+        row.nats[0].append(float(logits.log_softmax(-1).gather(-1, tokens.answer[..., None]).mean()))
+        for number, size in policy.changes:
+            if number:  # the first block's update is no change of a summary
+                sizes[number == key].append(size)
+    if all(sizes):
+        row.change = (mean(sizes[0]), mean(sizes[1]))
+    return row
+
+
 def measure(
     loaded: LoadedModel, subjects: Sequence[tuple[str, MemoryManager]], blocks: int, given: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -133,6 +201,7 @@ def measure(
     constants = [(f"{CONSTANT} {share:g}", constant(share)) for share in given.constants]
     began = time.process_time()
     rows = [own_row(evaluator, model, samples)]
+    rows += [oracle_row(evaluator, model, samples, name) for name in ORACLES] if given.oracle else []
     if subjects or constants:
         rows += decided_rows(evaluator, [*subjects, *constants], samples, task)
     fixed = [row for row in rows if row.memory.startswith(CONSTANT)]
@@ -164,7 +233,7 @@ def line(record: dict[str, Any]) -> str:
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """Return what tells a row from every other."""
-    return tuple(record[name] for name in ("model", "segments", "blocks", "memory"))
+    return tuple(record[name] for name in ("model", "segments", "blocks", "memory", "samples"))
 
 
 def numbers(least: int) -> Callable[[str], list[int]]:
@@ -199,6 +268,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--blocks", type=numbers(1), default=[4, 16, 32, 64, 128], help="blocks of a text")
     root.add_argument("--segments", type=numbers(0), help="memory segments; by default the model's own")
     root.add_argument("--constants", type=shares, default=[], help="shares that constant gates write")
+    root.add_argument("--oracle", action="store_true", help="also rows that know where the key is")
     root.add_argument("--samples", type=int, default=32, help="sealed samples of a length")
     root.add_argument("--long-samples", type=int, default=12, help=f"the same of {LONG} blocks and more")
     root.add_argument("--seed", type=int, default=0, help="of the samples")
@@ -221,7 +291,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     if not isinstance(loaded.model, Fam):
         raise SystemExit(f"--model {given.model}: has no feedback memory; give zoo-fam, or a folder of such a model")
-    if not loaded.model.config.feedback and (subjects or given.constants):
+    if not loaded.model.config.feedback and (subjects or given.constants or given.oracle):
         raise SystemExit(f"--model {given.model}: has no feedback (feedback 0) to decide about; give no manager")
     rows = {key_of(record): record for record in known}
     for segments in given.segments or [loaded.model.config.segments]:

@@ -79,6 +79,7 @@ aliases: dict[str, Alias | Shipped] = {
         Shipped("zoo-memory-matrix", "window of 16 and a memory matrix; trained on pairs of zoo_recall"),
         Shipped("zoo-mosaic", "Memory Mosaic v1, no attention; trained on zoo_needle and zoo_recall"),
         Shipped("zoo-fam", "TransformerFAM, blocks of 16 and 4 feedback slots a layer; trained on zoo_passkey"),
+        Shipped("zoo-fam-wide", "the same with width 96 and 3 layers"),
         Shipped("zoo-titans-lmm", "Titans, neural memory alone; trained on pairs and needles (docs/titans.md)"),
         Shipped("zoo-titans-mac", "the same, memory as context of attention"),
         Shipped("zoo-titans-mag", "the same, memory as gate of attention"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import evomem.models
 from evomem.evaluation import Evaluation, Evaluator
@@ -104,6 +105,8 @@ def publish(training: Training, name: str, models: Path = MODELS) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     training.model.eval().save_pretrained(fresh)
+    if isinstance(training.model, Fam):  # it has no positions to run out of
+        training.lessons.tokenizer.model_max_length = VERY_LARGE_INTEGER
     training.lessons.tokenizer.save_pretrained(fresh)
     # A feedback memory is asked after short texts, and without a manager.
     few = has_own_memory(training.model) and not isinstance(training.model, Fam)

@@ -13,7 +13,7 @@ from evomem.evaluation.measurement import EvaluationProtocol
 from evomem.models import load
 from evomem.models.architectures.fam import Fam, FamConfig
 from evomem.tasks import Split, build
-from experiments.fam import BEST, OWN, Row, main, own_row, with_segments
+from experiments.fam import BEST, ORACLES, OWN, Row, main, oracle_row, own_row, with_segments
 from experiments.zoo.data import zoo_tokenizer
 
 
@@ -77,6 +77,25 @@ def test_the_model_by_itself_is_one_pass_over_the_text_also_with_other_segments(
             assert got == pytest.approx(float(logits.log_softmax(-1)[parts.answer[0, 0]]), abs=1e-5)
     assert nats[1] != pytest.approx(nats[3], abs=1e-4)
     assert loaded.model.config.segments == 1
+
+
+def test_an_oracle_writes_the_blocks_that_it_says(folders):
+    """Writing all of them is the model by itself, and none leaves what feedback begins with."""
+    loaded = load(str(folders[2]))
+    evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=8))
+    samples, model = build("zoo_passkey", loaded.tokenizer, 48).samples(Split.SELECT, 3, 0), loaded.model
+    own = own_row(evaluator, model, samples)
+    for name, written in (("all", lambda block, key: True), ("late", lambda block, key: block > 100)):
+        ORACLES[name] = written
+        try:
+            row = oracle_row(evaluator, model, samples, name)
+        finally:
+            del ORACLES[name]
+        assert (row.nats[0] == pytest.approx(own.nats[0], abs=1e-5)) == (name == "all")
+    nothing, oracle = (oracle_row(evaluator, model, samples, name) for name in ("nothing", "oracle"))
+    assert nothing.nats[0] == pytest.approx(row.nats[0])
+    assert oracle.nats[0] != pytest.approx(nothing.nats[0])
+    assert oracle.record(None)["change_by_key"] > 0
 
 
 @pytest.mark.parametrize(

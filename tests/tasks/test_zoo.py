@@ -28,7 +28,7 @@ from experiments.zoo.recipes import RECIPES, new_model
 from experiments.zoo.train import Training
 from experiments.zoo.train import main as train_main
 
-MATRIX, MOSAIC, FEEDBACK = "zoo-memory-matrix", "zoo-mosaic", ("zoo-fam",)
+MATRIX, MOSAIC, FEEDBACK = "zoo-memory-matrix", "zoo-mosaic", ("zoo-fam", "zoo-fam-wide")
 OWN_MEMORY = (MATRIX, MOSAIC, *FEEDBACK)
 NAMES = [name for name in aliases if name.removeprefix("zoo-") in RECIPES and name not in OWN_MEMORY]
 TOKENIZER = zoo_tokenizer()
@@ -269,6 +269,21 @@ def test_a_shipped_feedback_memory_holds_a_pass_key_beyond_its_window(name):
     frozen = build_manager("write_gate(features=[],bias=-50)")
     lost = [evaluator.evaluate([frozen], sample, build("zoo_passkey", loaded.tokenizer), EXACT) for sample in samples]
     assert sum(one.exact for (one,) in lost) <= 5  # where the key stands in the last blocks
+
+
+def test_a_gate_holds_a_pass_key_where_the_feedback_memory_by_itself_loses_it():
+    """What `evomem evolve fam_gate -s seed=1` found, rounded: it opens where a block changes the second layer much."""
+    loaded = evomem.models.load("zoo-fam")
+    task = build("zoo_passkey", loaded.tokenizer, 64 * 16)
+    samples = task.samples(Split.SEALED, 6, seed=7)
+    evaluator = Evaluator(loaded, EvaluationProtocol(kind="streaming", every=16))
+    gate = build_manager("write_gate", every=16)
+    with torch.no_grad():
+        gate.weights.copy_(torch.tensor([[6.3, -0.3, -13.3, -1.6], [-6.4, 10.8, -4.4, -0.3]]))
+    results = [evaluator.evaluate([gate, build_manager("full")], sample, task, EXACT) for sample in samples]
+    gated, whole = (sum(one[number].exact for one in results) for number in (0, 1))
+    assert gated == 6
+    assert whole <= 4
 
 
 def test_a_shipped_folder_that_is_not_there_is_a_clear_error(monkeypatch):
