@@ -88,7 +88,7 @@ def field_of(against: str | Sequence[str] | None) -> list[NamedManager]:
 
 def _heuristics() -> list[str]:
     """Return all managers but the reference, which is always there, those with numbers of a search, and costly ones."""
-    leave_out = ("full", "evicted_rows", "kvzip")  # the last reads every context twice
+    leave_out = ("full", "evicted_rows", "refit", "kvzip")  # the last reads every context twice
     return [name for name in names() if name not in leave_out and not any(True for _ in build(name).parameters())]
 
 

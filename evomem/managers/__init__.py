@@ -29,6 +29,7 @@ from evomem.managers.heuristics.observed_attention import ObservedAttention
 from evomem.managers.heuristics.protected_random import ProtectedRandom
 from evomem.managers.heuristics.pyramidkv import PyramidKV
 from evomem.managers.heuristics.random import Random
+from evomem.managers.heuristics.refit import Refit
 from evomem.managers.heuristics.replacement import FIFO, LFU, LRU, SlotRelevance
 from evomem.managers.heuristics.snapkv import SnapKV
 from evomem.managers.heuristics.streaming_llm import StreamingLLM
@@ -76,6 +77,7 @@ __all__ = [
     "PyramidKV",
     "Random",
     "Reallocated",
+    "Refit",
     "RetentionGate",
     "Schedule",
     "SlotRelevance",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from evomem.errors import ConfigError
+from evomem.managers.allocation import ModelAllocation
 from evomem.managers.base import MemoryManager
 from evomem.managers.build import build
 from evomem.managers.decision import Judgement, Rule
-from evomem.memory.view import LayerView
+from evomem.memory.view import Decision, LayerView
 
 
 def describe_inner(inner: Any, around: str, reserved: Sequence[str]) -> dict[str, Any]:
@@ -35,6 +38,28 @@ def describe_inner(inner: Any, around: str, reserved: Sequence[str]) -> dict[str
         if getattr(manager.options, option) != type(manager.options).model_fields[option].default:
             raise ValueError(f"{option} belongs to {around}, not to the manager inside it")
     return manager.describe()
+
+
+@dataclass(frozen=True)
+class RewritingRule(Rule):
+    """A `Rule` that also says what slots hold from then on."""
+
+    def decide(self, judgement: Judgement, view: LayerView) -> Decision:
+        """Return the decision about one layer, and what its slots hold from now on."""
+        return self.written(super().decide(judgement, view), judgement, view)
+
+    def decide_all(
+        self, judgements: Sequence[Judgement], views: Sequence[LayerView], limits: Sequence[Tensor] | None = None
+    ) -> list[Decision]:
+        """Return the decisions about all layers, and what their slots hold from now on."""
+        made = super().decide_all(judgements, views, limits)
+        if not isinstance(self.allocation, ModelAllocation):  # then each is of `decide`, which has written already
+            return made
+        return [self.written(*parts) for parts in zip(made, judgements, views, strict=True)]
+
+    @abstractmethod
+    def written(self, decision: Decision, judgement: Judgement, view: LayerView) -> Decision:
+        """Return a decision with what slots hold from now on."""
 
 
 class ManagerAround(MemoryManager):

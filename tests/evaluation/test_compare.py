@@ -378,7 +378,7 @@ def test_the_field_is_all_heuristics_unless_it_is_named():
     field = {member.name for member in field_of(None)}
     searched = {"namm", "feature_scorer", "kv_policy", "retention_gate", "surprise_gate", "write_gate"}
     others = {name for name in names() if not managers.get(name).__module__.startswith("evomem.")}  # of other tests
-    assert field - others == set(names()) - others - searched - {"full", "adakv", "evicted_rows", "kvzip"} | {
+    assert field - others == set(names()) - others - searched - {"full", "adakv", "evicted_rows", "refit", "kvzip"} | {
         "adakv(keydiff)"
     }
     assert {"lru", "lfu", "fifo", "slot_relevance"} <= field

@@ -41,6 +41,7 @@ SPECS = (
     "adakv(keydiff)",
     "adakv(snapkv(window=6))",
     "evicted_rows(keydiff, rows=3)",
+    "refit(keydiff, probes=4)",
     "namm(scorer=bam, selection=capped)",
     "namm(scorer=bam, selection=threshold)",
     "namm(scorer=bam, selection=dense)",

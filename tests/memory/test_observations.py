@@ -36,12 +36,25 @@ ALL = (
     "frequency_decayed:7",
     "recency",
     "relevance:5",
+    "probe_logits:6",
 )
 EXPLICIT = {"backward_distance", "distinct_rate", "effective_writes", "ghost_frequency", "surprise"}
 EXPLICIT |= {"change", "agreement", "updates", "surprise_ratio", "gates"}
 """Observations that no KV cache has; tests/memory/explicit tries them."""
 REPEATED = {"repeated_attention"}
 """Observations of a second reading; tests/memory/test_repeating.py tries them."""
+
+
+@pytest.mark.parametrize("spec", ALL)
+def test_an_observation_by_itself_is_what_it_is_beside_others(spec: str) -> None:
+    """Whatever a cache has to know of the model for one of them, it does not know because of another one."""
+    model = tiny("llama", layers=1)
+    batch, policy = Batch.of(random_rows(model, [40, 31], 4)), Dropping(drop=False)
+    (together,) = observe(model, policy, batch, [40])[1]
+    policy.observes = frozenset({spec})
+    (alone,) = observe(model, policy, batch, [40])[1]
+    for name, tensor in alone.recorded.items():
+        torch.testing.assert_close(tensor, together.recorded[name], equal_nan=True)
 
 
 def test_every_observation_is_tried():
@@ -267,6 +280,43 @@ def test_query_statistics_equal_those_of_the_projections(family: str, pieces: li
                 np.testing.assert_allclose(covariance, np.cov(own[:, head].T, bias=True), atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("pieces", [[50], [2, 1, 30, 17]])
+def test_probes_are_queries_of_the_text_asked_again_behind_it(family: str, pieces: list[int]) -> None:
+    """Every eighth of 48 queries: the power of two for which they are at most 6; 33 have 5 of them, 6 have all."""
+    model, lengths = tiny(family, layers=2), (48, 33, 6)
+    batch = Batch.of(random_rows(model, list(lengths), 6))
+    pieces = [*pieces[:-1], pieces[-1] - 2]
+    tracing = Tracing(Dropping(every=19))
+    _, views = observe(model, tracing, batch, pieces)
+    caught: list[torch.Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, out: caught.append(out.detach()))
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in ("q_proj", "c_attn")
+    ]
+    explicit_pass(model, batch, explicit_biases(tracing.events, batch, 2, views[0].slots.shape[1], 19))
+    for hook in hooks:
+        hook.remove()
+    for view, out in zip(views, caught, strict=True):
+        queries = out[..., :64].view(len(lengths), 48, 4, 16).transpose(1, 2)
+        for row, (length, stride) in enumerate(zip(lengths, (8, 8, 1), strict=True)):
+            start, index = int(batch.start[row]), torch.arange(0, length, stride)
+            asked = queries[row : row + 1, :, start + index]
+            if family == "llama":
+                cos, sin = model.model.rotary_emb(asked, length + torch.arange(len(index))[None])
+                asked, _ = apply_rotary_pos_emb(asked, asked, cos, sin)
+            got = view.recorded["probe_logits:6"][row]
+            assert torch.isneginf(got[..., len(index) :]).all()
+            for head in range(4):
+                kv = head * view.keys.shape[1] // 4
+                expected = asked[0, head] @ view.keys[row, kv].T / 4
+                token = view.slots[row, kv] - start
+                hidden = (view.slots[row, kv] < 0) | ((token - index[:, None]).abs() < 8)
+                expected = expected.masked_fill(hidden, -torch.inf)
+                torch.testing.assert_close(got[head, :, : len(index)].T, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_future_rotation_is_the_mean_of_the_next_rotations() -> None:
     model = tiny("llama", layers=1)
     batch = Batch.of(random_rows(model, [30, 12], 7))
@@ -342,6 +392,8 @@ def test_padding_and_batch_leave_observations_alone() -> None:
         for mine, theirs in zip(together, alone, strict=True):
             for name, wanted in theirs.recorded.items():
                 got = mine.recorded[name][row]
+                if name.startswith("probe"):  # by query head: each group's as numbers of the KV head's slots
+                    got, wanted = (x.unflatten(-3, (2, -1)).transpose(-3, -2) for x in (got, wanted))
                 if not name.startswith(("query", "future")):
                     got, wanted = got[mine.valid[row]], wanted[0][theirs.valid[0]]
                 else:

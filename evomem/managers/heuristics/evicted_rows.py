@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from evomem.bounds import TOKENS
 from evomem.errors import ConfigError
 from evomem.managers.allocation import Allocation, EmergentAllocation
-from evomem.managers.around import ManagerAround, describe_inner
+from evomem.managers.around import ManagerAround, RewritingRule, describe_inner
 from evomem.managers.base import register
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.options import ManagerOptions
@@ -51,7 +50,7 @@ class EvictedRowsOptions(ManagerOptions):
 
 
 @dataclass(frozen=True)
-class WritingRule(Rule):
+class WritingRule(RewritingRule):
     """A `Rule` whose evicted tokens are written into the worst of the slots that stay.
 
     Attributes
@@ -63,17 +62,6 @@ class WritingRule(Rule):
     sharpness: float
     writes: Written
     weight: float
-
-    def decide(self, judgement: Judgement, view: LayerView) -> Decision:
-        """Return the decision about one layer, and what its rows hold from now on."""
-        return self.written(super().decide(judgement, view), judgement, view)
-
-    def decide_all(
-        self, judgements: Sequence[Judgement], views: Sequence[LayerView], limits: Sequence[Tensor] | None = None
-    ) -> list[Decision]:
-        """Return the decisions about all layers, and what their rows hold from now on."""
-        made = super().decide_all(judgements, views, limits)
-        return [self.written(*parts) for parts in zip(made, judgements, views, strict=True)]
 
     def written(self, decision: Decision, judgement: Judgement, view: LayerView) -> Decision:
         """Return a decision with the tokens that it evicts written into its rows.

@@ -332,9 +332,18 @@ def attention_probabilities(
 ) -> Tensor:
     """Post-softmax attention in fp32: (batch, kv_heads, group, queries, slots). For blocks of queries only.
 
-    ``mask`` as in `grouped_attention`. The group axis keeps the query heads of a KV head apart. The product of queries
-    and keys is taken in fp32 whatever their type and whatever `torch.autocast` says: in fp16 it passes 65,504 and
-    becomes infinite, in bf16 its rounding is as large as the differences that a manager decides by.
+    ``mask`` as in `grouped_attention`. The group axis keeps the query heads of a KV head apart.
+    """
+    return torch.softmax(attention_logits(query, key, scale, mask, softcap), dim=-1)
+
+
+def attention_logits(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, softcap: float | None = None
+) -> Tensor:
+    """Logits of `attention_probabilities`, in fp32 and of the same shape; -inf where the mask hides a slot.
+
+    The product of queries and keys is taken in fp32 whatever their type and whatever `torch.autocast` says: in fp16 it
+    passes 65,504 and becomes infinite, in bf16 its rounding is as large as the differences that a manager decides by.
     """
     batch, heads, queries, size = query.shape
     kv_heads = key.shape[1]
@@ -347,7 +356,7 @@ def attention_probabilities(
         if mask is not None:
             wide = mask[:, :, None]
             logits = logits.masked_fill_(~wide, -torch.inf) if wide.dtype == torch.bool else logits + wide
-        return torch.softmax(logits, dim=-1)
+        return logits
 
 
 def mixed(probabilities: Tensor, value: Tensor) -> Tensor:

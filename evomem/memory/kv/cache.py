@@ -104,7 +104,7 @@ class SlotCache(Cache):
         layers = check_supported(model)
         check_parallel(model, policy, layers)
         centred = "tri_attention" in policy.observes
-        rotaries = find_rotaries(model, layers) if centred or "query_statistics" in policy.observes else None
+        rotaries = find_rotaries(model, layers) if wanted_of(policy).before_rotation else None
         centres = None
         if centred:
             from evomem.memory.kv.query_centres import query_centres

@@ -38,7 +38,8 @@ def recomputed(
     keys : (batch, kv_heads, tokens, head_dim), rotated.
     scale, softcap : of the model's attention logits.
     positions : (batch, tokens) as rotated; by default 0, 1, 2, ...
-    rotary : the layer's rotary embedding (`evomem.memory.kv.rotary.find_rotaries`), for ``query_statistics``.
+    rotary : the layer's rotary embedding (`evomem.memory.kv.rotary.find_rotaries`), for what looks at queries before
+        rotation.
 
     Raises
     ------

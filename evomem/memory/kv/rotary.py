@@ -96,6 +96,16 @@ def pair_lengths(x: Tensor, width: int) -> Tensor:
     return torch.cat((lengths, torch.zeros_like(rest)), dim=-1)
 
 
+def rotate(query: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
+    """Queries rotated: query (batch, heads, queries, head_dim) as `unrotate` returns it, positions (batch, queries)."""
+    if rotary is None:
+        return query
+    cos, sin = (t.to(query.device).float()[:, None] for t in rotary(query, positions))
+    width = cos.shape[-1]
+    plain, rest = query[..., :width].float(), query[..., width:].float()
+    return torch.cat((plain * cos + rotate_half(plain) * sin, rest), dim=-1)
+
+
 def future_rotation(rotary: Rotary | None, newest: Tensor, size: int, steps: int, like: Tensor) -> Tensor:
     """Mean rotation matrix of the ``steps`` positions after ``newest`` (batch,): (batch, size, size) fp32.
 

@@ -25,6 +25,8 @@ name                      what ``LayerView.recorded`` holds
                           measured once a model; the largest of the group's query heads, standardised (arXiv 2604.04921)
 ``repeated_attention``    (batch, kv_heads, slots): largest attention paid to the slot while the context is read again,
                           which `SlotCache.repeat` has the model do (KVzip, arXiv 2505.23416)
+``probe_logits:W``        (batch, query_heads, slots, W): logits that at most W queries, evenly spread over the text,
+                          give the slots when they are asked again at the positions that come next
 ``frequency``             (batch, kv_heads, slots): reads received, the sum of the attention paid to the slot
 ``frequency_decayed:H``   (batch, kv_heads, slots): the same, a read of n tokens ago counting 2^(-n/H)
 ``recency``               (batch, kv_heads, slots) int64: tokens since the slot was last read, or else written
@@ -59,6 +61,7 @@ from evomem.memory.observations import (
     gates,
     ghosts,
     matching,
+    probe_logits,
     query_statistics,
     reads,
     repeated_attention,
@@ -105,6 +108,7 @@ __all__ = [
     "matching",
     "observations",
     "parse_observation",
+    "probe_logits",
     "query_statistics",
     "reads",
     "register_observation",

@@ -104,6 +104,7 @@ class Observation(ABC):
     every_query : `attended` is to be called with the attention of all queries, not only of the last few.
     needs_past : it cannot begin in the middle of a text that was read without it.
     looks_back : the contribution of one query cannot be removed from its state, so the cache cannot be cropped.
+    before_rotation : it turns queries back, so the cache must know the model's rotary embedding.
     needs : what a memory must have for it, in words that an error can use; one that has less refuses it.
     """
 
@@ -114,6 +115,7 @@ class Observation(ABC):
     every_query: ClassVar[bool] = False
     needs_past: ClassVar[bool] = False
     looks_back: ClassVar[bool] = False
+    before_rotation: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -288,6 +290,11 @@ class Wanted:
     def every_query(self) -> bool:
         """Whether the attention of all queries is needed, not only of the last few."""
         return any(one.every_query for one in self.observations)
+
+    @property
+    def before_rotation(self) -> bool:
+        """Whether queries are turned back."""
+        return any(one.before_rotation for one in self.observations)
 
     @property
     def needs_past(self) -> bool:

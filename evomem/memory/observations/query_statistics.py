@@ -22,6 +22,7 @@ class QueryStatistics(Observation):
     """Mean and covariance of the queries before rotation, without a row's first 4; mean of the next 512 rotations."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"queries at positions"})
+    before_rotation: ClassVar[bool] = True
     needs_past: ClassVar[bool] = True
     looks_back: ClassVar[bool] = True
 

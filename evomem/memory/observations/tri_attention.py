@@ -33,6 +33,7 @@ class TriAttentionScore(Observation):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"queries at positions"})
+    before_rotation: ClassVar[bool] = True
     looks_back: ClassVar[bool] = True
 
     def queried(
