@@ -5,8 +5,8 @@
 
 A text is made-up prose with one needle (``magic fox 4 7 1 3.``) at a random place, cut to whole blocks, and ends in the
 question and the four digits, which are to be predicted. The decoder is frozen; the embeddings that feedback begins as,
-``--feedback`` times its width, are all that is learned, on texts of the train split; what is measured is of the sealed
-one. Rows:
+``--feedback`` times its width, are all that is learned, on texts of the train split whose needles are all behind what
+the last block sees; what is measured is of the sealed split, needles anywhere. Rows:
 
     stock       the decoder itself, which sees the whole text
     blocks      block sliding-window attention, no feedback (feedback 0)
@@ -63,8 +63,13 @@ class Texts:
     behind: list[bool]
 
 
-def texts(tokenizer: Any, count: int, length: int, field: int, split: Split, seed: int) -> Texts:
-    """Return ``count`` texts of ``length`` tokens; ``field`` tokens at the end are seen without feedback."""
+def texts(
+    tokenizer: Any, count: int, length: int, field: int, split: Split, seed: int, *, only_behind: bool = False
+) -> Texts:
+    """Return ``count`` texts of ``length`` tokens; ``field`` tokens at the end are seen without feedback.
+
+    only_behind : whether all needles end before these tokens.
+    """
     random = Random(f"{split.value} {length} {seed}")
 
     def encoded(text: str) -> list[int]:
@@ -83,8 +88,11 @@ def texts(tokenizer: Any, count: int, length: int, field: int, split: Split, see
         context = (before + needle + after)[-room:]
         if room - len(after) < len(needle):
             continue  # cut off with the beginning
+        is_behind = room - len(after) <= length - field
+        if only_behind and not is_behind:
+            continue
         rows.append(context + asked + said)
-        behind.append(room - len(after) <= length - field)
+        behind.append(is_behind)
         answers.add(len(said))
     if len(answers) > 1:
         raise SystemExit("answers have differently many tokens with this tokenizer; take another model")
@@ -110,12 +118,13 @@ def measure(answer: Callable[[Tensor, int], Tensor], given: Texts, batch: int) -
 
 
 def training(tokenizer: Any, seed: int, options: argparse.Namespace) -> Iterator[Texts]:
-    """Yield batches to learn from, of ``--train-blocks`` many blocks in turn."""
+    """Yield batches to learn from, of ``--train-blocks`` many blocks in turn; every needle is behind the field."""
     step = 0
     while True:
         blocks = options.train_blocks[step % len(options.train_blocks)]
         length = blocks * options.block
-        yield texts(tokenizer, options.batch, length, field(options), Split.TRAIN, 1_000_003 * (seed + 1) + step)
+        draw = 1_000_003 * (seed + 1) + step
+        yield texts(tokenizer, options.batch, length, field(options), Split.TRAIN, draw, only_behind=True)
         step += 1
 
 
@@ -141,8 +150,8 @@ def by_gradients(model: FamAround, tokenizer: Any, seed: int, options: argparse.
         torch.nn.utils.clip_grad_norm_(model.summary.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-        if step % 50 == 49:
-            print(f"  step {step + 1} loss {mean(losses[-50:]):.3f}", flush=True)
+        if step % 40 == 39:
+            print(f"  step {step + 1} loss {mean(losses[-40:]):.3f}", flush=True)
     return losses
 
 
@@ -288,15 +297,15 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--block", type=int, default=32, help="tokens of a block")
     root.add_argument("--segments", type=int, default=1, help="blocks before a token's own that it sees")
     root.add_argument("--feedback", type=int, default=4, help="slots of the feedback memory")
-    root.add_argument("--train-blocks", type=numbers(1), default=[3, 4, 6, 8], help="blocks of texts to learn from")
+    root.add_argument("--train-blocks", type=numbers(1), default=[4, 6], help="blocks of texts to learn from")
     root.add_argument("--blocks", type=numbers(1), default=[1, 2, 4, 8, 16], help="blocks of texts that are measured")
-    root.add_argument("--texts", type=int, default=64, help="texts of each length that are measured")
-    root.add_argument("--steps", type=int, default=300, help="steps of gradients")
+    root.add_argument("--texts", type=int, default=48, help="texts of each length that are measured")
+    root.add_argument("--steps", type=int, default=120, help="steps of gradients")
     root.add_argument("--batch", type=int, default=16, help="texts of a step")
     root.add_argument("--rate", type=float, default=0.1, help="learning rate, in deviations of token embeddings")
-    root.add_argument("--generations", type=int, default=100, help="generations of evolution")
+    root.add_argument("--generations", type=int, default=40, help="generations of evolution")
     root.add_argument("--population", type=int, default=16, help="candidates of a generation")
-    root.add_argument("--evolution-batch", type=int, default=8, help="texts that a candidate reads in a generation")
+    root.add_argument("--evolution-batch", type=int, default=4, help="texts that a candidate reads in a generation")
     root.add_argument("--measure-batch", type=int, default=16, help="texts that are measured at once")
     root.add_argument("--json", type=Path, help="file for the rows")
     return root

@@ -247,6 +247,22 @@ def test_half_precision_is_near(model):
     assert half(ids).past_key_values.layers[0].feedback.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_it_reads_on_an_accelerator(devices):
+    """Made on the processor and moved, and made of a decoder that is there already; nothing mixes devices."""
+    stock, ids = decoder().float(), ids_of(13, 14)
+    model = around(stock)
+    here = model(ids).logits
+    moved = copy.deepcopy(model).to("pretend:0")
+    assert moved.device == torch.device("pretend:0")
+    assert torch.equal(moved(ids.to("pretend:0")).logits.cpu(), here)
+    there = FamAround(stock.to("pretend:1"), block=4, segments=1, feedback=3)
+    there.summary.weight.copy_(model.summary.weight)
+    assert torch.equal(there(ids.to("pretend:1")).logits.cpu(), here)
+    with build("write_gate", every=4, bias=100.0).attach(there) as cache:  # each update is written whole
+        close(there(ids.to("pretend:1"), past_key_values=cache).logits.cpu(), here)
+
+
 REFUSED = {
     "GPT2LMHeadModel has no rotary": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)),
     "Gemma2ForCausalLM scales or norms what attention reads": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **KV)),

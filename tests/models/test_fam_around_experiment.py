@@ -54,6 +54,7 @@ def test_every_row_is_measured(monkeypatch, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--only", "blocks,none"], None), (["--blocks", "2,2"], None), (["--texts", "1"], "at least 2"),
+        (["--train-blocks", "2"], "give at least 3"),
         (["--block", "8"], "at least 24 tokens"), (["--rate", "0"], "above 0"), (["--steps", "0"], "--steps is 0"),
         (["--model", "zoo-gpt2"], "no rotary positions"), (["--model", "no-such-model"], "no-such-model"),
     ],

@@ -12,9 +12,10 @@ from safetensors.torch import load, save
 from evomem.errors import CacheError, ModelError
 from evomem.managers import build
 from evomem.memory.explicit.matrix import MatrixCache
-from tests.models import test_fam, test_memory_models, test_titans
+from tests.models import test_fam, test_fam_around, test_memory_models, test_titans
 
 MODELS = test_memory_models.MODELS | {"fam": test_fam.tiny_fam(), "mag": test_titans.MODELS["mag"]}
+MODELS["around"] = test_fam_around.around(test_fam_around.decoder())
 IDS = test_fam.ids_of(0, 10)
 LEFT = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 10])
 """Row 0 has two tokens of padding."""

@@ -16,10 +16,11 @@ from evomem.errors import CacheError, ModelError
 from evomem.managers import build
 from evomem.memory.explicit.feedback import FeedbackCache
 from evomem.memory.explicit.neural import NeuralCache
-from tests.models import test_fam, test_memory_models, test_titans
+from tests.models import test_fam, test_fam_around, test_memory_models, test_titans
 from tests.models.test_mosaic import tiny_mosaic
 
 MODELS = test_memory_models.MODELS | {"fam": test_fam.tiny_fam(), "mag": test_titans.MODELS["mag"]}
+MODELS["around"] = test_fam_around.around(test_fam_around.decoder())
 every_model = pytest.mark.parametrize("name", MODELS)
 IDS = test_fam.ids_of(0, 10)
 
