@@ -1,7 +1,7 @@
 """Run: feedback memory around a frozen decoder: its embeddings learned by gradients and by evolution, and a pass key.
 
     OMP_NUM_THREADS=1 python -m experiments.fam_around --model zoo-qwen3 --json runs/fam_around_qwen3.json
-    OMP_NUM_THREADS=1 python -m experiments.fam_around --model zoo-qwen3 --only gradients --train-blocks 2,3
+    OMP_NUM_THREADS=1 python -m experiments.fam_around --model zoo-qwen3 --only stock,blocks,gradients --seeds 0
 
 A text is made-up prose with one needle (``magic fox 4 7 1 3.``) at a random place, cut to whole blocks, and ends in the
 question and the four digits, which are to be predicted. The decoder is frozen; the embeddings that feedback begins as,
@@ -14,8 +14,10 @@ the last block sees; what is measured is of the sealed split, needles anywhere. 
     gradients   ... learned by Adam through all blocks
     evolution   ... learned by a separable CMA-ES, a population a batch
 
-``behind`` counts the texts whose needle no token of the last block can see through segments. Everything is
-deterministic by seed. Intervals are of 95 %, over texts; the mean over seeds is taken text by text.
+Cells are the share of right digits (nats a digit; flow). Flow says how much of the needle reaches the answer: the
+divergence, in nats, of what is predicted from what it is where the needle has other digits. ``behind`` counts the texts
+whose needle no token of the last block can see through segments. Everything is deterministic by seed. Intervals are of
+95 %, over texts; the mean over seeds is taken text by text.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -34,14 +36,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 import evomem
 from evomem.errors import EvomemError
 from evomem.models.architectures.fam_around import FamAround
 from evomem.statistics import bootstrap_mean
 from evomem.tasks import Split
-from evomem.tasks.text.zoo import needle_facts, sentence
+from evomem.tasks.text.zoo import Fact, needle_facts, sentence
+from evomem.tasks.text.zoo_words import DIGITS
 
 LEARNED = ("random", "gradients", "evolution")
 ROWS = ("stock", "blocks", *LEARNED)
@@ -55,12 +57,16 @@ class Texts:
     ----------
     ids : (texts, tokens) int64, the last tokens are the answer.
     answer : tokens of an answer.
+    digits : which of them are its digits, and no space between two.
     behind : of every text, whether its needle ends before the first token that the last block sees.
+    changed : as ``ids``, with a needle that states four other digits; question and answer are the same.
     """
 
     ids: Tensor
     answer: int
+    digits: list[int]
     behind: list[bool]
+    changed: Tensor
 
 
 def texts(
@@ -75,7 +81,8 @@ def texts(
     def encoded(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    rows, behind, answers = list[list[int]](), list[bool](), set[int]()
+    rows, others, behind = list[list[int]](), list[list[int]](), list[bool]()
+    answers = set[tuple[bool, ...]]()  # which tokens of an answer are digits
     while len(rows) < count:
         fact = needle_facts(random, split, 1)[0]
         asked, said = encoded(f" magic {fact.key}"), encoded(f" {fact.value}")
@@ -91,29 +98,45 @@ def texts(
         is_behind = room - len(after) <= length - field
         if only_behind and not is_behind:
             continue
+        digits, other = fact.value.split(), Random(fact.needle)
+        lie = Fact(fact.key, " ".join(other.choice([digit for digit in DIGITS if digit != one]) for one in digits))
+        changed = (before + encoded(f" {lie.needle}") + after)[-room:]
         rows.append(context + asked + said)
+        others.append(changed + asked + said)
         behind.append(is_behind)
-        answers.add(len(said))
+        answers.add(tuple(bool(tokenizer.decode([token]).strip()) for token in said))
     if len(answers) > 1:
         raise SystemExit("answers have differently many tokens with this tokenizer; take another model")
-    return Texts(torch.tensor(rows), answers.pop(), behind)
+    if {len(row) for row in others} != {length}:
+        raise SystemExit("digits have differently many tokens with this tokenizer; take another model")
+    shown = answers.pop()
+    digits = [at for at, is_digit in enumerate(shown) if is_digit]
+    return Texts(torch.tensor(rows), len(shown), digits, behind, torch.tensor(others))
 
 
 def answer_nats(logits: Tensor, given: Texts, rows: slice) -> tuple[Tensor, Tensor]:
-    """Return log-likelihood and rightness of answers: (rows, answer) each. logits : of the last answer + 1 tokens."""
-    wanted = given.ids[rows, -given.answer :]
-    chances = logits[:, :-1].float().log_softmax(-1)
+    """Return log-likelihood and rightness of digits: (rows, digits) each. logits : of the last answer + 1 tokens."""
+    wanted = given.ids[rows, -given.answer :][:, given.digits]
+    chances = logits[:, given.digits].float().log_softmax(-1)
     return chances.gather(-1, wanted[..., None])[..., 0], chances.argmax(-1) == wanted
 
 
 @torch.no_grad()
-def measure(answer: Callable[[Tensor, int], Tensor], given: Texts, batch: int) -> list[tuple[float, float]]:
-    """Return nats a token and share of right tokens, text by text; ``answer`` gives logits of so many last tokens."""
-    measured = list[tuple[float, float]]()
+def measure(answer: Callable[[Tensor, int], Tensor], given: Texts, batch: int) -> list[tuple[float, ...]]:
+    """Return nats a token, share of right tokens and flow, text by text.
+
+    Flow is the divergence KL(as it is || the needle's digits changed) of what is predicted, in nats a token.
+
+    answer : gives logits of so many last tokens.
+    """
+    measured = list[tuple[float, ...]]()
     for at in range(0, len(given.ids), batch):
         rows = slice(at, at + batch)
-        nats, right = answer_nats(answer(given.ids[rows], given.answer + 1), given, rows)
-        measured += zip(nats.mean(1).tolist(), right.float().mean(1).tolist(), strict=True)
+        logits, changed = (answer(ids[rows], given.answer + 1) for ids in (given.ids, given.changed))
+        nats, right = answer_nats(logits, given, rows)
+        here, there = (part[:, given.digits].float().log_softmax(-1) for part in (logits, changed))
+        flow = (here.exp() * (here - there)).sum(-1)
+        measured += zip(*(part.float().mean(1).tolist() for part in (nats, right, flow)), strict=True)
     return measured
 
 
@@ -143,15 +166,15 @@ def by_gradients(model: FamAround, tokenizer: Any, seed: int, options: argparse.
     for step in range(options.steps):
         optimizer.param_groups[0]["lr"] = options.rate * scale * min(1, (step + 1) / 10, 3 * (1 - step / options.steps))
         given = next(batches)
-        logits = model(given.ids, use_cache=False, logits_to_keep=given.answer + 1).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), given.ids[:, -given.answer :].flatten())
+        logits = model(given.ids, use_cache=False, logits_to_keep=given.answer + 1).logits
+        loss = -answer_nats(logits, given, slice(None))[0].mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.summary.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-        if step % 40 == 39:
-            print(f"  step {step + 1} loss {mean(losses[-40:]):.3f}", flush=True)
+        if step % 20 == 19:
+            print(f"  step {step + 1} loss {mean(losses[-20:]):.3f}", flush=True)
     return losses
 
 
@@ -169,7 +192,7 @@ def by_evolution(model: FamAround, tokenizer: Any, seed: int, options: argparse.
     for generation in range(options.generations):
         candidates, given = [search.ask() for _ in range(options.population)], next(batches)
         ids = given.ids[: options.evolution_batch]
-        some = Texts(ids.repeat(options.population, 1), given.answer, [])
+        some = replace(given, ids=ids.repeat(options.population, 1))
         rows = (
             torch.from_numpy(np.stack(candidates))
             .float()
@@ -191,7 +214,7 @@ def by_evolution(model: FamAround, tokenizer: Any, seed: int, options: argparse.
 def row_of(name: str, loaded: Any, tests: dict[int, Texts], options: argparse.Namespace) -> dict[str, Any]:
     """Return what one row of the table measures at every length."""
     began, seeds = time.process_time(), options.seeds if name in LEARNED else [0]
-    measured: dict[int, list[list[tuple[float, float]]]] = {blocks: [] for blocks in tests}
+    measured: dict[int, list[list[tuple[float, ...]]]] = {blocks: [] for blocks in tests}
     record: dict[str, Any] = {"row": name, "losses": {}}
     for seed in seeds:
         print(f"{name}, seed {seed}", flush=True)
@@ -221,16 +244,17 @@ def row_of(name: str, loaded: Any, tests: dict[int, Texts], options: argparse.Na
     return record
 
 
-def summary(by_seed: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any] | None:
+def summary(by_seed: Sequence[Sequence[tuple[float, ...]]]) -> dict[str, Any] | None:
     """Return means over texts and seeds, with intervals over texts; None: there are no texts."""
     if not by_seed[0]:
         return None
-    nats, right = ([mean(texts) for texts in zip(*[[one[k] for one in seed] for seed in by_seed], strict=True)]
-                   for k in range(2))  # fmt: skip
+    nats, right, flow = ([mean(texts) for texts in zip(*[[one[k] for one in seed] for seed in by_seed], strict=True)]
+                   for k in range(3))  # fmt: skip
     return {
         "texts": len(right), "right": mean(right), "interval": bootstrap_mean(right).bounds(), "nats": mean(nats),
         "nats_interval": bootstrap_mean(nats).bounds(), "by_seed": [mean(one[1] for one in seed) for seed in by_seed],
         "nats_by_seed": [mean(one[0] for one in seed) for seed in by_seed], "text_right": right, "text_nats": nats,
+        "flow": mean(flow), "flow_interval": bootstrap_mean(flow).bounds(),
     }  # fmt: skip
 
 
@@ -251,11 +275,13 @@ def compared(records: Sequence[dict[str, Any]], lengths: Sequence[int]) -> list[
 
 
 def table(records: Sequence[dict[str, Any]], lengths: Sequence[int], part: str) -> str:
-    """Return shares of right digits and nats by row and length, in Markdown."""
+    """Return shares of right digits (nats; flow) by row and length, in Markdown."""
     lines = [f"| {part} | {' | '.join(f'{n} blocks' for n in lengths)} |", "|" + "---|" * (1 + len(lengths))]
     for record in records:
         cells = [record[str(n)][part] for n in lengths]
-        shown = ["-" if cell is None else f"{cell['right']:.2f} ({cell['nats']:.2f})" for cell in cells]
+        shown = [
+            "-" if cell is None else f"{cell['right']:.2f} ({cell['nats']:.2f}; {cell['flow']:.3f})" for cell in cells
+        ]
         lines.append(f"| {record['row']} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -294,17 +320,17 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--model", default="zoo-qwen3", help="alias or folder of the decoder")
     root.add_argument("--only", type=rows, default=list(ROWS), help=f"rows: some of {','.join(ROWS)}; all")
     root.add_argument("--seeds", type=numbers(0), default=[0, 1, 2], help="embeddings drawn and learned for each")
-    root.add_argument("--block", type=int, default=32, help="tokens of a block")
+    root.add_argument("--block", type=int, default=24, help="tokens of a block")
     root.add_argument("--segments", type=int, default=1, help="blocks before a token's own that it sees")
     root.add_argument("--feedback", type=int, default=4, help="slots of the feedback memory")
-    root.add_argument("--train-blocks", type=numbers(1), default=[4, 6], help="blocks of texts to learn from")
+    root.add_argument("--train-blocks", type=numbers(1), default=[3, 4], help="blocks of texts to learn from")
     root.add_argument("--blocks", type=numbers(1), default=[1, 2, 4, 8, 16], help="blocks of texts that are measured")
     root.add_argument("--texts", type=int, default=48, help="texts of each length that are measured")
-    root.add_argument("--steps", type=int, default=120, help="steps of gradients")
+    root.add_argument("--steps", type=int, default=100, help="steps of gradients")
     root.add_argument("--batch", type=int, default=16, help="texts of a step")
-    root.add_argument("--rate", type=float, default=0.1, help="learning rate, in deviations of token embeddings")
+    root.add_argument("--rate", type=float, default=0.3, help="learning rate, in deviations of token embeddings")
     root.add_argument("--generations", type=int, default=40, help="generations of evolution")
-    root.add_argument("--population", type=int, default=16, help="candidates of a generation")
+    root.add_argument("--population", type=int, default=12, help="candidates of a generation")
     root.add_argument("--evolution-batch", type=int, default=4, help="texts that a candidate reads in a generation")
     root.add_argument("--measure-batch", type=int, default=16, help="texts that are measured at once")
     root.add_argument("--json", type=Path, help="file for the rows")
@@ -322,6 +348,11 @@ def check(options: argparse.Namespace) -> None:
     if options.block < 24 or options.segments < 0:
         raise SystemExit(
             "--block holds a needle, its question and its answer: at least 24 tokens; --segments at least 0"
+        )
+    if {"gradients", "evolution"} & set(options.only) and min(options.train_blocks) < options.segments + 2:
+        raise SystemExit(
+            f"--train-blocks: with {options.segments} segments the last block sees {options.segments + 1} blocks, and "
+            f"needles to learn from are behind them; give at least {options.segments + 2}"
         )
     if not 0 < options.rate < float("inf"):
         raise SystemExit(f"--rate {options.rate}: give a number above 0")

@@ -30,6 +30,9 @@ def test_texts_end_in_an_answer_that_they_state():
         behind.append(places[0] + 7 <= 96 - 64)  # and a full stop
     assert given.behind == behind
     assert {True, False} == set(behind)
+    differing = (given.ids != given.changed).sum(1)
+    assert (differing == given.answer).all()  # the needle's digits, all of them, and nothing else
+    assert torch.equal(given.ids[:, -6:], given.changed[:, -6:])
     again = fam_around.texts(tokenizer, 12, 96, 64, Split.SEALED, 0)
     assert torch.equal(given.ids, again.ids)
 
@@ -46,6 +49,8 @@ def test_every_row_is_measured(monkeypatch, tmp_path, capsys):
     )  # one block is all there is
     assert rows["stock"]["1"]["behind"] is None
     assert rows["stock"]["4"]["behind"]["nats"] > rows["blocks"]["4"]["behind"]["nats"] + 1
+    flow = {name: row["4"]["behind"]["flow"] for name, row in rows.items()}
+    assert flow["stock"] > 1 > flow["blocks"] >= -1e-6
     assert {line["row"] for line in said["against_blocks"]} == set(fam_around.LEARNED)
     assert "| behind | 1 blocks | 4 blocks |" in capsys.readouterr().out
 
