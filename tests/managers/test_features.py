@@ -21,12 +21,13 @@ PLAIN = (
     "last:8", "block_max:64", "block_min:64", "block_sum:64", "block_decayed:64",
     "recency", "frequency", "frequency_decayed:8", "relevance:8", "novelty", "surprise",
     "ghost_frequency", "backward_distance:8", "change", "agreement", "updates", "tri_attention",
+    "surprise_ratio", "forget_gate", "momentum_gate", "rate_gate",
 )  # fmt: skip
 POOLED = ("mean:3:keydiff", "mean:7:attention", "max:7:value_norm", "max:21:age", "mean:7:window:8", "max:3:spectrum:4")
 ALL = PLAIN + POOLED
 SHARED = (
     "recency", "frequency", "frequency_decayed:8", "relevance:8", "surprise", "ghost_frequency", "backward_distance:8",
-    "change", "agreement", "updates", "tri_attention",
+    "change", "agreement", "updates", "tri_attention", "surprise_ratio",
 )  # fmt: skip
 """Features that are recorded under their own names."""
 
@@ -40,6 +41,7 @@ def view_of(seed=0, **changes):
     more = {"attention_spectrum": spectrum, "window_statistics:64": statistics}
     for name in SHARED:
         more[name] = 9 * torch.rand(view.slots.shape, generator=g)
+    more["gates"] = torch.randn(*view.slots.shape, 3, generator=g)
     more["recency"] = more["recency"].argsort(-1)  # no two the same
     return replace(view, recorded={**view.recorded, **more})
 
@@ -53,7 +55,8 @@ def spoiled(view):
         return torch.where(wide, torch.tensor(7.7e3, dtype=x.dtype), x)
 
     slotwise = {
-        n: spoil(x) if n.startswith(("attention_", "window_", *SHARED)) else x for n, x in view.recorded.items()
+        n: spoil(x) if n.startswith(("attention_", "window_", "gates", *SHARED)) else x
+        for n, x in view.recorded.items()
     }
     return replace(view, keys=spoil(view.keys), values=spoil(view.values), recorded=slotwise, memo={})
 
@@ -112,6 +115,11 @@ def slow_observation(name, argument, view, b, h):
         return [math.log(max(1, x)) for x in recorded(name)]
     if name in ("relevance", "surprise", "change", "agreement", "tri_attention"):
         return recorded(f"relevance:{argument}" if argument else name)
+    if name == "surprise_ratio":
+        return [math.log(1 + x) for x in recorded(name)]
+    if name.endswith("_gate"):
+        which = ("forget_gate", "momentum_gate", "rate_gate").index(name)
+        return [float(view.recorded["gates"][b, h, s, which]) for s in held]
     if name in ("recency", "frequency", "frequency_decayed", "ghost_frequency", "backward_distance"):
         return [math.log(1 + x) for x in recorded(f"{name}:{argument}" if argument else name)]
     bins = view.recorded["attention_spectrum"][b, h]
