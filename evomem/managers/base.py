@@ -16,6 +16,7 @@ from evomem.bounds import NEIGHBOURS
 from evomem.errors import ConfigError
 from evomem.managers.allocation import (
     Allocation,
+    Everything,
     LayerAllocation,
     ModelAllocation,
     Threshold,
@@ -115,6 +116,8 @@ class MemoryManager(nn.Module, PretrainedMixin, ABC):
         self.schedule = Schedule(self.options.every)
         self.ends = self.make_ends()
         self.allocation = self.make_allocation()
+        if isinstance(self.allocation, Everything):
+            self.allocation.require_no_budget(self.options.budget, getattr(self, "name", type(self).__name__))
 
     # ---- what a subclass says -------------------------------------------------------------------------------------
 

@@ -116,8 +116,11 @@ def test_in_half_precision_values_stay_numbers():
     assert torch.isfinite(decision.values).all()
 
 
-def test_what_fades_by_itself_is_refused():
+def test_what_would_say_nothing_is_refused():
     with pytest.raises(ConfigError, match="it lets slots fade, and so do biases"):
         build("refit(kv_policy(actions=[evict, forget]))", budget=9)
+    for spec in ("refit(full)", "surprise_gate", "write_gate"):
+        with pytest.raises(ConfigError, match="budget: 4 has no effect, for every slot stays"):
+            build(spec, budget=4)
     with pytest.raises(ConfigError, match="belongs to refit"):
         build("refit(keydiff(budget=3))")

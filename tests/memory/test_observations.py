@@ -14,6 +14,7 @@ from evomem.errors import ConfigError, UnsupportedModelError
 from evomem.managers import Schedule, build
 from evomem.memory import Decision, LayerView, SlotCache, attached
 from evomem.memory.observations import USED, Sizes, observations, parse_observation
+from evomem.memory.observations.probe_logits import NEAR
 from evomem.testing.comparing import random_rows, read
 from evomem.testing.conformance import check_evicted_is_hidden, check_row_alone
 from evomem.testing.models import FAMILIES, tiny
@@ -315,6 +316,23 @@ def test_probes_are_queries_of_the_text_asked_again_behind_it(family: str, piece
                 hidden = (view.slots[row, kv] < 0) | ((token - index[:, None]).abs() < 8)
                 expected = expected.masked_fill(hidden, -torch.inf)
                 torch.testing.assert_close(got[head, :, : len(index)].T, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_probes_of_a_second_reading_do_not_look_at_themselves() -> None:
+    """A cache that observes again begins with its second reading; fp64 is decided in fp32."""
+    model, ids = tiny("llama", layers=1).double(), torch.arange(40)[None] + 8
+    ids, mask = ids.repeat(2, 1), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :5] = 0
+    manager = build("refit(keydiff, probes=32)")
+    with manager.attach(model) as cache:
+        model(ids[:, :16], attention_mask=mask[:, :16], past_key_values=cache)
+        with cache.reading():
+            model(ids[:, 16:], attention_mask=mask, past_key_values=cache)
+            view = cache.layers[0].view()
+    slots, probes = view.slots[:, :1], torch.arange(16, 40)
+    hidden = (slots[..., None] < 0) | ((slots[..., None] - probes).abs() < NEAR)
+    shown = torch.isneginf(view.recorded["probe_logits:32"][..., :24])
+    assert torch.equal(shown, hidden.expand_as(shown))
 
 
 def test_future_rotation_is_the_mean_of_the_next_rotations() -> None:

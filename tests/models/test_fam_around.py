@@ -224,10 +224,11 @@ def test_a_saved_memory_goes_on(model):
 
 
 @torch.no_grad()
-def test_a_write_gate_is_that_of_plain_loops():
+@pytest.mark.parametrize("features", [[], ["change", "agreement", "updates"]])  # their weights are 0
+def test_a_write_gate_is_that_of_plain_loops(features):
     stock = decoder()
     model, ids = around(stock), ids_of(11, 18)
-    with build("write_gate", every=4, features=[], bias=0.7).attach(model) as cache:
+    with build("write_gate", every=4, features=features, bias=0.7).attach(model) as cache:
         got = model(ids, past_key_values=cache).logits
     gate = float(torch.sigmoid(torch.tensor(0.7)))
     for row in range(2):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from evomem.bounds import TOKENS
+from evomem.errors import ConfigError
 from evomem.managers.allocation.base import AllocationOptions, EmergentAllocation, register_allocation
 from evomem.managers.selection import Ends, best, slots_of_budget, tokens_read
 from evomem.memory.view import LayerView
@@ -78,6 +79,16 @@ class Everything(EmergentAllocation):
     """Keeps every slot that holds a token, whatever the budget; not registered: it is what ``full`` is."""
 
     name = "everything"
+
+    def require_no_budget(self, budget: int | float | None, manager: str) -> None:
+        """Raise `ConfigError` where ``manager``, by its name, has a budget, which would say nothing.
+
+        Not so ``full``: it is the reference of comparisons, whatever budget these have.
+        """
+        if budget is not None and manager != "full":
+            raise ConfigError(
+                f"manager {manager!r}: budget: {budget!r} has no effect, for every slot stays; leave budget out"
+            )
 
     def keep(
         self, scores: Tensor, view: LayerView, candidates: Tensor, ends: Ends, budget: int | float | None

@@ -85,7 +85,7 @@ class RefitRule(RewritingRule):
             new = new + value_changes(shares, asked, attention @ values - shares @ values, self.ridge)
         old = 0.0 if view.decays is None else view.decays.float()
         decay = torch.where(keep, old + torch.log(weights), 0.0) if self.biases else None
-        largest = torch.finfo(view.values.dtype).max
+        largest = min(torch.finfo(dtype).max for dtype in (view.values.dtype, new.dtype))
         new = torch.where(keep[..., None], new, values).clamp(-largest, largest).to(view.values.dtype)
         return replace(decision, decay=decay, keys=view.keys.expand(rows, *view.keys.shape[1:]), values=new)
 

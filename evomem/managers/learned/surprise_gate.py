@@ -89,7 +89,7 @@ class SurpriseGate(MemoryManager):
     are the model's own log-odds, so that weights on them are scales of these. With ``slope`` b a token below the
     threshold is learnt with the part max(0, 1 - b (τ - s)) of its rate.
 
-    Every token of a segment may be stored; a budget, if given, is ignored.
+    Every token of a segment may be stored, so a budget is refused.
     """
 
     Options = SurpriseGateOptions

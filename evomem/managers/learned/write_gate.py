@@ -68,7 +68,7 @@ class WriteGate(MemoryManager):
 
     g = σ(w(d) · [1, features]), one number a slot, with w piecewise linear in the layer's relative depth d through
     ``knots`` points: as many as layers are weights of their own. g = 1 writes an update whole, as the model does by
-    itself; g = 0 leaves the slot as it is. A budget, if given, is ignored.
+    itself; g = 0 leaves the slot as it is. All slots stay, so a budget is refused.
     """
 
     Options = WriteGateOptions

@@ -76,8 +76,8 @@ class ProbeLogits(Observation):
         positions = state[self._name("newest")][:, None] + 1 + ahead
         asked = rotate(plain, moment.rotary, positions)
         mask = slot_mask(moment.slots, moment.seen + ahead, decays=moment.decays, window=moment.window)
-        logits = attention_logits(asked, moment.keys, moment.scale, mask, moment.softcap)
-        at = index + moment.start[:, None]  # the token that each probe was
+        logits = attention_logits(asked, moment.keys.float(), moment.scale, mask, moment.softcap)
+        at = index + moment.start.clamp(min=recorder.begin)[:, None]  # the token that each probe was
         near = (moment.slots[:, :, None] - at[:, None, :, None]).abs() < NEAR
         hidden = near | (index < 0)[:, None, :, None]
         logits = logits.masked_fill(hidden[:, :, None], -torch.inf)

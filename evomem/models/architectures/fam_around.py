@@ -23,7 +23,7 @@ from evomem.memory.explicit.feedback import FeedbackLayer
 from evomem.memory.explicit.feedback_slots import FeedbackSlots, FeedbackSlotsCache
 from evomem.memory.kv.policy import CachePolicy
 from evomem.memory.observations.base import Observation
-from evomem.memory.observations.updates import UPDATES
+from evomem.memory.observations.updates import CHANGES, UPDATES
 from evomem.models.architectures.calls import LOSS_TYPE
 from evomem.models.architectures.decoder_check import require_additive
 from evomem.models.architectures.fam_layers import Turn
@@ -215,4 +215,4 @@ class FamAround(FeedbackModel):
 
 def _says_update(observation: Observation) -> bool:
     """Whether an observation is about updates alone."""
-    return UPDATES in observation.needs
+    return bool({UPDATES, CHANGES} & observation.needs)

@@ -236,7 +236,7 @@ def test_a_budget_counts_the_tokens_of_a_segment():
     for budget, counts in ((3, [3, 3]), (0.5, [2, 2])):
         _, cache = logits_of(model, build("lru", budget=budget, every=4), ids[:, :8])
         assert [int(layer.counts().max()) for layer in cache.layers] == counts
-    _, cache = logits_of(model, build("surprise_gate", budget=1, every=4), ids[:, :8])  # which has none
+    _, cache = logits_of(model, build("surprise_gate", every=4), ids[:, :8])  # which takes none: test_refit.py
     assert [int(layer.counts().min()) for layer in cache.layers] == [4, 4]
 
 
@@ -248,9 +248,9 @@ def test_what_cannot_be_decided_is_refused():
     for spec in ("h2o", "lfu"):
         with pytest.raises(ConfigError, match="nobody attends to the tokens of a neural memory"):
             model.decided_cache(build(spec, budget=4))
-    for spec in ("snapkv", "expected_attention", "write_gate"):
+    for spec in ("snapkv(budget=4)", "expected_attention(budget=4)", "write_gate"):
         with pytest.raises(ConfigError, match="which a neural memory does not have"):
-            model.decided_cache(build(spec, budget=4))
+            model.decided_cache(build(spec))
     cache = model.decided_cache(build("full"))
     model(ids[:, :9], past_key_values=cache)
     with pytest.raises(CacheError, match="every=4"):
