@@ -124,3 +124,8 @@ class ManagerAround(MemoryManager):
     def forgets(self) -> bool:
         """Whether the inner manager does."""
         return self.inner.forgets
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether slots that stay hold other values after a decision, in which tokens that came later have a part."""
+        return isinstance(self.rule, RewritingRule)

@@ -9,9 +9,10 @@ import pytest
 import scipy.optimize
 import torch
 
-from evomem.errors import ConfigError
+from evomem.errors import CacheError, ConfigError
 from evomem.managers import build
 from evomem.managers.heuristics.refit import LIGHTEST, matching_mass, value_changes, whole_attention
+from evomem.testing.models import tiny
 from tests.support.ragged_view import make_view
 
 WIDTH, GROUP = 6, 2
@@ -124,3 +125,18 @@ def test_what_would_say_nothing_is_refused():
             build(spec, budget=4)
     with pytest.raises(ConfigError, match="belongs to refit"):
         build("refit(keydiff(budget=3))")
+
+
+@pytest.mark.parametrize("biases", ["true", "false"])
+def test_tokens_that_values_were_refitted_to_cannot_be_cropped(biases):
+    model, ids = tiny("llama", layers=1), torch.arange(30)[None] + 8
+    with build(f"refit(keydiff, budget=8, biases={biases})").attach(model) as cache:
+        model(ids, past_key_values=cache)
+        with pytest.raises(CacheError, match="or were rewritten, cannot be cropped to 28"):
+            cache.crop(28)
+        model(ids[:, :1], past_key_values=cache)
+        cache.crop(30)  # what came after the decision is in no value
+        assert cache.get_seq_length() == 30
+        whole = build("refit(keydiff, biases=false)").new_cache(model)
+        model(ids, past_key_values=whole)
+        whole.crop(28)  # nothing was evicted, so nothing was rewritten

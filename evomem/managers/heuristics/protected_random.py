@@ -24,9 +24,10 @@ class ProtectedRandomOptions(RandomOptions):
 class ProtectedRandom(Random):
     """Keeps the first and the newest tokens, a tenth of the slots each, and tokens drawn uniformly between them.
 
-    The draws are those of `Random`. One of the three trivial managers whose best is the floor of a comparison
-    (`evomem.evaluation.rows.TRIVIAL`): attention sinks and recent tokens cost no knowledge of the text, and without
-    them a lot loses what every model needs, so that beating it says little.
+    The draws are those of `Random`. Fewer than ten slots have no whole tenth: nothing is protected, and it is `Random`.
+    One of the three trivial managers whose best is the floor of a comparison (`evomem.evaluation.rows.TRIVIAL`):
+    attention sinks and recent tokens cost no knowledge of the text, and without them a lot loses what every model
+    needs, so that beating it says little.
     """
 
     Options = ProtectedRandomOptions

@@ -113,10 +113,16 @@ class SlotLayer(LayerMemory):  # type: ignore[no-untyped-call]
                 f"a cache that records {', '.join(sorted(self.cache.policy.observes))} cannot be cropped: what the "
                 "cropped queries added cannot be taken back; read the context again"
             )
-        if length < self.decided and self.decays is not None and bool((self.decays > 0).any()):
+        heavier = self.decays is not None and bool((self.decays > 0).any())
+        # Values that were refitted say nothing of it themselves; where nothing was evicted there was nothing to refit.
+        rewritten = getattr(self.cache.policy, "rewrites", False) and bool(
+            (self.counts() < (self.seen - self.start)[:, None]).any()
+        )
+        if length < self.decided and (heavier or rewritten):
             raise CacheError(
-                f"a cache whose slots stand for several tokens cannot be cropped to {length}: the last decision, after "
-                f"{self.decided} tokens, may have written some of those that are to go; read the context again"
+                f"a cache whose slots stand for several tokens, or were rewritten, cannot be cropped to {length}: the "
+                f"last decision, after {self.decided} tokens, may have written some of "
+                "those that are to go; read the context again"
             )
         if length:
             self.storage.crop(length, self.recorder)
