@@ -140,3 +140,21 @@ def test_tokens_that_values_were_refitted_to_cannot_be_cropped(biases):
         whole = build("refit(keydiff, biases=false)").new_cache(model)
         model(ids, past_key_values=whole)
         whole.crop(28)  # nothing was evicted, so nothing was rewritten
+
+
+@pytest.mark.parametrize(
+    "spec", [f"refit(keydiff, probes={WIDTH}, budget=9, allocation={way})" for way in ("uniform", "across_layers")]
+    + ["write_gate(features=[])"],
+)  # fmt: skip
+def test_every_layer_is_written_once(spec, monkeypatch):
+    manager = build(spec)
+    rule, writes = type(manager.rule), []
+    plain = rule.written
+
+    def counting(self, decision, judgement, view):
+        writes.append(view.layer)
+        return plain(self, decision, judgement, view)
+
+    monkeypatch.setattr(rule, "written", counting)
+    manager.decide_all([probed(make_view(3 + layer, layer=layer), layer) for layer in range(2)])
+    assert writes == [0, 1]

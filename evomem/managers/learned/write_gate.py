@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from evomem.bounds import UNITS
 from evomem.managers.allocation import Allocation, Everything
+from evomem.managers.around import RewritingRule
 from evomem.managers.base import MemoryManager, register
 from evomem.managers.decision import Judgement, Rule
 from evomem.managers.features import columns, different, required
@@ -41,19 +41,8 @@ class WriteGateOptions(ManagerOptions):
 
 
 @dataclass(frozen=True)
-class GateRule(Rule):
+class GateRule(RewritingRule):
     """A `Rule` whose scores are log-odds of writing: F + σ(score) (F_new - F) is what a slot holds from now on."""
-
-    def decide(self, judgement: Judgement, view: LayerView) -> Decision:
-        """Return the decision about one layer, and what its slots hold."""
-        return self.written(super().decide(judgement, view), judgement, view)
-
-    def decide_all(
-        self, judgements: Sequence[Judgement], views: Sequence[LayerView], limits: Sequence[Tensor] | None = None
-    ) -> list[Decision]:
-        """Return the decisions about all layers, and what their slots hold."""
-        made = super().decide_all(judgements, views, limits)
-        return [self.written(*parts) for parts in zip(made, judgements, views, strict=True)]
 
     def written(self, decision: Decision, judgement: Judgement, view: LayerView) -> Decision:
         """Return a decision with a part of each update written; a view has the old as keys and the new as values."""
