@@ -158,8 +158,8 @@ def decided_rows(evaluator: Evaluator, managers: Sequence[tuple[str, MemoryManag
     for number, (name, _) in enumerate(managers):
         row = rows.setdefault(name, Row(name, [], [], []))
         mine = [one[number] for one in results]
-        row.right.append([one.exact or 0.0 for one in mine])
-        row.nats.append([one.loglik or 0.0 for one in mine])
+        row.right.append([one.required("exact") for one in mine])
+        row.nats.append([one.required("loglik") for one in mine])
         row.nbytes.append([one.bytes_peak or 0.0 for one in mine])
     return list(rows.values())
 

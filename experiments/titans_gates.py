@@ -66,7 +66,7 @@ def best_of_grid(loaded: LoadedModel, cell: tuple[str, int], every: int, seed: i
     task = build_task(cell[0], loaded.tokenizer, cell[1])
     samples = task.samples(Split.TRAIN, GRID_SAMPLES, seed)
     results = [evaluator.evaluate(managers, sample, task, LOGLIK) for sample in samples]
-    worth = [mean([one[number].loglik or 0.0 for one in results]) for number in range(len(points))]
+    worth = [mean([one[number].required("loglik") for one in results]) for number in range(len(points))]
     number = max(range(len(points)), key=worth.__getitem__)
     forget, rate, threshold = points[number]
     return managers[number], f"forget {forget:+g}, rate {rate:+g}, threshold {threshold:g}"
@@ -84,8 +84,8 @@ def rows_of(
     nats: dict[str, list[list[float]]] = {}
     right: dict[str, list[list[float]]] = {}
     for number, (name, _) in enumerate(entrants):
-        nats.setdefault(name, []).append([one[number].loglik or 0.0 for one in results])
-        right.setdefault(name, []).append([one[number].exact or 0.0 for one in results])
+        nats.setdefault(name, []).append([one[number].required("loglik") for one in results])
+        right.setdefault(name, []).append([one[number].required("exact") for one in results])
     by_sample = {name: [mean(column) for column in zip(*seeds, strict=True)] for name, seeds in nats.items()}
     base = GRID if GRID in by_sample else OWN
     records = []

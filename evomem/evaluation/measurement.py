@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from evomem.bounds import TOKENS
-from evomem.errors import ConfigError
+from evomem.errors import ConfigError, EvaluationError
 from evomem.files.strict_json import as_float
 
 
@@ -242,6 +242,18 @@ class Evaluation:
     def exact(self) -> float | None:
         """The task's exact metric; None if it was not measured."""
         return self.number("exact")
+
+    def required(self, name: str) -> float:
+        """Return a value that is one number.
+
+        Raises
+        ------
+        EvaluationError : it was not measured.
+        """
+        value = self.number(name)
+        if value is None:
+            raise EvaluationError(f"{self.sample}: {name} was not measured; ask for it, or take a task that has it")
+        return value
 
     def number(self, name: str) -> float | None:
         """Return a value that is one number; None if it was not measured.

@@ -62,7 +62,7 @@ def net(evaluations: Sequence[Evaluation], price: float) -> list[float]:
 def summary(evaluations: Sequence[Evaluation], price: float) -> dict[str, float]:
     """Return means over samples."""
     return {
-        "right": fmean(one.exact or 0.0 for one in evaluations), "nats": fmean(one.loglik for one in evaluations),
+        "right": fmean(one.required("exact") for one in evaluations), "nats": fmean(one.loglik for one in evaluations),
         "rows": fmean(one.slots for one in evaluations), "bytes": fmean(one.bytes_mean or 0.0 for one in evaluations),
         "net": fmean(net(evaluations, price)),
     }  # fmt: skip

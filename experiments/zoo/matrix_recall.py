@@ -173,7 +173,7 @@ def measure(
     for number, (source, budget) in enumerate(entrants):
         arms.setdefault((arm_of(source), budget), []).append(number)
     for (name, budget), numbers in arms.items():
-        right = [[one[number].exact or 0.0 for one in results] for number in numbers]
+        right = [[one[number].required("exact") for one in results] for number in numbers]
         nats = [[one[number].loglik for one in results] for number in numbers]
         slots = mean([one[number].slots for number in numbers for one in results])
         if budget is not None and slots > budget:

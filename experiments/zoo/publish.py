@@ -53,7 +53,7 @@ def accuracy(loaded: evomem.models.LoadedModel, task: str, length: int, samples:
         kind = RESTATED if sample.meta.get("restated") else task
         found.setdefault(kind, []).extend(evaluator.evaluate(full, sample, built, EXACT))
     return {
-        kind: (sum(one.exact or 0.0 for one in of) / len(of), sum(one.loglik for one in of) / len(of))
+        kind: (sum(one.required("exact") for one in of) / len(of), sum(one.loglik for one in of) / len(of))
         for kind, of in found.items()
     }
 

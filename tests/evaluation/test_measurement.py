@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from evomem.cli.app import app
-from evomem.errors import ConfigError, UnknownNameError
+from evomem.errors import ConfigError, EvaluationError, UnknownNameError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.costs import ORACLE
 from evomem.evaluation.measurement import EXACT, LOGLIK, Evaluation, Measurement, Quantity, Step
@@ -218,3 +218,10 @@ def test_an_objective_without_a_measurement_is_refused():
             make("toy_nothing")
     finally:
         objectives._classes.pop("toy_nothing")
+
+
+def test_what_was_not_measured_is_no_number():
+    one = Evaluation("needle/1", {"loglik": -0.5})
+    assert one.required("loglik") == -0.5
+    with pytest.raises(EvaluationError, match="needle/1: exact was not measured"):
+        one.required("exact")
