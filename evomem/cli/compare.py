@@ -85,7 +85,7 @@ def compare(
     `--against none` it is left out too. By default the field is all: every manager whose numbers no search gives, also
     lru, lfu, fifo and slot_relevance, but not kvzip, for which every context is read twice. The best of the trivial
     managers (protected_random, streaming_llm, fifo) that are in the field stands beside the best heuristic, and
-    `recovered` is the share of what it loses against the full cache.
+    `recovered` is the share of what that trivial one loses against the full cache that a row wins back.
 
     [bold]Examples[/bold]
 

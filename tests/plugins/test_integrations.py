@@ -157,7 +157,7 @@ def test_snippets_of_the_page_run(smollm2, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(evomem.models, "load", lambda name, **more: load(name, **more) if more else smollm2)
     blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     ready = [block for block in blocks if not block.startswith(("# in kvpress", "# needs a model"))]
-    assert len(ready) == len(blocks) - 2 == 8
+    assert len(ready) == len(blocks) - 2 == 9
     names: dict[str, Any] = {}
     for block in ready:
         exec(compile(block, str(DOCS), "exec"), names)
