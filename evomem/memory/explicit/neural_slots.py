@@ -116,10 +116,10 @@ class NeuralSlots(LayerWithTensors):  # type: ignore[no-untyped-call]
             return
         begins = torch.tensor(ended, device=self.memory.device)
         part = begins[:, None, None]
-        held = NeuralLayer.begun
-        self.anchor = torch.where(part, self.memory, held(self.anchor))
-        self.momentum_before = torch.where(part, held(self.momentum), held(self.momentum_before))
-        self.altered = held(self.altered) & ~begins
+        begun = NeuralLayer.begun
+        self.anchor = torch.where(part, self.memory, begun(self.anchor))
+        self.momentum_before = torch.where(part, begun(self.momentum), begun(self.momentum_before))
+        self.altered = begun(self.altered) & ~begins
         self.storage.keep((self.slots >= 0) & ~part, self.recorder)
 
     def recall(self, queries: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -206,15 +206,30 @@ class NeuralSlots(LayerWithTensors):  # type: ignore[no-untyped-call]
 
         Raises
         ------
-        CacheError : the mask has another shape than the slots.
+        CacheError : the mask has another shape than the slots; or a decision moved gates, see `_require_plain_gates`.
         """
+        self._require_plain_gates()
         if tuple(mask.shape) == self.storage.shape:
             self._learn_again(mask & (self.slots >= 0), None, None, None)
         super().keep(mask)
 
     def decay(self, log_decay: Tensor) -> None:
-        """Let tokens be learnt less: log-decay (batch, heads, slots) <= 0 is added to log θ of each."""
+        """Let tokens be learnt less: log-decay (batch, heads, slots) <= 0 is added to log θ of each.
+
+        Raises
+        ------
+        CacheError : a decision moved gates, see `_require_plain_gates`.
+        """
+        self._require_plain_gates()
         self._learn_again(self.slots >= 0, None, log_decay, None)
+
+    def _require_plain_gates(self) -> None:
+        """Raise `CacheError` where gates of the segment were moved: learning it again would not know by how much."""
+        if self.altered is not None and bool(self.altered.any()):
+            raise CacheError(
+                "a decision moved the gates with which tokens of this segment were learnt; tell which tokens stay, how "
+                "gates move and how much is learnt in one decision (apply), for each is of the whole segment"
+            )
 
     def _learn_again(
         self, stored: Tensor, offsets: Tensor | None, strength: Tensor | None, rows: Tensor | None
@@ -225,25 +240,25 @@ class NeuralSlots(LayerWithTensors):  # type: ignore[no-untyped-call]
         """
         if not self.slots.shape[2]:
             return
-        held = NeuralLayer.begun
+        begun = NeuralLayer.begun
         filled = self.slots >= 0
         logits = self.recorder.whole(self.storage.layout).slotwise[GATES].to(self.keys.dtype)
         offsets = torch.zeros_like(logits) if offsets is None else offsets
         moved = (torch.where(filled[..., None], offsets, 0.0) != 0).any(-1)
         if strength is not None:
             moved = moved | (torch.where(filled, strength, 0.0) != 0)
-        changed = (moved | (filled & ~stored)).flatten(1).any(1) | held(self.altered)
+        changed = (moved | (filled & ~stored)).flatten(1).any(1) | begun(self.altered)
         changed = changed if rows is None else changed & rows
-        learnt = surprise(held(self.anchor), self.keys, self.values, self.rule.widths, self.rule.limit)
+        learnt = surprise(begun(self.anchor), self.keys, self.values, self.rule.widths, self.rule.limit)
         parts = coefficients(self.rule.gates(logits, offsets, strength), stored)
-        again = after(held(self.anchor), held(self.momentum_before), learnt, parts)
+        again = after(begun(self.anchor), begun(self.momentum_before), learnt, parts)
         # A row about which nothing was decided stays as the model made it, to the bit.
         self.memory, self.momentum = (
             torch.where(changed[:, None, None], new, old)
-            for new, old in zip(again, (held(self.memory), held(self.momentum)), strict=True)
+            for new, old in zip(again, (begun(self.memory), begun(self.momentum)), strict=True)
         )
         altered = moved.flatten(1).any(1)
-        self.altered = altered if rows is None else torch.where(rows, altered, held(self.altered))
+        self.altered = altered if rows is None else torch.where(rows, altered, begun(self.altered))
 
     def _require_decided(self) -> None:
         """Raise `CacheError` where a segment ended since the last decision, and another one has begun."""
@@ -274,14 +289,14 @@ class NeuralSlots(LayerWithTensors):  # type: ignore[no-untyped-call]
 
     def _check(self) -> None:
         """Raise `CacheError` unless tensors fit each other, and slots are tokens of the segment."""
-        where, beside, held = f"state of {self.title}", self.beside(), NeuralLayer.begun
+        where, beside, begun = f"state of {self.title}", self.beside(), NeuralLayer.begun
         known = {name: part for name, part in beside.items() if name in NeuralLayer.tensor_names}
         NeuralLayer().check(where, known | {"start": self.start}, self.seen)
-        shape, keys = held(self.memory).shape, self.storage.even["keys"]
+        shape, keys = begun(self.memory).shape, self.storage.even["keys"]
         wanted = {
-            "momentum_before": (tuple(shape), held(self.memory).dtype),
+            "momentum_before": (tuple(shape), begun(self.memory).dtype),
             "altered": (tuple(shape[:1]), torch.bool),
-            "mean_error": (tuple(shape[:2]), held(self.memory).dtype),
+            "mean_error": (tuple(shape[:2]), begun(self.memory).dtype),
         }
         for name, right in wanted.items():
             if (tuple(beside[name].shape), beside[name].dtype) != right:
