@@ -44,6 +44,7 @@ from evomem.statistics import bootstrap_mean, paired_bootstrap
 from evomem.tasks import Sample, Split
 from evomem.tasks import build as build_task
 from evomem.tasks.text.zoo import PASSKEY
+from experiments.arguments import numbers
 from experiments.zoo.matrix_recall import arm_of, manager_of, own_recall
 
 TASK = "zoo_passkey"
@@ -234,18 +235,6 @@ def line(record: dict[str, Any]) -> str:
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """Return what tells a row from every other."""
     return tuple(record[name] for name in ("model", "segments", "blocks", "memory", "samples"))
-
-
-def numbers(least: int) -> Callable[[str], list[int]]:
-    """Return what reads whole numbers of at least ``least``, commas between them."""
-
-    def read(text: str) -> list[int]:
-        parts = text.split(",")
-        if not all(part.isdecimal() and int(part) >= least for part in parts):
-            raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers of at least {least}, commas between them")
-        return [int(part) for part in parts]
-
-    return read
 
 
 def shares(text: str) -> list[float]:

@@ -44,6 +44,7 @@ from evomem.statistics import bootstrap_mean
 from evomem.tasks import Split
 from evomem.tasks.text.zoo import Fact, needle_facts, sentence
 from evomem.tasks.text.zoo_words import DIGITS
+from experiments.arguments import numbers, some_of
 
 LEARNED = ("random", "gradients", "evolution")
 ROWS = ("stock", "blocks", *LEARNED)
@@ -291,34 +292,11 @@ def new_model(loaded: Any, slots: int, options: argparse.Namespace) -> FamAround
     return FamAround(loaded.model, block=options.block, segments=options.segments, feedback=slots).eval()
 
 
-def numbers(least: int) -> Callable[[str], list[int]]:
-    """Return what reads different whole numbers of at least ``least`` that commas separate."""
-
-    def read(text: str) -> list[int]:
-        parts = text.split(",")
-        values = [int(part) for part in parts if part.isdecimal()]
-        if len(values) < len(parts) or min(values) < least or len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: give whole numbers of at least {least}, commas between them, none twice"
-            )
-        return values
-
-    return read
-
-
-def rows(text: str) -> list[str]:
-    """Return some of `ROWS` that commas separate; raise `argparse.ArgumentTypeError` for another name, or one twice."""
-    parts = text.split(",")
-    if set(parts) - set(ROWS) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: give some of {', '.join(ROWS)}, commas between them, none twice")
-    return parts
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root.add_argument("--model", default="zoo-qwen3", help="alias or folder of the decoder")
-    root.add_argument("--only", type=rows, default=list(ROWS), help=f"rows: some of {','.join(ROWS)}; all")
+    root.add_argument("--only", type=some_of(ROWS), default=list(ROWS), help=f"rows: some of {','.join(ROWS)}; all")
     root.add_argument("--seeds", type=numbers(0), default=[0, 1, 2], help="embeddings drawn and learned for each")
     root.add_argument("--block", type=int, default=24, help="tokens of a block")
     root.add_argument("--segments", type=int, default=1, help="blocks before a token's own that it sees")

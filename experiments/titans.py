@@ -21,7 +21,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any, get_args
@@ -36,6 +36,7 @@ from evomem.models.architectures.titans_layers import NeuralMemory
 from evomem.models.pretrained.files import sha256
 from evomem.statistics import bootstrap_mean, paired_bootstrap
 from evomem.tasks import Split
+from experiments.arguments import numbers, some_of
 from experiments.titans_texts import SHORTEST, TASKS, TOKENIZER, shares, texts
 
 WINDOW = "window"
@@ -288,33 +289,10 @@ def ship(name: str, given: argparse.Namespace, models: Path) -> Path:
     return folder
 
 
-def numbers(least: int) -> Callable[[str], list[int]]:
-    """Return what reads different whole numbers of at least ``least`` that commas separate."""
-
-    def read(text: str) -> list[int]:
-        parts = text.split(",")
-        values = [int(part) for part in parts if part.isdecimal()]
-        if len(values) < len(parts) or min(values) < least or len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: give whole numbers of at least {least}, commas between them, none twice"
-            )
-        return values
-
-    return read
-
-
-def models(text: str) -> list[str]:
-    """Return some of `ROWS` that commas separate; raise `argparse.ArgumentTypeError` for another name, or one twice."""
-    parts = text.split(",")
-    if set(parts) - set(ROWS) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: give some of {', '.join(ROWS)}, commas between them, none twice")
-    return parts
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root.add_argument("--rows", type=models, default=list(ROWS), help=f"models: some of {','.join(ROWS)}; all")
+    root.add_argument("--rows", type=some_of(ROWS), default=list(ROWS), help=f"models: some of {','.join(ROWS)}; all")
     root.add_argument("--seeds", type=numbers(0), default=[0], help="a training for each, for example 0,1,2")
     root.add_argument("--length", type=int, default=64, help="tokens of a text that is trained on")
     root.add_argument(

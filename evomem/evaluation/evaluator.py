@@ -39,9 +39,6 @@ from evomem.tasks.streams.base import StreamTask
 
 __all__ = ["Evaluator", "Reach", "Tokens"]
 
-REQUEST = "\n\nRepeat the previous context exactly."
-"""What stands before a context that is repeated (KVzip, arXiv 2505.23416)."""
-
 AnyManager = TypeVar("AnyManager", bound=MemoryManager)
 
 
@@ -262,16 +259,8 @@ class Evaluator:
         return self._read_all(tokens, observes)
 
     def repetition(self, tokens: Tensor) -> Tensor:
-        """Return what is read after a context (1, length) to repeat it: `REQUEST` in tokens, and the context.
-
-        What the tokenizer puts before every text is not repeated. A tokenizer that does not know all words of the
-        request goes without it.
-        """
-        prefix = list(self.encoder.prefix)
-        if prefix and tokens[0, : len(prefix)].tolist() == prefix:
-            tokens = tokens[:, len(prefix) :]
-        request, unknown = self.encoder.following(REQUEST), self.loaded.tokenizer.unk_token_id
-        return tokens if unknown in request else torch.cat((self.sample_encoder.ids(request), tokens), 1)
+        """Return what is read after a context (1, length) to repeat it; see `SampleEncoder.repetition`."""
+        return self.sample_encoder.repetition(tokens)
 
     @outside_inference_mode()
     @torch.no_grad()

@@ -20,6 +20,9 @@ from evomem.tasks.encoding import TextEncoder
 
 logger = logging.getLogger("evomem")
 
+REQUEST = "\n\nRepeat the previous context exactly."
+"""What stands before a context that is repeated (KVzip, arXiv 2505.23416)."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -144,6 +147,18 @@ class SampleEncoder:
         """Return the question by itself, as the beginning of a text, and the answer: each (1, length) int64."""
         question = self.ids(self.texts.without_context(sample))
         return question, self.ids(self.texts.following(sample.answer))
+
+    def repetition(self, tokens: Tensor) -> Tensor:
+        """Return what is read after a context (1, length) to repeat it: `REQUEST` in tokens, and the context.
+
+        What the tokenizer puts before every text is not repeated. A tokenizer that does not know all words of the
+        request goes without it.
+        """
+        prefix = list(self.texts.prefix)
+        if prefix and tokens[0, : len(prefix)].tolist() == prefix:
+            tokens = tokens[:, len(prefix) :]
+        request, unknown = self.texts.following(REQUEST), self._loaded.tokenizer.unk_token_id
+        return tokens if unknown in request else torch.cat((self.ids(request), tokens), 1)
 
     def ids(self, ids: list[int]) -> Tensor:
         """Return ids as (1, length) int64 on the model's device.

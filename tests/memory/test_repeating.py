@@ -8,8 +8,8 @@ import torch
 from evomem.errors import CacheError
 from evomem.evaluation import Evaluator
 from evomem.evaluation.compare import NamedManager, Scenario, compare
-from evomem.evaluation.evaluator import REQUEST
 from evomem.evaluation.measurement import EXACT, EvaluationProtocol
+from evomem.evaluation.sample_tokens import REQUEST
 from evomem.managers import build
 from evomem.memory import SlotCache
 from evomem.memory.kv import repeating

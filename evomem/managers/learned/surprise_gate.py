@@ -5,21 +5,18 @@ Source: Behrouz et al. 2024, Titans (arXiv 2501.00663), whose memory learns ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from evomem.bounds import UNITS
-from evomem.managers.allocation import Allocation, Everything
-from evomem.managers.base import MemoryManager, register
+from evomem.managers.around import RewritingRule
+from evomem.managers.base import register
 from evomem.managers.decision import Judgement, Rule
-from evomem.managers.features import columns, different, required
-from evomem.managers.learned.feature_scorer import interpolate
-from evomem.managers.options import ManagerOptions
+from evomem.managers.learned.gate import GateManager, GateOptions
 from evomem.managers.vector import zeros
 from evomem.memory import Decision, LayerView
 
@@ -31,7 +28,7 @@ LARGEST_THRESHOLD = 4.0
 """A threshold is at most that many times the mean surprise."""
 
 
-class SurpriseGateOptions(ManagerOptions):
+class SurpriseGateOptions(GateOptions):
     """Options of `SurpriseGate`."""
 
     features: tuple[str, ...] = Field(
@@ -45,11 +42,6 @@ class SurpriseGateOptions(ManagerOptions):
         "unit of surprise that they lack; none: not at all",
     )  # fmt: skip
 
-    @field_validator("features")
-    @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return different(names)
-
 
 @dataclass(frozen=True)
 class TokenJudgement(Judgement):
@@ -59,24 +51,16 @@ class TokenJudgement(Judgement):
 
 
 @dataclass(frozen=True)
-class TokenRule(Rule):
+class TokenRule(RewritingRule):
     """A `Rule` whose decisions move the gates of tokens."""
 
-    def decide(self, judgement: Judgement, view: LayerView) -> Decision:
-        """Return the decision about one layer, gates included."""
-        return replace(super().decide(judgement, view), gates=getattr(judgement, "gates", None))
-
-    def decide_all(
-        self, judgements: Sequence[Judgement], views: Sequence[LayerView], limits: Sequence[Tensor] | None = None
-    ) -> list[Decision]:
-        """Return the decisions about all layers, gates included."""
-        made = super().decide_all(judgements, views, limits)
-        moved = (getattr(judgement, "gates", None) for judgement in judgements)
-        return [replace(decision, gates=gates) for decision, gates in zip(made, moved, strict=True)]
+    def written(self, decision: Decision, judgement: Judgement, view: LayerView) -> Decision:
+        """Return a decision that says how gates move."""
+        return replace(decision, gates=getattr(judgement, "gates", None))
 
 
 @register("surprise_gate")
-class SurpriseGate(MemoryManager):
+class SurpriseGate(GateManager):
     """Stores the tokens that surprise a neural memory enough, and moves the gates with which it learns them.
 
     With x = [1, features] of a token and s its surprise over the running mean,
@@ -103,36 +87,16 @@ class SurpriseGate(MemoryManager):
     @property
     def observes(self) -> frozenset[str]:
         """What the features need, and the surprise."""
-        return required(self.options.features) | {RATIO}
+        return super().observes | {RATIO}
 
     @property
     def rule(self) -> Rule:
         """The rule that also moves gates."""
         return TokenRule(None, self.ends, self.allocation)
 
-    def built_in_allocation(self) -> Allocation:
-        """Return the allocation that keeps all."""
-        return Everything()
-
-    def prepare(self, view: LayerView) -> None:
-        """Compute the features."""
-        self._features(view)
-
-    def _features(self, view: LayerView) -> Tensor:
-        """Return (batch, kv_heads, slots, 1 + features) fp32, a 1 first."""
-        names = self.options.features
-
-        def compute() -> Tensor:
-            ones = torch.ones_like(view.slots, dtype=torch.float32)
-            return torch.stack([ones, *columns(view, names)], -1)
-
-        return view.once(("surprise gate", *names), compute)
-
     def outputs(self, view: LayerView) -> Tensor:
         """Return what the weights give of every token, in the order of `HEADS`: (batch, kv_heads, slots, 4) fp32."""
-        depth = view.depth + 0.5 if view.layers > 1 else 0.0
-        weights = interpolate(self.weights.float(), depth)
-        return torch.matmul(self._features(view), weights.transpose(0, 1))
+        return torch.matmul(self.inputs(view), self.weights_here(view).transpose(0, 1))
 
     def score(self, view: LayerView) -> Tensor:
         """Return by how much the surprise is above the threshold, (batch, kv_heads, slots) fp32."""

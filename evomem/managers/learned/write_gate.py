@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from evomem.bounds import UNITS
-from evomem.managers.allocation import Allocation, Everything
 from evomem.managers.around import RewritingRule
-from evomem.managers.base import MemoryManager, register
+from evomem.managers.base import register
 from evomem.managers.decision import Judgement, Rule
-from evomem.managers.features import columns, different, required
-from evomem.managers.learned.feature_scorer import interpolate
-from evomem.managers.options import ManagerOptions
+from evomem.managers.learned.gate import GateManager, GateOptions
 from evomem.managers.vector import zeros
 from evomem.memory import Decision, LayerView
 
@@ -23,7 +19,7 @@ OFFERED = "updates"
 """Observation of the memories whose slots have an update to be gated; every other one refuses the manager."""
 
 
-class WriteGateOptions(ManagerOptions):
+class WriteGateOptions(GateOptions):
     """Options of `WriteGate`."""
 
     features: tuple[str, ...] = Field(
@@ -31,13 +27,7 @@ class WriteGateOptions(ManagerOptions):
         max_length=1024,
         description="what the gate looks at in every slot, as it is measured; none: a constant gate",
     )
-    knots: int = Field(2, ge=1, le=UNITS, description="points of depth at which the weights are given")
     bias: float = Field(0.0, ge=-100, le=100, description="log-odds of writing that the searched ones are added to")
-
-    @field_validator("features")
-    @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return different(names)
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class GateRule(RewritingRule):
 
 
 @register("write_gate")
-class WriteGate(MemoryManager):
+class WriteGate(GateManager):
     """Writes a part g of every update, in memories whose slots are rewritten (feedback memory), and keeps all slots.
 
     g = σ(w(d) · [1, features]), one number a slot, with w piecewise linear in the layer's relative depth d through
@@ -71,33 +61,13 @@ class WriteGate(MemoryManager):
     @property
     def observes(self) -> frozenset[str]:
         """What the features need, and that the memory has updates."""
-        return required(self.options.features) | {OFFERED}
+        return super().observes | {OFFERED}
 
     @property
     def rule(self) -> Rule:
         """The rule that also says what slots hold."""
         return GateRule(self.options.budget, self.ends, self.allocation)
 
-    def built_in_allocation(self) -> Allocation:
-        """Return the allocation that keeps all."""
-        return Everything()
-
-    def prepare(self, view: LayerView) -> None:
-        """Compute the features."""
-        self._features(view)
-
-    def _features(self, view: LayerView) -> Tensor:
-        """Return (batch, kv_heads, slots, 1 + features) fp32, a 1 first."""
-        names = self.options.features
-
-        def compute() -> Tensor:
-            ones = torch.ones_like(view.slots, dtype=torch.float32)
-            return torch.stack([ones, *columns(view, names)], -1)
-
-        return view.once(("write gate", *names), compute)
-
     def score(self, view: LayerView) -> Tensor:
         """Return log-odds of writing, (batch, kv_heads, slots) fp32."""
-        depth = view.depth + 0.5 if view.layers > 1 else 0.0
-        weights = interpolate(self.weights.float(), depth)
-        return torch.matmul(self._features(view), weights) + self.options.bias
+        return torch.matmul(self.inputs(view), self.weights_here(view)) + self.options.bias
