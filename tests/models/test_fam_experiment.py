@@ -115,7 +115,9 @@ def test_bad_input_is_refused_with_a_sentence(words, sentence, folders, monkeypa
         run(monkeypatch, "write_gate", "--model", folders[0])
 
 
-@pytest.mark.parametrize("words", [("--blocks", "0"), ("--constants", "1"), ("--constants", "a"), ("--segments", "-1")])
+@pytest.mark.parametrize(
+    "words", [("--blocks", "0"), ("--blocks", "4,4"), ("--constants", "1"), ("--constants", "a"), ("--segments", "-1")]
+)
 def test_numbers_that_mean_nothing_are_refused(words, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from evomem.memory.explicit.cache_layer import TensorLayer, require_whole
 from evomem.memory.explicit.layer import ExplicitLayer
 from evomem.memory.explicit.reader import HasReader
 from evomem.memory.kv.policy import CachePolicy
+
+logger = logging.getLogger("evomem")
 
 
 class DecidedCache(ExplicitCache, HasReader):
@@ -40,6 +43,17 @@ class DecidedCache(ExplicitCache, HasReader):
         super().__init__(layers, policy)
         self.beside: dict[int, Any] = dict(beside)
         self.interrupted, self.reader = False, None
+        self._said_unasked = False
+
+    def say_unasked(self, unit: str, size: int) -> None:
+        """Warn, once, that a pass went on past a ``unit`` of ``size`` tokens about which nobody was asked to decide."""
+        if not self._said_unasked:
+            self._said_unasked = True
+            logger.warning(
+                "a %s of %d tokens ended within a pass and the manager was not asked: it has no `every`, so its cache "
+                "decides when decide() is called; give every=%d, or read one %s at a time",
+                unit, size, size, unit,
+            )  # fmt: skip
 
     def copy_empty(self) -> DecidedCache:
         """Return an empty cache of the same kind; a subclass with arguments of its own overrides it."""

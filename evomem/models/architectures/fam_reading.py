@@ -182,6 +182,8 @@ class FeedbackModel(MemoryGenerationMixin, PreTrainedModel):  # type: ignore[no-
             parts[-1].append(self.read(embedded[:, at:end], turn, cache.layers, inputs))
             if decided is not None and every is not None and any(due):
                 decided.decide()
+            elif decided is not None and any(due) and end < tokens:
+                decided.say_unasked("block", self.config.block)
             at = end
         cache.interrupted = False
         return call.answer_parts(self, parts, cache if keeps_cache(self, given, use_cache) else None)

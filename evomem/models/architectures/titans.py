@@ -251,6 +251,8 @@ class Titans(MemoryGenerationMixin, PreTrainedModel):
             parts[-1].append(hidden)
             if decided is not None and every is not None and any(due):
                 decided.decide_rows(due)
+            elif decided is not None and any(due) and end < tokens:
+                decided.say_unasked("segment", self.config.segment)
             at = end
         memory.interrupted = False
         return call.answer_parts(self, parts, memory if keeps_cache(self, given, use_cache) else None)

@@ -328,3 +328,27 @@ def test_a_layer_is_copied_with_its_rule():
     cache = MODELS["lmm"].decided_cache(gate_of())
     assert isinstance(cache.copy_empty().layers[1], NeuralSlots)
     assert cache.clone().rule == cache.rule
+
+
+def test_gates_that_a_decision_moved_are_not_undone_by_hand():
+    """keep and decay learn the segment again, and do not know by how much gates were moved."""
+    ids, model = ids_of(0, 4), MODELS["lmm"]
+    _, cache = logits_of(model, gate_of(every=4), ids)
+    layer = cache.layers[0]
+    before = layer.memory.clone()
+    with pytest.raises(CacheError, match="moved the gates"):
+        layer.keep(layer.slots >= 0)
+    with pytest.raises(CacheError, match="moved the gates"):
+        layer.decay(torch.zeros(layer.storage.shape))
+    assert torch.equal(layer.memory, before)
+
+
+def test_who_is_not_asked_is_said(caplog):
+    ids, model = ids_of(0, 12), MODELS["lmm"]
+    with torch.no_grad():
+        cache = model.decided_cache(build("keydiff", budget=2))
+        model(ids[:, :4], past_key_values=cache)
+        assert "was not asked" not in caplog.text  # decide() can still be called
+        cache.decide()
+        model(ids[:, 4:], past_key_values=cache)
+    assert caplog.text.count("a segment of 4 tokens ended within a pass and the manager was not asked") == 1
