@@ -344,7 +344,7 @@ def test_gates_that_a_decision_moved_are_not_undone_by_hand():
 
 
 def test_who_is_not_asked_is_said(caplog):
-    ids, model = ids_of(0, 12), MODELS["lmm"]
+    ids, model = ids_of(0, 16), MODELS["lmm"]
     with torch.no_grad():
         cache = model.decided_cache(build("keydiff", budget=2))
         model(ids[:, :4], past_key_values=cache)
